@@ -1,0 +1,1 @@
+"""How a job starts: local workers, training and sampling programs."""

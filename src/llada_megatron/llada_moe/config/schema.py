@@ -1,0 +1,222 @@
+"""The typed configuration of a run: what every YAML key means, its published default and its source.
+
+Sources named below: P8B = arXiv 2502.09992 and the GUIDELINES of ML-GSAI/LLaDA; PMOE = arXiv 2509.24389 (LLaDA-MoE);
+L2 = the LLaDA2.0 report and the published configuration of inclusionAI/LLaDA2.0-*; PV2 = arXiv 2608.03457 (LLaDA MoE v2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Mixture-of-Experts part of a model. Widths are per expert, in units of hidden features."""
+
+    num_experts: int
+    top_k: int
+    expert_ffn_hidden_size: int
+    shared_expert_ffn_hidden_size: int = 0
+    """Width of the always-on shared expert (LLaDA2: one expert wide); 0 = none (LLaDA-MoE)."""
+    leading_dense_layers: int = 0
+    """Layers at the bottom that keep a dense feed-forward (LLaDA2: `first_k_dense_replace` 1)."""
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax over all experts, then top-k, weights not renormalised (PMOE); sigmoid normalised over the chosen (L2)."""
+    expert_bias: bool = False
+    """A bias that takes part in the selection only (aux-loss-free balancing; L2)."""
+    expert_bias_update_rate: float = 0.0
+    """Step of the bias update; 0 freezes it, as LLaDA2's released training code does."""
+    num_expert_groups: int = 1
+    expert_groups_top_k: int = 1
+    """Group-limited routing: keep the best groups by the sum of their two best scores (L2: 8 groups, 4 kept)."""
+    routed_scaling_factor: float = 1.0
+    aux_loss_coefficient: float = 0.0
+    """Balance loss N * sum f_i P_i (PMOE: 0.01)."""
+    z_loss_coefficient: float = 0.0
+    """Router logsumexp^2 (PMOE: 0.001)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Architecture of one masked diffusion (or autoregressive) Transformer."""
+
+    family: Literal["llada", "llada_moe", "llada2"]
+    """Which published family the keys and token ids follow (used by conversion)."""
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    """Width of the dense SwiGLU feed-forward; of the leading dense layers in a MoE model."""
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_sequence_length: int
+    mask_token_id: int
+    eos_token_id: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rotary_fraction: float = 1.0
+    """Part of each head's features that is rotated (LLaDA2: 0.5)."""
+    qk_norm: bool = False
+    """RMSNorm over each query and key head, before the rotation (LLaDA-MoE, LLaDA2)."""
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+    moe: MoEConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is learnt. The noise keys are read by the diffusion objective only."""
+
+    kind: Literal["diffusion", "autoregressive"] = "diffusion"
+    time_sampling: Literal["uniform", "stratified"] = "uniform"
+    """t per sequence: independent (P8B training code), or one stratum of [0, 1) per sequence of the global batch."""
+    epsilon: float = 1e-3
+    """Mask ratio p = (1 - epsilon) t + epsilon (P8B)."""
+    mask_ratio_min: float = 0.0
+    mask_ratio_max: float = 1.0
+    """Band that t is drawn from (LLaDA2 SFT: 0.3-0.8)."""
+    random_length_probability: float = 0.01
+    """Share of sequences cut to a length drawn from U{1..sequence_length} (P8B: 1 %)."""
+    normalization: Literal["all_tokens", "answer_length", "masked_tokens"] = "all_tokens"
+    """What the weighted cross-entropy is divided by (P8B: all tokens of the batch)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSetConfig:
+    """One prepared set: the PREFIX that `llada prepare` wrote, and its share of the blend."""
+
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read."""
+
+    sets: list[DataSetConfig]
+    validation_fraction: float = 0.01
+    """Share of the documents held out for validation."""
+    isolate_documents: bool = True
+    """Attention does not cross the documents packed into one window."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRateConfig:
+    """Learning rate over steps: warm-up, constant with drops, decay to the end (warmup-stable-decay)."""
+
+    peak: float
+    warmup_steps: int = 0
+    drops: list[LearningRateDropConfig] = field(default_factory=list)
+    decay_steps: int = 0
+    """Length of the decay that ends at the last step of the run."""
+    decay_shape: Literal["linear", "cosine", "inverse_sqrt"] = "linear"
+    final: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRateDropConfig:
+    """From this step on the constant part runs at `value`."""
+
+    step: int
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (Megatron's, with the state sharded over data-parallel ranks)."""
+
+    learning_rate: LearningRateConfig
+    beta1: float = 0.9
+    beta2: float = 0.95
+    """PV2, SMDM."""
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    """P8B."""
+    clip_grad_norm: float = 1.0
+    """SMDM, PV2; 0 = no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutConfig:
+    """How the model is spread over ranks. World size = tensor * pipeline * context * data."""
+
+    tensor_parallel: int = 1
+    sequence_parallel: bool = False
+    pipeline_parallel: int = 1
+    pipeline_chunks_per_rank: int = 1
+    """More than 1 = interleaved schedule."""
+    context_parallel: int = 1
+    data_parallel: int = 1
+    expert_parallel: int = 1
+    expert_tensor_parallel: int = 1
+    expert_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long and how large."""
+
+    steps: int
+    sequence_length: int
+    global_batch_size: int
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: int = 1
+    """Sequences per forward pass on one data-parallel rank; the rest is gradient accumulation."""
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 keeps fp32 main weights and reduces gradients in fp32."""
+    recompute: Literal["none", "full"] = "none"
+    """full = keep only each layer's input, run the layer again in the backward pass."""
+    logits_chunk_mb: int = 256
+    """The output layer and loss run over row chunks whose fp32 logits on one rank take at most this much memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When state is written and what is kept."""
+
+    interval: int = 1000
+    keep_last: int = 3
+    asynchronous: bool = False
+    """Write in the background where the installed versions do that safely; otherwise a message says why not."""
+    load: str | None = None
+    """Start from the weights of this checkpoint (a run that resumes its own checkpoints ignores it)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Bits per byte on the held-out documents; 0 steps = never."""
+
+    interval: int = 0
+    sequences: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is reported, every `interval` steps."""
+
+    interval: int = 10
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run. `model` is a mapping, or the name of a file in configs/models (or its path)."""
+
+    model: ModelConfig
+    training: TrainingConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    output_dir: str
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,0 +1,1 @@
+"""How the model is spread: devices, topology, training step, optimizer, sharded checkpoints."""

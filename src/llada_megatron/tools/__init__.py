@@ -1,0 +1,1 @@
+"""What people run around a model: prepare data, inspect, environment report, benchmarks."""
