@@ -1,0 +1,87 @@
+"""Where a rank stands: process groups of a layout, and the coordinates that name a rank."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.parallel import device
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """A rank's place along each axis of the layout."""
+
+    rank: int
+    data: int
+    pipeline: int
+    tensor: int
+    context: int
+    expert: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (dp {self.data}, pp {self.pipeline}, tp {self.tensor}, cp {self.context}, ep {self.expert})"
+
+
+def join(rank: int, world_size: int, init_method: str = "env://", timeout_s: float = 600.0) -> None:
+    """Join the world process group: NCCL on this process's GPU, or gloo."""
+    if device.cuda_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
+    torch.distributed.init_process_group(
+        device.communication_backend(),
+        init_method=init_method,
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
+
+
+def initialize(layout: LayoutConfig, seed: int) -> None:
+    """Make the groups of `layout` over the world group, and seed the weights' initialisation.
+
+    Raises:
+        ConfigError: the world has another number of ranks than the layout.
+    """
+    world = torch.distributed.get_world_size()
+    if world != layout.world_size:
+        raise ConfigError(
+            f"the layout needs {layout.world_size} ranks (tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x "
+            f"context {layout.context_parallel} x data {layout.data_parallel}), but {world} joined; "
+            f"set layout.data_parallel or start {layout.world_size} processes"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=layout.pipeline_chunks_per_rank if layout.pipeline_chunks_per_rank > 1 else None,
+        context_parallel_size=layout.context_parallel,
+        expert_model_parallel_size=layout.expert_parallel,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel,
+        create_gloo_process_groups=True,
+    )
+    model_parallel_cuda_manual_seed(seed)
+
+
+def coordinates() -> Coordinates:
+    """This rank's place in the initialised layout."""
+    return Coordinates(
+        rank=torch.distributed.get_rank(),
+        data=parallel_state.get_data_parallel_rank(),
+        pipeline=parallel_state.get_pipeline_model_parallel_rank(),
+        tensor=parallel_state.get_tensor_model_parallel_rank(),
+        context=parallel_state.get_context_parallel_rank(),
+        expert=parallel_state.get_expert_model_parallel_rank(),
+    )
+
+
+def leave() -> None:
+    """Release every process group."""
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
