@@ -1,0 +1,206 @@
+"""What a run reports: scalars to metrics.jsonl and TensorBoard, and the figures derived from a training step.
+
+Nothing here waits for the device while training goes on: values stay tensors until `MetricsWriter.flush`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SCHEMA = 1
+"""Version of the lines in metrics.jsonl; raised when a key changes its meaning."""
+
+FILE_NAME = "metrics.jsonl"
+Scalar = float | int | torch.Tensor
+
+
+class MetricsWriter:
+    """Writes one JSON object per reported step to RUN_DIR/metrics.jsonl, and the same scalars to TensorBoard.
+
+    `from_step`: the first step that this process may report. A run that resumes takes over the lines before it and
+    drops the others (and a last line cut short by a kill), so that no step appears twice. Only one process may write.
+    """
+
+    def __init__(self, run_dir: Path | str, tensorboard: bool = True, from_step: int = 0) -> None:
+        self._path = Path(run_dir) / FILE_NAME
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_lines_from(self._path, from_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = _summary_writer(Path(run_dir) / "tensorboard", from_step) if tensorboard else None
+        self._pending: list[tuple[int, dict[str, Scalar]]] = []
+
+    def write(self, step: int, values: Mapping[str, Scalar]) -> None:
+        """Keeps the scalars of a step; tensors of one element stay on their device until `flush`.
+
+        `values` must hold `consumed_sequences`, so that a line means the same under any batch size.
+        """
+        if "consumed_sequences" not in values:
+            raise ValueError("values must hold 'consumed_sequences'")
+        self._pending.append((step, {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in values.items()}))
+
+    def flush(self) -> list[dict[str, Any]]:
+        """Writes what is kept, and returns the lines. Waits for the device once. Call before a checkpoint counts."""
+        lines = [{"schema": SCHEMA, "step": step, **values} for step, values in _to_numbers(self._pending)]
+        self._pending.clear()
+        for line in lines:
+            finite = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._write_board(line)
+        self._file.flush()
+        return lines
+
+    def _write_board(self, line: dict[str, Any]) -> None:
+        if self._board is None:
+            return
+        for name, value in line.items():
+            if name not in ("schema", "step"):
+                self._board.add_scalar(name, value, global_step=line["step"])
+        self._board.flush()
+
+    def close(self) -> None:
+        """Writes what is left and closes the files."""
+        self.flush()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics file; readable while the run goes on (a line being written is left out)."""
+    path = Path(run_dir) / FILE_NAME
+    if not path.exists():
+        return []
+    return [line for line in map(_parse, path.read_text(encoding="utf-8").splitlines()) if line is not None]
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+
+
+def _drop_lines_from(path: Path, from_step: int) -> None:
+    """Replaces the file atomically by its whole lines of earlier steps; leaves it alone when nothing changes."""
+    if not path.exists():
+        return
+    before = path.read_text(encoding="utf-8")
+    lines = before.splitlines(keepends=True)
+    kept = [x for x in lines if x.endswith("\n") and (line := _parse(x)) is not None and line["step"] < from_step]
+    if len(kept) == len(lines):
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _summary_writer(directory: Path, from_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # slow import, and optional per run
+
+    return SummaryWriter(log_dir=str(directory), purge_step=from_step)
+
+
+def _to_numbers(pending: list[tuple[int, dict[str, Scalar]]]) -> list[tuple[int, dict[str, float | int]]]:
+    """All kept tensors as Python numbers through one copy per device."""
+    tensors = [v for _, values in pending for v in values.values() if isinstance(v, torch.Tensor)]
+    numbers: dict[int, float] = {}
+    for device in {t.device for t in tensors}:
+        here = [t for t in tensors if t.device == device]
+        stacked = torch.stack([t.reshape(()).to(torch.float64) for t in here])
+        numbers.update(zip(map(id, here), stacked.tolist(), strict=True))
+    return [
+        (step, {k: numbers[id(v)] if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+        for step, values in pending
+    ]
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    """Bits needed per UTF-8 byte: nats per token / ln 2 / bytes per token. Comparable between tokenizers."""
+    return nats_per_token / math.log(2) / bytes_per_token
+
+
+class MaskRatioLoss:
+    """Mean cross-entropy of the masked positions, by the mask ratio of their sequence, in equal bins of (0, 1].
+
+    Sums of numerator and denominator are kept on the device; ranks that hold the same sequences (tensor parallel)
+    count both twice, which leaves the mean as it is. Ranks without a loss (early pipeline stages) add nothing.
+    """
+
+    def __init__(self, bins: int = 10, device: torch.device | str = "cpu") -> None:
+        self.bins = bins
+        self._sums = torch.zeros(2, bins, dtype=torch.float64, device=device)
+
+    def add(self, weighted_loss: torch.Tensor, mask_ratio: torch.Tensor, masked: torch.Tensor) -> None:
+        """Adds sequences, all `[batch]`: sum of cross-entropy / p, the mask ratio p, and the masked positions.
+
+        Under context parallelism give this rank's part of the sums and of the positions.
+        """
+        device = self._sums.device
+        p = mask_ratio.to(device, torch.float32)  # in float32 a ratio such as 0.2 lies on its edge, not beyond it
+        bin_of = (torch.ceil(p * self.bins).long() - 1).clamp_(0, self.bins - 1)
+        loss = weighted_loss.detach().to(device, torch.float64) * p
+        self._sums.index_add_(1, bin_of, torch.stack([loss, masked.to(device, torch.float64)]))
+
+    def reduce(self) -> dict[str, float]:
+        """Means over all ranks since the last call, by name of the bin (bins without a position left out).
+
+        Collective where a process group exists.
+        """
+        if dist.is_initialized():
+            dist.all_reduce(self._sums)
+        loss, count = self._sums.tolist()
+        self._sums.zero_()
+        edges = [i / self.bins for i in range(self.bins + 1)]
+        return {
+            f"loss_by_mask_ratio/{edges[i]:.2g}-{edges[i + 1]:.2g}": loss[i] / count[i]
+            for i in range(self.bins)
+            if count[i] > 0
+        }
+
+
+class Throughput:
+    """Tokens per second and model-FLOPs utilisation between two readings.
+
+    `flops_per_token`: see `llada_moe.model.flops`; `peak_flops`: measured FLOP/s of all ranks together.
+    """
+
+    def __init__(self, flops_per_token: float, peak_flops: float) -> None:
+        self._flops_per_token, self._peak = flops_per_token, peak_flops
+        self._tokens, self._steps = 0, 0
+        self._since = time.perf_counter()
+
+    def add(self, tokens: int) -> None:
+        """Counts a finished step of `tokens` tokens over all ranks."""
+        self._tokens += tokens
+        self._steps += 1
+
+    def restart(self) -> None:
+        """Starts the interval anew, e.g. after warm-up, a validation or a checkpoint."""
+        self._tokens, self._steps, self._since = 0, 0, time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """Figures since the last reading, which it ends. Read after `flush`, which waits for the device."""
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        tokens_per_second, steps = self._tokens / seconds, max(self._steps, 1)
+        self.restart()
+        return {
+            "tokens_per_second": tokens_per_second,
+            "seconds_per_step": seconds / steps,
+            "model_flops_utilization": tokens_per_second * self._flops_per_token / self._peak,
+        }

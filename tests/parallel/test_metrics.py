@@ -1,0 +1,118 @@
+"""The metrics file: one line per step whatever happened to the run, and figures equal to those by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llada_megatron.parallel.metrics import (
+    SCHEMA,
+    MaskRatioLoss,
+    MetricsWriter,
+    Throughput,
+    bits_per_byte,
+    read_metrics,
+)
+
+
+def write_steps(run_dir, steps, from_step=0, tensorboard=False):
+    with MetricsWriter(run_dir, tensorboard=tensorboard, from_step=from_step) as writer:
+        for step in steps:
+            writer.write(
+                step, {"loss": torch.tensor(1.0 / step), "consumed_sequences": 8 * step, "learning_rate": 1e-3}
+            )
+
+
+def test_a_line_is_one_json_object_with_schema_step_and_consumed_sequences(tmp_path):
+    write_steps(tmp_path, [1, 2])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[1] == {"schema": SCHEMA, "step": 2, "loss": 0.5, "consumed_sequences": 16, "learning_rate": 1e-3}
+
+
+def test_values_without_consumed_sequences_are_refused(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False) as writer, pytest.raises(ValueError, match="consumed_sequences"):
+        writer.write(1, {"loss": 1.0})
+
+
+def test_nothing_is_converted_before_flush(tmp_path):
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    loss = torch.tensor(3.0)
+    writer.write(1, {"loss": loss, "consumed_sequences": 1})
+    assert read_metrics(tmp_path) == []
+    assert writer.flush() == [{"schema": SCHEMA, "step": 1, "loss": 3.0, "consumed_sequences": 1}]
+    assert read_metrics(tmp_path)[0]["loss"] == 3.0
+    writer.close()
+
+
+def test_non_finite_values_are_null_and_the_line_stays_json(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(1, {"loss": torch.tensor(math.nan), "gradient_norm": math.inf, "consumed_sequences": 1})
+    (line,) = read_metrics(tmp_path)
+    assert line["loss"] is None and line["gradient_norm"] is None
+
+
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(killed_after=st.integers(1, 20), checkpoint=st.integers(0, 20), cut=st.integers(0, 30))
+def test_a_resumed_run_has_every_step_exactly_once(tmp_path_factory, killed_after, checkpoint, cut):
+    run_dir = tmp_path_factory.mktemp("run")
+    checkpoint = min(checkpoint, killed_after)
+    write_steps(run_dir, range(1, killed_after + 1))
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"schema": SCHEMA, "step": killed_after + 1, "consumed_sequences": 0})[:cut])
+    write_steps(run_dir, range(checkpoint + 1, 23), from_step=checkpoint + 1)
+    assert [line["step"] for line in read_metrics(run_dir)] == list(range(1, 23))
+
+
+def test_a_file_that_needs_no_change_is_not_touched(tmp_path):
+    write_steps(tmp_path, [1, 2])
+    before = (tmp_path / "metrics.jsonl").stat().st_ino
+    write_steps(tmp_path, [], from_step=3)
+    assert (tmp_path / "metrics.jsonl").stat().st_ino == before
+
+
+def test_a_line_half_written_is_left_out_by_the_reader(tmp_path):
+    write_steps(tmp_path, [1])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"schema": 1, "st')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write_steps(tmp_path, range(1, 6), tensorboard=True)
+    write_steps(tmp_path, range(4, 8), from_step=4, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [event.step for event in events] == list(range(1, 8))
+
+
+def test_bits_per_byte_of_a_uniform_byte_model_is_eight():
+    assert bits_per_byte(math.log(256), bytes_per_token=1) == pytest.approx(8)
+    assert bits_per_byte(math.log(2) * 6, bytes_per_token=3) == pytest.approx(2)
+
+
+def test_loss_by_mask_ratio_is_the_mean_over_masked_positions_of_each_bin():
+    bins = MaskRatioLoss()
+    ratio = torch.tensor([0.15, 0.12, 1.0, 0.2])
+    cross_entropy, masked = torch.tensor([6.0, 2.0, 50.0, 9.0]), torch.tensor([3, 1, 10, 3])
+    bins.add(cross_entropy[:2] / ratio[:2], ratio[:2], masked[:2])
+    bins.add(cross_entropy[2:] / ratio[2:], ratio[2:], masked[2:])
+    means = bins.reduce()
+    assert means == pytest.approx({"loss_by_mask_ratio/0.1-0.2": 17 / 7, "loss_by_mask_ratio/0.9-1": 5.0})
+    assert bins.reduce() == {}
+
+
+def test_throughput_relates_tokens_per_second_to_the_peak(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    throughput = Throughput(flops_per_token=50.0, peak_flops=1000.0)
+    throughput.add(8)
+    throughput.add(8)
+    now[0] += 2.0
+    figures = throughput.read()
+    assert figures == {"tokens_per_second": 8.0, "seconds_per_step": 1.0, "model_flops_utilization": 0.4}
