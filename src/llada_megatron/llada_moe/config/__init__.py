@@ -1,0 +1,19 @@
+"""Typed configuration: YAML to dataclasses, with every mistake refused at its file, line and key."""
+
+from llada_megatron.llada_moe.config.loader import dump_yaml, from_dict, is_run, load_model, load_run, to_dict
+from llada_megatron.llada_moe.config.schema import ModelConfig, MoEConfig, RunConfig
+from llada_megatron.llada_moe.config.validation import validate_model, validate_run
+
+__all__ = [
+    "MoEConfig",
+    "ModelConfig",
+    "RunConfig",
+    "dump_yaml",
+    "from_dict",
+    "is_run",
+    "load_model",
+    "load_run",
+    "to_dict",
+    "validate_model",
+    "validate_run",
+]

@@ -1,7 +1,8 @@
 """The typed configuration of a run: what every YAML key means, its published default and its source.
 
 Sources named below: P8B = arXiv 2502.09992 and the GUIDELINES of ML-GSAI/LLaDA; PMOE = arXiv 2509.24389 (LLaDA-MoE);
-L2 = the LLaDA2.0 report and the published configuration of inclusionAI/LLaDA2.0-*; PV2 = arXiv 2608.03457 (LLaDA MoE v2).
+L2 = the LLaDA2.0 report and the published configuration of inclusionAI/LLaDA2.0-*; PV2 = arXiv 2608.03457
+(LLaDA MoE v2).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class MoEConfig:
     leading_dense_layers: int = 0
     """Layers at the bottom that keep a dense feed-forward (LLaDA2: `first_k_dense_replace` 1)."""
     score_function: Literal["softmax", "sigmoid"] = "softmax"
-    """softmax over all experts, then top-k, weights not renormalised (PMOE); sigmoid normalised over the chosen (L2)."""
+    """softmax over all experts, then top-k, not renormalised (PMOE); sigmoid, normalised over the chosen (L2)."""
     expert_bias: bool = False
     """A bias that takes part in the selection only (aux-loss-free balancing; L2)."""
     expert_bias_update_rate: float = 0.0

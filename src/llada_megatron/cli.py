@@ -1,0 +1,139 @@
+"""The `llada` program: finds the subcommand, parses its arguments, and turns errors into one message and an exit code.
+
+A subcommand is a row of `COMMANDS` and a module with `add_arguments(parser)` and `run(args) -> int`; `EXAMPLES` (text)
+is optional. The module is imported only when it is asked for, and imports torch only inside `run`: help stays instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from types import ModuleType
+
+from llada_megatron import __version__
+from llada_megatron.console import emit_json, error, message
+from llada_megatron.llada_moe.errors import LladaError
+
+COMMANDS = {
+    "prepare": ("llada_megatron.tools.prepare", "turn text, folders or JSONL into tokens for training"),
+    "train": (
+        "llada_megatron.launch.train",
+        "train the run in a YAML file, with as many processes as its layout asks for",
+    ),
+    "sample": ("llada_megatron.launch.sample", "generate or infill text with a checkpoint"),
+    "bench": ("llada_megatron.tools.bench", "measure this machine and check the project's claims"),
+    "inspect": (
+        "llada_megatron.tools.inspect",
+        "show a resolved configuration, its parameters, and what each rank holds",
+    ),
+    "env": ("llada_megatron.tools.environment", "show versions, devices and accelerations (for bug reports)"),
+}
+USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+EXAMPLES = """\
+examples:
+  llada prepare my_texts/ --out data/corpus           tokens and vocabulary from a folder of text
+  llada inspect configs/runs/demo.yaml                check a run before anything starts
+  llada train configs/runs/demo.yaml training.steps=50
+                                                      any key of the YAML file can be given on the command line
+  llada sample --help                                 each command explains itself
+
+Results go to stdout, messages and progress to stderr. Every command takes --json (the last line of stdout is one JSON
+object) and --traceback. Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 130 interrupted."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `llada ARGUMENTS`; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = next((i for i, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
+    options = _main_parser().parse_args(arguments[:command])
+    if command == len(arguments):
+        _main_parser().print_help(sys.stderr)
+        return USAGE_ERROR
+    name, rest = arguments[command], arguments[command + 1 :]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        error(
+            f"unknown command {name!r}"
+            + (f"; did you mean {near[0]!r}?" if near else f"; commands: {', '.join(COMMANDS)}")
+        )
+        return USAGE_ERROR
+    module = importlib.import_module(COMMANDS[name][0])
+    args = _parse(command_parser(name, module), rest)
+    args.traceback |= options.traceback or os.environ.get("LLADA_TRACEBACK") == "1"
+    return _guarded(module, args)
+
+
+def command_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
+    """The parser of one subcommand, with the options that every command has."""
+    parser = argparse.ArgumentParser(
+        prog=f"llada {name}",
+        description=COMMANDS[name][1],
+        epilog=getattr(module, "EXAMPLES", None),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="end stdout with one JSON object")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
+    return parser
+
+
+def _main_parser() -> argparse.ArgumentParser:
+    listing = "\n".join(f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="llada",
+        usage="llada COMMAND [arguments]",
+        description=f"Masked diffusion language models on Megatron-Core.\n\ncommands:\n{listing}",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"llada {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
+    return parser
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """Parse with options allowed between positional arguments (argparse cannot where a parser has subcommands)."""
+    if any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in parser._actions):
+        return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
+
+
+def _guarded(module: ModuleType, args: argparse.Namespace) -> int:
+    """Run a command; an error that the user can act on becomes one message, a defect keeps its stack trace."""
+    try:
+        code = module.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        message("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of stdout has left; without this the interpreter complains again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except (LladaError, OSError) as failure:
+        return _report(failure, args, getattr(failure, "exit_code", 1))
+    except Exception as failure:
+        args.traceback = True
+        return _report(
+            failure, args, 1, "this is a defect in llada; please report it with the trace above and `llada env`: "
+        )
+
+
+def _report(failure: Exception, args: argparse.Namespace, code: int, prefix: str = "") -> int:
+    if args.traceback:
+        traceback.print_exception(failure)
+    text = str(failure) or type(failure).__name__
+    error(prefix + text)
+    if args.json:
+        emit_json({"error": text, "exit_code": code})
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""What goes where: results on stdout, everything said to a person on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any, TextIO
+
+RED = "31"
+
+
+def message(text: str) -> None:
+    """Say something to the person at the terminal (stderr)."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def error(text: str) -> None:
+    """Say what failed (stderr)."""
+    message(f"{coloured('error:', RED, sys.stderr)} {text}")
+
+
+def emit_json(value: Any) -> None:
+    """One JSON object as one line of stdout; a command calls it last."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def coloured(text: str, code: str, stream: TextIO) -> str:
+    """`text` in an ANSI colour where `stream` is a terminal and NO_COLOR (no-color.org) is not set."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty():
+        return text
+    return f"\033[{code}m{text}\033[0m"
