@@ -10,8 +10,8 @@ from llada_megatron.llada_moe.config.schema import LearningRateConfig
 def learning_rate(config: LearningRateConfig, step: int, steps: int) -> float:
     """Learning rate of the update number `step` (from 0) in a run of `steps` updates.
 
-    Warm-up rises linearly and reaches `peak` with its last step; the constant part follows `drops`; the decay starts from
-    the rate before it and reaches `final` with the run's last step, where the rate then stays.
+    Warm-up rises linearly and reaches `peak` with its last step; the constant part follows `drops`; the decay starts
+    from the rate before it and reaches `final` with the last step of the run, where it then stays.
 
     * linear: start + (final - start) f
     * cosine: final + (start - final) (1 + cos(pi f)) / 2

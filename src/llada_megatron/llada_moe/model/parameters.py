@@ -1,0 +1,131 @@
+"""How many parameters a model has, part by part, and what each rank of a layout holds: closed forms, no tensors.
+
+The tests build the same models on the meta device and find the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig
+
+SWIGLU_MATRICES = 3
+BUFFERS = frozenset({"expert_bias"})
+"""Parts that the published figures count and no optimizer trains."""
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a whole model."""
+
+    parts: dict[str, int]
+    active: int
+    """What one token meets: everything but the routed experts it does not visit; both embeddings included."""
+
+    @property
+    def total(self) -> int:
+        """The published way of counting: trainable parameters and expert-bias buffers."""
+        return sum(self.parts.values())
+
+    @property
+    def trainable(self) -> int:
+        """What the optimizer updates."""
+        return sum(count for part, count in self.parts.items() if part not in BUFFERS)
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """Ranks of a layout that hold the same layers and experts, and how many trainable parameters each of them holds."""
+
+    ranks: list[int]
+    pipeline: int
+    expert: int
+    layers: list[int]
+    experts: range | None
+    embedding: bool
+    output: bool
+    parameters: int
+
+
+def count_parameters(model: ModelConfig) -> ParameterCount:
+    """Parameters of `model`, by part."""
+    parts: Counter[str] = Counter()
+    for layer in range(model.num_layers):
+        parts += layer_parameters(model, layer, LayoutConfig())
+    parts["embedding"] = model.vocab_size * model.hidden_size
+    parts["final_norm"] = model.hidden_size
+    if not model.tie_embeddings:
+        parts["output"] = model.vocab_size * model.hidden_size
+    idle = 0
+    if model.moe is not None:
+        idle = parts["experts"] // model.moe.num_experts * (model.moe.num_experts - model.moe.top_k)
+    return ParameterCount(parts=dict(parts), active=sum(parts.values()) - idle)
+
+
+def layer_parameters(model: ModelConfig, layer: int, layout: LayoutConfig) -> Counter[str]:
+    """Parameters, by part, of layer number `layer` (from 0) on one rank of `layout`.
+
+    Tensor parallelism cuts the projections and feed-forwards; norms and the router stand on every tensor-parallel rank.
+    """
+    hidden, heads, key_heads = model.hidden_size, model.num_attention_heads, model.num_key_value_heads
+    tensor = layout.tensor_parallel
+    projections = hidden * model.head_dim * (2 * heads + 2 * key_heads)
+    parts = Counter(attention=projections // tensor, norms=2 * hidden)
+    if model.qk_norm:
+        parts["norms"] += 2 * model.head_dim
+    moe = model.moe
+    if moe is None or layer < moe.leading_dense_layers:
+        parts["dense_feed_forward"] = SWIGLU_MATRICES * hidden * model.ffn_hidden_size // tensor
+        return parts
+    one_expert = SWIGLU_MATRICES * hidden * moe.expert_ffn_hidden_size // layout.expert_tensor_parallel
+    parts["experts"] = moe.num_experts // layout.expert_parallel * one_expert
+    parts["router"] = moe.num_experts * hidden
+    if moe.shared_expert_ffn_hidden_size:
+        parts["shared_experts"] = SWIGLU_MATRICES * hidden * moe.shared_expert_ffn_hidden_size // tensor
+    if moe.expert_bias:
+        parts["expert_bias"] = moe.num_experts
+    return parts
+
+
+def rank_shares(model: ModelConfig, layout: LayoutConfig) -> list[RankShare]:
+    """What each rank holds, ranks with the same layers and experts together.
+
+    Megatron numbers ranks with the tensor axis fastest, then context, data and pipeline; the ranks of one pipeline
+    stage are numbered again for the experts, with the expert-tensor axis fastest and then the expert axis.
+    """
+    shares = []
+    per_stage = layout.world_size // layout.pipeline_parallel
+    for pipeline in range(layout.pipeline_parallel):
+        for expert in range(layout.expert_parallel):
+            ranks = [
+                pipeline * per_stage + rank
+                for rank in range(per_stage)
+                if rank // layout.expert_tensor_parallel % layout.expert_parallel == expert
+            ]
+            shares.append(_share(model, layout, ranks, pipeline, expert))
+    return shares
+
+
+def stage_layers(model: ModelConfig, layout: LayoutConfig, pipeline: int) -> list[int]:
+    """Layers (from 0) of one pipeline stage; interleaved, chunk c of every stage comes before chunk c + 1 of any."""
+    chunks = layout.pipeline_chunks_per_rank
+    size = model.num_layers // (layout.pipeline_parallel * chunks)
+    starts = [(chunk * layout.pipeline_parallel + pipeline) * size for chunk in range(chunks)]
+    return [layer for start in starts for layer in range(start, start + size)]
+
+
+def _share(model: ModelConfig, layout: LayoutConfig, ranks: list[int], pipeline: int, expert: int) -> RankShare:
+    layers = stage_layers(model, layout, pipeline)
+    first, last = pipeline == 0, pipeline == layout.pipeline_parallel - 1
+    parts = sum((layer_parameters(model, layer, layout) for layer in layers), Counter())
+    count = sum(number for part, number in parts.items() if part not in BUFFERS)
+    table = model.vocab_size * model.hidden_size // layout.tensor_parallel
+    # A tied output layer is the embedding itself, or its copy where the last stage is not the first.
+    output = last and not (first and model.tie_embeddings)
+    count += table * (first + output) + (model.hidden_size if last else 0)
+    held = None
+    if model.moe is not None and parts["experts"]:
+        size = model.moe.num_experts // layout.expert_parallel
+        held = range(expert * size, (expert + 1) * size)
+    return RankShare(ranks, pipeline, expert, layers, held, first, output, count)

@@ -1,0 +1,215 @@
+"""`llada env`: versions, devices, and which accelerations are active and why not; what one pastes into a bug report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from llada_megatron import __version__
+from llada_megatron.console import emit_json
+
+EXAMPLES = """\
+examples:
+  llada env                                  paste this into a bug report
+  llada env --json | tail -1                 the same as one JSON object"""
+DISTRIBUTIONS = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "flash-attn",
+    "apex",
+    "numpy",
+    "sentencepiece",
+    "tokenizers",
+)
+VARIABLES = re.compile(
+    r"(CUDA|NCCL|TORCH|PYTORCH|NVTE|GLOO|OMP|MKL|SLURM|LLADA|TE|UB)_\w+"
+    r"|(MASTER_(ADDR|PORT)|(LOCAL_|GROUP_)?RANK|(LOCAL_)?WORLD_SIZE|NO_COLOR|PYTHONPATH|VIRTUAL_ENV|CONDA_DEFAULT_ENV|LD_LIBRARY_PATH)"
+)
+SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE|JWT", re.IGNORECASE)
+URL_PASSWORD = re.compile(r"(://[^/@:\s]*):[^@/\s]+@")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`llada env` takes only the common options."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report."""
+    report = collect()
+    for section, values in report.items():
+        print(section.replace("_", " "))
+        for name, value in values.items():
+            print(f"  {name:<24}{value if not isinstance(value, dict) else _acceleration(value)}")
+    if args.json:
+        emit_json(report)
+    return 0
+
+
+def collect() -> dict[str, dict[str, Any]]:
+    """The whole report, section by section."""
+    return {
+        "versions": versions(),
+        "machine": machine(),
+        "devices": devices(),
+        "accelerations": accelerations(),
+        "source": source_state(Path(__file__).resolve().parent),
+        "environment": environment_variables(dict(os.environ)),
+    }
+
+
+def versions() -> dict[str, Any]:
+    """Installed versions; None for what is not installed."""
+    found: dict[str, Any] = {"llada-megatron": __version__, "python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Operating system, usable cores and memory of the host."""
+    import psutil
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = psutil.virtual_memory()
+    return {
+        "system": platform.platform(),
+        "executable": sys.executable,
+        "cpu": _processor_name(),
+        "usable cores": cores,
+        "memory GB": round(memory.total / 1e9, 1),
+        "available memory GB": round(memory.available / 1e9, 1),
+    }
+
+
+def devices() -> dict[str, Any]:
+    """What torch computes on."""
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        reason = "no usable GPU or driver" if built else "this torch is built without CUDA"
+        return {"device": "cpu", "why not CUDA": reason, "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {"device": "cuda", "CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"sm_{properties.major}{properties.minor}"
+        found[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 1e9:.1f} GB, {capability}"
+    return found
+
+
+def accelerations() -> dict[str, dict[str, Any]]:
+    """Each acceleration: whether it is active, and the detail or the reason why not."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    nccl = cuda and torch.distributed.is_available() and torch.distributed.is_nccl_available()
+    nccl_detail = (
+        ".".join(map(str, torch.cuda.nccl.version())) if nccl else ("not in this torch" if cuda else "needs CUDA")
+    )
+    gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
+    return {
+        "NCCL": _state(nccl, nccl_detail),
+        "gloo": _state(gloo, "communication between CPU ranks" if gloo else "not in this torch"),
+        "transformer-engine": _importable(
+            "transformer_engine_torch", "transformer_engine.pytorch", cuda, "pip install llada-megatron[gpu]"
+        ),
+        "apex": apex_state(cuda),
+        "flash-attn": _importable("flash_attn", "flash_attn", cuda, "pip install flash-attn"),
+        "megatron index helpers": index_helpers_state(),
+    }
+
+
+def apex_state(cuda: bool) -> dict[str, Any]:
+    """Whether NVIDIA's Apex is there; the package named `apex` on the Python index is an unrelated one."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return _state(False, "not installed; Megatron's own norm and torch's AdamW are used")
+    folders = spec.submodule_search_locations or []
+    if not any((Path(folder) / "multi_tensor_apply").is_dir() for folder in folders):
+        return _state(False, "the installed package `apex` is not NVIDIA's; uninstall it, Megatron may mistake it")
+    if importlib.util.find_spec("amp_C") is None:
+        return _state(False, "NVIDIA's Apex is installed without its CUDA extensions (amp_C)")
+    return _state(cuda, "fused norms and optimizers" if cuda else "needs CUDA")
+
+
+def index_helpers_state() -> dict[str, Any]:
+    """Whether Megatron's compiled dataset helpers are there (looked up as a file: importing Megatron takes seconds)."""
+    spec = importlib.util.find_spec("megatron")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    built = [file for folder in folders for file in Path(folder).glob("core/datasets/helpers_cpp*.so")]
+    return _state(bool(built), "compiled" if built else "not compiled (a megatron-core wheel contains them)")
+
+
+def source_state(folder: Path) -> dict[str, Any]:
+    """Git commit of the installed source, and whether it has local changes."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    # Installed into an environment inside some other project, the commit found would be that project's.
+    inside = git("ls-files", "--error-unmatch", str(Path(__file__).resolve())) is not None
+    commit = git("rev-parse", "HEAD") if inside else None
+    return {
+        "commit": commit,
+        "local changes": bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+    }
+
+
+def environment_variables(values: dict[str, str]) -> dict[str, str]:
+    """The variables that steer a run, with what may be a secret left out."""
+    chosen = {name: value for name, value in sorted(values.items()) if VARIABLES.fullmatch(name)}
+    return {
+        name: "<redacted>" if SECRET.search(name) else URL_PASSWORD.sub(r"\1:<redacted>@", value)
+        for name, value in chosen.items()
+    }
+
+
+def _importable(marker: str, module: str, usable: bool, remedy: str) -> dict[str, Any]:
+    try:
+        if importlib.util.find_spec(marker) is None:
+            return _state(False, f"not installed ({remedy})")
+        if not usable:
+            return _state(False, "installed, but needs CUDA")
+        importlib.import_module(module)
+    except Exception as error:  # a binary extension built for another torch can fail in any way
+        return _state(
+            False,
+            f"installed, but does not load: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        )
+    return _state(True, "loaded")
+
+
+def _state(active: bool, detail: str) -> dict[str, Any]:
+    return {"active": bool(active), "detail": detail}
+
+
+def _acceleration(state: dict[str, Any]) -> str:
+    return f"{'active' if state['active'] else 'not active'}: {state['detail']}"
+
+
+def _processor_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor()
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match.group(1) if match else platform.processor()

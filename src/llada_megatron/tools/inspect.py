@@ -1,0 +1,137 @@
+"""`llada inspect`: what a configuration means before anything runs: resolved keys, parameters, what each rank holds."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from llada_megatron.console import emit_json
+from llada_megatron.llada_moe.config import ModelConfig, RunConfig, dump_yaml, is_run, load_model, load_run, to_dict
+from llada_megatron.llada_moe.model.parameters import ParameterCount, RankShare, count_parameters, rank_shares
+
+EXAMPLES = """\
+examples:
+  llada inspect llada2-flash                                    a model of configs/models, by name
+  llada inspect configs/runs/demo.yaml                          a run: also what each rank holds
+  llada inspect configs/runs/llada2-flash-pretrain.yaml layout.expert_parallel=64
+  llada inspect llada-8b --json | tail -1 | python -m json.tool"""
+LONGEST_TABLE = 16
+PART_NAMES = {
+    "embedding": "embedding",
+    "attention": "attention projections",
+    "dense_feed_forward": "dense feed-forward",
+    "experts": "routed experts",
+    "shared_experts": "shared experts",
+    "router": "router",
+    "expert_bias": "expert bias (buffer)",
+    "norms": "layer norms",
+    "final_norm": "final norm",
+    "output": "output layer",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `llada inspect`."""
+    parser.add_argument(
+        "config", metavar="MODEL-OR-RUN.yaml", help="a run, a model, or the name of a model in configs/models"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="keys laid over the file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; raises ConfigError for a configuration that cannot work."""
+    config: RunConfig | ModelConfig
+    config = load_run(args.config, args.overrides) if is_run(args.config) else load_model(args.config, args.overrides)
+    model = config.model if isinstance(config, RunConfig) else config
+    count = count_parameters(model)
+    shares = rank_shares(model, config.layout) if isinstance(config, RunConfig) else []
+    print(dump_yaml(config))
+    print(parameter_table(count))
+    if isinstance(config, RunConfig):
+        print(layout_table(config, shares))
+    if args.json:
+        emit_json(summary(config, count, shares))
+    return 0
+
+
+def parameter_table(count: ParameterCount) -> str:
+    """Each part's parameters, then the totals."""
+    rows = [(name, count.parts[part]) for part, name in PART_NAMES.items() if part in count.parts]
+    rows += [
+        ("total, the published way", count.total),
+        ("trainable", count.trainable),
+        ("active per token", count.active),
+    ]
+    lines = [f"  {name:<26}{number:>18,}" for name, number in rows]
+    lines.insert(-3, "  " + "-" * 44)
+    return "\n".join(["parameters", *lines])
+
+
+def layout_table(run: RunConfig, shares: list[RankShare]) -> str:
+    """One line per group of ranks that hold the same layers and experts."""
+    layout = run.layout
+    axes = (
+        f"tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x context {layout.context_parallel} "
+        f"x data {layout.data_parallel}"
+    )
+    micro = run.training.global_batch_size // (run.training.micro_batch_size * layout.data_parallel)
+    head = f"\nlayout: {axes} = {layout.world_size} ranks; {micro} micro-batches per step and data-parallel rank"
+    groups = [[share] for share in shares]
+    if (
+        len(shares) > LONGEST_TABLE
+    ):  # one line per pipeline stage: its expert ranks differ only in which experts they hold
+        groups = [[share for share in shares if share.pipeline == stage] for stage in range(layout.pipeline_parallel)]
+    rows = [("ranks", "pp", "ep", "layers", "experts", "parameters each"), *(_row(group) for group in groups)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([head, *(f"  {line.rstrip()}" for line in lines)])
+
+
+def _row(group: list[RankShare]) -> tuple[str, ...]:
+    share = group[0]
+    layers = ["embedding"] * share.embedding + [spans(share.layers)] + ["output"] * share.output
+    experts = "-"
+    if share.experts:
+        experts = spans(list(share.experts)) if len(group) == 1 else f"{len(share.experts)} each"
+    ranks = sorted(rank for member in group for rank in member.ranks)
+    held = [member.expert for member in group]
+    return spans(ranks), str(share.pipeline), spans(held), ", ".join(layers), experts, f"{share.parameters:,}"
+
+
+def spans(numbers: list[int], longest: int = 4) -> str:
+    """Ascending runs as `0-3, 8-11`; more than `longest` runs are cut, with the count of all numbers."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    words = [str(start) if start == end else f"{start}-{end}" for start, end in runs]
+    return ", ".join(words) if len(words) <= longest else f"{', '.join(words[:longest])}, … ({len(numbers)})"
+
+
+def summary(config: RunConfig | ModelConfig, count: ParameterCount, shares: list[RankShare]) -> dict[str, Any]:
+    """The report as plain values."""
+    report = {
+        "config": to_dict(config),
+        "parameters": count.total,
+        "trainable": count.trainable,
+        "active_per_token": count.active,
+        "parts": count.parts,
+    }
+    if isinstance(config, RunConfig):
+        report["world_size"] = config.layout.world_size
+        report["ranks"] = [
+            {
+                "ranks": share.ranks,
+                "pipeline": share.pipeline,
+                "expert": share.expert,
+                "layers": share.layers,
+                "experts": list(share.experts or []),
+                "embedding": share.embedding,
+                "output": share.output,
+                "parameters": share.parameters,
+            }
+            for share in shares
+        ]
+    return report
