@@ -1,0 +1,53 @@
+"""What every process of a job owes the others: it ends with its parent, and it stops when it is asked to."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterable
+from types import FrameType
+
+PARENT_VARIABLE = "LLADA_PARENT"
+"""Environment variable with the process id of the local launcher."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask the kernel (Linux) to kill this process as soon as its parent is gone, so that nothing is left behind.
+
+    `parent`: its expected process id; when it is gone already, the process ends here (the kernel tells only the living).
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
+
+
+class StopRequest:
+    """Whether this process was asked to stop. Call it: False until the first SIGINT or SIGTERM, then True.
+
+    A second signal ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def listen(self, signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM)) -> StopRequest:
+        """Handle `signals` from now on (main thread only); one that came during the start counts as well."""
+        numbers = tuple(signals)
+        for number in numbers:
+            signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        return self
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            os._exit(128 + number)
+        self._asked = True

@@ -1,0 +1,112 @@
+"""How one rank runs its work: where its output goes, how it stops, what it leaves behind when it fails."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from llada_megatron.launch.processes import StopRequest
+from llada_megatron.launch.reports import REPORTS_VARIABLE, Failure, write_failure, write_result
+from llada_megatron.parallel.coordinates import locate
+
+if TYPE_CHECKING:
+    from llada_megatron.llada_moe.config.schema import LayoutConfig
+
+Work = Callable[[StopRequest], dict[str, Any]]
+"""What a rank does: receives the stop request to look at between steps, returns facts for a summary."""
+
+
+def log_path(log_dir: Path, rank: int) -> Path:
+    """Where a rank's output and full stack traces go."""
+    return log_dir / f"rank-{rank}.log"
+
+
+def quieten(rank: int, log_dir: Path) -> Callable[[], None]:
+    """Send what libraries print (from Python or C++), warn or log to the rank's log file; return what undoes it.
+
+    Rank 0 keeps `sys.stderr` for its own progress and messages; the other ranks are silent.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    log = open(log_path(log_dir, rank), "a", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+    log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {rank}, process {os.getpid()}\n")
+    streams, terminals = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
+    for number, stream in enumerate(streams, start=1):
+        stream.flush()
+        os.dup2(log.fileno(), number)
+    sys.stdout = log
+    sys.stderr = open(terminals[1], "w", buffering=1, errors="backslashreplace") if rank == 0 else log  # noqa: SIM115
+    logging.basicConfig(stream=log, force=True, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.captureWarnings(True)
+    faulthandler.enable(log)
+
+    def restore() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number, terminal in enumerate(terminals, start=1):
+            os.dup2(terminal, number)
+        sys.stdout, sys.stderr = streams
+
+    return restore
+
+
+def run_local_rank(work: Work, layout: LayoutConfig, log_dir: Path) -> int:
+    """Run `work` as a rank of the local launcher; leave it the result or the failure; return the exit code.
+
+    Only SIGINT asks for a stop: the launcher's SIGTERM means that another rank has failed and no step can be finished.
+    """
+    rank, reports = int(os.environ["RANK"]), Path(os.environ[REPORTS_VARIABLE])
+    stop = StopRequest().listen([signal.SIGINT])
+    quieten(rank, log_dir)
+    try:
+        facts = work(stop)
+    except BaseException as error:
+        failure = Failure.of(rank, error)
+        print(f"{locate(rank, layout)} failed\n{failure.stack}", flush=True)
+        write_failure(reports, failure)
+        _leave_at_once(1)
+    if rank == 0:
+        write_result(reports, facts)
+    return 0
+
+
+def run_joined_rank(work: Work, layout: LayoutConfig, log_dir: Path, rank: int) -> tuple[dict[str, Any], bool]:
+    """Run `work` as a rank that torchrun or srun started; return its facts and whether it was asked to stop.
+
+    A failure ends the process here, after one line with the rank's coordinates on stderr.
+    """
+    stop = StopRequest().listen([signal.SIGINT, signal.SIGTERM])
+    restore = quieten(rank, log_dir)
+    try:
+        facts = work(stop)
+        restore()
+        return facts, stop()
+    except BaseException as error:
+        failure = Failure.of(rank, error)
+        print(f"{locate(rank, layout)} failed\n{failure.stack}", flush=True)
+        restore()
+        print(f"error: {describe(failure, layout, log_dir)}", file=sys.stderr, flush=True)
+        _leave_at_once(failure.user_error.exit_code if failure.user_error else 1)
+
+
+def describe(failure: Failure, layout: LayoutConfig, log_dir: Path) -> str:
+    """A failure in one line: who, what, and where the full stack is. An error of the user's needs its message only."""
+    if failure.user_error:
+        return failure.message
+    return f"{locate(failure.rank, layout)}: {failure.headline}; full stack: {log_path(log_dir, failure.rank)}"
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """End without the clean-up of process groups, which would wait for ranks that may no longer answer."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,48 @@
+"""The program of a rank in the launcher's tests: joins over gloo, then behaves as its first argument says."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from llada_megatron.launch import rank
+from llada_megatron.launch.processes import StopRequest, die_with_parent
+from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.errors import DataError
+
+LAYOUT = LayoutConfig(data_parallel=2)
+
+
+def work(stop: StopRequest) -> dict:
+    behaviour, directory = sys.argv[1], Path(sys.argv[2])
+    torch.distributed.init_process_group("gloo")
+    me = torch.distributed.get_rank()
+    (directory / f"pid-{me}").write_text(str(os.getpid()))
+    print("noise on stdout")
+    os.write(2, b"noise from C\n")
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    if behaviour == "fail" and me == 1:
+        raise ValueError("the second rank\nhas a reason")
+    if behaviour == "user-error":
+        raise DataError("the corpus is empty; give it text")
+    if behaviour == "killed" and me == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    steps = 0
+    while behaviour in ("run", "deaf", "fail", "killed"):
+        asked = torch.tensor([int(stop()) if behaviour != "deaf" else 0])
+        torch.distributed.all_reduce(asked)
+        steps += 1
+        if asked.item():
+            break
+        time.sleep(0.02)
+    torch.distributed.destroy_process_group()
+    return {"sum": total.item(), "steps": steps, "threads": os.environ["OMP_NUM_THREADS"]}
+
+
+if __name__ == "__main__":
+    die_with_parent(int(os.environ["LLADA_PARENT"]))
+    sys.exit(rank.run_local_rank(work, LAYOUT, Path(sys.argv[2]) / "logs"))
