@@ -1,0 +1,104 @@
+"""Megatron's ModuleSpec of our layers: which module stands in each place, for local modules and for Transformer Engine's."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from llada_megatron.llada_moe.model.attention import PatternAttention
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm that tells Megatron to sum its gradient over the tensor ranks under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+        if torch.cuda.is_available() and not self.weight.is_meta:
+            self.to(torch.cuda.current_device())
+
+
+class LocalProvider(LocalSpecProvider):
+    """Megatron's own parallel layers with our norm and attention."""
+
+    def layer_norm(self, *_: Any, **__: Any) -> type:
+        """RMSNorm everywhere."""
+        return RMSNorm
+
+    def core_attention(self) -> type:
+        """Attention over a pattern."""
+        return PatternAttention
+
+
+def transformer_engine_active() -> bool:
+    """Whether Transformer Engine's modules are used: CUDA is there and its pytorch extension is installed."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine_torch") is not None
+
+
+def provider() -> Any:
+    """The modules this machine builds from."""
+    if not transformer_engine_active():
+        return LocalProvider()
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    class TransformerEngineProvider(TESpecProvider):
+        """Transformer Engine's linear layers, norms and grouped experts, with our attention."""
+
+        def core_attention(self) -> type:
+            return PatternAttention
+
+    return TransformerEngineProvider()
+
+
+def _layer(config: TransformerConfig, backend: Any, moe: bool, causal: bool) -> ModuleSpec:
+    norm = backend.layer_norm(rms_norm=True)
+    head_norm = backend.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
+    attention = SelfAttentionSubmodules(
+        linear_qkv=backend.column_parallel_linear(),
+        core_attention=backend.core_attention(),
+        linear_proj=backend.row_parallel_linear(),
+        q_layernorm=head_norm,
+        k_layernorm=head_norm,
+    )
+    mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=attention),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=get_mlp_module_spec_for_backend(
+                backend, num_experts=config.num_moe_experts if moe else None, moe_grouped_gemm=config.moe_grouped_gemm
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def block_spec(config: TransformerConfig, causal: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage (and interleaved chunk), dense or MoE each as `moe_layer_freq` says."""
+    backend = provider()
+    dense = _layer(config, backend, moe=False, causal=causal)
+    moe = _layer(config, backend, moe=True, causal=causal) if config.num_moe_experts else dense
+    kinds = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
+    layers = [moe if kind else dense for kind in kinds]
+    offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=layers[offset : offset + count], layer_norm=backend.layer_norm(rms_norm=True))

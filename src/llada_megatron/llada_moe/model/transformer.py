@@ -1,0 +1,195 @@
+"""The masked diffusion Transformer: Megatron's GPTModel with attention over a pattern and a head on the supervised rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig, MoEConfig, TrainingConfig
+from llada_megatron.llada_moe.model.head import selected_logits, supervised_loss
+from llada_megatron.llada_moe.model.patterns import Kind
+from llada_megatron.llada_moe.model.spec import block_spec, transformer_engine_active
+
+
+class ContiguousRotary(RotaryEmbedding):
+    """Rotary angles of this context rank's contiguous slice of the sequence (Megatron slices in zigzag order)."""
+
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> torch.Tensor:
+        """Angles `[seq / context_parallel, 1, 1, rotary_dim]`."""
+        angles = self.get_emb(max_seq_len, offset)
+        group = self.cp_group
+        return angles.chunk(group.size())[group.rank()] if group is not None and group.size() > 1 else angles
+
+
+class DiffusionTransformer(GPTModel):
+    """Predicts the tokens of the supervised rows, each seeing its whole segment (or the past of it, if causal)."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, logits_chunk_mb: int, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.logits_chunk_elements = logits_chunk_mb * 2**20 // 4
+        rotary = self.rotary_pos_emb
+        self.rotary_pos_emb = ContiguousRotary(
+            kv_channels=config.kv_channels,
+            rotary_percent=self.rotary_percent,
+            rotary_base=self.rotary_base,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=rotary.cp_group,
+        )
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        boundaries: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the stage's layers.
+
+        Args:
+            inputs: token ids `[batch, seq]` (read by the first stage).
+            boundaries: segment boundaries (see `patterns`); None = every sequence is one segment.
+            labels: `[batch, seq]`, with `weights`: return the loss of each sequence.
+            weights: `[batch, seq]` float32; 0 = not supervised.
+            rows: bool `[batch, seq]`: return the logits of these rows instead.
+
+        Returns:
+            On the last stage `[batch]` losses or `[rows, vocab / tensor_parallel]` logits; before it the hidden states.
+        """
+        selector = weights if labels is not None else rows
+        return super().forward(inputs, None, boundaries, labels=labels, loss_mask=selector)
+
+    def _postprocess(
+        self, hidden_states: torch.Tensor, *_: Any, labels: torch.Tensor | None = None, loss_mask: Any = None, **__: Any
+    ) -> torch.Tensor:
+        if not self.post_process:
+            return hidden_states
+        if labels is None:
+            return selected_logits(self, hidden_states, loss_mask)
+        return supervised_loss(self, hidden_states, labels, loss_mask, self.logits_chunk_elements)
+
+
+def build_model(
+    model: ModelConfig,
+    config: TransformerConfig,
+    *,
+    attention: Kind,
+    logits_chunk_mb: int = 256,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    pg_collection: Any = None,
+) -> DiffusionTransformer:
+    """Build one pipeline stage (and interleaved chunk) of the model on the current device.
+
+    `config` comes from `transformer_config`; the process groups must exist.
+    """
+    return DiffusionTransformer(
+        config,
+        block_spec(config, causal=attention == "causal", vp_stage=vp_stage),
+        vocab_size=model.vocab_size,
+        max_sequence_length=model.max_sequence_length,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_percent=model.rotary_fraction,
+        rotary_base=model.rope_theta,
+        parallel_output=True,
+        pg_collection=pg_collection,
+        vp_stage=vp_stage,
+        logits_chunk_mb=logits_chunk_mb,
+    )
+
+
+def transformer_config(model: ModelConfig, layout: LayoutConfig, training: TrainingConfig | None = None) -> TransformerConfig:
+    """Megatron's configuration of `model` under `layout`; without `training`, fp32 and no recomputation."""
+    dtype = torch.bfloat16 if training is not None and training.precision == "bf16" else torch.float32
+    fused = transformer_engine_active()
+    fields: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_key_value_heads,
+        "kv_channels": model.head_dim,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.rms_norm_eps,
+        "qk_layernorm": model.qk_norm,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": model.init_std,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "calculate_per_token_loss": True,
+        # kernels that exist with Transformer Engine only
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+        **_layout_fields(layout),
+        **(_moe_fields(model, model.moe, fused) if model.moe else {}),
+    }
+    if model.moe:
+        fields["moe_token_dispatcher_type"] = layout.expert_dispatcher
+    if training is not None and training.recompute == "full":
+        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(**fields)
+
+
+def _layout_fields(layout: LayoutConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tensor_parallel,
+        "sequence_parallel": layout.sequence_parallel,
+        "pipeline_model_parallel_size": layout.pipeline_parallel,
+        "context_parallel_size": layout.context_parallel,
+        "expert_model_parallel_size": layout.expert_parallel,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel,
+        "variable_seq_lengths": False,
+    }
+    if layout.pipeline_chunks_per_rank > 1:
+        fields |= {
+            "virtual_pipeline_model_parallel_size": layout.pipeline_chunks_per_rank,
+            # with two stages both neighbours are one rank, and batched messages between two ranks pair up in the wrong order:
+            # the run would silently learn something else
+            "overlap_p2p_comm": True,
+            "batch_p2p_comm": False,
+        }
+    return fields
+
+
+def _moe_fields(model: ModelConfig, moe: MoEConfig, grouped: bool) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "num_moe_experts": moe.num_experts,
+        "moe_router_topk": moe.top_k,
+        "moe_ffn_hidden_size": moe.expert_ffn_hidden_size,
+        "moe_layer_freq": [int(layer >= moe.leading_dense_layers) for layer in range(model.num_layers)],
+        "moe_router_score_function": moe.score_function,
+        "moe_router_pre_softmax": moe.score_function == "softmax",
+        "moe_router_dtype": "fp32",
+        "moe_router_enable_expert_bias": moe.expert_bias,
+        "moe_router_bias_update_rate": moe.expert_bias_update_rate,
+        "moe_router_topk_scaling_factor": moe.routed_scaling_factor,
+        "moe_router_load_balancing_type": "aux_loss" if moe.aux_loss_coefficient else "none",
+        "moe_aux_loss_coeff": moe.aux_loss_coefficient,
+        "moe_z_loss_coeff": moe.z_loss_coefficient or None,
+        "moe_permute_fusion": False,
+        "moe_grouped_gemm": grouped,
+        "add_qkv_bias": False,
+    }
+    if moe.shared_expert_ffn_hidden_size:
+        fields["moe_shared_expert_intermediate_size"] = moe.shared_expert_ffn_hidden_size
+    if moe.num_expert_groups > 1:
+        fields |= {"moe_router_num_groups": moe.num_expert_groups, "moe_router_group_topk": moe.expert_groups_top_k}
+    return fields
