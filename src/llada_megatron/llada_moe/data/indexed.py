@@ -1,0 +1,86 @@
+"""Megatron's `.bin`/`.idx` pair: written token run by token run, read as one flat array with document starts."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from numpy.typing import NDArray
+
+from llada_megatron.llada_moe.data.manifest import prefix_file
+from llada_megatron.llada_moe.errors import DataError
+
+
+def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
+    """Type of a stored token: two bytes where they suffice (the format's own limit)."""
+    return np.uint16 if vocab_size < 65500 else np.int32
+
+
+class TokenWriter:
+    """Writes an IndexedDataset with one sequence per document."""
+
+    def __init__(self, bin_path: Path, dtype: type[np.uint16] | type[np.int32]) -> None:
+        """Open the .bin file for writing."""
+        self._builder = IndexedDatasetBuilder(str(bin_path), dtype=dtype)
+        self.tokens = 0
+
+    @property
+    def documents(self) -> int:
+        """Documents written so far."""
+        return len(self._builder.sequence_lengths)
+
+    def add(self, tokens: NDArray[np.integer], lengths: list[int]) -> None:
+        """Append documents of these lengths, concatenated (`add_document` would cost a call and a copy for each)."""
+        builder = self._builder
+        builder.data_file.write(tokens.astype(builder.dtype, copy=False).tobytes())
+        first = len(builder.sequence_lengths)
+        builder.sequence_lengths.extend(lengths)
+        builder.document_indices.extend(range(first + 1, first + len(lengths) + 1))
+        self.tokens += len(tokens)
+
+    def finish(self, idx_path: Path) -> None:
+        """Close the .bin and write the .idx file."""
+        self._builder.finalize(str(idx_path))
+
+    def abandon(self) -> None:
+        """Close without an index."""
+        self._builder.data_file.close()
+
+
+class TokenFile:
+    """A prepared set's tokens and document positions, mapped into memory (nothing is copied)."""
+
+    def __init__(self, prefix: str | Path) -> None:
+        """Open PREFIX.bin and .idx. Raises DataError when the index cannot be read or is of other tokens."""
+        index_path = prefix_file(prefix, ".idx")
+        try:
+            self._dataset = IndexedDataset(str(prefix))  # owns the mapped index
+            self._index = self._dataset.index
+            self.tokens: NDArray[np.integer] = np.memmap(prefix_file(prefix, ".bin"), dtype=self._index.dtype, mode="r")
+        except (AssertionError, ValueError, OSError, KeyError, struct.error) as error:
+            raise DataError(f"{index_path}: damaged index ({error}); prepare the set again") from error
+        self._item = self.tokens.dtype.itemsize
+        if self.documents == 0 or sum(self.span(self.documents - 1)) != len(self.tokens):
+            raise DataError(f"{index_path}: index and .bin disagree; prepare the set again")
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return len(self._index.sequence_lengths)
+
+    def span(self, document: int) -> tuple[int, int]:
+        """First token and length of a document."""
+        return int(self._index.sequence_pointers[document]) // self._item, int(self._index.sequence_lengths[document])
+
+    def spans(self, documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First tokens and lengths of several documents."""
+        lengths = self._index.sequence_lengths[documents].astype(np.int64)
+        return self._index.sequence_pointers[documents] // self._item, lengths
+
+    def starts_within(self, begin: int, end: int) -> NDArray[np.int64]:
+        """First tokens of the documents that start in [begin, end)."""
+        pointers = self._index.sequence_pointers
+        low, high = np.searchsorted(pointers, [begin * self._item, end * self._item])
+        return pointers[low:high] // self._item

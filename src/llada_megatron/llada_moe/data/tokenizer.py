@@ -1,0 +1,100 @@
+"""Text to token ids and back, for SentencePiece models and Hugging Face `tokenizer.json` files.
+
+Two things hold for every tokenizer loaded here. It has a mask token: where the file brings none, the id after the last
+one becomes the mask. And no text can produce that id: a text that contains the mask's name is encoded as ordinary text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+from llada_megatron.llada_moe.errors import DataError
+
+MASK_NAMES = ("<mask>", "<|mask|>", "<|mdm_mask|>", "<[MASK]>", "[MASK]", "<MASK>")
+"""Names that a mask token goes by (`<|mdm_mask|>` LLaDA-8B, `<|mask|>` LLaDA-MoE and LLaDA2, `[MASK]` BERT)."""
+EOS_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[EOS]", "[SEP]")
+"""Names that an end-of-text token goes by, the document's end before the turn's end."""
+LONG_TEXT = 1 << 20
+"""Characters above which a text is encoded in parts cut at line ends, so that memory stays bounded."""
+
+
+class Tokenizer(Protocol):
+    """What the rest of the package needs from a tokenizer. Ids are 0 <= id < vocab_size."""
+
+    vocab_size: int
+    """All ids, the mask's included."""
+    eos_id: int
+    mask_id: int
+    mask_was_added: bool
+    """The file has no mask token that text cannot produce; `mask_id` is the id after its last one."""
+    sha256: str
+    """Of the tokenizer file, in hexadecimal."""
+    path: Path
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without begin, end or mask tokens."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids; begin, end and mask tokens are left out."""
+        ...
+
+
+def load_tokenizer(path: str | Path, eos_token: str | None = None, mask_token: str | None = None) -> Tokenizer:
+    """Load a SentencePiece `.model`, a Hugging Face `tokenizer.json`, or a folder that holds one of them.
+
+    `eos_token` and `mask_token` name the tokens where the file's own choice should not be used. Raises DataError.
+    """
+    file = _tokenizer_file(Path(path))
+    data = file.read_bytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    if file.suffix == ".json":
+        from llada_megatron.llada_moe.data.huggingface_tokenizer import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer(file, data, sha256, eos_token, mask_token)
+    from llada_megatron.llada_moe.data.sentencepiece_tokenizer import SentencePieceTokenizer
+
+    return SentencePieceTokenizer(file, data, sha256, eos_token, mask_token)
+
+
+def encode_long(tokenizer: Tokenizer, text: str, limit: int = LONG_TEXT) -> list[int]:
+    """Ids of a text of any length; one above `limit` characters is encoded in parts that end at line ends."""
+    ids: list[int] = []
+    start = 0
+    while len(text) - start > limit:
+        cut = text.rfind("\n", start, start + limit) + 1 or start + limit
+        ids += tokenizer.encode(text[start:cut])
+        start = cut
+    return ids + tokenizer.encode(text[start:] if start else text)
+
+
+def choose_name(wanted: str | None, known: tuple[str, ...], has: set[str], what: str, file: Path) -> str | None:
+    """The name of a special token: the wanted one (DataError if missing), else the first known one in the file."""
+    if wanted is not None:
+        if wanted not in has:
+            raise DataError(f"{file}: no {what} token {wanted!r} in this tokenizer")
+        return wanted
+    return next((name for name in known if name in has), None)
+
+
+def eos_missing(file: Path) -> DataError:
+    """The error of a tokenizer whose end-of-text token cannot be told."""
+    return DataError(
+        f"{file}: no end-of-text token found (looked for {', '.join(EOS_NAMES)}); name it with --eos-token"
+    )
+
+
+def _tokenizer_file(path: Path) -> Path:
+    """The tokenizer file that a path means."""
+    if path.is_dir():
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (path / name).is_file():
+                return path / name
+        raise DataError(f"{path}: neither tokenizer.json nor tokenizer.model in this folder")
+    if not path.is_file():
+        raise DataError(f"{path}: no such tokenizer file")
+    if path.suffix not in (".model", ".json"):
+        raise DataError(f"{path}: a tokenizer is a SentencePiece .model or a Hugging Face tokenizer.json")
+    return path

@@ -1,0 +1,301 @@
+"""`llada prepare`: text, folders or JSON lines to tokens that training reads."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llada_megatron.console import emit_json, message
+from llada_megatron.llada_moe.errors import ConfigError, DataError, ResourceError
+
+if TYPE_CHECKING:
+    from llada_megatron.llada_moe.data.corpus import Chunk, Skipped, Source
+    from llada_megatron.llada_moe.data.encoding import Encoded, TokenizerChoice
+    from llada_megatron.llada_moe.data.manifest import Manifest
+    from llada_megatron.llada_moe.data.tokenizer import Tokenizer
+
+EXAMPLES = """\
+examples:
+  llada prepare my_texts/ --output data/mine --train-tokenizer --vocab-size 8192
+  llada prepare web.jsonl.zst code/ --output data/mix --tokenizer data/mine.tokenizer.model --jsonl-key content
+  llada prepare python-stdlib --output data/python --train-tokenizer --vocab-size 2048
+
+An input is a text file, a folder (entered recursively), JSON lines (.jsonl, .ndjson), any of these as .gz or .zst, or
+python-stdlib: the source files of this Python's own standard library without its tests. A text file or a JSON line is
+one document. Written are PREFIX.bin and PREFIX.idx (Megatron's format), PREFIX.tokenizer.model or .json, and PREFIX.json,
+which says what they hold. A run that is interrupted leaves no half set."""
+MANIFEST, BIN, IDX = ".json", ".bin", ".idx"
+_EXAMPLES_SHOWN = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `llada prepare`."""
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text file, folder, JSON lines, or python-stdlib")
+    parser.add_argument(
+        "--output", required=True, metavar="PREFIX", help="name of the set: PREFIX.bin, .idx, .json are written"
+    )
+    tokenizer = parser.add_mutually_exclusive_group(required=True)
+    tokenizer.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model or Hugging Face tokenizer.json")
+    tokenizer.add_argument(
+        "--train-tokenizer", action="store_true", help="train a SentencePiece vocabulary on the inputs"
+    )
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="ids of the vocabulary to train")
+    parser.add_argument(
+        "--mask-token", metavar="NAME", help="the tokenizer's mask token, where it is not found by itself"
+    )
+    parser.add_argument(
+        "--eos-token", metavar="NAME", help="the tokenizer's end-of-text token, where it is not found by itself"
+    )
+    parser.add_argument(
+        "--jsonl-key", default="text", metavar="KEY", help="key of the text in JSON lines (default: text)"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that tokenise (default: one per core, at most 16)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing set of this name")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare the set; raises DataError or ConfigError."""
+    from llada_megatron.llada_moe.data.manifest import to_json
+
+    _check_arguments(args)
+    prefix = Path(args.output)
+    with _no_space(prefix):
+        manifest, tokenizer = prepare(args, prefix)
+    said = f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {manifest.bytes:,} bytes of text"
+    print(f"{said} ({manifest.bytes_per_token:.2f} bytes per token)")
+    ids = {"vocab_size": tokenizer.vocab_size, "mask_token_id": tokenizer.mask_id, "eos_token_id": tokenizer.eos_id}
+    print("for its model:", *(f"model.{key}={value}" for key, value in ids.items()))
+    if args.json:
+        emit_json({"prefix": str(prefix), **to_json(manifest), "bytes_per_token": manifest.bytes_per_token})
+    return 0
+
+
+def prepare(args: argparse.Namespace, prefix: Path) -> tuple[Manifest, Tokenizer]:
+    """Find, tokenise and write; the set appears under its name only when it is whole."""
+    from llada_megatron.llada_moe.data.corpus import find_sources
+
+    _check_free(prefix, args.overwrite)
+    sources = find_sources(args.inputs)
+    if not sources:
+        raise DataError(f"{', '.join(args.inputs)}: empty corpus: no file found")
+    _announce(args.inputs, sources)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{prefix.name}.", suffix=".partial", dir=prefix.parent))
+    try:
+        choice = _tokenizer(args, sources, folder)
+        tokenizer = choice.load()
+        if tokenizer.mask_was_added:
+            message(f"{choice.path} has no mask token that text cannot produce: id {tokenizer.mask_id} is added for it")
+        manifest = _write(args, sources, choice, tokenizer, folder, prefix)
+        _publish(folder, prefix, manifest)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return manifest, tokenizer
+
+
+@dataclass
+class _Tally:
+    """What was counted while tokenising."""
+
+    documents: list[int]
+    bytes: list[int]
+    empty: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def add(self, chunk: Chunk, encoded: Encoded) -> None:
+        """Count one chunk."""
+        number = chunk.sources[0].input
+        self.documents[number] += len(encoded.lengths)
+        self.bytes[number] += encoded.bytes
+        self.empty += encoded.empty
+        self.skipped += encoded.skipped
+
+
+def _write(
+    args: argparse.Namespace,
+    sources: list[Source],
+    choice: TokenizerChoice,
+    tokenizer: Tokenizer,
+    folder: Path,
+    prefix: Path,
+) -> Manifest:
+    """Tokenise everything into the folder; returns the manifest."""
+    from llada_megatron.llada_moe.data.corpus import chunks, total_size
+    from llada_megatron.llada_moe.data.encoding import encode_corpus
+    from llada_megatron.parallel import device
+
+    device.install()  # before the first import of megatron.core in this process, as everywhere
+    from llada_megatron.llada_moe.data.indexed import TokenWriter, token_dtype
+
+    workers = args.workers or min(16, _cores())
+    tally = _Tally([0] * len(args.inputs), [0] * len(args.inputs))
+    writer = TokenWriter(folder / BIN, token_dtype(tokenizer.vocab_size))
+    try:
+        with _progress(total_size(sources)) as advance:
+            for chunk, encoded in encode_corpus(chunks(sources), choice, args.jsonl_key, workers):
+                writer.add(encoded.tokens, encoded.lengths)
+                tally.add(chunk, encoded)
+                advance(chunk.size)
+    except BaseException:
+        writer.abandon()
+        raise
+    _report(tally)
+    if writer.documents == 0:
+        writer.abandon()
+        raise DataError(f"{', '.join(args.inputs)}: empty corpus: no document holds any text")
+    writer.finish(folder / IDX)
+    shutil.copyfile(choice.path if args.train_tokenizer else tokenizer.path, folder / _tokenizer_ending(tokenizer))
+    return _manifest(args, sources, tally, tokenizer, writer.tokens, prefix)
+
+
+def _manifest(
+    args: argparse.Namespace, sources: list[Source], tally: _Tally, tokenizer: Tokenizer, tokens: int, prefix: Path
+) -> Manifest:
+    """The facts of the set."""
+    import numpy as np
+
+    from llada_megatron.llada_moe.data.indexed import token_dtype
+    from llada_megatron.llada_moe.data.manifest import Manifest, SourceFacts, TokenizerFacts
+
+    facts = TokenizerFacts(
+        file=prefix.name + _tokenizer_ending(tokenizer),
+        sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        mask_id=tokenizer.mask_id,
+        eos_id=tokenizer.eos_id,
+    )
+    passed_over = {skipped.path for skipped in tally.skipped}
+    files = [sum(s.input == i and s.path not in passed_over for s in sources) for i in range(len(args.inputs))]
+    return Manifest(
+        tokenizer=facts,
+        documents=sum(tally.documents),
+        tokens=tokens,
+        bytes=sum(tally.bytes),
+        dtype=np.dtype(token_dtype(tokenizer.vocab_size)).name,
+        sources=[
+            SourceFacts(input=name, files=files[i], documents=tally.documents[i], bytes=tally.bytes[i])
+            for i, name in enumerate(args.inputs)
+        ],
+    )
+
+
+def _tokenizer(args: argparse.Namespace, sources: list[Source], folder: Path) -> TokenizerChoice:
+    """The given tokenizer, or one trained on the inputs."""
+    from llada_megatron.llada_moe.data.encoding import TokenizerChoice
+    from llada_megatron.llada_moe.data.sample import sample_texts
+    from llada_megatron.llada_moe.data.sentencepiece_tokenizer import train_sentencepiece
+
+    if not args.train_tokenizer:
+        return TokenizerChoice(args.tokenizer, args.eos_token, args.mask_token)
+    message(f"training a vocabulary of {args.vocab_size}")
+    path = folder / "trained.model"
+    train_sentencepiece(sample_texts(sources, args.jsonl_key), args.vocab_size, path)
+    return TokenizerChoice(str(path))
+
+
+def _publish(folder: Path, prefix: Path, manifest: Manifest) -> None:
+    """Give the finished files their names; the manifest goes last and is what makes them a set."""
+    import json
+
+    from llada_megatron.llada_moe.data.manifest import prefix_file, to_json
+
+    (folder / MANIFEST).write_text(json.dumps(to_json(manifest), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    endings = [BIN, IDX, f".tokenizer{manifest.tokenizer.suffix}", MANIFEST]
+    for ending in endings:
+        descriptor = os.open(folder / ending, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    for old in (MANIFEST, BIN, IDX, ".tokenizer.model", ".tokenizer.json"):
+        prefix_file(prefix, old).unlink(missing_ok=True)
+    for ending in endings:
+        os.replace(folder / ending, prefix_file(prefix, ending))
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Options that do not go together."""
+    if args.train_tokenizer and args.vocab_size is None:
+        raise ConfigError("--train-tokenizer needs --vocab-size N")
+    if not args.train_tokenizer and args.vocab_size is not None:
+        raise ConfigError("--vocab-size goes with --train-tokenizer; a tokenizer file has its own")
+    if args.train_tokenizer and (args.mask_token or args.eos_token):
+        raise ConfigError("--mask-token and --eos-token go with --tokenizer; a trained vocabulary has <mask> and </s>")
+    if args.workers is not None and args.workers < 1:
+        raise ConfigError(f"--workers {args.workers}: at least 1")
+    if not Path(args.output).name or Path(args.output).is_dir():
+        raise ConfigError(f"--output {args.output}: name a prefix such as {Path(args.output) / 'corpus'}, not a folder")
+
+
+def _check_free(prefix: Path, overwrite: bool) -> None:
+    """Nothing that stands is written over unasked."""
+    from llada_megatron.llada_moe.data.manifest import prefix_file
+
+    standing = [str(prefix_file(prefix, e)) for e in (BIN, IDX, MANIFEST) if prefix_file(prefix, e).exists()]
+    if standing and not overwrite:
+        raise DataError(
+            f"{', '.join(standing)} already there; give another --output, or --overwrite to replace the set"
+        )
+
+
+def _announce(inputs: list[str], sources: list[Source]) -> None:
+    """Say what `python-stdlib` stands for here."""
+    from llada_megatron.llada_moe.data.corpus import PYTHON_STDLIB, stdlib_folder
+
+    for number, name in enumerate(inputs):
+        if name == PYTHON_STDLIB:
+            count = sum(source.input == number for source in sources)
+            message(f"{name}: {count} .py files of {stdlib_folder()}, test suites and installed packages left out")
+
+
+def _report(tally: _Tally) -> None:
+    """Say what was passed over, in a line each."""
+    if tally.skipped:
+        shown = "; ".join(f"{s.path} ({s.reason})" for s in tally.skipped[:_EXAMPLES_SHOWN])
+        more = ", …" if len(tally.skipped) > _EXAMPLES_SHOWN else ""
+        message(f"passed over {len(tally.skipped)} files that cannot be read as text: {shown}{more}")
+    if tally.empty:
+        message(f"left out {tally.empty} empty documents")
+
+
+def _cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _tokenizer_ending(tokenizer: Tokenizer) -> str:
+    """Ending of the tokenizer's copy beside the set."""
+    return f".tokenizer{tokenizer.path.suffix}"
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """A bar of bytes read on stderr; nothing where that is no terminal. Yields advance(bytes)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = TextColumn("tokenising"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("tokenising", total=total)
+        yield lambda size: progress.advance(task, size)
+
+
+@contextmanager
+def _no_space(prefix: Path) -> Iterator[None]:
+    """A full disk is said in words."""
+    import errno
+
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"{prefix.parent}: the disk is full; free space or choose another --output") from error
+        raise
