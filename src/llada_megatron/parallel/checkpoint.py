@@ -1,0 +1,338 @@
+"""Sharded checkpoints that count only once they are complete, and that are read without running what is in them.
+
+Layout of a run's directory:
+
+    step-00000100/              a checkpoint: *.distcp, .metadata, metadata.json, common.pt, manifest.json
+    .step-00000200.partial-…/   one being written, or left by a run that was killed; swept at the next start
+    latest                      name of the last checkpoint, for people and tools
+
+Every method of CheckpointStore is collective: all ranks of the world group call it, and when it fails it fails on all
+of them with the same message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from torch import distributed as dist
+
+from llada_megatron.llada_moe.errors import CheckpointError, LladaError, ResourceError
+from llada_megatron.parallel import checkpoint_manifest as manifests
+from llada_megatron.parallel import checkpoint_safety as safety
+from llada_megatron.parallel import checkpoint_writer as writing
+from llada_megatron.parallel.agreement import agree, as_error, explain, on_rank_0, try_together
+from llada_megatron.parallel.checkpoint_manifest import DamagedCheckpointError, Manifest
+
+LATEST = "latest"
+_PARTIAL = ".partial-"
+_REPLACED = ".replaced-"
+_HEADROOM = 1.02  # what file formats add to the bytes of the tensors
+_CONFIG = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
+
+
+@dataclass
+class _Pending:
+    """A save that has been planned and is being written."""
+
+    step: int
+    directory: Path
+    facts: dict[str, Any]
+    plan: writing.Plan
+    process: writing.BackgroundWrite | None
+
+
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    def __init__(
+        self,
+        directory: str | Path,
+        keep_last: int = 3,
+        asynchronous: bool = False,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        """Sweep what a killed run left in `directory`.
+
+        Args:
+            directory: where the step directories lie; made by the first save. Shared by all ranks.
+            keep_last: how many verified checkpoints stay (at least one).
+            asynchronous: write in the background where that is safe; otherwise a message says why not.
+            report: receives one-line messages, on rank 0 only; by default they go to stderr.
+        """
+        self.directory = Path(directory).absolute()
+        self.keep_last = max(1, keep_last)
+        self._report = report or (lambda text: print(text, file=sys.stderr, flush=True))
+        self._pending: _Pending | None = None
+        self._verified: Path | None = None
+        reason = writing.why_not_asynchronous() if asynchronous else None
+        self._asynchronous = asynchronous and reason is None
+        if reason:
+            self._say(f"checkpoints are written synchronously: {reason}")
+        on_rank_0(self._sweep)
+
+    def _say(self, text: str) -> None:
+        if dist.get_rank() == 0:
+            self._report(text)
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        step: int,
+        sharded_state: dict[str, Any],
+        facts: Mapping[str, Any],
+        content_metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """Write the checkpoint of `step`; an asynchronous one counts after a later `poll` or `finish`.
+
+        Args:
+            step: number of steps taken.
+            sharded_state: nested dictionaries of Megatron's ShardedTensor/ShardedObject and plain values; taken apart.
+            facts: what the manifest says of the run (JSON values): model, run, step, consumed_samples, layout, …
+            content_metadata: how the state was sharded; found again under that key of the loaded state.
+
+        Raises:
+            ResourceError: the disk is full (also before anything is written, when its free space does not suffice).
+            CheckpointError: any other failure. Earlier checkpoints stay as they are.
+        """
+        self.finish()
+        directory = on_rank_0(lambda: self._make_partial(step))
+        try:
+            agree(None if directory.is_dir() else f"{directory.parent} is not the same directory on all machines")
+            if content_metadata is not None:
+                sharded_state["content_metadata"] = content_metadata
+            with safety.local_files():
+                planned = try_together("planning the checkpoint", lambda: writing.plan(sharded_state, directory))
+            self._require_space(planned.size)
+        except LladaError:
+            self._discard(directory)
+            raise
+        process = writing.BackgroundWrite(planned) if self._asynchronous else None
+        self._pending = _Pending(step, directory, dict(facts), planned, process)
+        if process is None:
+            self.finish()
+
+    def poll(self) -> Path | None:
+        """Complete the pending save if every rank has written its part; the checkpoint's directory then, else None."""
+        if self._pending is None or self._pending.process is None:
+            return None
+        done = torch.tensor(int(self._pending.process.done()))
+        dist.all_reduce(done, op=dist.ReduceOp.MIN)
+        return self.finish() if done else None
+
+    def finish(self) -> Path | None:
+        """Wait for the pending save and complete it; the checkpoint's directory, or None if there was none.
+
+        Raises:
+            ResourceError, CheckpointError: as `save`.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        with safety.local_files():
+            mine = pending.process.wait() if pending.process else writing.write(pending.plan)
+        parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(mine, parts)
+        try:
+            return on_rank_0(lambda: self._complete(pending, parts or []))
+        except LladaError:
+            self._discard(pending.directory)
+            raise
+
+    def _make_partial(self, step: int) -> Path:
+        # a name of its own, so that a writer left by a killed run can never write into this save
+        directory = self.directory / f".{manifests.step_name(step)}{_PARTIAL}{os.getpid():x}-{time.time_ns():x}"
+        directory.mkdir(parents=True)
+        return directory
+
+    def _require_space(self, size: int) -> None:
+        """Refuse a save that cannot fit, before its first byte."""
+        total = torch.tensor(size, dtype=torch.int64)
+        dist.all_reduce(total)
+
+        def check() -> None:
+            free, needed = shutil.disk_usage(self.directory).free, int(int(total) * _HEADROOM)
+            if free < needed:
+                raise ResourceError(
+                    f"the checkpoint needs {needed / 1e9:.3f} GB and {self.directory} has {free / 1e9:.3f} GB free: "
+                    "make room, lower checkpoint.keep_last, or write elsewhere; earlier checkpoints are untouched"
+                )
+
+        on_rank_0(check)
+
+    def _complete(self, pending: _Pending, parts: list[writing.Written]) -> Path:
+        """Rank 0: turn what the ranks wrote into a checkpoint, or say why it cannot be one."""
+        reason = next((f"rank {rank}: {part.error}" for rank, part in enumerate(parts) if part.error), None)
+        try:
+            if reason is None:
+                return self._publish(pending, parts)
+        except Exception as error:  # reported in the words of a failed save
+            reason = explain(error)
+        raise as_error(
+            f"the checkpoint of step {pending.step} could not be written ({reason}); earlier checkpoints are untouched"
+        )
+
+    def _publish(self, pending: _Pending, parts: list[writing.Written]) -> Path:
+        """Complete the partial directory, verify it, and give it its name."""
+        directory, target = pending.directory, self.directory / manifests.step_name(pending.step)
+        pending.plan.writer.finish(pending.plan.metadata, [part.results for part in parts])
+        manifests.write_durably(directory / safety.COMMON, pending.plan.common)
+        manifests.write_durably(directory / safety.CONFIG, _CONFIG)
+        files = {name: entry for part in parts for name, entry in part.files.items()}
+        files |= {name: manifests.record(directory / name) for name in (safety.METADATA, safety.COMMON, safety.CONFIG)}
+        manifests.write(directory, Manifest(pending.facts, files))
+        manifests.verify_sizes(directory, manifests.read(directory))
+        manifests.sync_directory(directory)
+        _give_name(directory, target)
+        self._point_latest(target)
+        self._prune()
+        return target
+
+    def _point_latest(self, target: Path) -> None:
+        new = self.directory / f".{LATEST}{_PARTIAL}{os.getpid():x}"
+        manifests.write_durably(new, f"{target.name}\n".encode())
+        new.replace(self.directory / LATEST)
+        manifests.sync_directory(self.directory)
+
+    def _prune(self) -> None:
+        """Remove what is older than the newest `keep_last` whole checkpoints, but never the one that `latest` names."""
+        found = manifests.steps(self.directory)
+        kept = [step for step, path in found if _fault(path) is None][: self.keep_last]
+        for step, path in found:
+            if kept and step < kept[-1] and path.name != self._latest_name():
+                _remove(path)
+
+    def _latest_name(self) -> str | None:
+        with contextlib.suppress(OSError):
+            return (self.directory / LATEST).read_text().strip()
+        return None
+
+    def _sweep(self) -> None:
+        """Remove partial directories; put back a checkpoint that was moved aside for one that never came."""
+        for path in self.directory.glob(f".*{_REPLACED}*"):
+            target = self.directory / path.name[1:].split(_REPLACED)[0]
+            if target.exists():
+                _remove(path)
+            else:
+                path.rename(target)
+        for path in self.directory.glob(f".*{_PARTIAL}*"):
+            _remove(path)
+
+    def _discard(self, directory: Path) -> None:
+        if dist.get_rank() == 0:
+            _remove(directory)
+
+    # --- loading ----------------------------------------------------------------------------------------------------
+
+    def latest(self, thorough: bool = True) -> Path | None:
+        """The newest checkpoint whose files are all whole, or None if the directory has none at all.
+
+        Args:
+            thorough: read every byte of a candidate and compare (shared out over the ranks); otherwise sizes only.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none is usable.
+        """
+        faults: list[str] = []
+        for _, path in on_rank_0(lambda: manifests.steps(self.directory)):
+            try:
+                manifest = self._manifest(path)
+                if thorough:
+                    self._verify(path, manifest)
+            except DamagedCheckpointError as error:
+                self._say(f"skipped a damaged checkpoint: {error}")
+                faults.append(str(error))
+                continue
+            return path
+        if faults:
+            raise CheckpointError(
+                f"no usable checkpoint in {self.directory} ({'; '.join(faults)}); restore one of them, or move the "
+                "directory away to start anew"
+            )
+        return None
+
+    def load(
+        self, path: str | Path, sharded_state: dict[str, Any], model: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a checkpoint into the layout that `sharded_state` describes.
+
+        Args:
+            path: a step directory of any run.
+            sharded_state: template as for `save`, under any parallel layout; may ask for a part of what was saved.
+            model: the run's model (JSON values); refused if the checkpoint's differs.
+
+        Returns:
+            (state, facts): `sharded_state` with values in place of its shards, and the manifest's facts.
+
+        Raises:
+            DamagedCheckpointError: incomplete, or bytes changed.
+            CheckpointError: another model, unsafe content, or tensors that do not fit.
+        """
+        path = Path(path).absolute()
+        manifest = self._manifest(path)
+        if model is not None:
+            manifests.require_model(path, manifest.facts, model)
+        if path != self._verified:
+            self._verify(path, manifest)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        try_together(f"checking {path}", lambda: safety.refuse_unsafe(path, manifest.files, rank, world))
+
+        def read() -> dict[str, Any]:
+            with safety.guarded(path, manifest.files):
+                return dist_checkpointing.load(sharded_state, str(path))
+
+        return try_together(f"loading {path}", read), manifest.facts
+
+    def _manifest(self, path: Path) -> Manifest:
+        def read() -> Manifest:
+            manifest = manifests.read(path)
+            manifests.verify_sizes(path, manifest)
+            return manifest
+
+        return on_rank_0(read)
+
+    def _verify(self, path: Path, manifest: Manifest) -> None:
+        """Compare every file with its SHA-256; the ranks share the files out, the largest first."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
+        faults = [manifests.verify_digest(path, name, manifest.files[name]) for name in by_size[rank::world]]
+        agree(next(filter(None, faults), None), DamagedCheckpointError)
+        self._verified = path
+
+
+def _give_name(directory: Path, target: Path) -> None:
+    """Rename; a directory of that name (a damaged one, from which the run fell back) is moved aside first."""
+    aside = target.with_name(f".{target.name}{_REPLACED}{time.time_ns():x}")
+    if target.exists():
+        target.rename(aside)
+    directory.rename(target)
+    manifests.sync_directory(target.parent)
+    _remove(aside)
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        manifests.verify_sizes(path, manifests.read(path))
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory or file. A checkpoint loses its manifest first: half a removal is not half a checkpoint."""
+    with contextlib.suppress(OSError):
+        (path / manifests.FILE_NAME).unlink()
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
