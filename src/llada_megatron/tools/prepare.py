@@ -29,7 +29,7 @@ examples:
 
 An input is a text file, a folder (entered recursively), JSON lines (.jsonl, .ndjson), any of these as .gz or .zst, or
 python-stdlib: the source files of this Python's own standard library without its tests. A text file or a JSON line is
-one document. Written are PREFIX.bin and PREFIX.idx (Megatron's format), PREFIX.tokenizer.model or .json, and PREFIX.json,
+one document. Written are PREFIX.bin and .idx (Megatron's format), PREFIX.tokenizer.model or .json, and PREFIX.json,
 which says what they hold. A run that is interrupted leaves no half set."""
 MANIFEST, BIN, IDX = ".json", ".bin", ".idx"
 _EXAMPLES_SHOWN = 3

@@ -22,7 +22,7 @@ class Batch:
     labels: Tensor
     """[batch, seq] int64: what each position should predict (read where weights > 0)."""
     weights: Tensor
-    """[batch, seq] float32: 0 = not supervised; diffusion: 1/p where masked; autoregressive: 1 where a next token is known."""
+    """[batch, seq] float32: 0 = not supervised; diffusion: 1/p where masked; autoregressive: 1 before a next token."""
     boundaries: Tensor
     """[segments + 1] int32: ascending offsets into the flattened [batch * seq] between which attention stays; 0 first,
     batch * seq last, every sequence start among them."""

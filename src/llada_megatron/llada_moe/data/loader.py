@@ -16,8 +16,8 @@ from llada_megatron.llada_moe.errors import ConfigError, DataError
 class TrainingData:
     """The blend of a run's sets, packed and corrupted. Holds no position: resuming is asking for the next numbers.
 
-    Sample i of step s is number s * global_batch_size + i. Over numbers 0, 1, 2, … each set runs through all its windows,
-    every epoch in a new order and with new masks.
+    Sample i of step s is number s * global_batch_size + i. Over numbers 0, 1, 2, … each set runs through all its
+    windows, every epoch in a new order and with new masks.
     """
 
     def __init__(self, run: RunConfig, split: Split = "train") -> None:

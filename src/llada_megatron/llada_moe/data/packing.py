@@ -28,7 +28,7 @@ def held_out(first: int, last: int, fraction: float) -> NDArray[np.int64]:
 
 
 class PackedDataset:
-    """Windows of `sequence_length` tokens over the split's documents in corpus order; an incomplete last one is left out.
+    """Windows of `sequence_length` tokens over the split's documents in corpus order, without an incomplete last one.
 
     Memory grows with the held-out documents only; a window costs a binary search and one copy.
     """
@@ -99,5 +99,6 @@ class PackedDataset:
         advice += "raise" if self._split == "validation" else "lower"
         return (
             f"{prefix}: the {self._split} part ({part:g} of {self._file.documents} documents) "
-            f"holds {self.documents} documents, {self.tokens} tokens; one window takes {self._length}: {advice} data.validation_fraction"
+            f"holds {self.documents}, {self.tokens} tokens; one window takes {self._length}: "
+            f"{advice} data.validation_fraction"
         )

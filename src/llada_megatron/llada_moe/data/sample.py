@@ -16,8 +16,9 @@ _EXPANSION = 4
 
 
 def sample_texts(sources: Sequence[Source], key: str, budget: int = VOCABULARY_SAMPLE) -> Iterator[str]:
-    """All texts of a corpus within the budget of characters; of a larger one, pieces chosen by a hash of their number, so
-    that they are spread over the whole of it and the same in every run.
+    """All texts of a corpus within the budget of characters; of a larger one, pieces chosen by a hash of their number.
+
+    They are spread over the whole corpus and the same in every run.
     """
     size = sum(
         total_size([source]) * (_EXPANSION if source.path.suffix in (".gz", ".zst") else 1) for source in sources

@@ -1,8 +1,8 @@
 """The forward process: which positions of a sequence are masked, as a pure function of its coordinates.
 
 A draw is one word of numpy's Philox4x64-10, a counter-based generator whose raw output numpy keeps stable: the key is
-(seed, set), the counter (block, purpose, pass, window), and position i takes word i. Every rank, every restart and every
-layout therefore sees the same mask without a message, and a sequence's mask does not depend on the rest of its batch.
+(seed, set), the counter (block, purpose, pass, window), and position i takes word i. Every rank, restart and layout
+therefore sees the same mask without a message, and a sequence's mask does not depend on the rest of its batch.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def count(batch: Batch) -> Counts:
 def normalizer(kind: str, counts: Counts, batch: Batch) -> Tensor:
     """Factor of each sequence [batch] float32, for the `kind` of division named in the configuration.
 
-    With S_b = sum_i weights_bi * CE_bi, the loss is sum_b factor_b * S_b / (counts.sequences * sequence_length), equal to
+    With S_b = sum_i weight_bi * CE_bi, the loss is sum_b factor_b * S_b / (counts.sequences * sequence_length), that is
 
     * all_tokens: sum_b S_b / live tokens (LLaDA pre-training: all tokens of the batch, cut-off tails excepted);
     * answer_length: mean over sequences of S_b / answer_b (LLaDA fine-tuning);
