@@ -33,14 +33,15 @@ COMMANDS = {
     ),
     "env": ("llada_megatron.tools.environment", "show versions, devices and accelerations (for bug reports)"),
 }
+COMMON_OPTIONS = ("--json", "--traceback")
+"""Understood anywhere after the command, also after the name of a benchmark."""
 USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 EXAMPLES = """\
 examples:
-  llada prepare my_texts/ --out data/corpus           tokens and vocabulary from a folder of text
-  llada inspect configs/runs/demo.yaml                check a run before anything starts
-  llada train configs/runs/demo.yaml training.steps=50
-                                                      any key of the YAML file can be given on the command line
-  llada sample --help                                 each command explains itself
+  llada prepare my_texts/ --output data/mine --train-tokenizer --vocab-size 8192
+  llada inspect configs/runs/demo.yaml                    check a run before anything starts
+  llada train configs/runs/demo.yaml training.steps=50    any key of the YAML file can be given here
+  llada sample --help                                     each command explains itself
 
 Results go to stdout, messages and progress to stderr. Every command takes --json (the last line of stdout is one JSON
 object) and --traceback. Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 130 interrupted."""
@@ -63,8 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return USAGE_ERROR
     module = importlib.import_module(COMMANDS[name][0])
-    args = _parse(command_parser(name, module), rest)
-    args.traceback |= options.traceback or os.environ.get("LLADA_TRACEBACK") == "1"
+    args = _parse(command_parser(name, module), [word for word in rest if word not in COMMON_OPTIONS])
+    args.json |= "--json" in rest
+    args.traceback |= options.traceback or "--traceback" in rest or os.environ.get("LLADA_TRACEBACK") == "1"
     return _guarded(module, args)
 
 

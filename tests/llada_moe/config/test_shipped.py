@@ -1,0 +1,47 @@
+"""Every configuration in the repository loads, and the published ones are what was published."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from llada_megatron.llada_moe.config import load_model, load_run
+from llada_megatron.llada_moe.diffusion.schedule import learning_rate
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+TOKENS_PER_STEP = 1280 * 4096
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("models/*.yaml")), ids=lambda path: path.stem)
+def test_models_load(path):
+    assert load_model(path) == load_model(path.stem)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("runs/*.yaml")), ids=lambda path: path.stem)
+def test_runs_load(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # nothing may depend on the current directory
+    load_run(path)
+
+
+def test_llada_8b_learning_rate_follows_the_published_token_counts():
+    run = load_run(CONFIGS / "runs/llada-8b-pretrain.yaml")
+    assert run.training.global_batch_size * run.training.sequence_length == TOKENS_PER_STEP
+
+    def at(tokens: float) -> float:
+        return learning_rate(run.optimizer.learning_rate, int(tokens / TOKENS_PER_STEP), run.training.steps)
+
+    assert learning_rate(run.optimizer.learning_rate, 999, run.training.steps) == pytest.approx(2e-4)
+    assert at(0.1e12) == at(1.1999e12) == 4e-4
+    assert at(1.2001e12) == at(1.9999e12) == 1e-4
+    assert at(2.15e12) == pytest.approx(5.5e-5, rel=1e-3)
+    assert learning_rate(run.optimizer.learning_rate, run.training.steps - 1, run.training.steps) == pytest.approx(1e-5)
+    assert run.training.steps * TOKENS_PER_STEP == pytest.approx(2.3e12, rel=1e-5)
+
+
+def test_the_autoregressive_twin_differs_in_its_objective_only():
+    diffusion = load_run(CONFIGS / "runs/small-diffusion.yaml")
+    twin = load_run(CONFIGS / "runs/small-autoregressive.yaml")
+    assert twin.objective.kind == "autoregressive"
+    assert dataclasses.replace(twin, objective=diffusion.objective, output_dir=diffusion.output_dir) == diffusion

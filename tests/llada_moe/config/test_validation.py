@@ -1,0 +1,272 @@
+"""Combinations that cannot work are refused with the arithmetic, and those that can are let through."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llada_megatron.llada_moe.config import from_dict, load_model, load_run, to_dict, validate_run
+from llada_megatron.llada_moe.config.schema import LayoutConfig, RunConfig
+from llada_megatron.llada_moe.errors import ConfigError
+
+RUN = """\
+model: {model}
+training:
+  steps: 100
+  sequence_length: 64
+  global_batch_size: 8
+data:
+  sets:
+    - path: data/a
+optimizer:
+  learning_rate:
+    peak: 1e-3
+output_dir: runs/x
+"""
+TP_WITHOUT_SP = "a MoE model with tensor_parallel 2 trains only with sequence_parallel: true"
+
+
+def run_file(folder: Path, model: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(RUN.format(model=model), encoding="utf-8")
+    return path
+
+
+REFUSED = {
+    "tensor heads": (
+        "llada-moe-7b-a1b",
+        "layout.tensor_parallel=3",
+        "3 does not divide num_attention_heads 16; use one of 1, 2, 4, 8, 16",
+    ),
+    "tensor key heads": (
+        "tiny-dense model.num_key_value_heads=4 model.num_attention_heads=12 "
+        "model.vocab_size=252 model.ffn_hidden_size=96",
+        "layout.tensor_parallel=6",
+        "6 neither divides num_key_value_heads 4 nor is a multiple of it; use one of 1, 2, 4",
+    ),
+    "tensor vocabulary": (
+        "tiny-dense model.vocab_size=255",
+        "layout.tensor_parallel=2",
+        "2 does not divide vocab_size 255; use one of 1",
+    ),
+    "tensor ffn": (
+        "tiny-dense model.ffn_hidden_size=130",
+        "layout.tensor_parallel=4",
+        "4 does not divide ffn_hidden_size 130; use one of 1, 2",
+    ),
+    "tensor shared": (
+        "tiny-moe model.moe.shared_expert_ffn_hidden_size=34",
+        "layout.tensor_parallel=4",
+        "does not divide moe.shared_expert_ffn",
+    ),
+    "sequence without tensor": ("tiny-dense", "layout.sequence_parallel=true", "true needs tensor_parallel > 1"),
+    "sequence length": (
+        "tiny-dense training.sequence_length=62 layout.tensor_parallel=4",
+        "layout.sequence_parallel=true",
+        "sequence_length 62 / context_parallel 1 = 62 is not a multiple of tensor_parallel 4",
+    ),
+    "moe needs sequence": ("tiny-moe layout.tensor_parallel=2", "layout.sequence_parallel=false", TP_WITHOUT_SP),
+    "expert": (
+        "tiny-moe layout.data_parallel=3",
+        "layout.expert_parallel=3",
+        "3 does not divide num_experts 8; use one of 1, 2, 4, 8",
+    ),
+    "expert ranks": (
+        "tiny-moe layout.data_parallel=2",
+        "layout.expert_parallel=4",
+        "tensor 1 x context 1 x data 2 = 2",
+    ),
+    "expert without moe": (
+        "tiny-dense layout.data_parallel=2",
+        "layout.expert_parallel=2",
+        "2, but the model has no experts; use 1",
+    ),
+    "expert tensor": (
+        "tiny-moe model.moe.expert_ffn_hidden_size=33 layout.data_parallel=2",
+        "layout.expert_tensor_parallel=2",
+        "2 does not divide expert_ffn_hidden_size 33",
+    ),
+    "pipeline": ("tiny-dense", "layout.pipeline_parallel=3", "3 does not divide num_layers 4; use one of 1, 2, 4"),
+    "chunks": (
+        "tiny-dense layout.pipeline_parallel=2",
+        "layout.pipeline_chunks_per_rank=3",
+        "2 x 3 chunks = 6 does not divide num_layers 4; use one of 1, 2",
+    ),
+    "chunks alone": ("tiny-dense", "layout.pipeline_chunks_per_rank=2", "2 needs pipeline_parallel > 1"),
+    "chunks micro-batches": (
+        "tiny-dense layout.pipeline_parallel=2 layout.pipeline_chunks_per_rank=2",
+        "training.global_batch_size=7",
+        "global_batch_size 7 / 1 = 7 micro-batches, not a multiple of pipeline_parallel 2",
+    ),
+    "context": ("tiny-dense", "layout.context_parallel=3", "3 does not divide sequence_length 64"),
+    "zero axis": ("tiny-dense", "layout.data_parallel=0", "0 must be at least 1"),
+    "batch": (
+        "tiny-dense layout.data_parallel=2 training.micro_batch_size=4",
+        "training.global_batch_size=12",
+        "12 is not a multiple of micro_batch_size 4 x data_parallel 2 = 8; use 8 or 16",
+    ),
+    "length": ("tiny-dense", "training.sequence_length=256", "256 is longer than the model's max_sequence_length 128"),
+    "steps": ("tiny-dense", "training.steps=0", "0 must be at least 1"),
+    "seed": ("tiny-dense", "training.seed=-1", "-1 must lie between 0 and 4294967295"),
+    "top k": ("tiny-moe", "model.moe.top_k=12", "12 experts per token, but there are only 8"),
+    "groups": ("tiny-moe", "model.moe.num_expert_groups=3", "3 does not divide num_experts 8"),
+    "groups kept": ("tiny-moe", "model.moe.expert_groups_top_k=5", "5 groups kept, but there are only 4"),
+    "groups share": ("tiny-moe", "model.moe.expert_groups_top_k=3", "3 does not divide top_k 4"),
+    "groups hold": (
+        "tiny-moe model.moe.expert_groups_top_k=1",
+        "model.moe.top_k=4",
+        "4 experts per token, but 1 groups of 2 hold only 2",
+    ),
+    "no moe layer": ("tiny-moe", "model.moe.leading_dense_layers=4", "4 of 4 layers leaves no MoE layer"),
+    "bias of softmax": (
+        "tiny-moe model.moe.score_function=softmax",
+        "model.moe.expert_bias=true",
+        "needs score_function sigmoid",
+    ),
+    "bias update": (
+        "tiny-moe model.moe.expert_bias=false",
+        "model.moe.expert_bias_update_rate=1e-3",
+        "updates a bias that is not there",
+    ),
+    "negative loss": ("tiny-moe", "model.moe.aux_loss_coefficient=-1", "-1.0 must not be negative"),
+    "heads": ("tiny-dense", "model.num_key_value_heads=3", "3 does not divide num_attention_heads 4"),
+    "no heads": ("tiny-dense", "model.num_key_value_heads=0", "0 must be greater than 0"),
+    "rotary": (
+        "tiny-dense",
+        "model.rotary_fraction=0.3",
+        "head_dim 16 x rotary_fraction 0.3 = 4.8 must be an even number",
+    ),
+    "mask id": ("tiny-dense", "model.mask_token_id=256", "256 is outside the vocabulary of 256 (0 to 255)"),
+    "mask is eos": ("tiny-dense", "model.mask_token_id=2", "2 is also eos_token_id"),
+    "band": (
+        "tiny-dense objective.mask_ratio_max=0.3",
+        "objective.mask_ratio_min=0.8",
+        "the band 0.8 to 0.3 must satisfy",
+    ),
+    "epsilon": ("tiny-dense", "objective.epsilon=0", "0 with mask_ratio_min 0 lets the mask ratio be 0"),
+    "random length": ("tiny-dense", "objective.random_length_probability=1.5", "1.5 must lie between 0 and 1"),
+    "no data": ("tiny-dense", "data.sets=[]", "empty; name at least one prepared set"),
+    "weight": ("tiny-dense", "data.sets.0.weight=0", "0.0 must be greater than 0; remove the set instead"),
+    "no validation": (
+        "tiny-dense data.validation_fraction=0",
+        "validation.interval=10",
+        "10, but data.validation_fraction 0 holds no documents out",
+    ),
+    "beta": ("tiny-dense", "optimizer.beta2=1", "1.0 must be at least 0 and less than 1"),
+    "warm-up": (
+        "tiny-dense optimizer.learning_rate.warmup_steps=60",
+        "optimizer.learning_rate.decay_steps=50",
+        "warmup_steps 60 + decay_steps 50 = 110 is more than training.steps 100",
+    ),
+    "final": ("tiny-dense", "optimizer.learning_rate.final=1e-5", "1e-05 is never reached: decay_steps is 0"),
+    "final above": (
+        "tiny-dense optimizer.learning_rate.decay_steps=5",
+        "optimizer.learning_rate.final=1",
+        "1.0 must lie between 0 and",
+    ),
+    "inverse": (
+        "tiny-dense optimizer.learning_rate.decay_steps=5 optimizer.learning_rate.decay_shape=inverse_sqrt",
+        "optimizer.learning_rate.final=0",
+        "an inverse square root never reaches 0",
+    ),
+    "keep": ("tiny-dense", "checkpoint.keep_last=0", "0 must be greater than 0"),
+    "output": ("tiny-dense", 'output_dir=""', "empty; name the folder"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_impossible_combinations_are_refused_with_the_arithmetic(tmp_path, case):
+    context, override, message = REFUSED[case]
+    model, *overrides = context.split()
+    with pytest.raises(ConfigError) as caught:
+        load_run(run_file(tmp_path, model), [*overrides, override])
+    key = override.partition("=")[0]
+    lines = str(caught.value).splitlines()
+    assert any(message in line and f" {key}: " in line for line in lines), lines
+    assert any(f"override {override}" in line or str(tmp_path) in line for line in lines), lines
+
+
+def test_defaults_are_blamed_on_the_mapping_that_left_them_out(tmp_path):
+    path = run_file(tmp_path, "tiny-moe")
+    path.write_text(path.read_text() + "layout:\n  tensor_parallel: 2\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_run(path)
+    assert str(caught.value) == f"{path}:13: layout.sequence_parallel: {TP_WITHOUT_SP}"
+
+
+def test_drops_follow_one_another_inside_the_constant_part(tmp_path):
+    base = ["optimizer.learning_rate.warmup_steps=10", "optimizer.learning_rate.decay_steps=20"]
+    key = "optimizer.learning_rate.drops"
+    path = run_file(tmp_path, "tiny-dense")
+    load_run(path, [*base, f"{key}=[{{step: 10, value: 1e-3}}, {{step: 79, value: 1e-4}}]"])
+    for drops, message in {
+        "[{step: 9, value: 1e-4}]": "drops.0.step: 9 is outside the constant part, steps 10 to 79",
+        "[{step: 80, value: 1e-4}]": "drops.0.step: 80 is outside the constant part, steps 10 to 79",
+        "[{step: 30, value: 1e-4}, {step: 20, value: 1e-5}]": (
+            "drops.1.step: 20 does not come after the drop at step 30"
+        ),
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            load_run(path, [*base, f"{key}={drops}"])
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe", "tiny-moe-softmax"])
+def test_the_layouts_of_the_parity_table_pass(tmp_path, name):
+    moe = load_model(name).moe is not None
+    tensor = {"tensor_parallel": 2, "sequence_parallel": True}
+    layouts = [
+        {},
+        tensor,
+        {"tensor_parallel": 4, "sequence_parallel": True},
+        {"pipeline_parallel": 2},
+        {"pipeline_parallel": 4},
+        {"pipeline_parallel": 2, "pipeline_chunks_per_rank": 2},
+        {"context_parallel": 2},
+        {"data_parallel": 2},
+        {**tensor, "pipeline_parallel": 2},
+        {**tensor, "context_parallel": 2},
+    ]
+    if moe:
+        layouts += [
+            {"data_parallel": 2, "expert_parallel": 2},
+            {**tensor, "expert_parallel": 2},
+            {"context_parallel": 2, "expert_parallel": 2},
+            {**tensor, "data_parallel": 2, "expert_parallel": 2, "expert_tensor_parallel": 2},
+        ]
+    else:
+        layouts += [{"tensor_parallel": 2}]
+    run = load_run(run_file(tmp_path, name))
+    for layout in layouts:
+        validate_run(dataclasses.replace(run, layout=LayoutConfig(**layout)))
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(st.data())
+def test_validation_never_fails_in_another_way(tmp_path_factory, data):
+    """Whatever numbers are written, the answer is a valid run or a ConfigError."""
+    folder = tmp_path_factory.getbasetemp()
+    values = to_dict(load_run(run_file(folder, data.draw(st.sampled_from(["tiny-moe", "tiny-dense"])))))
+    numbers = [
+        path for path, value in _leaves(values) if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+    for path in data.draw(st.lists(st.sampled_from(numbers), max_size=4)):
+        node = values
+        for key in path[:-1]:
+            node = node[key]
+        node[path[-1]] = data.draw(st.integers(-3, 70)) * (1 if isinstance(node[path[-1]], int) else 0.1)
+    try:
+        validate_run(from_dict(RunConfig, values))
+    except ConfigError as error:
+        assert str(error)
+
+
+def _leaves(value, path=()):
+    if isinstance(value, dict):
+        return list(itertools.chain.from_iterable(_leaves(child, (*path, key)) for key, child in value.items()))
+    return [(path, value)]

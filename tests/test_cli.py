@@ -1,0 +1,187 @@
+"""The `llada` program: help without torch, one message per error, exit codes, streams."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from llada_megatron import __version__, cli, console
+from llada_megatron.llada_moe.errors import ConfigError, DataError
+
+LLADA = [sys.executable, "-m", "llada_megatron.cli"]
+HEAVY = {"torch", "megatron", "numpy", "sentencepiece", "tensorboard", "transformers"}
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Install a subcommand `probe` whose `run` is given."""
+
+    def install(run):
+        module = SimpleNamespace(run=run, add_arguments=lambda parser: parser.add_argument("words", nargs="*"))
+        monkeypatch.setitem(cli.COMMANDS, "probe", ("probe_module", "a command for tests"))
+        monkeypatch.setitem(sys.modules, "probe_module", module)
+
+    return install
+
+
+def raising(error):
+    def run(args):
+        raise error
+
+    return run
+
+
+def test_help_imports_nothing_heavy_and_is_quick():
+    code = (
+        "import sys, time; start = time.perf_counter()\n"
+        "from llada_megatron import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit as exit: assert exit.code == 0\n"
+        f"assert not {HEAVY!r} & set(sys.modules), {HEAVY!r} & set(sys.modules)\n"
+        "print(time.perf_counter() - start, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert all(name in done.stdout for name in cli.COMMANDS)
+    assert float(done.stderr) < 0.5
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_each_command_imports_no_torch(name):
+    code = (
+        "import sys\nfrom llada_megatron import cli\n"
+        f"try: cli.main([{name!r}, '--help'])\n"
+        "except SystemExit as exit: assert exit.code == 0\n"
+        "assert not {'torch', 'megatron'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: llada {name}" in done.stdout and "--json" in done.stdout
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"llada {__version__}\n"
+
+
+def test_no_command_shows_help_on_stderr(capsys):
+    assert cli.main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "commands:" in err
+
+
+@pytest.mark.parametrize(("word", "hint"), [("trian", "did you mean 'train'?"), ("xyz", "commands: prepare, train")])
+def test_an_unknown_command_names_the_nearest(capsys, word, hint):
+    assert cli.main([word]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"error: unknown command {word!r}; {hint}")
+
+
+def test_wrong_options_exit_with_2(capsys, command):
+    command(lambda args: 0)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["probe", "--nothing"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --nothing" in capsys.readouterr().err
+
+
+def test_options_may_stand_between_overrides(command):
+    seen = []
+    command(lambda args: seen.append((args.words, args.json)) or 0)
+    assert cli.main(["probe", "a", "--json", "b=1"]) == 0
+    assert seen == [(["a", "b=1"], True)]
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [(ConfigError("x.yaml:1: wrong"), 2), (DataError("wrong"), 1), (OSError(28, "No space left"), 1)],
+)
+def test_an_error_is_one_message_and_an_exit_code(capsys, command, failure, code):
+    command(raising(failure))
+    assert cli.main(["probe"]) == code
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"error: {failure}\n")
+
+
+@pytest.mark.parametrize("way", ["option before", "option after", "environment"])
+def test_the_stack_trace_is_there_when_asked_for(capsys, command, monkeypatch, way):
+    command(raising(DataError("wrong")))
+    if way == "environment":
+        monkeypatch.setenv("LLADA_TRACEBACK", "1")
+    words = {"option before": ["--traceback", "probe"], "option after": ["probe", "--traceback"]}.get(way, ["probe"])
+    assert cli.main(words) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.endswith("error: wrong\n")
+
+
+def test_a_defect_keeps_its_stack_trace(capsys, command):
+    command(raising(ZeroDivisionError("oops")))
+    assert cli.main(["probe"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "please report it" in err and err.endswith("oops\n")
+
+
+def test_an_error_under_json_is_an_object_too(capsys, command):
+    command(raising(ConfigError("wrong")))
+    assert cli.main(["probe", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out) == {"error": "wrong", "exit_code": 2}
+
+
+def test_ctrl_c_exits_with_130(capsys, command):
+    command(raising(KeyboardInterrupt()))
+    assert cli.main(["probe"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_ctrl_c_in_a_real_process():
+    code = (
+        "import sys, time, types\nfrom llada_megatron import cli\n"
+        "def run(args):\n    print('started', flush=True)\n    time.sleep(60)\n"
+        "sys.modules['probe'] = types.SimpleNamespace(run=run, add_arguments=lambda parser: None)\n"
+        "cli.COMMANDS['probe'] = ('probe', '')\nsys.exit(cli.main(['probe']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, "interrupted\n")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    command = [*LLADA, "inspect", "llada2-flash"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    time.sleep(0)
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=30) == 141
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("terminal", "no_color", "coloured"), [(True, None, True), (True, "1", False), (False, None, False)]
+)
+def test_colour_only_on_a_terminal_that_wants_it(monkeypatch, terminal, no_color, coloured):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    assert ("\033[" in console.coloured("text", console.RED, stream)) is coloured
+
+
+def test_the_installed_program_is_this_one():
+    done = subprocess.run(
+        [*LLADA, "env", "--help"], capture_output=True, text=True, timeout=60, env={**os.environ, "NO_COLOR": "1"}
+    )
+    assert done.returncode == 0 and "examples:" in done.stdout

@@ -1,0 +1,72 @@
+"""`llada env`: complete, honest about what is not active, and without secrets."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from llada_megatron import cli
+from llada_megatron.tools import environment
+
+
+def test_the_report(capsys):
+    assert cli.main(["env", "--json"]) == 0
+    out = capsys.readouterr().out
+    report = json.loads(out.splitlines()[-1])
+    assert list(report) == ["versions", "machine", "devices", "accelerations", "source", "environment"]
+    assert report["versions"]["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
+    assert report["versions"]["megatron-core"] and report["machine"]["usable cores"] >= 1
+    assert {"NCCL", "gloo", "transformer-engine", "apex", "flash-attn"} <= set(report["accelerations"])
+    assert all(state["detail"] for state in report["accelerations"].values())
+    assert report["accelerations"]["gloo"]["active"]
+    assert "accelerations\n" in out
+
+
+def test_secrets_are_left_out():
+    shown = environment.environment_variables(
+        {
+            "CUDA_VISIBLE_DEVICES": "0",
+            "SLURM_JWT": "s3cret",
+            "NCCL_API_KEY": "s3cret",
+            "TORCH_PROXY": "http://me:s3cret@proxy:80",
+            "AWS_SECRET_ACCESS_KEY": "s3cret",
+            "HOME": "/home/me",
+        }
+    )
+    assert "s3cret" not in str(shown)
+    assert shown["CUDA_VISIBLE_DEVICES"] == "0" and shown["TORCH_PROXY"] == "http://me:<redacted>@proxy:80"
+    assert shown["SLURM_JWT"] == "<redacted>" and not {"HOME", "AWS_SECRET_ACCESS_KEY"} & set(shown)
+
+
+@pytest.mark.parametrize(
+    ("folders", "extension", "cuda", "active", "detail"),
+    [
+        ((), False, True, False, "not installed"),
+        (("apex",), False, True, False, "not NVIDIA's"),
+        (("apex", "apex/multi_tensor_apply"), False, True, False, "without its CUDA extensions"),
+        (("apex", "apex/multi_tensor_apply"), True, False, False, "needs CUDA"),
+        (("apex", "apex/multi_tensor_apply"), True, True, True, "fused norms"),
+    ],
+)
+def test_which_apex_it_is(tmp_path, monkeypatch, folders, extension, cuda, active, detail):
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    if extension:
+        (tmp_path / "amp_C.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    state = environment.apex_state(cuda)
+    assert state["active"] is active and detail in state["detail"]
+
+
+def test_a_broken_extension_says_so(tmp_path, monkeypatch):
+    (tmp_path / "broken_extension.py").write_text("raise ImportError('undefined symbol: x')")
+    monkeypatch.syspath_prepend(tmp_path)
+    state = environment._importable("broken_extension", "broken_extension", True, "")
+    assert state == {"active": False, "detail": "installed, but does not load: ImportError: undefined symbol: x"}
+
+
+def test_a_source_outside_git_has_no_commit(tmp_path):
+    assert environment.source_state(tmp_path) == {"commit": None, "local changes": None}
