@@ -1,0 +1,162 @@
+"""`llada bench loss`: the output layer and loss on the masked rows, in chunks, against computing all logits.
+
+Memory is the largest sum of live bytes above the inputs during forward and backward, from the allocator's own events
+(CPU: the profiler's memory events; CUDA: the caching allocator), because the resident set of a process hides the ratio.
+The reference computes the logits of all rows and Megatron's vocabulary-parallel cross-entropy, which works in place and
+so needs about a third of what torch.nn.functional.cross_entropy does: the comparison is the less flattering one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llada_megatron.console import message
+from llada_megatron.tools.bench.claims import Claim, at_most, reported
+
+if TYPE_CHECKING:
+    import torch
+
+MEMORY_GOAL = 0.5  # half of the rows are masked: what leaving out the others alone would give
+EXACT_GOAL = 1e-5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The size of the problem."""
+    parser.add_argument("--vocab", type=int, default=157184, help="rows of the output layer (default: LLaDA-MoE's)")
+    parser.add_argument("--tokens", type=int, default=4096, help="positions, half of them masked (default %(default)s)")
+    parser.add_argument("--hidden", type=int, default=256, help="hidden features (default %(default)s)")
+    parser.add_argument("--chunk-mb", type=int, default=256, help="training.logits_chunk_mb (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved timings of each (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
+
+
+@dataclass
+class Problem:
+    """Inputs of the loss and the two ways to compute it; each returns the loss of a sequence, `[batch]`."""
+
+    model: Any
+    hidden: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    chunk_elements: int
+
+    def chunked(self) -> torch.Tensor:
+        """What training runs."""
+        from llada_megatron.llada_moe.model.head import supervised_loss
+
+        return supervised_loss(self.model, self.hidden, self.labels, self.weights, self.chunk_elements)
+
+    def all_logits(self) -> torch.Tensor:
+        """The logits of every row, then the same cross-entropy and weights."""
+        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+        logits, _ = self.model.output_layer(self.hidden)
+        losses = vocab_parallel_cross_entropy(logits, self.labels.t().contiguous())
+        return (losses * self.weights.t()).sum(dim=0)
+
+    def gradients(self, loss: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Forward and backward: the loss and the gradients of the hidden states and of the output layer."""
+        self.clear()
+        value = loss()
+        value.sum().backward()
+        return value.detach(), self.hidden.grad, self.model.output_layer.weight.grad
+
+    def clear(self) -> None:
+        """Releases the gradients."""
+        self.hidden.grad = self.model.output_layer.weight.grad = None
+
+
+def run(args: argparse.Namespace) -> list[Claim]:
+    """Measures memory, time and the difference of the results."""
+    import torch
+
+    from llada_megatron.tools.bench.single import single_process
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with single_process():
+        problem = _problem(args)
+        message(f"{args.tokens} tokens, half masked, vocabulary {args.vocab}, hidden {args.hidden}, fp32")
+        peaks = {name: _peak(problem, loss) for name, loss in _ways(problem).items()}
+        message("  ".join(f"{name}: {peak / 2**20:.0f} MiB" for name, peak in peaks.items()))
+        difference = _difference(problem)
+        ratio = _time_ratio(problem, args.repeats)
+    size = f"at vocabulary {args.vocab:,} and {args.tokens:,} tokens"
+    return [
+        at_most(
+            f"peak memory of the loss {size}, against computing all logits",
+            peaks["chunked"] / peaks["all_logits"],
+            "x",
+            MEMORY_GOAL,
+        ),
+        reported(f"peak memory of the loss {size}, masked rows in chunks", peaks["chunked"] / 2**20, "MiB"),
+        reported(f"peak memory of the loss {size}, all logits", peaks["all_logits"] / 2**20, "MiB"),
+        at_most("largest relative difference of the loss and its gradients", difference, "", EXACT_GOAL),
+        reported("time of the loss, forward and backward, against computing all logits", ratio, "x"),
+    ]
+
+
+def _ways(problem: Problem) -> dict[str, Callable[[], torch.Tensor]]:
+    return {"chunked": problem.chunked, "all_logits": problem.all_logits}
+
+
+def _peak(problem: Problem, loss: Callable[[], torch.Tensor]) -> int:
+    from llada_megatron.tools.bench.memory import peak_bytes
+
+    problem.clear()  # what an earlier run left would count as released by this one
+    return peak_bytes(lambda: problem.gradients(loss))
+
+
+def _problem(args: argparse.Namespace) -> Problem:
+    import torch
+
+    from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig
+    from llada_megatron.llada_moe.model.transformer import build_model, transformer_config
+
+    model = ModelConfig(
+        family="llada",
+        num_layers=1,
+        hidden_size=args.hidden,
+        ffn_hidden_size=args.hidden,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=args.hidden,
+        vocab_size=args.vocab,
+        max_sequence_length=args.tokens,
+        mask_token_id=1,
+        eos_token_id=0,
+    )
+    built = build_model(model, transformer_config(model, LayoutConfig()), attention="full")
+    generator = torch.Generator().manual_seed(0)
+    sequences, length = 2, args.tokens // 2
+    masked = torch.rand(sequences, length, generator=generator).argsort(dim=1) < length // 2
+    device = built.output_layer.weight.device
+    return Problem(
+        built,
+        torch.randn(length, sequences, args.hidden, generator=generator).to(device).requires_grad_(),
+        torch.randint(args.vocab, (sequences, length), generator=generator).to(device),
+        (masked * 2.0 / args.tokens).to(device),
+        args.chunk_mb * 2**20 // 4,
+    )
+
+
+def _difference(problem: Problem) -> float:
+    """Largest difference of the three results, relative to the largest entry of each."""
+    ours, theirs = problem.gradients(problem.chunked), problem.gradients(problem.all_logits)
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+def _time_ratio(problem: Problem, repeats: int) -> float:
+    """Median over interleaved pairs of the time of `chunked` divided by that of `all_logits`."""
+
+    def seconds(loss: Callable[[], torch.Tensor]) -> float:
+        start = time.perf_counter()
+        float(problem.gradients(loss)[0].sum())  # waits for the device
+        return time.perf_counter() - start
+
+    return statistics.median(seconds(problem.chunked) / seconds(problem.all_logits) for _ in range(repeats))

@@ -1,0 +1,86 @@
+"""The product's own training step on one rank: this project's side of `llada bench train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from llada_megatron.llada_moe.config.schema import (
+    DataConfig,
+    DataSetConfig,
+    LearningRateConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from llada_megatron.llada_moe.data.batch import Batch
+from llada_megatron.llada_moe.model.patterns import whole_sequences
+from llada_megatron.parallel.assembly import build_run_chunks, wrap
+from llada_megatron.parallel.optimizer import build_optimizer
+from llada_megatron.parallel.step import TrainingStep
+from llada_megatron.tools.bench.batches import MaskedBatch
+
+
+class FixedData:
+    """Stands in for `TrainingData`: the batch that was put into it, whatever samples are asked for."""
+
+    def __init__(self) -> None:
+        self.current: MaskedBatch | None = None
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """The current batch with the diffusion weight 1/p at the masked positions (p = 1/2)."""
+        if self.current is None or len(numbers) != self.current.inputs.size(0):
+            raise ValueError("put a batch of the step's size into `current` first")
+        masked = self.current.masked
+        sequences, length = masked.shape
+        live = torch.full((sequences,), length, dtype=torch.int64)
+        ratio = masked.float().mean(dim=1)
+        return Batch(
+            inputs=self.current.inputs,
+            labels=self.current.labels,
+            weights=masked.float() / ratio[:, None],
+            boundaries=whole_sequences(sequences, length),
+            mask_ratio=ratio,
+            live=live,
+            answer=live.clone(),
+        )
+
+
+class Ours:
+    """Model, optimizer and step of a run of one process, as `llada train` builds them."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self._data = FixedData()
+        chunks = build_run_chunks(run)
+        models = wrap(run, chunks)
+        self.chunk = chunks[0]
+        self._step = TrainingStep(run, models, build_optimizer(run, models), self._data)
+        self._number = 0
+
+    def step(self, batch: MaskedBatch) -> float:
+        """One training step; returns the loss."""
+        self._data.current = batch
+        result = self._step(self._number)
+        self._number += 1
+        return float(result.losses.loss)
+
+
+def run_config(model: ModelConfig, sequences: int, length: int, learning_rate: float, clip: float) -> RunConfig:
+    """A run of one process in fp32 whose step holds `sequences` sequences in one forward pass."""
+    return RunConfig(
+        model=model,
+        training=TrainingConfig(
+            steps=1_000_000,
+            sequence_length=length,
+            global_batch_size=sequences,
+            micro_batch_size=sequences,
+            precision="fp32",
+        ),
+        data=DataConfig(sets=[DataSetConfig(path="unused")]),
+        optimizer=OptimizerConfig(learning_rate=LearningRateConfig(peak=learning_rate), clip_grad_norm=clip),
+        logging=LoggingConfig(tensorboard=False),
+        output_dir="unused",
+    )

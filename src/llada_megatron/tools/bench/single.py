@@ -1,0 +1,26 @@
+"""One process as a whole world: what a benchmark of a single rank runs in."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+
+from llada_megatron.llada_moe.config.schema import LayoutConfig
+
+
+@contextlib.contextmanager
+def single_process(seed: int = 0) -> Iterator[None]:
+    """Prepares Megatron on this machine's device with one rank, and leaves again."""
+    from llada_megatron.parallel import device
+
+    device.install()
+    from llada_megatron.parallel import topology
+
+    with tempfile.TemporaryDirectory() as directory:
+        topology.join(0, 1, init_method=f"file://{directory}/store")
+        try:
+            topology.initialize(LayoutConfig(), seed)
+            yield
+        finally:
+            topology.leave()
