@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from llada_megatron.launch.processes import PARENT_VARIABLE
+from llada_megatron.launch.processes import PARENT_VARIABLE, available_cores
 from llada_megatron.launch.rank import describe, log_path
 from llada_megatron.launch.reports import REPORTS_VARIABLE, read_failures, read_result
 from llada_megatron.llada_moe.errors import LladaError
@@ -61,7 +61,8 @@ def run_local(program: Sequence[str], layout: LayoutConfig, log_dir: Path) -> Ou
     """Run `program` once per rank of `layout` on this machine and wait for the end.
 
     Each process finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment and ends through
-    `rank.run_local_rank`. The first Ctrl-C (or SIGTERM, SIGHUP) asks the ranks to finish their step; the second ends them.
+    `rank.run_local_rank`. The first Ctrl-C (or SIGTERM, SIGHUP) asks the ranks to finish their step, the second ends
+    them.
 
     Raises:
         LladaError: a rank's own error, or a RankError that names the rank.
@@ -89,11 +90,6 @@ def threads_per_rank(ranks: int) -> int:
     return max(1, available_cores() // ranks)
 
 
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class _Signals:
     """Counts the requests to stop while a job runs, and passes each on to the ranks once."""
 
@@ -115,7 +111,7 @@ class _Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.first is None:
             self.first = number
-            print("\nstopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
+            print("\nstopping after this step, with a checkpoint; once more stops at once", file=sys.stderr, flush=True)
         else:
             self._again = True
 
@@ -156,7 +152,7 @@ class _Agent:
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-        # Ranks inherit this: a request to stop waits until the rank listens (StopRequest.listen) instead of ending its start.
+        # Ranks inherit this: a request to stop waits until the rank listens (StopRequest.listen).
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         config = LaunchConfig(
             min_nodes=1,
@@ -179,7 +175,7 @@ class _Agent:
 
 
 def _first_failure(reports: Path, failures: Mapping[int, Any], layout: LayoutConfig, log_dir: Path) -> LladaError:
-    """The failure that brought the others about: a rank that was killed, else the earliest report, else an exit code."""
+    """The failure that brought the others about: a killed rank, else the earliest report, else an exit code."""
     told = read_failures(reports)
     killed = [rank for rank, exit in failures.items() if exit.exitcode < 0 and rank not in {each.rank for each in told}]
     if killed:
@@ -195,7 +191,10 @@ def _first_failure(reports: Path, failures: Mapping[int, Any], layout: LayoutCon
         error.__cause__ = RuntimeError("on the rank:\n" + told[0].stack)
         return error
     rank, exit = min(failures.items())
-    return RankError(f"{locate(rank, layout)} ended with exit code {exit.exitcode} and said nothing; its output: {log_path(log_dir, rank)}")
+    return RankError(
+        f"{locate(rank, layout)} ended with exit code {exit.exitcode} and said nothing; "
+        f"its output: {log_path(log_dir, rank)}"
+    )
 
 
 @contextlib.contextmanager

@@ -18,13 +18,18 @@ _PR_SET_PDEATHSIG = 1
 def die_with_parent(parent: int | None = None) -> None:
     """Ask the kernel (Linux) to kill this process as soon as its parent is gone, so that nothing is left behind.
 
-    `parent`: its expected process id; when it is gone already, the process ends here (the kernel tells only the living).
+    `parent`: its expected process id; where it is gone already, this process ends here.
     """
     if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class StopRequest:

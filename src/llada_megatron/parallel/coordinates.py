@@ -21,15 +21,14 @@ class Coordinates:
     expert: int
 
     def __str__(self) -> str:
-        return (
-            f"rank {self.rank} (dp {self.data}, pp {self.pipeline}, tp {self.tensor}, cp {self.context}, ep {self.expert})"
-        )
+        axes = f"dp {self.data}, pp {self.pipeline}, tp {self.tensor}, cp {self.context}, ep {self.expert}"
+        return f"rank {self.rank} ({axes})"
 
 
 def locate(rank: int, layout: LayoutConfig) -> Coordinates:
     """The place of `rank` in `layout`, in Megatron-Core's order: tensor changes fastest, then context, data, pipeline.
 
-    Within a pipeline stage the experts have an order of their own: expert-tensor fastest, then expert, then expert-data.
+    Within a pipeline stage the experts have an order of their own: expert-tensor fastest, then expert.
 
     Raises:
         ValueError: `rank` is not in 0 .. world_size - 1.

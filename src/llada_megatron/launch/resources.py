@@ -1,0 +1,101 @@
+"""What can be known before a process starts: devices, memory, and whether the prepared data is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from llada_megatron.launch.processes import available_cores
+from llada_megatron.llada_moe.errors import DataError, ResourceError
+from llada_megatron.llada_moe.model.parameters import rank_shares
+
+if TYPE_CHECKING:
+    from llada_megatron.llada_moe.config.schema import RunConfig
+
+RANKS_PER_CORE = 4
+"""More processes than this on one core spend their time waiting for each other."""
+
+_PROCESS_BYTES = 250 * 2**20
+"""Python with torch and Megatron-Core, before the first tensor."""
+_DATA_SUFFIXES = (".bin", ".idx", ".json")
+
+
+def check_data(run: RunConfig) -> None:
+    """Refuse a run whose prepared sets are not all there.
+
+    Raises:
+        DataError: names the missing files and the command that makes them.
+    """
+    for prepared in run.data.sets:
+        missing = [prepared.path + suffix for suffix in _DATA_SUFFIXES if not Path(prepared.path + suffix).is_file()]
+        if missing:
+            raise DataError(
+                f"no prepared data at {prepared.path} ({', '.join(missing)} not there); "
+                f"make it with: llada prepare TEXT --out {prepared.path}"
+            )
+
+
+def check_machine(run: RunConfig, oversubscribe: bool = False) -> None:
+    """Refuse a layout with more ranks than this machine has GPUs, or cores and memory where it has no GPU.
+
+    Raises:
+        ResourceError: with the arithmetic and what to change.
+    """
+    import torch
+
+    ranks = run.layout.world_size
+    if torch.cuda.is_available():
+        check_gpus(ranks, torch.cuda.device_count())
+        return
+    check_cores(ranks, available_cores(), oversubscribe)
+    check_memory(needed_bytes(run), psutil.virtual_memory().available, ranks)
+
+
+def check_gpus(ranks: int, devices: int) -> None:
+    """One rank per GPU. Raises ResourceError."""
+    if ranks > devices:
+        raise ResourceError(
+            f"the layout has {ranks} ranks, one per GPU, but {devices} {_plural('GPU', devices)} can be seen here; "
+            "lower the layout's axes, check CUDA_VISIBLE_DEVICES, or start it on more machines with torchrun or srun"
+        )
+
+
+def check_cores(ranks: int, cores: int, oversubscribe: bool) -> None:
+    """At most `RANKS_PER_CORE` ranks on a core, unless `oversubscribe`. Raises ResourceError."""
+    if ranks > RANKS_PER_CORE * cores and not oversubscribe:
+        raise ResourceError(
+            f"the layout has {ranks} ranks, but {cores} {_plural('core', cores)} carry at most "
+            f"{RANKS_PER_CORE * cores} ({RANKS_PER_CORE} each) before they mostly wait for each other; "
+            "lower the layout's axes, or say --oversubscribe"
+        )
+
+
+def check_memory(needed: int, available: int, ranks: int) -> None:
+    """Raises ResourceError where not even the weights and their training state fit (bytes)."""
+    if needed > available:
+        raise ResourceError(
+            f"{ranks} {_plural('rank', ranks)} need at least {needed / 2**30:.1f} GB of memory for weights, gradients "
+            f"and optimizer state, but {available / 2**30:.1f} GB are free; take a smaller model, or more machines"
+        )
+
+
+def needed_bytes(run: RunConfig) -> int:
+    """A lower bound of the memory of all ranks together: activations, logits and buffers come on top.
+
+    Per parameter: weight and gradient on every rank that holds it; the fp32 main weight (for bf16) and the two moments
+    of Adam are shared among the data-parallel ranks, hence counted once per model.
+    """
+    weight_and_gradient = 2 + 4 if run.training.precision == "bf16" else 4 + 4
+    optimizer = 4 + 4 + (4 if run.training.precision == "bf16" else 0)
+    copies = run.layout.data_parallel * run.layout.context_parallel
+    total = 0
+    for share in rank_shares(run.model, run.layout):
+        held = share.parameters * len(share.ranks)
+        total += held * weight_and_gradient + held // copies * optimizer + len(share.ranks) * _PROCESS_BYTES
+    return total
+
+
+def _plural(word: str, number: int) -> str:
+    return word if number == 1 else word + "s"

@@ -1,0 +1,120 @@
+"""`llada train`: check a run, start its ranks on this machine or join those that torchrun or srun started."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llada_megatron.console import emit_json, message
+from llada_megatron.llada_moe.errors import LladaError
+
+if TYPE_CHECKING:
+    from llada_megatron.launch.joining import Place
+    from llada_megatron.launch.local import Outcome
+    from llada_megatron.llada_moe.config.schema import RunConfig
+
+EXAMPLES = """\
+examples:
+  llada train configs/runs/demo.yaml
+  llada train configs/runs/demo.yaml training.steps=50 layout.data_parallel=1 layout.expert_parallel=1
+  torchrun --nproc-per-node 8 --no-python llada train run.yaml      join the processes of torchrun
+  srun --ntasks 16 llada train run.yaml                             join the tasks of a SLURM step
+
+A run whose output directory holds checkpoints continues from the newest one. The first Ctrl-C finishes the step and
+saves, the second stops at once. Each rank's full output is in OUTPUT_DIR/logs/rank-N.log."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `llada train`."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="values laid over the file's")
+    parser.add_argument("--oversubscribe", action="store_true", help="allow many more ranks than cores")
+    parser.add_argument("--local", action="store_true", help="start the ranks here, even in a job of torchrun or srun")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; returns the exit code (130 after Ctrl-C, 143 after SIGTERM)."""
+    from llada_megatron.launch.joining import check_world, find_place
+    from llada_megatron.launch.resources import check_data
+    from llada_megatron.llada_moe.config import load_run
+
+    place = None if args.local else find_place()
+    if place is None:
+        return _train_here(load_run(args.config, args.overrides), args)
+    try:
+        config = load_run(args.config, args.overrides)
+        check_world(place, config.layout)
+        check_data(config)
+    except LladaError as error:
+        if place.rank != 0:  # every rank finds the same; rank 0 says it
+            return error.exit_code
+        raise
+    return _train_as_rank(config, place, args)
+
+
+def start(run: RunConfig, oversubscribe: bool = False) -> Outcome:
+    """Check the machine and the data, then train `run` with one process per rank of its layout.
+
+    Writes the resolved configuration to OUTPUT_DIR/config.yaml.
+
+    Raises:
+        LladaError: before any process starts, or the error of the rank that failed first.
+        Stopped: a signal ended the run before a step could be finished.
+    """
+    from llada_megatron.launch.local import python_program, run_local
+    from llada_megatron.launch.resources import check_data, check_machine
+    from llada_megatron.llada_moe.config import dump_yaml
+
+    check_data(run)
+    check_machine(run, oversubscribe)
+    directory = Path(run.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    resolved = directory / "config.yaml"
+    resolved.write_text(dump_yaml(run), "utf-8")
+    return run_local(python_program("llada_megatron.launch.worker", str(resolved)), run.layout, directory / "logs")
+
+
+def _train_here(config: RunConfig, args: argparse.Namespace) -> int:
+    from llada_megatron.launch.local import Stopped
+
+    processes = "1 process" if config.layout.world_size == 1 else f"{config.layout.world_size} processes"
+    message(f"training with {processes}; logs in {config.output_dir}/logs")
+    try:
+        outcome = start(config, args.oversubscribe)
+    except Stopped as stopped:
+        message(f"stopped by {stopped} before a step was finished; {_how_to_resume(args)}")
+        return stopped.exit_code
+    return _finish(outcome.facts, outcome.stopped_by, args)
+
+
+def _train_as_rank(config: RunConfig, place: Place, args: argparse.Namespace) -> int:
+    from llada_megatron.launch.rank import run_joined_rank
+    from llada_megatron.launch.worker import training_work
+
+    os.environ.update(place.environment())
+    os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+    logs = Path(config.output_dir) / "logs"
+    facts, stopped = run_joined_rank(training_work(config), config.layout, logs, place.rank)
+    if place.rank != 0:
+        return 128 + signal.SIGINT if stopped else 0
+    return _finish(facts, signal.SIGINT if stopped else None, args)
+
+
+def _finish(facts: dict[str, Any], stopped_by: int | None, args: argparse.Namespace) -> int:
+    """Print the result; say how to go on where the run was stopped."""
+    if not args.json:
+        for name, value in facts.items():
+            print(f"{name.replace('_', ' ')}: {value}")
+    if stopped_by is not None:
+        message(f"stopped early; {_how_to_resume(args)}")
+    if args.json:
+        emit_json(facts | {"stopped": stopped_by is not None})
+    return 0 if stopped_by is None else 128 + stopped_by
+
+
+def _how_to_resume(args: argparse.Namespace) -> str:
+    command = " ".join(["llada train", args.config, *args.overrides])
+    return f"continue from the newest checkpoint with: {command}"

@@ -1,0 +1,52 @@
+"""The program of one training rank. `llada train` starts it once per rank; under torchrun or srun `llada train` is it.
+
+Megatron-Core is imported only inside `training_work`: helper processes that a checkpoint starts import this file again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llada_megatron.launch.processes import PARENT_VARIABLE, StopRequest, die_with_parent
+from llada_megatron.launch.rank import Work, run_local_rank
+
+if TYPE_CHECKING:
+    from llada_megatron.llada_moe.config.schema import RunConfig
+
+if __name__ == "__mp_main__":  # a helper process of a rank: it must not outlive the rank
+    die_with_parent()
+
+
+def training_work(run: RunConfig) -> Work:
+    """What a rank of `run` does; RANK and WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from the environment."""
+
+    def work(stop: StopRequest) -> dict[str, Any]:
+        from llada_megatron.parallel import device
+
+        device.install()
+        from llada_megatron.parallel import topology
+        from llada_megatron.parallel.trainer import train
+
+        topology.join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        topology.initialize(run.layout, run.training.seed)
+        facts = train(run, stop)
+        topology.leave()
+        return facts
+
+    return work
+
+
+def main(config: str) -> int:
+    """Train the resolved run in the YAML file `config` as the rank that the environment names."""
+    from llada_megatron.llada_moe.config import load_run
+
+    die_with_parent(int(os.environ[PARENT_VARIABLE]))
+    run = load_run(config)
+    return run_local_rank(training_work(run), run.layout, Path(run.output_dir) / "logs")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
