@@ -60,7 +60,7 @@ def test_data_that_is_not_there_is_named_with_the_remedy(demo, tmp_path):
     with pytest.raises(DataError) as error:
         resources.check_data(run)
     assert f"({prefix}.idx, {prefix}.json not there)" in str(error.value)
-    assert f"llada prepare TEXT --out {prefix}" in str(error.value)
+    assert f"llada prepare TEXT --output {prefix}" in str(error.value)
     (tmp_path / "corpus.idx").touch()
     (tmp_path / "corpus.json").touch()
     resources.check_data(run)

@@ -33,7 +33,7 @@ def check_data(run: RunConfig) -> None:
         if missing:
             raise DataError(
                 f"no prepared data at {prepared.path} ({', '.join(missing)} not there); "
-                f"make it with: llada prepare TEXT --out {prepared.path}"
+                f"make it with: llada prepare TEXT --output {prepared.path} --train-tokenizer"
             )
 
 
