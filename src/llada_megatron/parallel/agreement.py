@@ -49,7 +49,9 @@ def try_together(what: str, action: Callable[[], _T]) -> _T:
         result = action()
     except LladaError as error:
         fault = str(error)
-    except Exception as error:  # must reach the other ranks, which wait
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception; the other ranks wait
         fault = f"{what} failed: {explain(error)}"
     agree(fault)
     return result  # type: ignore[return-value]

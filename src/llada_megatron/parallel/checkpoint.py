@@ -195,7 +195,7 @@ class CheckpointStore:
         manifests.sync_directory(directory)
         _give_name(directory, target)
         self._point_latest(target)
-        self._prune()
+        self._prune(pending.step)
         return target
 
     def _point_latest(self, target: Path) -> None:
@@ -204,9 +204,12 @@ class CheckpointStore:
         new.replace(self.directory / LATEST)
         manifests.sync_directory(self.directory)
 
-    def _prune(self) -> None:
-        """Remove what is older than the newest `keep_last` whole checkpoints, but never the one that `latest` names."""
-        found = manifests.steps(self.directory)
+    def _prune(self, newest: int) -> None:
+        """Of the checkpoints up to step `newest` keep the last `keep_last` whole ones, and the one that `latest` names.
+
+        Later ones are not counted: the run fell back from them because they were damaged.
+        """
+        found = [(step, path) for step, path in manifests.steps(self.directory) if step <= newest]
         kept = [step for step, path in found if _fault(path) is None][: self.keep_last]
         for step, path in found:
             if kept and step < kept[-1] and path.name != self._latest_name():

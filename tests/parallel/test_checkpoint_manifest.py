@@ -1,0 +1,114 @@
+"""The manifest alone: what it refuses, and that reading it needs no torch."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.parallel import checkpoint_manifest as manifests
+from llada_megatron.parallel.checkpoint_manifest import DamagedCheckpointError, FileRecord, Manifest
+
+MODEL = {"hidden_size": 64, "moe": {"num_experts": 8, "top_k": 2}, "tie_embeddings": False}
+
+
+def make(directory, contents=(("a.distcp", b"abc"), ("b.distcp", b""))):
+    directory.mkdir(parents=True)
+    for name, content in contents:
+        (directory / name).write_bytes(content)
+    files = {name: manifests.record(directory / name) for name, _ in contents}
+    manifests.write(directory, Manifest({"step": 7, "model": MODEL}, files))
+    return directory
+
+
+def read_whole(directory):
+    manifest = manifests.read(directory)
+    manifests.verify_sizes(directory, manifest)
+    return manifest
+
+
+def test_what_is_written_is_read(tmp_path):
+    manifest = read_whole(make(tmp_path / "step-00000007"))
+    assert manifest.facts == {"step": 7, "model": MODEL}
+    assert manifest.files["a.distcp"] == FileRecord(3, manifests.hashlib.sha256(b"abc").hexdigest())
+    assert manifests.verify_digest(tmp_path / "step-00000007", "a.distcp", manifest.files["a.distcp"]) is None
+
+
+def test_damage_is_named(tmp_path):
+    def fault(name, change):
+        directory = make(tmp_path / name)
+        change(directory)
+        with pytest.raises(DamagedCheckpointError) as caught:
+            read_whole(directory)
+        return str(caught.value)
+
+    assert "was not completed" in fault("1", lambda d: (d / "manifest.json").unlink())
+    assert "cannot be read" in fault("2", lambda d: (d / "manifest.json").write_text('{"schema": 1, "fac'))
+    assert "cannot be read" in fault("3", lambda d: (d / "manifest.json").write_text("[" * 100_000))
+    assert "a.distcp is missing" in fault("4", lambda d: (d / "a.distcp").unlink())
+    assert "2 bytes instead of 3" in fault("5", lambda d: (d / "a.distcp").write_bytes(b"ab"))
+    assert "was added after" in fault("6", lambda d: (d / "common.pt").write_bytes(b""))
+    text = fault("7", lambda d: (d / "manifest.json").write_text((d / "manifest.json").read_text().replace("64", "65")))
+    assert "was changed after" in text
+
+
+def test_changed_bytes_of_the_same_size_are_found(tmp_path):
+    directory = make(tmp_path / "step-00000007")
+    manifest = read_whole(directory)
+    (directory / "a.distcp").write_bytes(b"abd")
+    assert "SHA-256 differs" in manifests.verify_digest(directory, "a.distcp", manifest.files["a.distcp"])
+
+
+def test_a_newer_schema_is_not_taken_for_damage(tmp_path):
+    directory = make(tmp_path / "step-00000007")
+    body = json.loads((directory / "manifest.json").read_text()) | {"schema": 99}
+    (directory / "manifest.json").write_text(json.dumps(body))
+    with pytest.raises(CheckpointError, match="schema 99") as caught:
+        manifests.read(directory)
+    assert not isinstance(caught.value, DamagedCheckpointError)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "..", "", "sub/file", "manifest.json", "a\\b"])
+def test_names_that_leave_the_directory_are_refused(tmp_path, name):
+    directory = tmp_path / "step-00000007"
+    directory.mkdir()
+    manifests.write(directory, Manifest({}, {name: FileRecord(0, "")}))
+    with pytest.raises(CheckpointError, match="not a file of the checkpoint"):
+        manifests.read(directory)
+
+
+def test_another_model_is_refused_with_the_keys_that_differ(tmp_path):
+    facts = {"model": MODEL}
+    manifests.require_model(tmp_path, facts, MODEL)
+    other = {**MODEL, "hidden_size": 128, "moe": {"num_experts": 16, "top_k": 2}}
+    with pytest.raises(CheckpointError) as caught:
+        manifests.require_model(tmp_path, facts, other)
+    assert "hidden_size: 64 in the checkpoint, 128 in this run" in str(caught.value)
+    assert "moe.num_experts: 8 in the checkpoint, 16 in this run" in str(caught.value)
+    assert "top_k" not in str(caught.value)
+    with pytest.raises(CheckpointError, match=r"moe\.num_experts: 8 in the checkpoint, absent in this run"):
+        manifests.require_model(tmp_path, facts, {**MODEL, "moe": None})
+
+
+def test_steps_are_numbers_not_text(tmp_path):
+    for name in ("step-00000002", "step-100000000", "step-00000010", "step-x", ".step-00000011.partial-1", "latest"):
+        (tmp_path / name).mkdir()
+    assert [step for step, _ in manifests.steps(tmp_path)] == [100_000_000, 10, 2]
+    assert manifests.steps(tmp_path / "absent") == []
+
+
+def test_inspection_needs_no_torch(tmp_path):
+    make(tmp_path / "step-00000007")
+    (make(tmp_path / "step-00000009") / "a.distcp").unlink()
+    program = (
+        "import sys, json; from llada_megatron.parallel.checkpoint_manifest import inspect_manifest; "
+        "print(json.dumps(inspect_manifest(sys.argv[1]))); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=60, check=True
+    )
+    found = json.loads(done.stdout)
+    assert found["path"].endswith("step-00000007") and found["bytes"] == 3 and found["facts"]["step"] == 7
+    with pytest.raises(CheckpointError, match="there is no checkpoint at"):
+        manifests.inspect_manifest(tmp_path / "absent")
