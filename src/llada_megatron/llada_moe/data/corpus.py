@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
 
@@ -128,12 +128,15 @@ def read_text(path: Path) -> str:
     with _open(path) as stream:
         data = stream.read()
     data = data.removeprefix(b"\xef\xbb\xbf")
-    if (nul := data.find(b"\0")) >= 0:
-        raise NotText(f"not text: byte 0x00 at offset {nul}")
+    nul = data.find(b"\0")
     try:
-        return data.decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise NotText(f"not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}") from error
+        first = error.start if nul < 0 else min(nul, error.start)
+        raise NotText(f"not UTF-8 text: byte 0x{data[first]:02x} at offset {first}") from error
+    if nul >= 0:
+        raise NotText(f"not text: byte 0x00 at offset {nul}")
+    return text
 
 
 def total_size(sources: Iterable[Source]) -> int:
@@ -173,11 +176,43 @@ def _open(path: Path) -> BinaryIO:
     """A file's bytes, decompressed according to its name."""
     if path.suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
-    raw = path.open("rb")
-    if path.suffix != ".zst":
-        return raw
-    reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True)
-    return io.BufferedReader(reader)  # type: ignore[arg-type,return-value]
+    if path.suffix == ".zst":
+        return io.BufferedReader(_ZstandardFrames(path.open("rb")), _CHUNK)  # type: ignore[return-value]
+    return path.open("rb")
+
+
+class _ZstandardFrames(io.RawIOBase):
+    """Frames of a .zst file, one after the other. The package's own reader ends quietly where a file was cut off."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._text = memoryview(b"")
+
+    def readable(self) -> bool:
+        """It is for reading."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer with the next text. Raises EOFError inside a frame that does not end."""
+        while not self._text:
+            rest = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+            data = rest or self._raw.read(_CHUNK)
+            if self._frame is None or self._frame.eof:
+                if not data:
+                    return 0
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            elif not data:
+                raise EOFError("compressed file ended before the end of its last frame")
+            self._text = memoryview(self._frame.decompress(data))
+        count = min(len(buffer), len(self._text))
+        buffer[:count], self._text = self._text[:count], self._text[count:]
+        return count
+
+    def close(self) -> None:
+        """Close the file below as well."""
+        self._raw.close()
+        super().close()
 
 
 def _line_chunks(source: Source) -> Iterator[Chunk]:

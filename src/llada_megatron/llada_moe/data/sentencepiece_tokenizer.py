@@ -34,6 +34,8 @@ class SentencePieceTokenizer(Tokenizer):
         """Load from the bytes of the file; raises DataError when they are no model or lack an end-of-text token."""
         self.path, self.sha256 = path, sha256
         try:
+            if not model:
+                raise RuntimeError("empty file")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, TypeError) as error:
             raise DataError(f"{path}: not a SentencePiece model ({error})") from error

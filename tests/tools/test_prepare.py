@@ -1,0 +1,165 @@
+"""`llada prepare` from the command line: what it writes, says and refuses."""
+
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from llada_megatron.cli import main
+from llada_megatron.llada_moe.data import encoding
+from llada_megatron.llada_moe.data.indexed import TokenWriter
+from llada_megatron.llada_moe.data.manifest import prefix_file, read_manifest, tokenizer_of
+
+TRAIN = ("--train-tokenizer", "--vocab-size", "320")
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A folder of 30 texts; one holds the mask's name, one is empty, one is not text."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"{i:02d}.txt").write_text(
+            f"Text {i}.\n\n" + f"\tThe fox {i} jumps  over the <mask>.\n" * (i % 7 + 1)
+        )
+    (folder / "empty.txt").touch()
+    (folder / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n\0")
+    return folder
+
+
+def prepare(*arguments):
+    return main(["prepare", *map(str, arguments)])
+
+
+def content(prefix):
+    endings = (".bin", ".idx", ".json", ".tokenizer.model")
+    return {ending: prefix_file(prefix, ending).read_bytes() for ending in endings}
+
+
+def test_set_holds_the_documents(texts, tmp_path, capsys):
+    prefix = tmp_path / "out" / "set.v1"
+    assert prepare(texts, "--output", prefix, *TRAIN, "--workers", 1, "--json") == 0
+    out, err = capsys.readouterr()
+    manifest, tokenizer = read_manifest(prefix), tokenizer_of(prefix)
+    dataset = IndexedDataset(str(prefix))
+    files = sorted(texts.glob("[0-9]*.txt"))
+    assert len(dataset) == len(files) == manifest.documents == len(dataset.document_indices) - 1
+    for ids, file in zip(dataset, files, strict=True):
+        assert ids[-1] == tokenizer.eos_id and tokenizer.mask_id not in ids
+        assert tokenizer.decode(ids[:-1].tolist()) == file.read_text()
+    assert dataset.index.dtype == np.uint16 and manifest.dtype == "uint16"
+    assert manifest.tokens == sum(map(len, dataset)) and manifest.bytes == sum(f.stat().st_size for f in files)
+    assert [(s.files, s.documents) for s in manifest.sources] == [(31, 30)]
+    assert json.loads(out.splitlines()[-1])["tokens"] == manifest.tokens
+    assert "model.vocab_size=320 model.mask_token_id=3 model.eos_token_id=2" in out
+    assert "passed over 1 files" in err and "image.png (not UTF-8 text: byte 0x89 at offset 0)" in err
+    assert "left out 1 empty documents" in err
+    assert sorted(p.name for p in prefix.parent.iterdir()) == [
+        f"set.v1.{e}" for e in ("bin", "idx", "json", "tokenizer.model")
+    ]
+
+
+def test_any_number_of_workers_writes_the_same(texts, tmp_path, monkeypatch):
+    from llada_megatron.llada_moe.data import corpus
+
+    monkeypatch.setattr(corpus, "_CHUNK", 200)
+    (texts / "more.jsonl").write_text("".join(json.dumps({"text": f"line {i}\n" * (i % 5)}) + "\n" for i in range(60)))
+    for workers in (1, 3):
+        assert prepare(texts, "--output", tmp_path / str(workers) / "set", *TRAIN, "--workers", workers) == 0
+    assert content(tmp_path / "1" / "set") == content(tmp_path / "3" / "set")
+
+
+def test_second_set_with_the_first_ones_tokenizer(texts, tmp_path, capsys):
+    assert prepare(texts, "--output", tmp_path / "a", *TRAIN, "--workers", 1) == 0
+    lines = tmp_path / "b.jsonl"
+    lines.write_text('{"body": "The fox"}\n')
+    arguments = (lines, "--output", tmp_path / "b", "--tokenizer", tmp_path / "a.tokenizer.model", "--workers", 1)
+    assert prepare(*arguments) == 1
+    assert "b.jsonl:1: no key 'text'; the line has 'body'" in capsys.readouterr().err
+    assert not list(tmp_path.glob("b.*")) or [p.name for p in tmp_path.glob("b.*")] == ["b.jsonl"]
+    assert prepare(*arguments, "--jsonl-key", "body") == 0
+    assert read_manifest(tmp_path / "a").tokenizer.sha256 == read_manifest(tmp_path / "b").tokenizer.sha256
+
+
+def test_hugging_face_tokenizer_without_a_mask(texts, tmp_path, capsys):
+    import tokenizers
+    from tokenizers import models, pre_tokenizers
+
+    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert prepare(texts, "--output", tmp_path / "set", "--tokenizer", tmp_path, "--workers", 1) == 0
+    assert "no mask token that text cannot produce: id 257 is added" in capsys.readouterr().err
+    manifest = read_manifest(tmp_path / "set")
+    assert (manifest.tokenizer.file, manifest.tokenizer.mask_id) == ("set.tokenizer.json", 257)
+    assert tokenizer_of(tmp_path / "set").vocab_size == 258
+
+
+def test_existing_set_is_not_touched_unasked(texts, tmp_path, capsys):
+    prefix = tmp_path / "set"
+    assert prepare(texts, "--output", prefix, *TRAIN, "--workers", 1) == 0
+    before = content(prefix)
+    (texts / "00.txt").write_text("changed")
+    assert prepare(texts, "--output", prefix, *TRAIN, "--workers", 1) == 1
+    assert "--overwrite" in capsys.readouterr().err and content(prefix) == before
+    assert prepare(texts, "--output", prefix, *TRAIN, "--workers", 1, "--overwrite") == 0
+    assert content(prefix) != before
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_interrupted_run_leaves_nothing(texts, tmp_path, monkeypatch, capsys, failure):
+    prefix = tmp_path / "out" / "set"
+    assert prepare(texts, "--output", prefix, *TRAIN, "--workers", 1) == 0
+    before = content(prefix)
+
+    def fail(*_):
+        raise failure
+
+    monkeypatch.setattr(TokenWriter, "add", fail)
+    code = prepare(texts, "--output", prefix, *TRAIN, "--workers", 2, "--overwrite")
+    assert code == (130 if isinstance(failure, KeyboardInterrupt) else 1)
+    assert content(prefix) == before and len(list(prefix.parent.iterdir())) == 4
+    assert isinstance(failure, KeyboardInterrupt) or "disk is full" in capsys.readouterr().err
+
+
+def test_worker_that_cannot_go_on(texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(encoding, "_start_worker", os.abort)
+    assert prepare(texts, "--output", tmp_path / "set", *TRAIN, "--workers", 2) == 1
+    assert "a worker process of llada prepare died" in capsys.readouterr().err
+
+
+def test_empty_corpora(tmp_path, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for arguments in (TRAIN, ("--tokenizer", tmp_path / "t.model")):
+        assert prepare(folder, "--output", tmp_path / "set", *arguments) == 1
+        assert "empty corpus: no file found" in capsys.readouterr().err
+    (folder / "a.txt").touch()
+    assert prepare(folder, "--output", tmp_path / "set", *TRAIN) == 1
+    assert "no text" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*set*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--train-tokenizer",), "--train-tokenizer needs --vocab-size"),
+        (("--tokenizer", "t.model", "--vocab-size", 300), "--vocab-size goes with --train-tokenizer"),
+        ((*TRAIN, "--mask-token", "x"), "go with --tokenizer"),
+        ((*TRAIN, "--workers", 0), "at least 1"),
+        ((*TRAIN, "--output", "."), "name a prefix"),
+    ],
+)
+def test_options_that_do_not_go_together(texts, tmp_path, capsys, arguments, message):
+    assert prepare(texts, "--output", tmp_path / "set", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_vocabulary_larger_than_the_corpus_supports(texts, tmp_path, capsys):
+    assert prepare(texts, "--output", tmp_path / "set", "--train-tokenizer", "--vocab-size", 50_000) == 1
+    assert "the largest it supports is" in capsys.readouterr().err
