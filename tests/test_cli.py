@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -160,11 +159,16 @@ def test_a_reader_that_leaves_is_no_error():
     command = [*LLADA, "inspect", "llada2-flash"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
-    time.sleep(0)
     err = process.stderr.read()
     process.stderr.close()
     assert process.wait(timeout=30) == 141
     assert err == ""
+
+
+def test_another_broken_pipe_is_an_error(capsys, command):
+    command(raising(BrokenPipeError(32, "Broken pipe")))
+    assert cli.main(["probe"]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import argparse
 import difflib
 import importlib
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -114,10 +115,8 @@ def _guarded(module: ModuleType, args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         message("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of stdout has left; without this the interpreter complains again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+    except BrokenPipeError as failure:
+        return BROKEN_PIPE if _reader_left() else _report(failure, args, 1)
     except (LladaError, OSError) as failure:
         return _report(failure, args, getattr(failure, "exit_code", 1))
     except Exception as failure:
@@ -125,6 +124,20 @@ def _guarded(module: ModuleType, args: argparse.Namespace) -> int:
         return _report(
             failure, args, 1, "this is a defect in llada; please report it with the trace above and `llada env`: "
         )
+
+
+def _reader_left() -> bool:
+    """Whether stdout is the pipe that broke; it then leads nowhere, so that the last flush is quiet."""
+    try:
+        stdout = sys.stdout.fileno()
+    except OSError:  # stdout is not a file
+        return False
+    poller = select.poll()
+    poller.register(stdout, 0)  # errors are always reported: a pipe without a reader is one
+    if not poller.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
 
 
 def _report(failure: Exception, args: argparse.Namespace, code: int, prefix: str = "") -> int:

@@ -82,6 +82,10 @@ def check_model(model: ModelConfig, refuse: Refuse) -> None:
             )
     if model.mask_token_id == model.eos_token_id:
         refuse("mask_token_id", f"{model.mask_token_id} is also eos_token_id; text that ends would look masked")
+    if (model.family == "llada") != (model.moe is None):
+        kind = "a dense model" if model.moe is None else "a MoE model"
+        usable = "llada" if model.moe is None else "llada_moe or llada2"
+        refuse("family", f"{model.family} cannot hold {kind} (no published checkpoint format does); use {usable}")
     if model.moe is not None:
         check_moe(model.moe, model.num_layers, lambda key, message: refuse(f"moe.{key}", message))
 
