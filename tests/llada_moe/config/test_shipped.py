@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from llada_megatron.llada_moe.config import RunConfig, load_model, load_run
 from llada_megatron.llada_moe.config.parsing import key_paths
@@ -55,3 +56,22 @@ def test_every_key_is_read_by_something():
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     unread = {path for path in key_paths(RunConfig) if not re.search(rf"\.{path.rpartition('.')[2]}\b", code)}
     assert unread <= {"model.family"}  # read by validation: it says which published format the model can be exported to
+
+
+def test_the_documented_keys_are_all_keys_and_their_defaults(tmp_path):
+    text = (CONFIGS.parent / "docs/configuration.md").read_text(encoding="utf-8")
+    example = text.partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "all.yaml").write_text(example, encoding="utf-8")
+    required = [line for line in example.splitlines() if "# *" in line or line.lstrip().startswith("moe:")]
+    (tmp_path / "required.yaml").write_text("\n".join(required), encoding="utf-8")
+    documented = load_run(tmp_path / "all.yaml")
+    assert documented == load_run(tmp_path / "required.yaml")
+
+    def keys(value: object, prefix: str = "") -> set[str]:
+        if isinstance(value, list):
+            value = value[0] if value else {}
+        inner = value.items() if isinstance(value, dict) else ()
+        return {prefix + key for key, _ in inner}.union(*(keys(child, f"{prefix}{key}.") for key, child in inner))
+
+    shown = keys(yaml.safe_load(example)) | {f"optimizer.learning_rate.drops.{key}" for key in ("step", "value")}
+    assert shown == set(key_paths(RunConfig))
