@@ -1,10 +1,9 @@
-"""Where a rank stands: process groups of a layout, and the coordinates that name a rank."""
+"""The process groups of a layout, and where this rank stands in them."""
 
 from __future__ import annotations
 
 import datetime
 import os
-from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
@@ -13,21 +12,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from llada_megatron.llada_moe.config.schema import LayoutConfig
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.parallel import device
-
-
-@dataclass(frozen=True)
-class Coordinates:
-    """A rank's place along each axis of the layout."""
-
-    rank: int
-    data: int
-    pipeline: int
-    tensor: int
-    context: int
-    expert: int
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} (dp {self.data}, pp {self.pipeline}, tp {self.tensor}, cp {self.context}, ep {self.expert})"
+from llada_megatron.parallel.coordinates import Coordinates
 
 
 def join(rank: int, world_size: int, init_method: str = "env://", timeout_s: float = 600.0) -> None:

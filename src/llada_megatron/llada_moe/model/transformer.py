@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.package_info import __version__ as megatron_version
 from megatron.core.transformer.transformer_config import TransformerConfig
+from packaging.version import Version
 
 from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig, MoEConfig, TrainingConfig
 from llada_megatron.llada_moe.model.head import selected_logits, supervised_loss
@@ -139,10 +141,8 @@ def transformer_config(model: ModelConfig, layout: LayoutConfig, training: Train
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
         **_layout_fields(layout),
-        **(_moe_fields(model, model.moe, fused) if model.moe else {}),
+        **(_moe_fields(model, model.moe, layout, fused) if model.moe else {}),
     }
-    if model.moe:
-        fields["moe_token_dispatcher_type"] = layout.expert_dispatcher
     if training is not None and training.recompute == "full":
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(**fields)
@@ -169,7 +169,15 @@ def _layout_fields(layout: LayoutConfig) -> dict[str, Any]:
     return fields
 
 
-def _moe_fields(model: ModelConfig, moe: MoEConfig, grouped: bool) -> dict[str, Any]:
+def _router_loss_scale(layout: LayoutConfig) -> int:
+    """Before 0.19 Megatron scales the router's losses by the tokens of one tensor and context rank instead of those of all of
+    them, so that their gradient shrinks with the layout."""
+    fixed = Version(megatron_version) >= Version("0.19")
+    return 1 if fixed else layout.tensor_parallel * layout.context_parallel
+
+
+def _moe_fields(model: ModelConfig, moe: MoEConfig, layout: LayoutConfig, grouped: bool) -> dict[str, Any]:
+    scale = _router_loss_scale(layout)
     fields: dict[str, Any] = {
         "num_moe_experts": moe.num_experts,
         "moe_router_topk": moe.top_k,
@@ -182,8 +190,9 @@ def _moe_fields(model: ModelConfig, moe: MoEConfig, grouped: bool) -> dict[str, 
         "moe_router_bias_update_rate": moe.expert_bias_update_rate,
         "moe_router_topk_scaling_factor": moe.routed_scaling_factor,
         "moe_router_load_balancing_type": "aux_loss" if moe.aux_loss_coefficient else "none",
-        "moe_aux_loss_coeff": moe.aux_loss_coefficient,
-        "moe_z_loss_coeff": moe.z_loss_coefficient or None,
+        "moe_aux_loss_coeff": moe.aux_loss_coefficient * scale,
+        "moe_z_loss_coeff": moe.z_loss_coefficient * scale or None,
+        "moe_token_dispatcher_type": layout.expert_dispatcher,
         "moe_permute_fusion": False,
         "moe_grouped_gemm": grouped,
         "add_qkv_bias": False,

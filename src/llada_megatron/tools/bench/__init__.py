@@ -9,6 +9,7 @@ from llada_megatron.console import emit_json, message
 from llada_megatron.tools.bench.claims import Claim, format_table
 
 BENCHMARKS = {
+    "parity": "gradients and loss of every parallel layout against one process",
     "train": "tokens/s and model-FLOPs utilisation of a training step, against transformers",
     "loss": "memory and time of the output layer and loss at a large vocabulary",
 }

@@ -1,0 +1,65 @@
+"""AdamW with its state sharded over data-parallel ranks: Megatron's distributed optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+
+from llada_megatron.llada_moe.config.schema import RunConfig
+from llada_megatron.llada_moe.diffusion.schedule import learning_rate
+from llada_megatron.parallel.assembly import state_metadata
+
+
+def build_optimizer(run: RunConfig, models: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """AdamW with clipping, fp32 main weights for bf16, sharded over data-parallel ranks."""
+    settings = run.optimizer
+    bf16 = run.training.precision == "bf16"
+    return get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=settings.learning_rate.peak,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+            clip_grad=settings.clip_grad_norm,
+            use_distributed_optimizer=True,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        ),
+        models,
+        use_gloo_process_groups=True,
+    )
+
+
+def set_learning_rate(run: RunConfig, optimizer: MegatronOptimizer, step: int) -> float:
+    """Set the rate of update number `step` (from 0) in every group; returns it."""
+    rate = learning_rate(run.optimizer.learning_rate, step, run.training.steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any], loading: bool) -> dict[str, Any]:
+    """Sharded optimizer state; `model` is the sharded model state (of all chunks) that its tensors are keyed by."""
+    if loading:
+        _fill_fresh_adam(optimizer)
+    state = model["model"] if set(model) == {"model"} else model
+    return optimizer.sharded_state_dict(state, is_loading=loading, metadata=state_metadata())
+
+
+def _fill_fresh_adam(optimizer: MegatronOptimizer) -> None:
+    """torch's AdamW makes its state at the first step; Megatron's load template needs it before (distrib_optimizer.py:642)."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adam = part.optimizer
+        if not isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+            continue
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                if not adam.state[parameter]:
+                    zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    adam.state[parameter] = {"step": torch.tensor(0.0), **zeros}

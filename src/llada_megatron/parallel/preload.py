@@ -1,0 +1,8 @@
+"""What the fork server of `parallel.ranks` imports once for all its ranks."""
+
+import torch
+
+from llada_megatron.parallel import device
+
+torch.set_num_threads(1)
+device.install()

@@ -1,0 +1,185 @@
+"""`llada bench parity`: every layout computes the loss and the gradients of one process."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from llada_megatron.console import message
+from llada_megatron.llada_moe.config.schema import LayoutConfig, RunConfig
+from llada_megatron.tools.bench.claims import Claim, at_most
+from llada_megatron.tools.bench.layouts import DENSE_LAYOUTS, MODELS, MOE_LAYOUTS, parity_run
+
+GOAL = 1e-5
+"""Largest relative error of the loss and of any gradient, in fp32."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which layouts."""
+    parser.add_argument("--only", metavar="TEXT", default="", help="only the cases whose name contains TEXT")
+
+
+def run(args: argparse.Namespace) -> list[Claim]:
+    """One claim a layout: the largest relative error of loss and gradients."""
+    claims = []
+    references: dict[str, Gradients] = {}
+    for name, case in cases():
+        if args.only.lower() not in name.lower():
+            continue
+        family = name.split(" ")[0] + case.objective.kind
+        if family not in references:
+            references[family] = measure(dataclasses.replace(case, layout=LayoutConfig()))
+        error, where = compare(references[family], measure(case))
+        claims.append(at_most(f"{name}: largest relative error against one process ({where})", error, "", GOAL))
+        message(f"{name}: {error:.1e} at {where}")
+    return claims
+
+
+def cases() -> Iterator[tuple[str, RunConfig]]:
+    """Every layout over the models it fits."""
+    for name, layout in DENSE_LAYOUTS.items():
+        yield f"dense {name}", parity_run(MODELS["dense"], layout)
+    for name in ("PP2", "TP2.SP.PP2", "TP2.DP2"):
+        yield f"tied {name}", parity_run(MODELS["tied"], DENSE_LAYOUTS[name])
+    for model, (name, layout) in itertools.product(("softmax", "sigmoid"), MOE_LAYOUTS.items()):
+        yield f"{model} {name}", parity_run(MODELS[model], layout)
+    for name in ("TP2.SP.EP2", "PP2.EP2"):
+        yield f"sigmoid {name} recomputed", parity_run(MODELS["sigmoid"], MOE_LAYOUTS[name], recompute="full")
+    for name in ("CP2", "TP2.SP.PP2"):
+        yield f"dense {name} autoregressive", parity_run(MODELS["dense"], DENSE_LAYOUTS[name], objective="autoregressive")
+
+
+@dataclasses.dataclass
+class Gradients:
+    """Loss of one step and its whole gradients by the parameters' global names."""
+
+    loss: float
+    grad_norm: float
+    tensors: dict[str, Any]
+
+
+def measure(run: RunConfig, timeout: float = 180.0) -> Gradients:
+    """Loss and gradients of step 0 of `run`, over as many forked ranks as its layout has."""
+    from llada_megatron.parallel.ranks import run_ranks
+
+    parts = run_ranks(rank_gradients, run.layout.world_size, run, timeout=timeout)
+    return Gradients(parts[0][0], parts[0][1], join_parts(part for _, _, tensors in parts for part in tensors))
+
+
+def compare(reference: Gradients, other: Gradients) -> tuple[float, str]:
+    """Largest relative error and where: |a - b| / max |a| over each gradient's elements, and the loss's."""
+    if reference.tensors.keys() != other.tensors.keys():
+        return float("inf"), f"names differ: {sorted(reference.tensors.keys() ^ other.tensors.keys())[:3]}"
+    errors = {
+        name: ((a - other.tensors[name]).abs().max() / a.abs().max().clamp(min=1e-12)).item()
+        for name, a in reference.tensors.items()
+    }
+    errors["loss"] = abs(reference.loss - other.loss) / abs(reference.loss)
+    errors["gradient norm"] = abs(reference.grad_norm - other.grad_norm) / reference.grad_norm
+    worst = max(errors, key=lambda name: errors[name])
+    return errors[worst], worst
+
+
+def join_parts(parts: Iterable[tuple[str, Sequence[int], Sequence[int], Any]]) -> dict[str, Any]:
+    """Whole tensors from (name, whole shape, offset, values) parts of all ranks; a missing element stays not-a-number."""
+    import torch
+
+    whole: dict[str, torch.Tensor] = {}
+    for name, shape, offset, values in parts:
+        target = whole.setdefault(name, torch.full(tuple(shape), float("nan")))
+        target[tuple(slice(a, a + n) for a, n in zip(offset, values.shape, strict=True))] = torch.from_numpy(values)
+    return whole
+
+
+def rank_gradients(run: RunConfig) -> tuple[float, float, list[tuple[str, Sequence[int], Sequence[int], Any]]]:
+    """On one rank: loss, gradient norm, and this rank's parts of the gradients of step 0."""
+    import torch
+
+    from llada_megatron.parallel import assembly, optimizer, topology
+    from llada_megatron.parallel.step import TrainingStep
+
+    topology.initialize(run.layout, run.training.seed)
+    chunks = assembly.build_run_chunks(run)
+    models = assembly.wrap(run, chunks)
+    step = TrainingStep(run, models, optimizer.build_optimizer(run, models), SyntheticData(run))
+    loss = step.gradients(0).loss
+    # tensor ranks hold the loss of the same rows, so the sum over the world counts each tensor_parallel times
+    torch.distributed.all_reduce(loss)
+    gather_gradients(models)
+    parts = gradient_parts(chunks)
+    step.optimizer.prepare_grads()
+    return float(loss) / run.layout.tensor_parallel, float(step.optimizer.get_grad_norm()), parts
+
+
+def gather_gradients(models: Sequence[Any]) -> None:
+    """Whole gradient buffers on every rank: the distributed optimizer leaves each data-parallel rank its shard only."""
+    import torch
+
+    for model in models:
+        for buffer in model.buffers + model.expert_parallel_buffers:
+            for bucket in buffer.buckets:
+                group = buffer.data_parallel_group
+                shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                torch.distributed.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+
+
+def gradient_parts(chunks: Sequence[Any]) -> list[tuple[str, Sequence[int], Sequence[int], Any]]:
+    """(name, whole shape, offset, values) of each of this rank's gradients, found through the sharded state."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from llada_megatron.parallel import assembly
+
+    parts = []
+    for chunk in chunks:
+        named = dict(chunk.named_parameters())
+        kept = {name: parameter.data for name, parameter in named.items()}
+        for parameter in named.values():
+            parameter.data = parameter.main_grad.to(parameter.dtype)
+        for entry in nested_values(assembly.apply_factories_copy(chunk)):
+            if isinstance(entry, ShardedTensor) and "expert_bias" not in entry.key:
+                values = entry.data.detach().reshape((1,) * entry.prepend_axis_num + tuple(entry.data.shape))
+                parts.append((entry.key, entry.global_shape, entry.global_offset, values.float().numpy().copy()))
+        for name, parameter in named.items():
+            parameter.data = kept[name]
+    return parts
+
+
+class SyntheticData:
+    """Random documents with the run's own noise: sample n is a function of n alone."""
+
+    def __init__(self, run: RunConfig) -> None:
+        from llada_megatron.llada_moe.diffusion.noise import ForwardProcess
+
+        self.run = run
+        training = run.training
+        self.noise = (
+            ForwardProcess(run.objective, training.seed, training.global_batch_size, "train")
+            if run.objective.kind == "diffusion"
+            else None
+        )
+
+    def batch(self, indices: Sequence[int]) -> Any:
+        """Samples as `llada_moe.data.loader.TrainingData.batch` gives them."""
+        from llada_megatron.llada_moe.data.batch import collate
+
+        return collate([self._row(number) for number in indices])
+
+    def _row(self, number: int) -> Any:
+        import numpy as np
+
+        from llada_megatron.llada_moe.data.batch import autoregressive_row, diffusion_row
+        from llada_megatron.llada_moe.diffusion.noise import Coordinates
+
+        length = self.run.training.sequence_length
+        generator = np.random.default_rng(number)
+        tokens = generator.integers(0, self.run.model.vocab_size - 2, length)
+        cuts = generator.choice(np.arange(1, length), size=number % 3, replace=False)  # one to three documents
+        boundaries = np.sort(np.concatenate([[0, length], cuts])).astype(np.int32)
+        if self.noise is None:
+            return autoregressive_row(tokens, boundaries)
+        noise = self.noise.corrupt(Coordinates(number, 0, 0, number), length)
+        return diffusion_row(tokens, boundaries, noise, self.run.model.mask_token_id)
