@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,7 +28,7 @@ class Toy:
         self.seen.append(tokens.clone())
         logits = torch.zeros(*tokens.shape, VOCAB, dtype=torch.float64)
         flat, out = tokens.flatten(), logits.view(-1, VOCAB)
-        for a, b in zip(boundaries[:-1], boundaries[1:], strict=True):
+        for a, b in pairwise(boundaries):
             weight = torch.arange(1, b - a + 1, dtype=torch.float64)[:, None]
             out[a:b] = (self.table[flat[a:b]] / weight).sum(0) * 2 + self.table[flat[a:b]] + self.place[: b - a]
         return logits[rows]
@@ -74,7 +76,7 @@ def test_commits_the_even_share_of_each_step(steps, expected):
     canvas = after_prompts([[5, 6, 7]], 12, MASK, block_length=6)
     toy, passes = run(canvas, FixedSteps(steps))
     masks = [int((seen == MASK).sum()) for seen in toy.seen] + [0]
-    assert [a - b for a, b in zip(masks[:-1], masks[1:], strict=True)] == expected
+    assert [a - b for a, b in pairwise(masks)] == expected
     assert passes == len(expected)
 
 

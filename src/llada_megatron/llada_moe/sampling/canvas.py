@@ -1,4 +1,4 @@
-"""What is being written: token rows of different lengths, the positions that are still open, and the order of blocks."""
+"""What is being written: token rows of different lengths, their open positions, and the order of blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 class Canvas:
     """Rows padded on the right to one length; padding is a segment of its own that no text attends to.
 
-    Whether a position is to be filled is said by `open` alone: a mask token where `open` is false is text like any other.
+    `open` alone says whether a position is to be filled: a mask token where it is false is text like any other.
     """
 
     tokens: Tensor
@@ -48,9 +48,9 @@ class Canvas:
 def with_gaps(
     rows: Sequence[Sequence[int]], gaps: Sequence[Sequence[bool]], mask_id: int, block_length: int | None = None
 ) -> Canvas:
-    """A canvas of rows whose positions with a true `gaps` are to be filled, in blocks of `block_length` gaps, left to right.
+    """A canvas of rows whose positions with a true `gaps` are to be filled.
 
-    `block_length` None fills all gaps of a row as one block.
+    Blocks hold `block_length` gaps each, left to right; None makes all gaps of a row one block.
     """
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
     seq = max(1, int(lengths.max())) if len(rows) else 1

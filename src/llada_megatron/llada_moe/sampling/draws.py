@@ -1,7 +1,7 @@
 """Counter-based random draws for sampling: a pure function of who draws, wherever and with whomever it runs.
 
-A draw is a hash of (seed, sequence, step, position, id), so that a sequence is sampled the same alone or in a batch, and
-every shard of the vocabulary can compute its own part of the noise.
+A draw is a hash of (seed, purpose, sequence, step, position, id): a sequence is sampled the same alone or in a batch,
+and every shard of the vocabulary can compute its own part of the noise.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def uniform(seed: int, purpose: int, *counters: Tensor) -> Tensor:
 
 
 def gumbel(seed: int, purpose: int, *counters: Tensor) -> Tensor:
-    """Standard Gumbel draws, float64: the arg-max of `logits + temperature * gumbel` samples softmax(logits / temperature)."""
+    """Standard Gumbel draws, float64: argmax(logits + temperature * gumbel) samples softmax(logits / temperature)."""
     return -(-uniform(seed, purpose, *counters).log()).log()
 
 

@@ -46,10 +46,10 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class FixedSteps:
-    """The sampler of the LLaDA paper (arXiv 2502.09992, algorithms 4 and 5): the masks of a block shared out over its steps.
+    """The sampler of the LLaDA paper (arXiv 2502.09992, algorithms 4 and 5): a block's masks shared out over its steps.
 
-    `steps` are shared evenly over a row's blocks, and a block's masks evenly over its steps; where a division leaves a rest,
-    the first ones take one more. A block takes at least one step and never more than it has masks.
+    `steps` are shared evenly over a row's blocks, and a block's masks evenly over its steps; where a division leaves a
+    rest, the first ones take one more. A block takes at least one step and never more than it has masks.
     """
 
     steps: int

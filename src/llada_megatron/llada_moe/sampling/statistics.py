@@ -1,4 +1,4 @@
-"""What a sampler needs to know of a row of logits: a token and how sure the model is of it. Never the logits themselves."""
+"""What a sampler needs to know of a row of logits: a token, and how sure the model is of it."""
 
 from __future__ import annotations
 
