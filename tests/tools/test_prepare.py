@@ -35,7 +35,7 @@ def prepare(*arguments):
 
 
 def content(prefix):
-    endings = (".bin", ".idx", ".json", ".tokenizer.model")
+    endings = (".bin", ".idx", ".bytes", ".json", ".tokenizer.model")
     return {ending: prefix_file(prefix, ending).read_bytes() for ending in endings}
 
 
@@ -52,13 +52,14 @@ def test_set_holds_the_documents(texts, tmp_path, capsys):
         assert tokenizer.decode(ids[:-1].tolist()) == file.read_text()
     assert dataset.index.dtype == np.uint16 and manifest.dtype == "uint16"
     assert manifest.tokens == sum(map(len, dataset)) and manifest.bytes == sum(f.stat().st_size for f in files)
+    assert np.fromfile(f"{prefix}.bytes", "<i8").tolist() == [f.stat().st_size for f in files]
     assert [(s.files, s.documents) for s in manifest.sources] == [(31, 30)]
     assert json.loads(out.splitlines()[-1])["tokens"] == manifest.tokens
     assert "model.vocab_size=320 model.mask_token_id=3 model.eos_token_id=2" in out
     assert "passed over 1 files" in err and "image.png (not UTF-8 text: byte 0x89 at offset 0)" in err
     assert "left out 1 empty documents" in err
     assert sorted(p.name for p in prefix.parent.iterdir()) == [
-        f"set.v1.{e}" for e in ("bin", "idx", "json", "tokenizer.model")
+        f"set.v1.{e}" for e in ("bin", "bytes", "idx", "json", "tokenizer.model")
     ]
 
 
@@ -123,7 +124,7 @@ def test_interrupted_run_leaves_nothing(texts, tmp_path, monkeypatch, capsys, fa
     monkeypatch.setattr(TokenWriter, "add", fail)
     code = prepare(texts, "--output", prefix, *TRAIN, "--workers", 2, "--overwrite")
     assert code == (130 if isinstance(failure, KeyboardInterrupt) else 1)
-    assert content(prefix) == before and len(list(prefix.parent.iterdir())) == 4
+    assert content(prefix) == before and len(list(prefix.parent.iterdir())) == 5
     assert isinstance(failure, KeyboardInterrupt) or "disk is full" in capsys.readouterr().err
 
 

@@ -29,9 +29,11 @@ examples:
 
 An input is a text file, a folder (entered recursively), JSON lines (.jsonl, .ndjson), any of these as .gz or .zst, or
 python-stdlib: the source files of this Python's own standard library without its tests. A text file or a JSON line is
-one document. Written are PREFIX.bin and .idx (Megatron's format), PREFIX.tokenizer.model or .json, and PREFIX.json,
-which says what they hold. A run that is interrupted leaves no half set."""
-MANIFEST, BIN, IDX = ".json", ".bin", ".idx"
+one document. Written are PREFIX.bin and .idx (Megatron's format), PREFIX.bytes (text size of each document),
+PREFIX.tokenizer.model or .json, and PREFIX.json, which says what they hold. An interrupted run leaves no half set."""
+MANIFEST, TOKENS = ".json", (".bin", ".idx", ".bytes")
+_PART = "set"
+"""Name of the set inside the folder where it is written."""
 _EXAMPLES_SHOWN = 3
 
 
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `llada prepare`."""
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text file, folder, JSON lines, or python-stdlib")
     parser.add_argument(
-        "--output", required=True, metavar="PREFIX", help="name of the set: PREFIX.bin, .idx, .json are written"
+        "--output", required=True, metavar="PREFIX", help="name of the set: PREFIX.bin, .idx, .json … are written"
     )
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model or Hugging Face tokenizer.json")
@@ -115,7 +117,7 @@ class _Tally:
         """Count one chunk."""
         number = chunk.sources[0].input
         self.documents[number] += len(encoded.lengths)
-        self.bytes[number] += encoded.bytes
+        self.bytes[number] += sum(encoded.sizes)
         self.empty += encoded.empty
         self.skipped += encoded.skipped
 
@@ -135,14 +137,15 @@ def _write(
 
     device.install()  # before the first import of megatron.core in this process, as everywhere
     from llada_megatron.llada_moe.data.indexed import TokenWriter, token_dtype
+    from llada_megatron.llada_moe.data.manifest import prefix_file
 
     workers = args.workers or min(16, _cores())
     tally = _Tally([0] * len(args.inputs), [0] * len(args.inputs))
-    writer = TokenWriter(folder / BIN, token_dtype(tokenizer.vocab_size))
+    writer = TokenWriter(folder / _PART, token_dtype(tokenizer.vocab_size))
     try:
         with _progress(total_size(sources)) as advance:
             for chunk, encoded in encode_corpus(chunks(sources), choice, args.jsonl_key, workers):
-                writer.add(encoded.tokens, encoded.lengths)
+                writer.add(encoded.tokens, encoded.lengths, encoded.sizes)
                 tally.add(chunk, encoded)
                 advance(chunk.size)
     except BaseException:
@@ -152,8 +155,11 @@ def _write(
     if writer.documents == 0:
         writer.abandon()
         raise DataError(f"{', '.join(args.inputs)}: empty corpus: no document holds any text")
-    writer.finish(folder / IDX)
-    shutil.copyfile(choice.path if args.train_tokenizer else tokenizer.path, folder / _tokenizer_ending(tokenizer))
+    writer.finish()
+    shutil.copyfile(
+        choice.path if args.train_tokenizer else tokenizer.path,
+        prefix_file(folder / _PART, _tokenizer_ending(tokenizer)),
+    )
     return _manifest(args, sources, tally, tokenizer, writer.tokens, prefix)
 
 
@@ -208,16 +214,17 @@ def _publish(folder: Path, prefix: Path, manifest: Manifest) -> None:
 
     from llada_megatron.llada_moe.data.manifest import prefix_file, to_json
 
-    (folder / MANIFEST).write_text(json.dumps(to_json(manifest), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    endings = [BIN, IDX, f".tokenizer{manifest.tokenizer.suffix}", MANIFEST]
+    text = json.dumps(to_json(manifest), indent=2, ensure_ascii=False)
+    prefix_file(folder / _PART, MANIFEST).write_text(text + "\n", encoding="utf-8")
+    endings = [*TOKENS, f".tokenizer{manifest.tokenizer.suffix}", MANIFEST]
     for ending in endings:
-        descriptor = os.open(folder / ending, os.O_RDONLY)
+        descriptor = os.open(prefix_file(folder / _PART, ending), os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    for old in (MANIFEST, BIN, IDX, ".tokenizer.model", ".tokenizer.json"):
+    for old in (MANIFEST, *TOKENS, ".tokenizer.model", ".tokenizer.json"):
         prefix_file(prefix, old).unlink(missing_ok=True)
     for ending in endings:
-        os.replace(folder / ending, prefix_file(prefix, ending))
+        os.replace(prefix_file(folder / _PART, ending), prefix_file(prefix, ending))
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -238,7 +245,7 @@ def _check_free(prefix: Path, overwrite: bool) -> None:
     """Nothing that stands is written over unasked."""
     from llada_megatron.llada_moe.data.manifest import prefix_file
 
-    standing = [str(prefix_file(prefix, e)) for e in (BIN, IDX, MANIFEST) if prefix_file(prefix, e).exists()]
+    standing = [str(prefix_file(prefix, e)) for e in (*TOKENS, MANIFEST) if prefix_file(prefix, e).exists()]
     if standing and not overwrite:
         raise DataError(
             f"{', '.join(standing)} already there; give another --output, or --overwrite to replace the set"

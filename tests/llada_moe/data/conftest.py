@@ -30,9 +30,9 @@ def write_set(tmp_path):
     def write(name: str, lengths: list[int], vocab_size: int = 1000, sha256: str = "0" * 64) -> Path:
         prefix = tmp_path / name
         tokens = np.arange(sum(lengths)) % vocab_size
-        writer = TokenWriter(prefix_file(prefix, ".bin"), np.uint16)
-        writer.add(tokens, lengths)
-        writer.finish(prefix_file(prefix, ".idx"))
+        writer = TokenWriter(prefix, np.uint16)
+        writer.add(tokens, lengths, [3 * n for n in lengths])
+        writer.finish()
         manifest = Manifest(
             tokenizer=TokenizerFacts(
                 file=f"{name}.tokenizer.model", sha256=sha256, vocab_size=vocab_size, mask_id=MASK, eos_id=EOS

@@ -173,6 +173,9 @@ def test_index_of_other_tokens(write_set):
     prefix_file(one, ".idx").write_bytes(prefix_file(other, ".idx").read_bytes())
     with pytest.raises(DataError, match="disagree"):
         TokenFile(one)
+    prefix_file(other, ".bytes").write_bytes(b"\0" * 8)
+    with pytest.raises(DataError, match="not of these documents"):
+        TokenFile(other)
 
 
 def test_fast_enough(write_set, make_run):

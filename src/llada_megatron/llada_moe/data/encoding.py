@@ -42,8 +42,8 @@ class Encoded:
     tokens: NDArray[np.int32]
     """All documents one after the other, each with its end-of-text token."""
     lengths: list[int]
-    bytes: int
-    """UTF-8 bytes of the text."""
+    sizes: list[int]
+    """UTF-8 bytes of each document's text."""
     empty: int
     """Documents without a character, left out."""
     skipped: list[Skipped] = field(default_factory=list)
@@ -80,7 +80,8 @@ def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, key: str) -> Encoded:
     """Read and encode the documents of one chunk."""
     skipped: list[Skipped] = []
     parts: list[NDArray[np.int32]] = []
-    size = empty = 0
+    sizes: list[int] = []
+    empty = 0
     for text in documents(chunk, key, skipped):
         if not text:
             empty += 1
@@ -91,9 +92,9 @@ def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, key: str) -> Encoded:
                 f"{tokenizer.path}: the tokenizer turns text of {chunk.sources[0].path} into its mask token"
             )
         parts.append(np.array([*ids, tokenizer.eos_id], np.int32))
-        size += len(text.encode("utf-8"))
+        sizes.append(len(text.encode("utf-8")))
     tokens = np.concatenate(parts) if parts else np.empty(0, np.int32)
-    return Encoded(tokens, [len(part) for part in parts], size, empty, skipped)
+    return Encoded(tokens, [len(part) for part in parts], sizes, empty, skipped)
 
 
 _worker: tuple[Tokenizer, str] | None = None

@@ -1,8 +1,12 @@
-"""Megatron's `.bin`/`.idx` pair: written token run by token run, read as one flat array with document starts."""
+"""Megatron's `.bin`/`.idx` pair: written token run by token run, read as one flat array with document starts.
+
+Beside it stands `.bytes`, the UTF-8 bytes of each document's text (int64): bits per byte are those of the split itself.
+"""
 
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +25,11 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
 class TokenWriter:
     """Writes an IndexedDataset with one sequence per document."""
 
-    def __init__(self, bin_path: Path, dtype: type[np.uint16] | type[np.int32]) -> None:
-        """Open the .bin file for writing."""
-        self._builder = IndexedDatasetBuilder(str(bin_path), dtype=dtype)
+    def __init__(self, prefix: Path, dtype: type[np.uint16] | type[np.int32]) -> None:
+        """Open PREFIX.bin and PREFIX.bytes for writing."""
+        self._prefix = prefix
+        self._builder = IndexedDatasetBuilder(str(prefix_file(prefix, ".bin")), dtype=dtype)
+        self._bytes = prefix_file(prefix, ".bytes").open("wb")
         self.tokens = 0
 
     @property
@@ -31,21 +37,27 @@ class TokenWriter:
         """Documents written so far."""
         return len(self._builder.sequence_lengths)
 
-    def add(self, tokens: NDArray[np.integer], lengths: list[int]) -> None:
-        """Append documents of these lengths, concatenated (`add_document` would cost a call and a copy for each)."""
+    def add(self, tokens: NDArray[np.integer], lengths: list[int], sizes: list[int]) -> None:
+        """Append documents of these lengths, concatenated (`add_document` would cost a call and a copy for each).
+
+        `sizes` are the UTF-8 bytes of their texts.
+        """
         builder = self._builder
+        self._bytes.write(np.array(sizes, "<i8").tobytes())
         builder.data_file.write(tokens.astype(builder.dtype, copy=False).tobytes())
         first = len(builder.sequence_lengths)
         builder.sequence_lengths.extend(lengths)
         builder.document_indices.extend(range(first + 1, first + len(lengths) + 1))
         self.tokens += len(tokens)
 
-    def finish(self, idx_path: Path) -> None:
-        """Close the .bin and write the .idx file."""
-        self._builder.finalize(str(idx_path))
+    def finish(self) -> None:
+        """Close both and write PREFIX.idx."""
+        self._bytes.close()
+        self._builder.finalize(str(prefix_file(self._prefix, ".idx")))
 
     def abandon(self) -> None:
         """Close without an index."""
+        self._bytes.close()
         self._builder.data_file.close()
 
 
@@ -53,17 +65,20 @@ class TokenFile:
     """A prepared set's tokens and document positions, mapped into memory (nothing is copied)."""
 
     def __init__(self, prefix: str | Path) -> None:
-        """Open PREFIX.bin and .idx. Raises DataError when the index cannot be read or is of other tokens."""
+        """Open PREFIX.bin, .idx and .bytes. Raises DataError when they cannot be read or do not belong together."""
         index_path = prefix_file(prefix, ".idx")
         try:
             self._dataset = IndexedDataset(str(prefix))  # owns the mapped index
             self._index = self._dataset.index
             self.tokens: NDArray[np.integer] = np.memmap(prefix_file(prefix, ".bin"), dtype=self._index.dtype, mode="r")
+            self.bytes: NDArray[np.int64] = np.memmap(prefix_file(prefix, ".bytes"), dtype="<i8", mode="r")
         except (AssertionError, ValueError, OSError, KeyError, struct.error) as error:
             raise DataError(f"{index_path}: damaged index ({error}); prepare the set again") from error
         self._item = self.tokens.dtype.itemsize
         if self.documents == 0 or sum(self.span(self.documents - 1)) != len(self.tokens):
             raise DataError(f"{index_path}: index and .bin disagree; prepare the set again")
+        if len(self.bytes) != self.documents:
+            raise DataError(f"{prefix_file(prefix, '.bytes')}: not of these documents; prepare the set again")
 
     @property
     def documents(self) -> int:
@@ -82,5 +97,7 @@ class TokenFile:
     def starts_within(self, begin: int, end: int) -> NDArray[np.int64]:
         """First tokens of the documents that start in [begin, end)."""
         pointers = self._index.sequence_pointers
-        low, high = np.searchsorted(pointers, [begin * self._item, end * self._item])
+        # bisect, because the format leaves this array unaligned and numpy's searchsorted would copy the whole of it
+        low = bisect_left(pointers, begin * self._item)
+        high = bisect_left(pointers, end * self._item, low, min(len(pointers), low + end - begin))
         return pointers[low:high] // self._item

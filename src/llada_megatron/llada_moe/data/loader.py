@@ -44,8 +44,8 @@ class TrainingData:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token over the blend (end-of-text tokens count as tokens without bytes)."""
-        return sum(share * m.bytes_per_token for share, m in zip(self.blend.shares, self.manifests, strict=True))
+        """UTF-8 bytes of text per token of this split, over the blend (an end-of-text token is one without bytes)."""
+        return sum(share * s.bytes_per_token for share, s in zip(self.blend.shares, self.sets, strict=True))
 
     def locate(self, number: int) -> Coordinates:
         """Set, epoch and window of sample `number`, by arithmetic alone."""

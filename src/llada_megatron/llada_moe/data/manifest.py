@@ -74,7 +74,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
 
 
 def read_manifest(prefix: str | Path) -> Manifest:
-    """Read PREFIX.json, check it against .bin and .idx. Raises DataError for a missing, damaged or truncated set."""
+    """Read PREFIX.json and check the files beside it. Raises DataError for a missing, damaged or truncated set."""
     path = prefix_file(prefix, ".json")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -113,8 +113,8 @@ def _parse(path: Path, content: Any) -> Manifest:
 
 
 def _check_files(prefix: str | Path, manifest: Manifest) -> None:
-    """Both token files stand, and the .bin holds exactly the tokens of the manifest."""
-    for ending in (".bin", ".idx"):
+    """The token files stand, and the .bin holds exactly the tokens of the manifest."""
+    for ending in (".bin", ".idx", ".bytes"):
         if not prefix_file(prefix, ending).is_file():
             raise DataError(f"{prefix_file(prefix, ending)}: missing; prepare the set again")
     binary = prefix_file(prefix, ".bin")

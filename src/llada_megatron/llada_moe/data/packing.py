@@ -50,6 +50,8 @@ class PackedDataset:
                   range(0, self._file.documents, _HASH_BLOCK)]  # fmt: skip
         held = np.concatenate(blocks)
         self.documents = len(held) if split == "validation" else self._file.documents - len(held)
+        held_bytes = int(self._file.bytes[held].sum())
+        self.bytes = held_bytes if split == "validation" else int(self._file.bytes.sum()) - held_bytes
         self._begins, lengths = self._spans(held)
         self._offsets = np.concatenate([[0], np.cumsum(lengths)])
         self.tokens = int(self._offsets[-1])
@@ -65,6 +67,11 @@ class PackedDataset:
         gap_begins = np.concatenate([[0], begins + lengths])
         gap_lengths = np.concatenate([begins, [len(self._file.tokens)]]) - gap_begins
         return gap_begins[gap_lengths > 0], gap_lengths[gap_lengths > 0]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of the split's text per token, end-of-text tokens counted as tokens."""
+        return self.bytes / self.tokens
 
     def window(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """Tokens [seq] of window `index` and its boundaries [segments + 1], ascending from 0 to seq.
