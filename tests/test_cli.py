@@ -40,12 +40,12 @@ def raising(error):
 
 def test_help_imports_nothing_heavy_and_is_quick():
     code = (
-        "import sys, time; start = time.perf_counter()\n"
+        "import sys, time\n"
         "from llada_megatron import cli\n"
         "try: cli.main(['--help'])\n"
         "except SystemExit as exit: assert exit.code == 0\n"
         f"assert not {HEAVY!r} & set(sys.modules), {HEAVY!r} & set(sys.modules)\n"
-        "print(time.perf_counter() - start, file=sys.stderr)"
+        "print(time.process_time(), file=sys.stderr)"  # with the interpreter's start, without waiting for busy cores
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert all(name in done.stdout for name in cli.COMMANDS)
