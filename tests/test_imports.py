@@ -1,4 +1,4 @@
-"""The shape of the packages: imports run one way, the style holds, and no generic name is installed at the top level."""
+"""The shape of the packages: imports run one way, the style holds, no generic name is installed at the top level."""
 
 import importlib.metadata
 import subprocess

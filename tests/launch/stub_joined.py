@@ -1,0 +1,36 @@
+"""The program of a rank that torchrun or srun starts in tests: finds its place, joins over gloo, sums, may fail."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from llada_megatron.launch.joining import check_world, find_place
+from llada_megatron.launch.processes import StopRequest
+from llada_megatron.launch.rank import run_joined_rank
+from llada_megatron.llada_moe.config.schema import LayoutConfig
+
+LAYOUT = LayoutConfig(data_parallel=2)
+
+
+def work(stop: StopRequest) -> dict:
+    torch.distributed.init_process_group("gloo")
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    print("noise")
+    print(f"progress of rank {torch.distributed.get_rank()}", file=sys.stderr)
+    if sys.argv[1] == "fail" and torch.distributed.get_rank() == 1:
+        raise ValueError("the reason")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return {"sum": total.item()}
+
+
+if __name__ == "__main__":
+    place = find_place()
+    check_world(place, LAYOUT)
+    os.environ.update(place.environment())
+    facts, stopped = run_joined_rank(work, LAYOUT, Path(sys.argv[2]) / "logs", place.rank)
+    if place.rank == 0:
+        print(place.launcher, facts, stopped)
