@@ -75,9 +75,10 @@ def check_cores(ranks: int, cores: int, oversubscribe: bool) -> None:
 def check_memory(needed: int, available: int, ranks: int) -> None:
     """Raises ResourceError where not even the weights and their training state fit (bytes)."""
     if needed > available:
+        need = "rank needs" if ranks == 1 else "ranks need"
         raise ResourceError(
-            f"{ranks} {_plural('rank', ranks)} need at least {needed / 2**30:.1f} GB of memory for weights, gradients "
-            f"and optimizer state, but {available / 2**30:.1f} GB are free; take a smaller model, or more machines"
+            f"{ranks} {need} at least {needed / 2**30:.1f} GB of memory for weights, gradients and optimizer state, "
+            f"but {available / 2**30:.1f} GB are free; take a smaller model, or more machines"
         )
 
 
