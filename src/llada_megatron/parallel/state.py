@@ -1,0 +1,135 @@
+"""Everything of a run that survives it: weights, optimizer, and how far it has come. Saved, resharded and resumed here only.
+
+The data position, the masks and the learning rate are functions of the step, so the step number is their state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+
+from llada_megatron import __version__
+from llada_megatron.llada_moe.config import to_dict
+from llada_megatron.llada_moe.config.schema import RunConfig
+from llada_megatron.llada_moe.data.manifest import Manifest
+from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
+from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
+from llada_megatron.parallel import checkpoint_manifest
+from llada_megatron.parallel.assembly import load_model_state, model_state
+from llada_megatron.parallel.checkpoint import CheckpointStore
+from llada_megatron.parallel.optimizer import load_optimizer_state, optimizer_state
+
+FROZEN = (
+    "training.global_batch_size",
+    "training.sequence_length",
+    "training.seed",
+    "training.precision",
+    "objective",
+    "data",
+)
+"""Keys that a resumed run must keep: they decide which samples and masks a step number stands for."""
+
+
+@dataclass
+class RunState:
+    """What is trained, and the number of steps done."""
+
+    run: RunConfig
+    chunks: list[DiffusionTransformer]
+    optimizer: MegatronOptimizer
+    manifests: list[Manifest]
+    step: int = 0
+
+    def save(self, store: CheckpointStore) -> None:
+        """Write a checkpoint of this step (collective)."""
+        model = model_state(self.chunks)
+        store.save(self.step, model | {"optimizer": optimizer_state(self.optimizer, model, loading=False)}, self._facts())
+
+    def resume(self, store: CheckpointStore) -> Path | None:
+        """Continue from the newest whole checkpoint of this run; None if there is none (collective).
+
+        Raises:
+            ConfigError: the run's configuration changed where the meaning of a step depends on it.
+            CheckpointError: no checkpoint is usable, or it is of another model.
+        """
+        path = store.latest()
+        if path is None:
+            return None
+        saved = checkpoint_manifest.read(path).facts
+        checkpoint_manifest.require_model(path, saved, to_dict(self.run.model))
+        refuse_changed_run(path, saved, self.run)
+        self._require_tokenizer(path, saved)
+        model = model_state(self.chunks)
+        template = model | {"optimizer": optimizer_state(self.optimizer, model, loading=True)}
+        state, facts = store.load(path, template)
+        load_model_state(self.chunks, state)
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        self.step = int(facts["step"])
+        return path
+
+    def load_weights(self, store: CheckpointStore, path: str) -> None:
+        """Start from the weights of another run's checkpoint (a step directory), with a fresh optimizer (collective)."""
+        state, facts = store.load(path, model_state(self.chunks), to_dict(self.run.model))
+        self._require_tokenizer(Path(path), facts)
+        load_model_state(self.chunks, state)
+        self.optimizer.reload_model_params()
+
+    def _require_tokenizer(self, path: Path, facts: dict[str, Any]) -> None:
+        saved, present = facts["tokenizer"]["sha256"], self.manifests[0].tokenizer.sha256
+        if saved != present:
+            raise CheckpointError(
+                f"{path} was trained on data prepared with another tokenizer ({saved[:12]}, not {present[:12]}); "
+                "prepare the data with the tokenizer of that run (llada prepare --tokenizer)"
+            )
+
+    def _facts(self) -> dict[str, Any]:
+        tokenizer = self.manifests[0].tokenizer
+        return {
+            "model": to_dict(self.run.model),
+            "run": to_dict(self.run),
+            "step": self.step,
+            "consumed_samples": self.step * self.run.training.global_batch_size,
+            "layout": to_dict(self.run.layout),
+            "versions": {
+                "llada-megatron": __version__,
+                "torch": torch.__version__,
+                "megatron-core": metadata.version("megatron-core"),
+            },
+            "tokenizer": {
+                "sha256": tokenizer.sha256,
+                "vocab_size": tokenizer.vocab_size,
+                "path": f"{self.run.data.sets[0].path}.tokenizer{tokenizer.suffix}",
+            },
+        }
+
+
+def refuse_changed_run(path: Path, facts: dict[str, Any], run: RunConfig) -> None:
+    """Refuse to continue `path` under a configuration in which its step number means other samples.
+
+    Raises:
+        ConfigError: names each changed key, what it was and what it is.
+    """
+    saved, present = facts["run"], to_dict(run)
+    changes = [change for key in FROZEN for change in _changes(key, _at(saved, key), _at(present, key))]
+    if changes:
+        raise ConfigError(
+            f"this run cannot continue {path}: {'; '.join(changes)}. Put the old values back, or start a new run: set another "
+            f"output_dir and checkpoint.load={path} to begin from these weights"
+        )
+
+
+def _at(values: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
+
+
+def _changes(key: str, saved: Any, present: Any) -> list[str]:
+    if isinstance(saved, dict) and isinstance(present, dict):
+        return [change for name in saved for change in _changes(f"{key}.{name}", saved[name], present.get(name))]
+    return [] if saved == present else [f"{key} was {saved!r} and is {present!r}"]
