@@ -119,6 +119,7 @@ def state_metadata() -> dict[str, Any]:
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         "distrib_optim_sharding_type": OPTIMIZER_FORMAT,
         "distrib_optim_fully_reshardable_mem_efficient": True,
+        "chained_optim_avoid_prefix": True,  # else the names say how many optimizers the layout has
     }
 
 

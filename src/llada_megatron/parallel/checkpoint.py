@@ -264,6 +264,14 @@ class CheckpointStore:
             )
         return None
 
+    def facts(self, path: str | Path) -> dict[str, Any]:
+        """What the manifest of a step directory says of its run; its files have the stated sizes.
+
+        Raises:
+            DamagedCheckpointError, CheckpointError: as `load`.
+        """
+        return self._manifest(Path(path).absolute()).facts
+
     def load(
         self, path: str | Path, sharded_state: dict[str, Any], model: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -11,7 +11,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
 from llada_megatron.llada_moe.config.schema import RunConfig
 from llada_megatron.llada_moe.diffusion.schedule import learning_rate
-from llada_megatron.parallel.assembly import state_metadata
+from llada_megatron.parallel.assembly import OPTIMIZER_FORMAT, state_metadata
 
 
 def build_optimizer(run: RunConfig, models: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -45,16 +45,46 @@ def set_learning_rate(run: RunConfig, optimizer: MegatronOptimizer, step: int) -
 
 
 def optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any], loading: bool) -> dict[str, Any]:
-    """Sharded optimizer state; `model` is the sharded model state (of all chunks) that its tensors are keyed by."""
+    """Sharded optimizer state; `model` is the sharded model state (of all chunks) that its tensors are keyed by.
+
+    Only what training changes is kept: main weights, both moments, and the number of updates. Everything else in
+    Megatron's parameter groups is configuration, and how many optimizers there are (one more when experts are spread)
+    is the layout's.
+    """
     if loading:
         _fill_fresh_adam(optimizer)
     state = model["model"] if set(model) == {"model"} else model
-    return optimizer.sharded_state_dict(state, is_loading=loading, metadata=state_metadata())
+    whole = optimizer.sharded_state_dict(state, is_loading=loading, metadata=state_metadata())
+    parts = [whole] if len(_parts(optimizer)) == 1 else [whole[index] for index in range(len(whole))]
+    return {
+        "updates": _updates(parts),
+        "parts": {str(index): {"param_state": part["param_state"]} for index, part in enumerate(parts)},
+    }
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Put loaded state into the optimizer, whatever layout it was saved under."""
+    for index, part in enumerate(_parts(optimizer)):
+        own = part.state_dict()
+        for group in own["optimizer"]["param_groups"]:
+            group["step"] = state["updates"]
+        tensors = state["parts"][str(index)]["param_state"]
+        part.load_state_dict(own | {"param_state": tensors, "param_state_sharding_type": OPTIMIZER_FORMAT})
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _updates(parts: list[dict[str, Any]]) -> int:
+    """Number of updates done, which Megatron keeps in every non-empty parameter group."""
+    groups = [group for part in parts for group in part["optimizer"]["param_groups"]]
+    return int(max((group.get("step") or 0 for group in groups), default=0))
 
 
 def _fill_fresh_adam(optimizer: MegatronOptimizer) -> None:
     """torch's AdamW makes its state at the first step; Megatron's load template needs it before (distrib_optimizer.py:642)."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         adam = part.optimizer
         if not isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
             continue
