@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,14 +75,14 @@ def start(run: RunConfig, oversubscribe: bool = False) -> Outcome:
     directory.mkdir(parents=True, exist_ok=True)
     resolved = directory / "config.yaml"
     resolved.write_text(dump_yaml(run), "utf-8")
+    ranks = run.layout.world_size
+    message(f"starting {ranks} {'process' if ranks == 1 else 'processes'}; their logs: {directory / 'logs'}")
     return run_local(python_program("llada_megatron.launch.worker", str(resolved)), run.layout, directory / "logs")
 
 
 def _train_here(config: RunConfig, args: argparse.Namespace) -> int:
     from llada_megatron.launch.local import Stopped
 
-    processes = "1 process" if config.layout.world_size == 1 else f"{config.layout.world_size} processes"
-    message(f"training with {processes}; logs in {config.output_dir}/logs")
     try:
         outcome = start(config, args.oversubscribe)
     except Stopped as stopped:
@@ -105,16 +106,19 @@ def _train_as_rank(config: RunConfig, place: Place, args: argparse.Namespace) ->
 
 def _finish(facts: dict[str, Any], stopped_by: int | None, args: argparse.Namespace) -> int:
     """Print the result; say how to go on where the run was stopped."""
-    if not args.json:
-        for name, value in facts.items():
-            print(f"{name.replace('_', ' ')}: {value}")
     if stopped_by is not None:
-        message(f"stopped early; {_how_to_resume(args)}")
+        message(f"stopped after step {facts.get('steps')}; {_how_to_resume(args)}")
     if args.json:
         emit_json(facts | {"stopped": stopped_by is not None})
+    else:
+        for name, value in facts.items():
+            if value is not None:
+                print(
+                    f"{name.replace('_', ' '):<14} {value:g}" if isinstance(value, float) else f"{name:<14} {value}"
+                )
     return 0 if stopped_by is None else 128 + stopped_by
 
 
 def _how_to_resume(args: argparse.Namespace) -> str:
-    command = " ".join(["llada train", args.config, *args.overrides])
+    command = shlex.join(["llada", "train", args.config, *args.overrides])
     return f"continue from the newest checkpoint with: {command}"
