@@ -104,6 +104,13 @@ def test_the_last_ones_are_kept_and_leftovers_swept(tmp_path):
     assert (tmp_path / "latest").read_text() == "step-00000004\n"
 
 
+def test_a_reader_leaves_a_save_in_progress_alone(tmp_path):
+    run_ranks(_save, 1, tmp_path, [1])
+    (tmp_path / ".step-00000002.partial-1-2").mkdir()
+    assert run_ranks(_resume, 1, tmp_path)[0][0] == 1
+    assert (tmp_path / ".step-00000002.partial-1-2").is_dir()
+
+
 def _damage(root, step, name, change):
     path = next((root / manifests.step_name(step)).glob(name))
     content = bytearray(path.read_bytes())
@@ -197,13 +204,15 @@ def test_a_killed_save_leaves_the_earlier_checkpoint(tmp_path, place, after):
     ((step, said),) = run_ranks(_resume, 1, tmp_path)
     assert step in (1, 2) and said == []
     assert step == (2 if (place, after) == ("checkpoint._give_name", True) or place == "checkpoint._remove" else 1)
-    assert not list(tmp_path.glob(".step*"))
+    run_ranks(_save, 1, tmp_path, [3], 1)
+    assert names(tmp_path) == ["latest", "step-00000003"]
 
 
 def test_a_replacement_that_was_killed_puts_the_old_one_back(tmp_path):
     run_ranks(_save, 1, tmp_path, [1])
     (tmp_path / "step-00000001").rename(tmp_path / ".step-00000001.replaced-1")
-    assert run_ranks(_resume, 1, tmp_path)[0][0] == 1
+    run_ranks(_save, 1, tmp_path, [2])
+    assert names(tmp_path) == ["latest", "step-00000001", "step-00000002"]
 
 
 # --- asynchronous -------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 Layout of a run's directory:
 
     step-00000100/              a checkpoint: *.distcp, .metadata, metadata.json, common.pt, manifest.json
-    .step-00000200.partial-…/   one being written, or left by a run that was killed; swept at the next start
+    .step-00000200.partial-…/   one being written, or left by a killed run; swept by the next run's first save
     latest                      name of the last checkpoint, for people and tools
 
 Every method of CheckpointStore is collective: all ranks of the world group call it, and when it fails it fails on all
@@ -61,7 +61,7 @@ class CheckpointStore:
         asynchronous: bool = False,
         report: Callable[[str], None] | None = None,
     ) -> None:
-        """Sweep what a killed run left in `directory`.
+        """Nothing is touched before the first save: a reader may look into the directory of a run that is going on.
 
         Args:
             directory: where the step directories lie; made by the first save. Shared by all ranks.
@@ -78,7 +78,7 @@ class CheckpointStore:
         self._asynchronous = asynchronous and reason is None
         if reason:
             self._say(f"checkpoints are written synchronously: {reason}")
-        on_rank_0(self._sweep)
+        self._swept = False
 
     def _say(self, text: str) -> None:
         if dist.get_rank() == 0:
@@ -150,6 +150,9 @@ class CheckpointStore:
             raise
 
     def _make_partial(self, step: int) -> Path:
+        if not self._swept:
+            self._sweep()
+            self._swept = True
         # a name of its own, so that a writer left by a killed run can never write into this save
         directory = self.directory / f".{manifests.step_name(step)}{_PARTIAL}{os.getpid():x}-{time.time_ns():x}"
         directory.mkdir(parents=True)
@@ -221,7 +224,7 @@ class CheckpointStore:
         return None
 
     def _sweep(self) -> None:
-        """Remove partial directories; put back a checkpoint that was moved aside for one that never came."""
+        """Remove what a killed run left; put back a checkpoint that was moved aside for one that never came."""
         for path in self.directory.glob(f".*{_REPLACED}*"):
             target = self.directory / path.name[1:].split(_REPLACED)[0]
             if target.exists():
