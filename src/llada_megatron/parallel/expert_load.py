@@ -16,12 +16,14 @@ from llada_megatron.parallel import device
 class ExpertLoad:
     """Counts tokens per expert of every MoE layer of the model chunks on this rank.
 
-    Counts training only, and only under gradient mode: full recomputation runs the router a first time without
-    gradients and a second time with, so each token counts once. Tokens are distinct on data, context and (with
-    sequence parallelism, which Megatron demands of MoE training) tensor ranks, hence the plain sum over all ranks.
+    Training is counted under gradient mode only: full recomputation runs the router a first time without gradients and
+    a second time with, so each token counts once; validation is left out. Tokens are distinct on data, context and
+    (with sequence parallelism, which Megatron demands of MoE training) tensor ranks, hence the sum over all ranks.
     """
 
-    def __init__(self, model_chunks: Iterable[torch.nn.Module]) -> None:
+    def __init__(self, model_chunks: Iterable[torch.nn.Module], training: bool = True) -> None:
+        """`training` false counts every forward pass instead: the load of an evaluation."""
+        self._training = training
         self._counts: dict[int, torch.Tensor] = {}
         self._hooks = []
         self._shape, self._agreed = (0, 0), False
@@ -37,7 +39,7 @@ class ExpertLoad:
         self._counts[layer] = torch.zeros(config.num_moe_experts, dtype=torch.int64, device=router.weight.device)
 
         def count(module: torch.nn.Module, _inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-            if module.training and torch.is_grad_enabled():
+            if not self._training or (module.training and torch.is_grad_enabled()):
                 routing_map = output[1].detach()  # [tokens, experts], one where a token goes to an expert
                 counts = self._counts[layer] = self._counts[layer].to(routing_map.device)
                 counts += (routing_map != 0).sum(dim=0)

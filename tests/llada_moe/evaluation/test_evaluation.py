@@ -109,16 +109,6 @@ def test_training_counts_follow_the_shares_of_the_blend():
     assert counts.tolist() == [100, 300, 0]
 
 
-def test_text_bytes_counts_utf8_and_no_bytes_for_end_of_text():
-    class Letters:
-        eos_id = EOS
-
-        def decode(self, ids):
-            return "".join({5: "é", 6: "ab"}.get(i, "") for i in ids)
-
-    assert likelihood.text_bytes(iter([np.array([5, EOS, 6]), np.array([EOS, 5, 5])]), Letters()) == 2 + 2 + 4
-
-
 def test_infilling_counts_right_tokens_and_the_best_constant_guess():
     rows = np.random.default_rng(3).integers(4, VOCAB, (64, 50))
     rows[:, ::2] = 7

@@ -19,7 +19,6 @@ from torch import Tensor
 from llada_megatron.llada_moe.data.batch import Batch
 from llada_megatron.llada_moe.data.loader import TrainingData
 from llada_megatron.llada_moe.data.packing import PackedDataset
-from llada_megatron.llada_moe.data.tokenizer import Tokenizer
 
 SequenceLoss = Callable[[Batch], Tensor]
 """Weighted cross-entropy of each sequence of a batch `[batch]`, in nats: sum_i weights_i * -log p(labels_i)."""
@@ -101,13 +100,3 @@ def token_counts(rows: Iterator[NDArray[np.int64]], vocab_size: int) -> NDArray[
     for row in rows:
         counts += np.bincount(row, minlength=vocab_size)
     return counts
-
-
-def text_bytes(rows: Iterator[NDArray[np.int64]], tokenizer: Tokenizer) -> int:
-    """UTF-8 bytes of the text that some rows stand for (a character that a row's edge cuts is off by up to two)."""
-    total = 0
-    for row in rows:
-        ends = np.flatnonzero(row == tokenizer.eos_id)
-        for part in np.split(row, ends):
-            total += len(tokenizer.decode(part.tolist()).encode("utf-8", "surrogatepass"))
-    return total

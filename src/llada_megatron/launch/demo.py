@@ -1,0 +1,182 @@
+"""`make demo`: prepare a corpus, train a small LLaDA-MoE on it with two processes, and show what it learnt.
+
+Each phase is skipped when what it makes stands; an interrupted training goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llada_megatron.console import coloured, error, message
+from llada_megatron.launch.memory import PeakMemory
+from llada_megatron.llada_moe.errors import ConfigError, DataError, LladaError
+
+if TYPE_CHECKING:
+    from llada_megatron.launch.assessment import Assessment
+    from llada_megatron.llada_moe.config.schema import RunConfig
+
+CONFIG = "configs/runs/demo.yaml"
+CORPUS = "python-stdlib"
+SEQUENCES = 512
+"""Held-out windows that the figures are measured on."""
+
+
+@dataclass
+class Phase:
+    """What one phase took, over all the runs that worked on it."""
+
+    seconds: float = 0.0
+    peak_memory_gb: float = 0.0
+
+
+class Ledger:
+    """What the phases took, kept in OUTPUT_DIR/phases.json, so that a run that reuses their results can say it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "phases.json"
+        self.phases: dict[str, Phase] = {}
+        if self._path.is_file():
+            self.phases = {name: Phase(**values) for name, values in json.loads(self._path.read_text("utf-8")).items()}
+
+    @contextmanager
+    def phase(self, name: str, afresh: bool) -> Iterator[None]:
+        """Add what happens inside to a phase (in the place of what it took before, if done `afresh`)."""
+        began, before = time.monotonic(), Phase() if afresh else self.phases.get(name, Phase())
+        memory = PeakMemory()
+        try:
+            with memory:
+                yield
+        finally:
+            seconds = before.seconds + time.monotonic() - began
+            self.phases[name] = Phase(seconds, max(before.peak_memory_gb, memory.gigabytes))
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps({name: asdict(phase) for name, phase in self.phases.items()}), "utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the demo; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="make demo", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values laid over the configuration's")
+    parser.add_argument("--config", default=CONFIG, metavar="YAML", help=f"the run (default: {CONFIG})")
+    parser.add_argument(
+        "--corpus", default=CORPUS, metavar="INPUT", help="text file, folder or JSONL (default: stdlib)"
+    )
+    parser.add_argument("--sequences", type=int, default=SEQUENCES, help="held-out windows to measure on")
+    args = parser.parse_args(arguments)
+    try:
+        return run(args)
+    except LladaError as failure:
+        error(str(failure))
+        return failure.exit_code
+    except KeyboardInterrupt as stopped:
+        message("interrupted; `make demo` continues from here")
+        return getattr(stopped, "exit_code", 130)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare, train, evaluate, report."""
+    from llada_megatron.llada_moe.config import load_run
+
+    config = load_run(args.config, args.overrides)
+    ledger = Ledger(Path(config.output_dir))
+    prepare(config, args.corpus, ledger)
+    stopped_by = train(config, ledger)
+    if stopped_by is not None:
+        message("stopped; `make demo` continues from the newest checkpoint")
+        return 128 + stopped_by
+    report(config, args.sequences, ledger)
+    return 0
+
+
+def prepare(config: RunConfig, corpus: str, ledger: Ledger) -> None:
+    """Make the run's prepared set, unless it stands. Raises DataError, or ConfigError if it is of another corpus."""
+    from llada_megatron.llada_moe.data.manifest import read_manifest
+
+    prefix = config.data.sets[0].path
+    try:
+        found = read_manifest(prefix)
+    except DataError:
+        found = None
+    if found is not None:
+        if [source.input for source in found.sources] != [corpus]:
+            raise ConfigError(
+                f"{prefix} was prepared from {', '.join(s.input for s in found.sources)}, not {corpus}; "
+                f"choose another output_dir and data.sets.0.path, or remove {config.output_dir}"
+            )
+        _say(f"1/3 data: {prefix} stands ({found.tokens:,} tokens)")
+        return
+    _say(f"1/3 data: preparing {corpus}")
+    command = [sys.executable, "-P", "-m", "llada_megatron.cli", "prepare", corpus, "--output", prefix, "--overwrite"]
+    with ledger.phase("prepare", afresh=True):
+        vocabulary = ["--train-tokenizer", "--vocab-size", str(config.model.vocab_size)]
+        done = subprocess.run([*command, *vocabulary], check=False, stdout=sys.stderr)
+    if done.returncode:
+        raise DataError(f"the corpus could not be prepared (exit code {done.returncode}; see above)")
+
+
+def train(config: RunConfig, ledger: Ledger) -> int | None:
+    """Train to the last step, unless that stands; the signal that stopped it early, else None."""
+    from llada_megatron.launch.train import start
+    from llada_megatron.parallel.checkpoint_manifest import steps
+
+    found = steps(Path(config.output_dir) / "checkpoints")
+    newest = found[0][0] if found else 0
+    if newest >= config.training.steps:
+        _say(f"2/3 training: finished earlier, {newest} steps in {found[0][1]}")
+        return None
+    processes, axes = config.layout.world_size, f"expert parallel {config.layout.expert_parallel}"
+    begin = f"from step {newest} " if newest else ""
+    _say(f"2/3 training: {begin}to step {config.training.steps} with {processes} processes ({axes})")
+    with ledger.phase("train", afresh=newest == 0):
+        return start(config).stopped_by
+
+
+def report(config: RunConfig, sequences: int, ledger: Ledger) -> None:
+    """Evaluate the checkpoint; write report.json and report.md; print the result."""
+    from llada_megatron.launch import demo_report
+
+    _say("3/3 evaluation: held-out documents")
+    directory = Path(config.output_dir)
+    with ledger.phase("evaluate", afresh=True):
+        result, checkpoint = evaluate(directory, sequences)
+    seconds = {name: phase.seconds for name, phase in ledger.phases.items()}
+    memory = max(phase.peak_memory_gb for phase in ledger.phases.values())
+    places = demo_report.Places(checkpoint, str(directory / "tensorboard"), str(directory / "report.md"))
+    values = demo_report.as_json(result, seconds, memory, places)
+    (directory / "report.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    (directory / "report.md").write_text(demo_report.as_markdown(result, seconds, memory, places), "utf-8")
+
+    def paint(text: str, code: str) -> str:
+        return coloured(text, code, sys.stdout)
+
+    print("\n" + demo_report.as_text(result, seconds, memory, places, paint))
+
+
+def evaluate(directory: Path, sequences: int) -> tuple[Assessment, str]:
+    """The assessment of a run's newest checkpoint, and the checkpoint's path."""
+    from llada_megatron.parallel import device
+
+    device.install()
+    from llada_megatron.launch.assessment import assess
+    from llada_megatron.launch.sample import checkpoint_tokenizer
+    from llada_megatron.parallel.inference import open_checkpoint
+
+    with open_checkpoint(directory) as loaded:
+        return assess(loaded, checkpoint_tokenizer(loaded), sequences), str(loaded.path)
+
+
+def _say(text: str) -> None:
+    message(coloured(text, "1", sys.stderr))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The demo's result: as JSON, as a page of Markdown, and on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llada_megatron.launch.assessment import Assessment, Piece
+
+GAIN_GOAL, INFILL_GOAL = 0.25, 3.0
+"""Bits per byte below the unigram baseline's by this share; infilling accuracy in majority shares."""
+_BARS = "▁▂▃▄▅▆▇█"
+BOLD, GREEN, RED, DIM = "1", "32", "31", "2"
+
+Paint = Callable[[str, str], str]
+"""paint(text, ANSI colour code) -> text, coloured where the output shows colours."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things are."""
+
+    checkpoint: str
+    tensorboard: str
+    report: str
+
+
+def as_json(result: Assessment, seconds: dict[str, float], peak_memory_gb: float, places: Places) -> dict[str, Any]:
+    """What `report.json` holds. Times in seconds, of the work itself even where a later run reuses it."""
+    return {
+        "bits_per_byte": result.bits_per_byte,
+        "unigram_bits_per_byte": result.unigram_bits_per_byte,
+        "infill_accuracy": result.infill_accuracy,
+        "majority_share": result.majority_share,
+        "seconds": round(sum(seconds.values()), 1),
+        "peak_memory_gb": round(peak_memory_gb, 2),
+        "seconds_by_phase": {name: round(value, 1) for name, value in seconds.items()},
+        "validation_sequences": result.sequences,
+        "validation_tokens": result.tokens,
+        "expert_tokens": {str(layer): counts for layer, counts in result.expert_tokens.items()},
+        "examples": [{"before": before(e), "after": after(e), "original": original(e)} for e in result.examples],
+        "checkpoint": places.checkpoint,
+        "tensorboard": places.tensorboard,
+    }
+
+
+def as_text(result: Assessment, seconds: dict[str, float], peak_memory_gb: float, places: Places, paint: Paint) -> str:
+    """What the demo prints."""
+    parts = [paint("Filling in held-out code", BOLD) + " (15 % of the tokens are gaps, written one a step)"]
+    for number, example in enumerate(result.examples, start=1):
+        parts.append(f"{paint(f'example {number}, before', DIM)}\n{_indent(before(example))}")
+        parts.append(f"{paint(f'example {number}, after: {_score(example)}', DIM)}\n{_indent(after(example, paint))}")
+    parts.append(
+        paint("Tokens of each expert", BOLD) + " (each bar relative to the layer's fullest)\n" + _load_lines(result)
+    )
+    parts.append(paint("Result", BOLD) + f" (held-out documents, {result.tokens:,} tokens)\n" + _figures(result))
+    total = f"{_clock(sum(seconds.values()))} of work, at most {peak_memory_gb:.1f} GB of memory over all processes"
+    phases = ", ".join(f"{name} {_clock(value)}" for name, value in seconds.items())
+    parts.append(f"{total} ({phases})")
+    board = f"tensorboard --logdir {places.tensorboard}"
+    parts.append(f"checkpoint   {places.checkpoint}\nTensorBoard  {board}\nreport       {places.report}")
+    return "\n\n".join(parts) + "\n"
+
+
+def as_markdown(result: Assessment, seconds: dict[str, float], peak_memory_gb: float, places: Places) -> str:
+    """`report.md`."""
+    phases = ", ".join(f"{name} {_clock(value)}" for name, value in seconds.items())
+    parts = [
+        "# Demo: a small LLaDA-MoE",
+        _fenced(_figures(result)),
+        f"Time: {_clock(sum(seconds.values()))} ({phases}). Memory: {peak_memory_gb:.1f} GB over all processes.",
+        f"Checkpoint: `{places.checkpoint}`. TensorBoard: `tensorboard --logdir {places.tensorboard}`.",
+        "## Filling in held-out code",
+        "15 % of the tokens are gaps, marked `«?»`. The model writes one token a step, the one it is surest of.",
+    ]
+    for number, example in enumerate(result.examples, start=1):
+        parts += [f"### Example {number}: {_score(example)}", "Before", _fenced(before(example)), "After"]
+        parts += [_fenced(after(example)), "Original", _fenced(original(example))]
+    parts += ["## Tokens of each expert", _fenced(_load_lines(result))]
+    return "\n\n".join(parts) + "\n"
+
+
+def before(example: list[Piece]) -> str:
+    """The text with its gaps: one question mark a token."""
+    return "".join(piece.original if piece.filled is None else f"«{'?' * piece.tokens}»" for piece in example)
+
+
+def after(example: list[Piece], paint: Paint | None = None) -> str:
+    """The text with the gaps filled, what was filled in guillemets; green where all of it is as it was."""
+
+    def show(piece: Piece) -> str:
+        if piece.filled is None:
+            return piece.original
+        text = f"«{piece.filled}»"
+        return paint(text, GREEN if piece.right == piece.tokens else RED) if paint else text
+
+    return "".join(map(show, example))
+
+
+def original(example: list[Piece]) -> str:
+    """The text as it was."""
+    return "".join(piece.original for piece in example)
+
+
+def _score(example: list[Piece]) -> str:
+    right, gaps = sum(piece.right for piece in example), sum(piece.tokens for piece in example)
+    return f"{right} of {gaps} tokens as in the original"
+
+
+def _figures(result: Assessment) -> str:
+    times = result.infill_accuracy / result.majority_share if result.majority_share else float("nan")
+    return (
+        f"bits per byte      {result.bits_per_byte:.3f}, unigram baseline {result.unigram_bits_per_byte:.3f}: "
+        f"{result.gain:.1%} lower (goal: {GAIN_GOAL:.0%})\n"
+        f"infilling at 15 %  {result.infill_accuracy:.1%} right, commonest token {result.majority_share:.1%}: "
+        f"{times:.1f} times (goal: {INFILL_GOAL:.0f})"
+    )
+
+
+def _load_lines(result: Assessment) -> str:
+    return "\n".join(_load_line(*entry) for entry in result.expert_tokens.items()) or "(a dense model)"
+
+
+def _load_line(layer: int, counts: list[int]) -> str:
+    most, total = max(*counts, 1), max(sum(counts), 1)
+    bars = " ".join(_BARS[round(count / most * (len(_BARS) - 1))] for count in counts)
+    shares = " ".join(f"{count / total:4.0%}" for count in counts)
+    balance = f"max/mean {max(counts) * len(counts) / total:.2f}, dead {counts.count(0)}"
+    return f"layer {layer:>2}  {bars}  {shares}   {balance}"
+
+
+def _fenced(text: str) -> str:
+    return f"````\n{text}\n````"
+
+
+def _indent(text: str) -> str:
+    return "\n".join("  | " + line for line in text.splitlines())
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
