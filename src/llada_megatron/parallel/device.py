@@ -258,6 +258,24 @@ def _patch_functions() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = split_sizes
+    _skip_groups_of_one()
+
+
+def _skip_groups_of_one() -> None:
+    """gloo copies the whole buffer twice to reduce it with nobody: experts at EP = DP, or a run of one process."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(collective)
+        def wrapped(output: torch.Tensor, mine: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+            if torch.distributed.get_world_size(group) > 1:
+                return collective(output, mine, *args, group=group, **kwargs)
+            return None if output.data_ptr() == mine.data_ptr() else output.copy_(mine)
+
+        return wrapped
+
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        setattr(param_and_grad_buffer, name, unless_alone(getattr(param_and_grad_buffer, name)))
 
 
 @contextlib.contextmanager

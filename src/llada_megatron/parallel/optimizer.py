@@ -11,6 +11,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
 from llada_megatron.llada_moe.config.schema import RunConfig
 from llada_megatron.llada_moe.diffusion.schedule import learning_rate
+from llada_megatron.parallel import device
 from llada_megatron.parallel.assembly import OPTIMIZER_FORMAT, state_metadata
 
 
@@ -18,7 +19,7 @@ def build_optimizer(run: RunConfig, models: list[DistributedDataParallel]) -> Me
     """AdamW with clipping, fp32 main weights for bf16, sharded over data-parallel ranks."""
     settings = run.optimizer
     bf16 = run.training.precision == "bf16"
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=settings.learning_rate.peak,
@@ -34,6 +35,18 @@ def build_optimizer(run: RunConfig, models: list[DistributedDataParallel]) -> Me
         models,
         use_gloo_process_groups=True,
     )
+    _fuse_torch_adam(optimizer)
+    return optimizer
+
+
+def _fuse_torch_adam(optimizer: MegatronOptimizer) -> None:
+    """On a CPU the optimizer is torch's AdamW, whose fused kernel takes a third of the time of the default loop."""
+    if device.cuda_available():
+        return
+    for part in _parts(optimizer):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
 
 
 def set_learning_rate(run: RunConfig, optimizer: MegatronOptimizer, step: int) -> float:

@@ -1,9 +1,9 @@
 """Routed experts without Transformer Engine: Megatron's SequentialMLP, computed as one differentiable operation.
 
-Parameters, their names, their sharding and the checkpoint are SequentialMLP's own; only the arithmetic differs in how it
-is driven. Megatron runs a dozen autograd operations per expert, which at 64 small experts a layer cost a CPU as much as
-a fifth of the step; here one operation walks over the experts, writes each product in its place, and keeps for the
-backward pass only the inputs and the products before the activation.
+Parameters, their names, their sharding and the checkpoint are SequentialMLP's own; only how the arithmetic is driven
+differs. Megatron runs a dozen autograd operations per expert, whose overhead on a CPU rivals the products of a small
+expert; here one operation walks over the experts, writes each product in its place, and keeps for the backward pass
+only the inputs and the products before the activation.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class _Experts(torch.autograd.Function):
         x, probs, both, *weights = ctx.saved_tensors
         experts, dy = len(ctx.counts), dy.contiguous()
         dx, dprobs = torch.empty_like(x), torch.zeros_like(probs)
-        gradients = [torch.empty_like(w) if c else torch.zeros_like(w) for w, c in zip(weights, ctx.counts * 2, strict=True)]
+        gradients = [
+            torch.empty_like(w) if c else torch.zeros_like(w) for w, c in zip(weights, ctx.counts * 2, strict=True)
+        ]
         for e, rows in _slices(ctx.counts):
             gate, up = both[rows].chunk(2, dim=-1)
             scale = probs[rows, None].to(x.dtype)

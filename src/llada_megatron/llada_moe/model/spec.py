@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import Any
 
@@ -22,6 +23,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from llada_megatron.llada_moe.model.attention import PatternAttention
+from llada_megatron.llada_moe.model.experts import PermutedExperts
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -44,6 +46,13 @@ class LocalProvider(LocalSpecProvider):
     def core_attention(self) -> type:
         """Attention over a pattern."""
         return PatternAttention
+
+    def grouped_mlp_modules(self, *args: Any, **kwargs: Any) -> Any:
+        """SequentialMLP's parameters, computed in one operation (a pair before megatron-core 0.19, then a partial)."""
+        built = super().grouped_mlp_modules(*args, **kwargs)
+        if isinstance(built, functools.partial):
+            return functools.partial(PermutedExperts, *built.args, **built.keywords)
+        return PermutedExperts, built[1]
 
 
 def transformer_engine_active() -> bool:

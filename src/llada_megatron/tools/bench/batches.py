@@ -1,4 +1,9 @@
-"""Batches of random tokens with half of the positions masked: the same ones for every contender."""
+"""Batches of random tokens of which half are to be predicted: the same ones for every contender.
+
+The inputs at those positions are other random tokens rather than the mask token. To the cost of a step that is the same,
+except that an untrained router would send the equal embeddings of all masks to the same few experts: fewer and larger
+products than a trained router causes, for both sides.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +16,11 @@ from llada_megatron.llada_moe.config.schema import ModelConfig
 
 @dataclass(frozen=True)
 class MaskedBatch:
-    """Token ids `[batch, seq]` (`inputs` with masks, `labels` without), and where the masks are (bool)."""
+    """Token ids `[batch, seq]` (`inputs` corrupted, `labels` not), and which positions are to be predicted (bool)."""
 
     inputs: torch.Tensor
     labels: torch.Tensor
     masked: torch.Tensor
-
-    @property
-    def weights(self) -> torch.Tensor:
-        """`[batch, seq]` float32: the loss is the mean over the masked positions."""
-        return self.masked.float() / self.masked.sum()
 
 
 def masked_batch(model: ModelConfig, sequences: int, length: int, seed: int) -> MaskedBatch:
@@ -28,4 +28,5 @@ def masked_batch(model: ModelConfig, sequences: int, length: int, seed: int) -> 
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(model.vocab_size, (sequences, length), generator=generator)
     masked = torch.rand(sequences, length, generator=generator).argsort(dim=1) < length // 2
-    return MaskedBatch(labels.masked_fill(masked, model.mask_token_id), labels, masked)
+    noise = torch.randint(model.vocab_size, (sequences, length), generator=generator)
+    return MaskedBatch(torch.where(masked, noise, labels), labels, masked)

@@ -1,10 +1,11 @@
-"""`llada bench train`: the training step against transformers' model of the same size and attention, and against the peak.
+"""`llada bench train`: the training step against transformers' model of the same size, and against the matmul peak.
 
 Both sides train in fp32 on the same batches with the same number of threads in the same process, in turns; figures are
 medians over the turns, ratios the median of each turn's ratio. Each side runs its own whole step: forward, backward,
 clipping, AdamW. The sizes keep the published proportions (LLaMA's width to depth; LLaDA-MoE's and OLMoE's 64 experts of
-which 8 run, half as wide as the model) at 26-31 million parameters; the vocabulary is small, so that leaving out the
-logits of unmasked rows, which the other side computes, matters little more than in a large model (a row says how much).
+which 8 run, half as wide as the model) at 27-31 million parameters. The vocabulary is small, so that the logits of
+unmasked rows, which only the other side computes, weigh about what they do in a large model; a row of the result says
+what remains of the difference without them.
 """
 
 from __future__ import annotations
