@@ -27,6 +27,10 @@ def work(stop: StopRequest) -> dict:
     torch.distributed.all_reduce(total)
     if behaviour == "fail" and me == 1:
         raise ValueError("the second rank\nhas a reason")
+    if behaviour == "fail-alone" and me == 0:  # the other rank waits and is ended by the agent
+        raise ValueError("only the first")
+    if behaviour == "fail-alone":
+        time.sleep(600)
     if behaviour == "user-error":
         raise DataError("the corpus is empty; give it text")
     if behaviour == "killed" and me == 1:

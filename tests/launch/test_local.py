@@ -91,6 +91,14 @@ def test_a_failing_rank_is_one_line_with_its_coordinates_and_log(launch, tmp_pat
     _assert_gone(_pids(tmp_path))
 
 
+def test_a_rank_that_was_ended_for_anothers_failure_is_not_blamed(launch, tmp_path):
+    process = launch("fail-alone")
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "rank 0 (dp 0, pp 0, tp 0, cp 0, ep 0): ValueError: only the first" in err
+    _assert_gone(_pids(tmp_path))
+
+
 def test_an_error_of_the_users_comes_as_it_is_and_once(launch):
     _out, err = launch("user-error").communicate(timeout=90)
     assert err.splitlines() == ["DataError: the corpus is empty; give it text"]

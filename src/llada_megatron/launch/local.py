@@ -177,24 +177,18 @@ class _Agent:
 def _first_failure(reports: Path, failures: Mapping[int, Any], layout: LayoutConfig, log_dir: Path) -> LladaError:
     """The failure that brought the others about: a killed rank, else the earliest report, else an exit code."""
     told = read_failures(reports)
-    killed = [rank for rank, exit in failures.items() if exit.exitcode < 0 and rank not in {each.rank for each in told}]
-    if killed:
-        number = -failures[killed[0]].exitcode
-        cause = " (out of memory?)" if number == signal.SIGKILL else ""
-        return RankError(
-            f"{locate(killed[0], layout)} was killed by {signal.Signals(number).name}{cause}; "
-            f"its output: {log_path(log_dir, killed[0])}"
-        )
-    if told:
-        kind = told[0].user_error or RankError
-        error = kind(describe(told[0], layout, log_dir))
+    silent = {rank: exit.exitcode for rank, exit in failures.items() if rank not in {each.rank for each in told}}
+    # SIGTERM is how torch elastic ends the ranks that are left after a failure.
+    killed = [rank for rank, code in silent.items() if code < 0 and code != -signal.SIGTERM]
+    if told and not killed:
+        error = (told[0].user_error or RankError)(describe(told[0], layout, log_dir))
         error.__cause__ = RuntimeError("on the rank:\n" + told[0].stack)
         return error
-    rank, exit = min(failures.items())
-    return RankError(
-        f"{locate(rank, layout)} ended with exit code {exit.exitcode} and said nothing; "
-        f"its output: {log_path(log_dir, rank)}"
-    )
+    rank = min(killed or silent)
+    code = silent[rank]
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code} and said nothing"
+    cause = " (out of memory?)" if code == -signal.SIGKILL else ""
+    return RankError(f"{locate(rank, layout)} {how}{cause}; its output: {log_path(log_dir, rank)}")
 
 
 @contextlib.contextmanager

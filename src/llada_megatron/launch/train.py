@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import signal
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +60,6 @@ def run(args: argparse.Namespace) -> int:
 def start(run: RunConfig, oversubscribe: bool = False) -> Outcome:
     """Check the machine and the data, then train `run` with one process per rank of its layout.
 
-    Writes the resolved configuration to OUTPUT_DIR/config.yaml.
-
     Raises:
         LladaError: before any process starts, or the error of the rank that failed first.
         Stopped: a signal ended the run before a step could be finished.
@@ -71,13 +70,12 @@ def start(run: RunConfig, oversubscribe: bool = False) -> Outcome:
 
     check_data(run)
     check_machine(run, oversubscribe)
-    directory = Path(run.output_dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    resolved = directory / "config.yaml"
-    resolved.write_text(dump_yaml(run), "utf-8")
-    ranks = run.layout.world_size
-    message(f"starting {ranks} {'process' if ranks == 1 else 'processes'}; their logs: {directory / 'logs'}")
-    return run_local(python_program("llada_megatron.launch.worker", str(resolved)), run.layout, directory / "logs")
+    logs, ranks = Path(run.output_dir) / "logs", run.layout.world_size
+    message(f"starting {ranks} {'process' if ranks == 1 else 'processes'}; their logs: {logs}")
+    with tempfile.TemporaryDirectory(prefix="llada-") as directory:
+        resolved = Path(directory) / "run.yaml"
+        resolved.write_text(dump_yaml(run), "utf-8")
+        return run_local(python_program("llada_megatron.launch.worker", str(resolved)), run.layout, logs)
 
 
 def _train_here(config: RunConfig, args: argparse.Namespace) -> int:
@@ -113,9 +111,7 @@ def _finish(facts: dict[str, Any], stopped_by: int | None, args: argparse.Namesp
     else:
         for name, value in facts.items():
             if value is not None:
-                print(
-                    f"{name.replace('_', ' '):<14} {value:g}" if isinstance(value, float) else f"{name:<14} {value}"
-                )
+                print(f"{name.replace('_', ' '):<14} {value:g}" if isinstance(value, float) else f"{name:<14} {value}")
     return 0 if stopped_by is None else 128 + stopped_by
 
 

@@ -21,18 +21,26 @@ if __name__ == "__mp_main__":  # a helper process of a rank: it must not outlive
 
 
 def training_work(run: RunConfig) -> Work:
-    """What a rank of `run` does; RANK and WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from the environment."""
+    """What a rank of `run` does; RANK and WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from the environment.
+
+    Rank 0 writes the resolved configuration to OUTPUT_DIR/config.yaml.
+    """
+    from llada_megatron.llada_moe.config import dump_yaml
 
     def work(stop: StopRequest) -> dict[str, Any]:
         from llada_megatron.parallel import device
 
         device.install()
         from llada_megatron.parallel import topology
-        from llada_megatron.parallel.trainer import train
+        from llada_megatron.parallel.trainer import Trainer
 
-        topology.join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        rank = int(os.environ["RANK"])
+        topology.join(rank, int(os.environ["WORLD_SIZE"]))
         topology.initialize(run.layout, run.training.seed)
-        facts = train(run, stop)
+        trainer = Trainer(run)
+        if rank == 0:  # only now: a run that cannot continue what is there leaves its configuration as it was
+            (Path(run.output_dir) / "config.yaml").write_text(dump_yaml(run), "utf-8")
+        facts = trainer.train(stop)
         topology.leave()
         return facts
 
