@@ -1,8 +1,8 @@
 """Batches of random tokens of which half are to be predicted: the same ones for every contender.
 
-The inputs at those positions are other random tokens rather than the mask token. To the cost of a step that is the same,
-except that an untrained router would send the equal embeddings of all masks to the same few experts: fewer and larger
-products than a trained router causes, for both sides.
+The inputs at those positions are other random tokens rather than the mask token. A step costs the same, but an
+untrained router would send the equal embeddings of all masks to the same few experts: fewer and larger products, on
+both sides, than a trained router causes.
 """
 
 from __future__ import annotations

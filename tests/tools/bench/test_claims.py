@@ -1,0 +1,50 @@
+"""What a benchmark prints and returns: figures beside their goals, JSON with the keys that readers rely on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import types
+
+from llada_megatron.tools import bench
+from llada_megatron.tools.bench.claims import at_least, at_most, format_table, reported
+
+
+def test_a_claim_holds_at_its_goal_and_not_beyond():
+    assert at_least("speed", 1.2, "x", 1.2).holds and not at_least("speed", 1.19, "x", 1.2).holds
+    assert at_most("error", 1e-5, "", 1e-5).holds and not at_most("error", 2e-5, "", 1e-5).holds
+    assert at_most("error", math.nan, "", 1e-5).holds is False
+    assert reported("tokens", 5.0, "tokens/s").holds is None
+
+
+def test_a_claim_as_json_has_the_documented_keys():
+    claim = at_least("speed", 1.3, "x", 1.2).to_dict()
+    assert claim == {"claim": "speed", "value": 1.3, "unit": "x", "goal": ">= 1.2", "holds": True}
+
+
+def test_the_table_shows_verdict_figure_goal_and_claim():
+    text = format_table(
+        [at_least("speed of one", 1.3, "x", 1.2), at_most("error", 1.0, "", 0.5), reported("t", 2, "s")]
+    )
+    header, good, bad, plain = text.splitlines()
+    assert header.split() == ["measured", "goal", "claim"]
+    assert good.split() == ["holds", "1.3", "x", ">=", "1.2", "speed", "of", "one"]
+    assert bad.split()[0] == "FAILS" and plain.split() == ["2", "s", "reported", "t"]
+
+
+def test_every_benchmark_explains_its_arguments():
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    for name in bench.BENCHMARKS:
+        assert parser.parse_args([name]).benchmark == name
+
+
+def test_a_run_prints_the_table_and_the_json_line_last(monkeypatch, capsys):
+    claims = [at_least("speed", 1.0, "x", 1.2), reported("tokens", 5.0, "tokens/s")]
+    monkeypatch.setattr(bench, "_module", lambda _: types.SimpleNamespace(run=lambda args: claims))
+    assert bench.run(argparse.Namespace(benchmark="train", json=True)) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1].startswith("FAILS") and "1 of 2" in err
+    result = json.loads(out.splitlines()[-1])
+    assert result["claims"] == [claim.to_dict() for claim in claims]
