@@ -139,6 +139,7 @@ class CheckpointStore:
         pending, self._pending = self._pending, None
         if pending is None:
             return None
+        self._verified = None  # the new directory may take the name of the verified one
         with safety.local_files():
             mine = pending.process.wait() if pending.process else writing.write(pending.plan)
         parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
