@@ -1,0 +1,213 @@
+"""`llada sample` and the demo from the command line: the same text from every layout, infilling, wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llada_megatron.launch import demo_report
+from llada_megatron.launch.assessment import Assessment, Piece
+from llada_megatron.launch.sample import split_gaps
+
+RUN = """
+model: {base: tiny-moe-softmax, vocab_size: 400}
+training: {steps: 4, sequence_length: 32, global_batch_size: 8, precision: fp32}
+data: {sets: [{path: data/corpus}], validation_fraction: 0.2}
+optimizer: {learning_rate: {peak: 3e-3}}
+layout: {data_parallel: 2, expert_parallel: 2}
+checkpoint: {interval: 2, keep_last: 2}
+logging: {interval: 2, tensorboard: false}
+output_dir: out
+"""
+LAYOUTS = {
+    "pipeline": ["layout.pipeline_parallel=2"],
+    "tensor": ["layout.tensor_parallel=2", "layout.sequence_parallel=true"],
+}
+
+
+def program(module: str, *arguments: str, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, input=stdin, timeout=240)
+
+
+def llada(*arguments: str, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return program("llada_megatron.cli", *arguments, cwd=cwd, stdin=stdin)
+
+
+def demo(folder: Path) -> subprocess.CompletedProcess[str]:
+    return program(
+        "llada_megatron.launch.demo", "--config", "run.yaml", "--corpus", "texts", "--sequences", "12", cwd=folder
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder in which a small demo has run; its output in demo.stdout and demo.stderr."""
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "run.yaml").write_text(RUN)
+    (folder / "texts").mkdir()
+    words = random.Random(0)
+    for name in range(20):
+        letters = "".join(chr(33 + words.randrange(90)) for _ in range(600))
+        (folder / f"texts/{name}.txt").write_text(" ".join(letters[i : i + 5] for i in range(0, 600, 5)))
+    done = demo(folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "demo.stdout").write_text(done.stdout)
+    (folder / "demo.stderr").write_text(done.stderr)
+    return folder
+
+
+def sampled(folder: Path, *arguments: str, run: str = "out", stdin: str = "") -> dict:
+    done = llada("sample", run, *arguments, "--json", cwd=folder, stdin=stdin)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_demo_leaves_a_report(folder):
+    report = json.loads((folder / "out/report.json").read_text())
+    for key in (
+        "bits_per_byte",
+        "unigram_bits_per_byte",
+        "infill_accuracy",
+        "majority_share",
+        "seconds",
+        "peak_memory_gb",
+    ):
+        assert report[key] > 0 or key == "infill_accuracy"
+    assert report["validation_tokens"] == 12 * 32
+    assert [sum(counts) for counts in report["expert_tokens"].values()] == [12 * 32 * 2] * 4
+    assert len(report["examples"]) == 3
+    assert set(report["seconds_by_phase"]) == {"prepare", "train", "evaluate"}
+    printed = (folder / "demo.stdout").read_text()
+    for text in (
+        "bits per byte",
+        "unigram baseline",
+        "before",
+        "after",
+        "layer  4",
+        "out/tensorboard",
+        "out/report.md",
+    ):
+        assert text in printed
+    assert "# Demo" in (folder / "out/report.md").read_text()
+
+
+def test_a_second_demo_reuses_what_stands(folder):
+    before = json.loads((folder / "out/report.json").read_text())
+    done = demo(folder)
+    assert done.returncode == 0, done.stderr
+    assert "corpus stands" in done.stderr
+    assert "finished earlier" in done.stderr
+    after = json.loads((folder / "out/report.json").read_text())
+    for key in ("bits_per_byte", "infill_accuracy", "expert_tokens", "examples"):
+        assert after[key] == before[key]
+    assert after["seconds_by_phase"]["train"] == before["seconds_by_phase"]["train"]
+
+
+def test_a_demo_of_another_corpus_is_not_mixed_up_with_this_one(folder):
+    done = program("llada_megatron.launch.demo", "--config", "run.yaml", "--corpus", "elsewhere", cwd=folder)
+    assert done.returncode == 2
+    assert "prepared from texts, not elsewhere" in done.stderr
+
+
+def test_a_checkpoint_of_any_layout_gives_the_same_text(folder):
+    texts = []
+    for name, axes in {"one": [], **LAYOUTS}.items():
+        common = [
+            "training.steps=1",
+            "training.micro_batch_size=4",
+            "layout.data_parallel=1",
+            "layout.expert_parallel=1",
+        ]
+        done = llada("train", "run.yaml", *common, f"output_dir={name}", *axes, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        arguments = ["--prompt", "abc de", "--max-new-tokens", "12", "--temperature", "1", "--seed", "3"]
+        texts.append(sampled(folder, *arguments, run=name)["samples"])
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_several_prompts_and_seeds(folder):
+    arguments = ["--prompt", "ab", "--prompt", "a longer prompt {}", "--max-new-tokens", "8", "--temperature", "2"]
+    first = sampled(folder, *arguments, "--seed", "1", "--batch-size", "2")
+    assert first["samples"][0]["text"].startswith("ab")
+    assert first["samples"][1]["text"].startswith("a longer prompt {}")
+    assert first["samples"] == sampled(folder, *arguments, "--seed", "1", "--batch-size", "1")["samples"]
+    assert first["samples"] != sampled(folder, *arguments, "--seed", "2")["samples"]
+
+
+def test_fewer_steps_write_several_tokens_a_pass(folder):
+    done = sampled(folder, "--max-new-tokens", "16", "--steps", "4", "--block-length", "8", stdin="abc")
+    assert done["forward_passes"] <= 4
+    assert done["new_tokens"] <= 16
+
+
+def test_infilling_keeps_the_text_around_the_gaps(folder):
+    text = "ab <mask:2> cd <mask> ef"
+    (sample,) = sampled(folder, "--infill", "--prompt", text)["samples"]
+    assert sample["text"].startswith("ab ")
+    assert " cd " in sample["text"]
+    assert sample["text"].endswith(" ef")
+    assert sample["new_tokens"] == 3
+    assert "<mask" not in sample["text"]
+
+
+def test_the_gap_word_is_ordinary_text_when_not_infilling(folder):
+    (sample,) = sampled(folder, "--prompt", "a <mask> b", "--max-new-tokens", "2")["samples"]
+    assert sample["text"].startswith("a <mask> b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["nowhere", "--prompt", "a"], 1, "there is no checkpoint at nowhere"),
+        (["texts", "--prompt", "a"], 1, "no checkpoint in texts"),
+        (["out", "--prompt", "a", "--infill"], 2, "no <mask> to fill in 'a'"),
+        (["out", "--prompt", "a", "--max-new-tokens", "4000"], 2, "the model takes 128"),
+        (["out", "--prompt", "a", "--steps", "0"], 2, "--steps 0: at least 1"),
+        (["out", "--prompt", "a", "--tokenizer", "other.model"], 1, "not at other.model"),
+    ],
+)
+def test_wrong_input_is_one_message(folder, arguments, code, text):
+    done = llada("sample", *arguments, cwd=folder)
+    assert done.returncode == code
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder):
+    shutil.copytree(folder / "out/checkpoints", folder / "damaged/checkpoints")
+    part = next((folder / "damaged/checkpoints/step-00000004").glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:-10])
+    done = llada("sample", "damaged", "--prompt", "a", "--max-new-tokens", "2", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "passed over a damaged checkpoint" in done.stderr
+    assert "step-00000002" in done.stderr
+
+
+def test_split_gaps():
+    assert split_gaps("a<mask>b <mask:3>", "mask") == ["a", 1, "b ", 3]
+    assert split_gaps("<gap:2><mask>", "gap") == [2, "<mask>"]
+    assert split_gaps("nothing", "mask") == ["nothing"]
+
+
+def test_report_by_hand():
+    example = [Piece("for "), Piece("i in", "j in", tokens=2, right=1), Piece(" x:")]
+    result = Assessment(1.5, 3.0, 0.3, 0.1, 1, 20, {1: [10, 30, 0, 0]}, [example])
+    assert result.gain == 0.5
+    assert demo_report.before(example) == "for «??» x:"
+    assert demo_report.after(example) == "for «j in» x:"
+    assert demo_report.original(example) == "for i in x:"
+    places = demo_report.Places("c", "t", "r")
+    text = demo_report.as_text(result, {"train": 61.0}, 1.25, places, lambda text, code: text)
+    for part in ("50.0% lower", "3.0 times", "1 of 2 tokens", "max/mean 3.00, dead 2", "1:01 of work"):
+        assert part in text
