@@ -258,7 +258,23 @@ def _patch_functions() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = split_sizes
+    _skip_sorting_in_order()
     _skip_groups_of_one()
+
+
+def _skip_sorting_in_order() -> None:
+    """token_dispatcher.py:732,767 copy all tokens by expert, which are in order already where a rank holds all experts."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    sort = token_dispatcher.sort_chunks_by_idxs
+
+    @functools.wraps(sort)
+    def unless_in_order(tokens: Any, sizes: Any, order: Any, probs: Any = None, fused: bool = False) -> Any:
+        if torch.equal(order.cpu(), torch.arange(order.numel())):
+            return tokens, probs
+        return sort(tokens, sizes, order, probs=probs, fused=fused)
+
+    token_dispatcher.sort_chunks_by_idxs = unless_in_order
 
 
 def _skip_groups_of_one() -> None:

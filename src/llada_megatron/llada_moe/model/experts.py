@@ -8,6 +8,7 @@ only the inputs and the products before the activation.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,46 +50,43 @@ class _Experts(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, probs: torch.Tensor, counts: list[int], *weights: torch.Tensor
     ) -> torch.Tensor:
-        experts = len(counts)
-        both = x.new_empty(x.size(0), weights[0].size(0))
-        y = x.new_empty(x.size(0), weights[experts].size(0))
-        for e, rows in _slices(counts):
-            torch.mm(x[rows], weights[e].t(), out=both[rows])
-            gate, up = both[rows].chunk(2, dim=-1)
-            scaled = silu(gate).mul_(up).mul_(probs[rows, None].to(x.dtype))
-            torch.mm(scaled, weights[experts + e].t(), out=y[rows])
+        first, second = weights[: len(counts)], weights[len(counts) :]
+        both = x.new_empty(x.size(0), first[0].size(0))
+        y = x.new_empty(x.size(0), second[0].size(0))
+        scale = probs.unsqueeze(-1).to(x.dtype)
+        rows = _by_expert(counts, x, both, *both.chunk(2, dim=-1), scale, y)
+        for e, (x_e, both_e, gate, up, scale_e, y_e) in rows:
+            torch.mm(x_e, first[e].t(), out=both_e)
+            torch.mm(silu(gate).mul_(up).mul_(scale_e), second[e].t(), out=y_e)
         ctx.counts = counts
         ctx.save_for_backward(x, probs, both, *weights)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        counts = ctx.counts
         x, probs, both, *weights = ctx.saved_tensors
-        experts, dy = len(ctx.counts), dy.contiguous()
+        first, second = weights[: len(counts)], weights[len(counts) :]
         dx, dprobs = torch.empty_like(x), torch.zeros_like(probs)
-        gradients = [
-            torch.empty_like(w) if c else torch.zeros_like(w) for w, c in zip(weights, ctx.counts * 2, strict=True)
-        ]
-        for e, rows in _slices(ctx.counts):
-            gate, up = both[rows].chunk(2, dim=-1)
-            scale = probs[rows, None].to(x.dtype)
+        # an expert without tokens has a gradient of zero
+        empty = (torch.empty_like if count else torch.zeros_like for count in counts * 2)
+        gradients = [make(weight) for make, weight in zip(empty, weights, strict=True)]
+        scale = probs.unsqueeze(-1).to(x.dtype)
+        rows = _by_expert(counts, x, *both.chunk(2, dim=-1), scale, dy.contiguous(), dx, dprobs)
+        for e, (x_e, gate, up, scale_e, dy_e, dx_e, dprobs_e) in rows:
             active = silu(gate)
             product = active * up
-            d_scaled = torch.mm(dy[rows], weights[experts + e])
-            torch.sum(d_scaled * product, dim=-1, out=dprobs[rows])
-            torch.mm(dy[rows].t(), product.mul_(scale), out=gradients[experts + e])
-            d_product = d_scaled.mul_(scale)
+            d_scaled = torch.mm(dy_e, second[e])
+            torch.sum(d_scaled * product, dim=-1, out=dprobs_e)
+            torch.mm(dy_e.t(), product.mul_(scale_e), out=gradients[len(counts) + e])
+            d_product = d_scaled.mul_(scale_e)
             d_both = torch.cat([_silu_backward(d_product * up, gate), d_product.mul_(active)], dim=-1)
-            torch.mm(d_both, weights[e], out=dx[rows])
-            torch.mm(d_both.t(), x[rows], out=gradients[e])
+            torch.mm(d_both, first[e], out=dx_e)
+            torch.mm(d_both.t(), x_e, out=gradients[e])
         return dx, dprobs, None, *gradients
 
 
-def _slices(counts: list[int]) -> list[tuple[int, slice]]:
-    """Experts that have tokens, each with its rows."""
-    found, start = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            found.append((expert, slice(start, start + count)))
-        start += count
-    return found
+def _by_expert(counts: list[int], *tensors: torch.Tensor) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
+    """Experts that have tokens, each with its rows of the tensors."""
+    parts = zip(*(tensor.split(counts) for tensor in tensors), strict=True)
+    return ((expert, rows) for expert, rows in enumerate(parts) if counts[expert])

@@ -24,16 +24,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from llada_megatron.llada_moe.model.attention import PatternAttention
 from llada_megatron.llada_moe.model.experts import PermutedExperts
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm that tells Megatron to sum its gradient over the tensor ranks under sequence parallelism."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
-        if torch.cuda.is_available() and not self.weight.is_meta:
-            self.to(torch.cuda.current_device())
+from llada_megatron.llada_moe.model.norm import RMSNorm
 
 
 class LocalProvider(LocalSpecProvider):
@@ -110,4 +101,6 @@ def block_spec(config: TransformerConfig, causal: bool, vp_stage: int | None) ->
     layers = [moe if kind else dense for kind in kinds]
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=layers[offset : offset + count], layer_norm=backend.layer_norm(rms_norm=True))
+    return TransformerBlockSubmodules(
+        layer_specs=layers[offset : offset + count], layer_norm=backend.layer_norm(rms_norm=True)
+    )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import message
 from llada_megatron.llada_moe.config.schema import ModelConfig, MoEConfig
+from llada_megatron.llada_moe.model.flops import FORMULA, flops_per_token
 from llada_megatron.tools.bench.claims import Claim, at_least, reported
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ MODELS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """How long to measure."""
-    parser.add_argument("--repeats", type=int, default=7, help="turns of each side, after one to warm up (default 7)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each side, after one to warm up (default 5)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of both sides (default: torch's choice)")
     parser.add_argument("--model", choices=[*MODELS, "both"], default="both", help="which comparison (default both)")
 
@@ -103,6 +104,7 @@ def run(args: argparse.Namespace) -> list[Claim]:
     with single_process():
         for name in names:
             claims += _compare(name, args.repeats)
+    print(f"\n{FORMULA}\n", flush=True)
     return claims
 
 
@@ -116,7 +118,7 @@ def _compare(name: str, repeats: int) -> list[Claim]:
     profiles = {side: breakdown(lambda side=side: contenders[side](batch)) for side in ("ours", "peer")}
     print(f"\n{name}: where a step's time goes (own time of the operators)")
     print(format_breakdown({"ours": profiles["ours"], peer_name: profiles["peer"]}))
-    print(f"{name}: {_flops_note(model)}\n", flush=True)
+    print(f"{_step_flops(model) / 1e9:.1f} GFLOP a step (s = {MASKED_SHARE}, K = {LENGTH})", flush=True)
     return _claims(name, turns, profiles["ours"], f"{peer_name}{implementation}")
 
 
@@ -163,13 +165,14 @@ def _take_turns(contenders: dict[str, Callable[[MaskedBatch], float]], model: Mo
     turns = Turns({name: [] for name in contenders})
     for turn in range(repeats + 1):
         batch = _batch(model, seed=turn)
-        seconds = {name: _seconds(step, batch) for name, step in contenders.items()}
+        order = list(contenders)[turn % len(contenders) :] + list(contenders)[: turn % len(contenders)]
+        seconds = {name: _seconds(contenders[name], batch) for name in order}  # each side goes first in its turn
         if turn == 0:
             continue  # warm-up: allocations, threads, the optimizers' state
         turns.peaks.append(matmul_peak(device.current(), torch.float32))
         for name, value in seconds.items():
             turns.seconds[name].append(value)
-        message(f"turn {turn}/{repeats}: " + "  ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
+        message(f"turn {turn}/{repeats}: " + "  ".join(f"{name} {seconds[name]:.2f} s" for name in contenders))
     return turns
 
 
@@ -185,15 +188,7 @@ def _batch(model: ModelConfig, seed: int) -> MaskedBatch:
     return masked_batch(model, SEQUENCES, LENGTH, seed)
 
 
-def _flops_note(model: ModelConfig) -> str:
-    from llada_megatron.llada_moe.model.flops import FORMULA
-
-    return f"{_step_flops(model) / 1e9:.1f} GFLOP a step with s = {MASKED_SHARE}, K = {LENGTH}. {FORMULA}"
-
-
 def _step_flops(model: ModelConfig) -> float:
-    from llada_megatron.llada_moe.model.flops import flops_per_token
-
     return SEQUENCES * LENGTH * flops_per_token(model, LENGTH, supervised_share=MASKED_SHARE).total
 
 
