@@ -1,4 +1,4 @@
-"""This rank's part of a run: model chunks, their data-parallel wrapping, and the state that a checkpoint keeps of them."""
+"""This rank's part of a run: model chunks, their data-parallel wrapping, and their state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def build_run_chunks(run: RunConfig) -> list[DiffusionTransformer]:
     config = transformer_config(run.model, run.layout, run.training)
     chunks = build_chunks(run.model, run.layout, config, attention_kind(run), run.training.logits_chunk_mb)
     sharded = [
-        entry for chunk in chunks for entry in nested_values(apply_factories_copy(chunk)) if isinstance(entry, ShardedTensor)
+        entry
+        for chunk in chunks
+        for entry in nested_values(apply_factories_copy(chunk))
+        if isinstance(entry, ShardedTensor)
     ]
     initialize_weights(sharded, run.training.seed, run.model.init_std, run.model.num_layers)
     _equalize_tied_embeddings(chunks)
@@ -70,10 +73,14 @@ def apply_factories_copy(chunk: DiffusionTransformer) -> dict[str, Any]:
 
 
 def _equalize_tied_embeddings(chunks: list[DiffusionTransformer]) -> None:
-    """With tied embeddings under pipeline parallelism the last stage holds a copy, which no name of its own initialises."""
+    """With tied embeddings and pipeline stages the last stage holds a copy, which no name of its own initialises."""
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     for chunk in chunks:
-        if not chunk.share_embeddings_and_output_weights or stages == 1 or not (chunk.pre_process or chunk.post_process):
+        if (
+            not chunk.share_embeddings_and_output_weights
+            or stages == 1
+            or not (chunk.pre_process or chunk.post_process)
+        ):
             continue
         weight = chunk.shared_embedding_or_output_weight()
         if chunk.post_process and not chunk.pre_process:
@@ -84,10 +91,11 @@ def _equalize_tied_embeddings(chunks: list[DiffusionTransformer]) -> None:
 def mark_expert_parameters(chunks: list[DiffusionTransformer], layout: LayoutConfig) -> None:
     """Make Megatron reduce and count every routed expert when the experts are spread otherwise than the dense layers.
 
-    Without expert-tensor parallelism a routed expert is whole on its rank and Megatron takes it for a copy that only tensor rank 0
-    counts in the gradient norm; but the tensor ranks hold other experts (or, in the distributed optimizer, other shards). And with
-    one expert rank it reduces expert gradients like dense ones, which leaves out the tensor ranks. (Releases before 0.19 clip
-    too little in the first case and learn from a part of the tokens in the second.)
+    Without expert-tensor parallelism a routed expert is whole on its rank and Megatron takes it for a copy that only
+    tensor rank 0 counts in the gradient norm; but the tensor ranks hold other experts (or, in the distributed
+    optimizer, other shards). And with one expert rank it reduces expert gradients like dense ones, which leaves out the
+    tensor ranks. (Releases before 0.19 clip too little in the first case and learn from a part of the tokens in the
+    second.)
     """
     if layout.tensor_parallel == layout.expert_tensor_parallel:
         return
@@ -109,7 +117,8 @@ def wrap(run: RunConfig, chunks: list[DiffusionTransformer]) -> list[Distributed
         check_for_nan_in_grad=False,
     )
     return [
-        DistributedDataParallel(config, reduction, module, disable_bucketing=index > 0) for index, module in enumerate(modules)
+        DistributedDataParallel(config, reduction, module, disable_bucketing=index > 0)
+        for index, module in enumerate(modules)
     ]
 
 

@@ -1,9 +1,9 @@
 """The device a process computes on, and everything Megatron-Core needs in order to run without CUDA.
 
-`install()` must run before the first import of `megatron.core`. With CUDA it changes nothing. Without CUDA it gives the *name*
-`torch` inside the modules of megatron.core a stand-in whose CUDA calls answer for the CPU; torch itself stays as it is, except
-for two methods of Tensor while five named methods of Megatron run. File and line references are those of megatron-core 0.16.1;
-the same answers hold for 0.19.2.
+`install()` must run before the first import of `megatron.core`. With CUDA it changes nothing. Without CUDA it gives the
+*name* `torch` inside the modules of megatron.core a stand-in whose CUDA calls answer for the CPU; torch itself stays as
+it is, except for two methods of Tensor while five named methods of Megatron run. File and line references are those of
+megatron-core 0.16.1; the same answers hold for 0.19.2.
 """
 
 from __future__ import annotations
@@ -57,7 +57,11 @@ def cuda_available() -> bool:
 
 def current() -> torch.device:
     """The device of this process's tensors ("meta" inside `on_meta`)."""
-    return torch.device("cuda", torch.cuda.current_device()) if cuda_available() and _device == "cpu" else torch.device(_device)
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if cuda_available() and _device == "cpu"
+        else torch.device(_device)
+    )
 
 
 def communication_backend() -> str:
@@ -103,7 +107,7 @@ def install() -> None:
     _installed = True
 
 
-# --- the stand-in for torch --------------------------------------------------------------------------------------------------
+# --- the stand-in for torch ------------------------------------------------------------------------------------------
 
 
 class _Overlay(types.ModuleType):
@@ -196,7 +200,7 @@ def _torch_stand_in() -> types.ModuleType:
 
 
 def _distributed_stand_in() -> types.ModuleType:
-    """gloo refuses parts of unequal size, which the experts' dispatch needs under expert-tensor parallelism (mappings.py:150,193)."""
+    """gloo refuses parts of unequal size, which experts need under expert-tensor parallelism (mappings.py:150,193)."""
     dist = torch.distributed
 
     def all_gather(parts: list[torch.Tensor], mine: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
@@ -211,7 +215,13 @@ def _distributed_stand_in() -> types.ModuleType:
             part.copy_(whole[: part.size(0)])
         return None
 
-    def reduce_scatter(out: torch.Tensor, parts: list[torch.Tensor], op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+    def reduce_scatter(
+        out: torch.Tensor,
+        parts: list[torch.Tensor],
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
         if len({part.size(0) for part in parts}) == 1:
             return dist.reduce_scatter(out, parts, op=op, group=group, async_op=async_op)
         whole = torch.cat(parts)
@@ -230,7 +240,7 @@ def _place_stand_in(stand_in: types.ModuleType) -> None:
 
 
 def _import_without_compiling() -> None:
-    """jit.py:21 takes torch.compile at import; compiled on a CPU the first step of a small MoE takes 22 s instead of 0.5 s."""
+    """jit.py:21 takes torch.compile at import; compiled on a CPU a small MoE's first step takes 22 s, not 0.5 s."""
     real = torch.compile
     torch.compile = lambda function=None, **_: function if function is not None else (lambda wrapped: wrapped)
     try:
@@ -240,7 +250,7 @@ def _import_without_compiling() -> None:
         torch.compile = real
 
 
-# --- named patches -----------------------------------------------------------------------------------------------------------
+# --- named patches ---------------------------------------------------------------------------------------------------
 
 
 def _patch_functions() -> None:
@@ -263,7 +273,7 @@ def _patch_functions() -> None:
 
 
 def _skip_sorting_in_order() -> None:
-    """token_dispatcher.py:732,767 copy all tokens by expert, which are in order already where a rank holds all experts."""
+    """token_dispatcher.py:732,767 copy tokens by expert, which are in order where a rank holds all experts."""
     from megatron.core.transformer.moe import token_dispatcher
 
     sort = token_dispatcher.sort_chunks_by_idxs
@@ -339,8 +349,9 @@ def _patch_cuda_type_names() -> None:
 def _patch_torch_adam_resume() -> None:
     """Without transformer-engine or NVIDIA's apex the optimizer is torch's AdamW, which keeps a `step` per parameter.
 
-    distrib_optimizer.py:938 copies every entry of the state from the checkpoint, which does not carry `step`; and :820 gives
-    all parameters one shared `step`, which AdamW then advances once per parameter: the resumed run is silently wrong.
+    distrib_optimizer.py:938 copies every entry of the state from the checkpoint, which does not carry `step`; and :820
+    gives all parameters one shared `step`, which AdamW then advances once per parameter: the resumed run is silently
+    wrong.
     """
     from megatron.core.optimizer import distrib_optimizer
 

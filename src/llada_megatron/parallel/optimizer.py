@@ -96,7 +96,7 @@ def _updates(parts: list[dict[str, Any]]) -> int:
 
 
 def _fill_fresh_adam(optimizer: MegatronOptimizer) -> None:
-    """torch's AdamW makes its state at the first step; Megatron's load template needs it before (distrib_optimizer.py:642)."""
+    """torch's AdamW makes its state at the first step; Megatron's load template needs it (distrib_optimizer.py:642)."""
     for part in _parts(optimizer):
         adam = part.optimizer
         if not isinstance(adam, torch.optim.Adam | torch.optim.AdamW):

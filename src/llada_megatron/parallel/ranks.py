@@ -1,7 +1,7 @@
 """Running a function on N ranks over gloo: forked from a server that has the imports done, with a hard time limit.
 
-For the parity benchmark and the tests. The server (multiprocessing's fork server) runs no computation of its own, so a fork of
-it is safe whatever this process did before; the imports are paid once. Rendezvous is a file: no port is needed.
+For the parity benchmark and the tests. The server (multiprocessing's fork server) runs no computation of its own, so a
+fork of it is safe whatever this process did before; the imports are paid once. Rendezvous is a file: no port is needed.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def run_ranks(
 ) -> list[Any]:
     """Call `function(*arguments)` on every rank of a gloo world, and return what each rank returned, in rank order.
 
-    `function` must be a top-level function of an importable module; arguments and results are pickled. The world process group
-    is initialised before the call and destroyed after it.
+    `function` must be a top-level function of an importable module; arguments and results are pickled. The world
+    process group is initialised before the call and destroyed after it.
 
     Raises:
         RankFailure: a rank raised, died, or the time ran out. No process is left behind.

@@ -56,7 +56,7 @@ class Reporter:
         self.throughput = Throughput(work, float(peak))
         if self.rank == 0:
             self.progress.message(
-                f"model FLOPs per token {work:.4g}; measured matrix-product peak {float(peak):.4g} FLOP/s over all ranks"
+                f"model FLOPs per token {work:.4g}; measured peak {float(peak):.4g} FLOP/s over all ranks"
             )
             self.progress.message(FORMULA)
 
@@ -110,7 +110,11 @@ class Reporter:
         memory = torch.tensor(peak_memory_gb(device.current()), dtype=torch.float64, device=device.current())
         torch.distributed.all_reduce(memory)
         self.expert_counts = self.expert_load.reduce()
-        figures = {"peak_memory_gb_all_ranks": float(memory), **self.by_ratio.reduce(), **load_scalars(self.expert_counts)}
+        figures = {
+            "peak_memory_gb_all_ranks": float(memory),
+            **self.by_ratio.reduce(),
+            **load_scalars(self.expert_counts),
+        }
         return figures | (self.throughput.read() if self.throughput is not None else {})
 
     def validation(self, number: int, result: Likelihood, bytes_per_token: float) -> float:

@@ -1,4 +1,4 @@
-"""Everything of a run that survives it: weights, optimizer, and how far it has come. Saved, resharded and resumed here only.
+"""What of a run survives it: weights, optimizer, and how far it has come. Saved, resharded and resumed here only.
 
 The data position, the masks and the learning rate are functions of the step, so the step number is their state.
 """
@@ -48,7 +48,9 @@ class RunState:
     def save(self, store: CheckpointStore) -> None:
         """Write a checkpoint of this step (collective)."""
         model = model_state(self.chunks)
-        store.save(self.step, model | {"optimizer": optimizer_state(self.optimizer, model, loading=False)}, self._facts())
+        store.save(
+            self.step, model | {"optimizer": optimizer_state(self.optimizer, model, loading=False)}, self._facts()
+        )
 
     def resume(self, store: CheckpointStore) -> Path | None:
         """Continue from the newest whole checkpoint of this run; None if there is none (collective).
@@ -73,7 +75,7 @@ class RunState:
         return path
 
     def load_weights(self, store: CheckpointStore, path: str) -> None:
-        """Start from the weights of another run's checkpoint (a step directory), with a fresh optimizer (collective)."""
+        """Start from the weights of another run's step directory, with a fresh optimizer (collective)."""
         state, facts = store.load(path, model_state(self.chunks), to_dict(self.run.model))
         self._require_tokenizer(Path(path), facts)
         load_model_state(self.chunks, state)
@@ -118,8 +120,8 @@ def refuse_changed_run(path: Path, facts: dict[str, Any], run: RunConfig) -> Non
     changes = [change for key in FROZEN for change in _changes(key, _at(saved, key), _at(present, key))]
     if changes:
         raise ConfigError(
-            f"this run cannot continue {path}: {'; '.join(changes)}. Put the old values back, or start a new run: set another "
-            f"output_dir and checkpoint.load={path} to begin from these weights"
+            f"this run cannot continue {path}: {'; '.join(changes)}. Put the old values back, or start a "
+            f"new run: set another output_dir and checkpoint.load={path} to begin from these weights"
         )
 
 

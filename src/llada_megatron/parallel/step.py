@@ -62,8 +62,8 @@ class StepResult:
 def local_numbers(run: RunConfig, step: int, data_rank: int) -> list[list[int]]:
     """Numbers of the samples that a data-parallel rank runs in `step`, one list a micro-batch.
 
-    Sample i of the step is number step * global_batch_size + i; micro-batch m of rank r takes the (m * ranks + r)-th run of
-    micro_batch_size of them, so that every layout covers the same samples.
+    Sample i of the step is number step * global_batch_size + i; micro-batch m of rank r takes the (m * ranks + r)-th
+    run of micro_batch_size of them, so that every layout covers the same samples.
     """
     size, ranks = run.training.micro_batch_size, run.layout.data_parallel
     first = step * run.training.global_batch_size
@@ -108,7 +108,8 @@ def _forward_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[t
     output = model(batch.inputs, batch.boundaries, batch.labels, batch.weights)
 
     def loss_function(weighted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        # Megatron divides the sum over all ranks and micro-batches by the sum of these counts: all tokens of the global batch
+        # Megatron divides the sum over all ranks and micro-batches by the sum of these counts: all tokens of the global
+        # batch
         tokens = torch.tensor(batch.inputs.numel(), dtype=torch.int, device=weighted.device)
         loss = (weighted * batch.factor).sum()
         facts = {
@@ -122,7 +123,9 @@ def _forward_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[t
     return output, loss_function
 
 
-def run_pipeline(run: RunConfig, models: list[torch.nn.Module], microbatches: list[Microbatch], forward_only: bool = False) -> Losses:
+def run_pipeline(
+    run: RunConfig, models: list[torch.nn.Module], microbatches: list[Microbatch], forward_only: bool = False
+) -> Losses:
     """Forward (and backward) of all micro-batches through the pipeline; gradients are left in the models' buffers."""
     iterators = [iter(microbatches) for _ in models]
     stored = get_forward_backward_func()(

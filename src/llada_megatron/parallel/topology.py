@@ -37,14 +37,17 @@ def initialize(layout: LayoutConfig, seed: int) -> None:
     world = torch.distributed.get_world_size()
     if world != layout.world_size:
         raise ConfigError(
-            f"the layout needs {layout.world_size} ranks (tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x "
-            f"context {layout.context_parallel} x data {layout.data_parallel}), but {world} joined; "
+            f"the layout needs {layout.world_size} ranks (tensor {layout.tensor_parallel} x "
+            f"pipeline {layout.pipeline_parallel} x context {layout.context_parallel} x "
+            f"data {layout.data_parallel}), but {world} joined; "
             f"set layout.data_parallel or start {layout.world_size} processes"
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
-        virtual_pipeline_model_parallel_size=layout.pipeline_chunks_per_rank if layout.pipeline_chunks_per_rank > 1 else None,
+        virtual_pipeline_model_parallel_size=layout.pipeline_chunks_per_rank
+        if layout.pipeline_chunks_per_rank > 1
+        else None,
         context_parallel_size=layout.context_parallel,
         expert_model_parallel_size=layout.expert_parallel,
         expert_tensor_parallel_size=layout.expert_tensor_parallel,

@@ -71,8 +71,9 @@ class Trainer:
         result = self.step(self.state.step)
         if not math.isfinite(result.grad_norm):
             raise LladaError(
-                f"the gradient of step {self.state.step + 1} is not finite; nothing was saved after the checkpoint before it. "
-                "Lower optimizer.learning_rate.peak, or look at the data of this step, and run the same command again"
+                f"the gradient of step {self.state.step + 1} is not finite; nothing was saved after the checkpoint "
+                "before it. Lower optimizer.learning_rate.peak, or look at the data of this step, and run the same "
+                "command again"
             )
         self.state.step += 1
         number = self.state.step

@@ -33,10 +33,11 @@ def validate(run: RunConfig, models: list[torch.nn.Module], data: TrainingData) 
 
 
 def _batches(run: RunConfig, data: TrainingData) -> Iterator[Batch]:
-    """This data-parallel rank's micro-batches: equally many on every rank, filled up with sequences that do not count."""
+    """This data-parallel rank's micro-batches: equally many on every rank, filled up with sequences of no weight."""
     size, ranks, wanted = run.training.micro_batch_size, run.layout.data_parallel, run.validation.sequences
     rounds = math.ceil(wanted / (size * ranks))
-    rounds = math.ceil(rounds / run.layout.pipeline_parallel) * run.layout.pipeline_parallel  # for the interleaved schedule
+    # the interleaved schedule takes whole multiples of the stages
+    rounds = math.ceil(rounds / run.layout.pipeline_parallel) * run.layout.pipeline_parallel
     rank = parallel_state.get_data_parallel_rank()
     for start in range(rank * size, rounds * size * ranks, size * ranks):
         numbers = range(start, start + size)

@@ -16,9 +16,9 @@ from llada_megatron.llada_moe.model.patterns import Segment, segments
 class PatternAttention(MegatronModule):
     """Softmax attention inside each segment, full or causal.
 
-    Under context parallelism a rank holds a contiguous slice of the queries; keys and values are gathered over the group
-    (their gradients reduce-scattered), so that any pattern is exact. No mask larger than one segment is ever built, and none
-    at all for full attention.
+    Under context parallelism a rank holds a contiguous slice of the queries; keys and values are gathered over the
+    group (their gradients reduce-scattered), so that any pattern is exact. No mask larger than one segment is ever
+    built, and none at all for full attention.
     """
 
     def __init__(
@@ -81,7 +81,9 @@ class PatternAttention(MegatronModule):
                 row = slice(part.row, part.row + 1)
                 mine = q[row, :, start - first : stop - first]
                 rows[part.row].append(
-                    self._attend(mine, k[row, :, part.start : part.stop], v[row, :, part.start : part.stop], start, part.start)
+                    self._attend(
+                        mine, k[row, :, part.start : part.stop], v[row, :, part.start : part.stop], start, part.start
+                    )
                 )
         return torch.cat([torch.cat(row, dim=2) for row in rows])
 

@@ -1,7 +1,7 @@
 """The output layer and the loss, on the supervised rows only.
 
-A diffusion step supervises the masked positions, about half of all: only their hidden states meet the vocabulary, and their
-logits exist for one chunk of rows at a time, sharded over the tensor ranks.
+A diffusion step supervises the masked positions, about half of all: only their hidden states meet the vocabulary, and
+their logits exist for one chunk of rows at a time, sharded over the tensor ranks.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 class Rows:
     """Rows of the flattened `[seq * batch]` that this rank feeds to the output layer, and what they stand for.
 
-    `index` is local to this rank's hidden states; `position` and `real` cover the rows of all tensor ranks in the order in
-    which the output layer returns them. Under sequence parallelism every rank pads to the largest count, so that the gather
-    inside the output layer is even; padding repeats row 0 and is not `real`.
+    `index` is local to this rank's hidden states; `position` and `real` cover the rows of all tensor ranks in the order
+    in which the output layer returns them. Under sequence parallelism every rank pads to the largest count, so that the
+    gather inside the output layer is even; padding repeats row 0 and is not `real`.
     """
 
     index: torch.Tensor
@@ -116,7 +116,9 @@ def _chunked_loss(
     """`_chunk_loss` over `step` rows of every shard at a time; the backward pass computes a chunk's logits again."""
     label = label.view(shards, -1)
     losses = [
-        checkpoint(_chunk_loss, model, hidden, index[i : i + step], label[:, i : i + step].flatten(), use_reentrant=False).view(shards, -1)
+        checkpoint(
+            _chunk_loss, model, hidden, index[i : i + step], label[:, i : i + step].flatten(), use_reentrant=False
+        ).view(shards, -1)
         for i in range(0, index.numel(), step)
     ]
     return torch.cat(losses, dim=1).flatten()

@@ -1,7 +1,7 @@
 """Initial weights that do not depend on how the model is spread.
 
-Every weight is drawn from a generator seeded by (seed, its global name, its layer and expert), as a whole, and a rank keeps its
-own slice: one process and any layout start from the same numbers.
+Every weight is drawn from a generator seeded by (seed, its global name, its layer and expert), as a whole, and a rank
+keeps its own slice: one process and any layout start from the same numbers.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 def initialize_weights(sharded: list[ShardedTensor], seed: int, std: float, num_layers: int) -> None:
     """Fill the matrices behind `sharded` in place: N(0, std), outputs of residual branches N(0, std / sqrt(2 layers)).
 
-    The scaling of the residual branches is that of GPT-2 (and Megatron's default). Vectors (norm weights of one, expert biases
-    of zero) are left as built.
+    The scaling of the residual branches is that of GPT-2 (and Megatron's default). Vectors (norm weights of one, expert
+    biases of zero) are left as built.
 
     Args:
         sharded: tensors of a model's sharded state; their `data` are views of the parameters.

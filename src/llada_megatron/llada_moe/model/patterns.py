@@ -1,13 +1,14 @@
 """Who may attend to whom, as a value.
 
-A pattern is a kind (full or causal) combined with segments: consecutive positions, the documents packed into a window, that
-attention does not leave. Segments travel as one host tensor of boundaries: ascending offsets into the flattened
+A pattern is a kind (full or causal) combined with segments: consecutive positions, the documents packed into a window,
+that attention does not leave. Segments travel as one host tensor of boundaries: ascending offsets into the flattened
 `[batch * seq]`, from 0 to `batch * seq`, with the start of every sequence among them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -32,4 +33,4 @@ def whole_sequences(batch: int, seq: int) -> torch.Tensor:
 def segments(boundaries: torch.Tensor, seq: int) -> list[Segment]:
     """The segments that `boundaries` describe, for sequences of `seq` positions."""
     offsets = boundaries.tolist()
-    return [Segment(a // seq, a % seq, a % seq + b - a) for a, b in zip(offsets, offsets[1:], strict=False) if b > a]
+    return [Segment(a // seq, a % seq, a % seq + b - a) for a, b in pairwise(offsets) if b > a]

@@ -1,4 +1,4 @@
-"""Megatron's ModuleSpec of our layers: which module stands in each place, for local modules and for Transformer Engine's."""
+"""Megatron's ModuleSpec of our layers: which module stands in each place, local or Transformer Engine's."""
 
 from __future__ import annotations
 

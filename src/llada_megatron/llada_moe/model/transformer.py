@@ -1,4 +1,4 @@
-"""The masked diffusion Transformer: Megatron's GPTModel with attention over a pattern and a head on the supervised rows."""
+"""The masked diffusion Transformer: Megatron's GPTModel with attention over a pattern and a supervised-rows head."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from llada_megatron.llada_moe.model.spec import block_spec, transformer_engine_a
 class ContiguousRotary(RotaryEmbedding):
     """Rotary angles of this context rank's contiguous slice of the sequence (Megatron slices in zigzag order)."""
 
-    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> torch.Tensor:
+    def forward(
+        self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None
+    ) -> torch.Tensor:
         """Angles `[seq / context_parallel, 1, 1, rotary_dim]`."""
         angles = self.get_emb(max_seq_len, offset)
         group = self.cp_group
@@ -108,7 +110,9 @@ def build_model(
     )
 
 
-def transformer_config(model: ModelConfig, layout: LayoutConfig, training: TrainingConfig | None = None) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, layout: LayoutConfig, training: TrainingConfig | None = None
+) -> TransformerConfig:
     """Megatron's configuration of `model` under `layout`; without `training`, fp32 and no recomputation."""
     dtype = torch.bfloat16 if training is not None and training.precision == "bf16" else torch.float32
     fused = transformer_engine_active()
@@ -161,8 +165,8 @@ def _layout_fields(layout: LayoutConfig) -> dict[str, Any]:
     if layout.pipeline_chunks_per_rank > 1:
         fields |= {
             "virtual_pipeline_model_parallel_size": layout.pipeline_chunks_per_rank,
-            # with two stages both neighbours are one rank, and batched messages between two ranks pair up in the wrong order:
-            # the run would silently learn something else
+            # with two stages both neighbours are one rank, and batched messages between two ranks pair up in the wrong
+            # order: the run would silently learn something else
             "overlap_p2p_comm": True,
             "batch_p2p_comm": False,
         }
@@ -170,8 +174,8 @@ def _layout_fields(layout: LayoutConfig) -> dict[str, Any]:
 
 
 def _router_loss_scale(layout: LayoutConfig) -> int:
-    """Before 0.19 Megatron scales the router's losses by the tokens of one tensor and context rank instead of those of all of
-    them, so that their gradient shrinks with the layout."""
+    """Before 0.19 Megatron scales the router's losses by the tokens of one tensor and context rank instead of those of
+    all of them, so that their gradient shrinks with the layout."""
     fixed = Version(megatron_version) >= Version("0.19")
     return 1 if fixed else layout.tensor_parallel * layout.context_parallel
 

@@ -1,4 +1,4 @@
-"""The parallel layouts that `llada bench parity` and the tests compare with one process, and the runs they are laid over."""
+"""The parallel layouts that `llada bench parity` and the tests compare with one process, and their runs."""
 
 from __future__ import annotations
 
@@ -112,7 +112,12 @@ MOE_LAYOUTS = {
 
 
 def parity_run(
-    model: ModelConfig, layout: LayoutConfig, *, objective: str = "diffusion", recompute: str = "none", **training: object
+    model: ModelConfig,
+    layout: LayoutConfig,
+    *,
+    objective: str = "diffusion",
+    recompute: str = "none",
+    **training: object,
 ) -> RunConfig:
     """A small run of `model` under `layout`; the same loss and gradients as under any other."""
     return RunConfig(

@@ -49,7 +49,10 @@ def cases() -> Iterator[tuple[str, RunConfig]]:
     for name in ("TP2.SP.EP2", "PP2.EP2"):
         yield f"sigmoid {name} recomputed", parity_run(MODELS["sigmoid"], MOE_LAYOUTS[name], recompute="full")
     for name in ("CP2", "TP2.SP.PP2"):
-        yield f"dense {name} autoregressive", parity_run(MODELS["dense"], DENSE_LAYOUTS[name], objective="autoregressive")
+        yield (
+            f"dense {name} autoregressive",
+            parity_run(MODELS["dense"], DENSE_LAYOUTS[name], objective="autoregressive"),
+        )
 
 
 @dataclasses.dataclass
@@ -84,7 +87,7 @@ def compare(reference: Gradients, other: Gradients) -> tuple[float, str]:
 
 
 def join_parts(parts: Iterable[tuple[str, Sequence[int], Sequence[int], Any]]) -> dict[str, Any]:
-    """Whole tensors from (name, whole shape, offset, values) parts of all ranks; a missing element stays not-a-number."""
+    """Whole tensors from (name, whole shape, offset, values) parts of all ranks; a missing one stays not-a-number."""
     import torch
 
     whole: dict[str, torch.Tensor] = {}
