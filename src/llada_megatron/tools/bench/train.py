@@ -11,6 +11,7 @@ what remains of the difference without them.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ MODELS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """How long to measure."""
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side, after one to warm up (default 5)")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads of both sides (default: torch's choice)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of both sides (default 1, as a rank has)")
     parser.add_argument("--model", choices=[*MODELS, "both"], default="both", help="which comparison (default both)")
 
 
@@ -76,9 +77,13 @@ class Turns:
     seconds: dict[str, list[float]] = field(default_factory=dict)
     peaks: list[float] = field(default_factory=list)
 
+    def ratios(self, over: str) -> list[float]:
+        """How many times the tokens/s of `over` ours has, turn by turn."""
+        return [b / a for a, b in zip(self.seconds["ours"], self.seconds[over], strict=True)]
+
     def speedup(self, over: str) -> float:
-        """How many times the tokens/s of `over` ours has: the median of the turns' ratios."""
-        return statistics.median(b / a for a, b in zip(self.seconds["ours"], self.seconds[over], strict=True))
+        """The median of the ratios."""
+        return statistics.median(self.ratios(over))
 
     def tokens_per_second(self, name: str, tokens: int) -> float:
         """Median over the turns."""
@@ -96,8 +101,9 @@ def run(args: argparse.Namespace) -> list[Claim]:
     from llada_megatron.tools.bench import peer
     from llada_megatron.tools.bench.single import single_process
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
+    if os.getloadavg()[0] > 1:
+        message("other processes keep this machine busy: figures scatter, most of all with several threads")
     names = list(MODELS) if args.model == "both" else [args.model]
     peer.build(MODELS["dense"], LENGTH)  # a missing package is said before anything long starts
     claims: list[Claim] = []
@@ -114,6 +120,8 @@ def _compare(name: str, repeats: int) -> list[Claim]:
     model, peer_name = MODELS[name], PEER_NAMES[name]
     contenders, implementation = _contenders(name)
     turns = _take_turns(contenders, model, repeats)
+    ratios = turns.ratios("peer")
+    message(f"{name}: the turns' ratios lie between {min(ratios):.2f} and {max(ratios):.2f}")
     batch = _batch(model, seed=0)
     profiles = {side: breakdown(lambda side=side: contenders[side](batch)) for side in ("ours", "peer")}
     print(f"\n{name}: where a step's time goes (own time of the operators)")
