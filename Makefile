@@ -2,7 +2,8 @@
 # make test   run the test suite
 # make lint   check style and import rules
 # make clean  remove the environments and caches (runs/ and data/ stay)
-# PYTHON=python3.12 chooses another interpreter, with an environment of its own (.venv-3.12).
+# PYTHON=python3.12 chooses another interpreter, with an environment of its own (.venv-3.12); ARGS is passed on, for example
+# make demo ARGS="--corpus my_texts/", make test ARGS="tests/launch -x".
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -23,7 +24,7 @@ endif
 endif
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m llada_megatron.launch.demo
+	$(BIN)/python -m llada_megatron.launch.demo $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
