@@ -113,6 +113,8 @@ def test_throughput_relates_tokens_per_second_to_the_peak(monkeypatch):
     throughput = Throughput(flops_per_token=50.0, peak_flops=1000.0)
     throughput.add(8)
     throughput.add(8)
+    with throughput.paused():
+        now[0] += 7.0
     now[0] += 2.0
     figures = throughput.read()
     assert figures == {"tokens_per_second": 8.0, "seconds_per_step": 1.0, "model_flops_utilization": 0.4}

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +191,15 @@ class Throughput:
         self._tokens += tokens
         self._steps += 1
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time of a validation or a checkpoint."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
     def restart(self) -> None:
-        """Starts the interval anew, e.g. after warm-up, a validation or a checkpoint."""
+        """Starts the interval anew, e.g. after warm-up."""
         self._tokens, self._steps, self._since = 0, 0, time.perf_counter()
 
     def read(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -38,7 +39,8 @@ class Reporter:
         self.throughput: Throughput | None = None
         self.expert_counts: dict[int, list[int]] = {}
         self.last_loss = float("nan")
-        self._waiting: list[tuple[int, StepResult, float]] = []
+        self._waiting: list[tuple[int, StepResult, float, dict[str, float]]] = []
+        self._validation: dict[str, float] = {}
 
     def start(self, batches: list[Batch]) -> None:
         """Measure the ceiling and the work per token, from the first step's batches (collective)."""
@@ -72,7 +74,8 @@ class Reporter:
 
     def step(self, number: int, result: StepResult, rate: float) -> None:
         """Take note of step `number` (from 1), which ran at learning rate `rate`."""
-        self._waiting.append((number, result, rate))
+        self._waiting.append((number, result, rate, self._validation))
+        self._validation = {}
         losses = result.losses
         if losses.weighted.numel():
             self.by_ratio.add(losses.weighted, losses.mask_ratio, losses.supervised)
@@ -85,17 +88,18 @@ class Reporter:
         """Reduce and write everything since the last interval (collective)."""
         if not self._waiting:
             return
-        values = torch.stack([result.losses.loss for _, result, _ in self._waiting]).double()
+        values = torch.stack([result.losses.loss for _, result, _, _ in self._waiting]).double()
         torch.distributed.all_reduce(values)
         losses = (values / self.run.layout.tensor_parallel).tolist()
         figures = self._figures()
-        for (number, result, rate), loss in zip(self._waiting, losses, strict=True):
+        for (number, result, rate, validation), loss in zip(self._waiting, losses, strict=True):
             line = {
                 "loss": loss,
                 "bits_per_byte": bits_per_byte(loss, self.data.bytes_per_token),
                 "grad_norm": result.grad_norm,
                 "learning_rate": rate,
                 "consumed_sequences": number * self.run.training.global_batch_size,
+                **validation,
             }
             last = number == self._waiting[-1][0]
             self._write(number, line | (figures if last else {}))
@@ -118,20 +122,15 @@ class Reporter:
         return figures | (self.throughput.read() if self.throughput is not None else {})
 
     def validation(self, number: int, result: Likelihood, bytes_per_token: float) -> float:
-        """Write the held-out bits per byte after step `number`; returns them."""
+        """Keep the held-out bits per byte for the line of step `number`, which is reported next; returns them."""
         bits = result.bits_per_byte(bytes_per_token)
-        self._write(
-            number,
-            {"validation/bits_per_byte": bits, "consumed_sequences": number * self.run.training.global_batch_size},
-        )
+        self._validation = {"validation/bits_per_byte": bits}
         self.progress.message(f"step {number}: validation {bits:.4f} bits per byte over {result.sequences} sequences")
-        self.pause()
         return bits
 
-    def pause(self) -> None:
-        """Do not count the time since the last interval as training."""
-        if self.throughput is not None:
-            self.throughput.restart()
+    def untimed(self) -> AbstractContextManager[None]:
+        """What runs inside does not count as training time."""
+        return self.throughput.paused() if self.throughput is not None else nullcontext()
 
     def message(self, text: str) -> None:
         """One line on rank 0's terminal."""

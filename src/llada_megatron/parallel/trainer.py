@@ -77,12 +77,12 @@ class Trainer:
             )
         self.state.step += 1
         number = self.state.step
-        self.reporter.step(number, result, rate)
         self.store.poll()
         if self._due(self.run.validation.interval) and self.held_out is not None:
-            self.reporter.interval()
-            result = validate(self.run, self.models, self.held_out)
-            self.bits_per_byte = self.reporter.validation(number, result, self.held_out.bytes_per_token)
+            with self.reporter.untimed():
+                likelihood = validate(self.run, self.models, self.held_out)
+            self.bits_per_byte = self.reporter.validation(number, likelihood, self.held_out.bytes_per_token)
+        self.reporter.step(number, result, rate)
         if self._due(self.run.checkpoint.interval):
             self._save()
 
@@ -91,8 +91,8 @@ class Trainer:
 
     def _save(self) -> None:
         self.reporter.interval()  # a line of metrics must not be missing after a resume
-        self.state.save(self.store)
-        self.reporter.pause()
+        with self.reporter.untimed():
+            self.state.save(self.store)
 
     def _save_if_new(self, first: int) -> None:
         self.store.finish()

@@ -1,0 +1,95 @@
+"""What a run writes down: every step once, whatever happened in between, with all that is promised."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+
+import pytest
+
+from llada_megatron.llada_moe.config import load_model
+from llada_megatron.llada_moe.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    DataSetConfig,
+    LayoutConfig,
+    LearningRateConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+from llada_megatron.parallel.metrics import read_metrics
+from llada_megatron.tools import prepare
+from tests.ranks import RankFailure, run_ranks
+
+STEPS, FAILS_AFTER = 6, 5
+EVERY_STEP = {"schema", "step", "consumed_sequences", "loss", "bits_per_byte", "grad_norm", "learning_rate"}
+EVERY_INTERVAL = {
+    "tokens_per_second",
+    "seconds_per_step",
+    "model_flops_utilization",
+    "peak_memory_gb_all_ranks",
+    "expert_load/max_over_mean",
+    "expert_load/dead",
+}
+
+
+def train(run, fail_after):
+    from llada_megatron.parallel import topology
+    from llada_megatron.parallel.trainer import Trainer
+
+    topology.initialize(run.layout, run.training.seed)
+    trainer = Trainer(run)
+
+    def stop():
+        if trainer.state.step == fail_after:
+            raise RuntimeError("as if the power went")
+        return False
+
+    trainer.train(stop)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("reporting")
+    words = random.Random(0)
+    texts = ["".join(words.choices("abcdefgh ", k=words.randint(40, 200))) for _ in range(60)]
+    (root / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    arguments = argparse.ArgumentParser()
+    prepare.add_arguments(arguments)
+    command = [str(root / "corpus.jsonl"), "--output", str(root / "set"), "--train-tokenizer", "--vocab-size", "280"]
+    _, tokenizer = prepare.prepare(arguments.parse_args([*command, "--workers", "1"]), root / "set")
+    ids = {"mask_token_id": tokenizer.mask_id, "eos_token_id": tokenizer.eos_id}
+    return RunConfig(
+        model=dataclasses.replace(load_model("tiny-moe"), vocab_size=tokenizer.vocab_size, **ids),
+        training=TrainingConfig(steps=STEPS, sequence_length=32, global_batch_size=4, precision="fp32"),
+        data=DataConfig(sets=[DataSetConfig(path=str(root / "set"))], validation_fraction=0.2),
+        optimizer=OptimizerConfig(learning_rate=LearningRateConfig(peak=1e-3)),
+        layout=LayoutConfig(data_parallel=2, expert_parallel=2),
+        checkpoint=CheckpointConfig(interval=4, keep_last=9),
+        validation=ValidationConfig(interval=2, sequences=4),
+        logging=LoggingConfig(interval=2, tensorboard=True),
+        output_dir=str(root / "run"),
+    )
+
+
+def test_a_resumed_run_has_every_step_once_with_all_figures(run):
+    with pytest.raises(RankFailure, match="as if the power went"):
+        run_ranks(train, 2, run, FAILS_AFTER)
+    assert [line["step"] for line in read_metrics(run.output_dir)] == [1, 2, 3, 4]
+    run_ranks(train, 2, run, None)
+    lines = read_metrics(run.output_dir)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["consumed_sequences"] for line in lines] == [4 * step for step in range(1, STEPS + 1)]
+    assert all(line.keys() >= EVERY_STEP for line in lines)
+    with_figures = [line["step"] for line in lines if line.keys() >= EVERY_INTERVAL]
+    assert with_figures == [2, 4, 6]
+    assert [line["step"] for line in lines if "validation/bits_per_byte" in line] == [2, 4, 6]
+    assert any(name.startswith("loss_by_mask_ratio/") for name in lines[-1])
+    layers = [name for name in lines[-1] if name.startswith("expert_load/layer_")]
+    assert layers and all(lines[-1][name] is not None for name in layers)
+    assert 0 < lines[-1]["model_flops_utilization"] < 1
