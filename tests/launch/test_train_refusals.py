@@ -50,7 +50,7 @@ def test_data_that_is_not_there(tmp_path):
 
 
 def test_more_ranks_than_this_machine_can_give(tmp_path, prepared):
-    sizes = ["layout.data_parallel=1024", "training.global_batch_size=8192"]
+    sizes = ["layout.data_parallel=1024", "training.global_batch_size=1024", "training.micro_batch_size=1"]
     _assert_refused(_train(prepared, *sizes, cwd=tmp_path), 1, "the layout has 1024 ranks")
     assert not (tmp_path / "runs").exists()
 
