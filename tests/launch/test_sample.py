@@ -14,7 +14,7 @@ import pytest
 
 from llada_megatron.launch import demo_report
 from llada_megatron.launch.assessment import Assessment, Piece
-from llada_megatron.launch.sample import split_gaps
+from llada_megatron.launch.sampling import split_gaps
 
 RUN = """
 model: {base: tiny-moe-softmax, vocab_size: 400}
@@ -135,6 +135,33 @@ def test_a_checkpoint_of_any_layout_gives_the_same_text(folder):
     assert texts[0] == texts[1] == texts[2]
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["tensor_parallel=2", "pipeline_parallel=2"],
+        ["expert_parallel=2"],
+        ["expert_parallel=2", "expert_tensor_parallel=2"],
+    ],
+    ids=" ".join,
+)
+def test_sampling_under_another_layout_gives_the_same_text(folder, layout):
+    arguments = [
+        "--prompt",
+        "abc",
+        "--prompt",
+        "de fgh",
+        "--max-new-tokens",
+        "10",
+        "--temperature",
+        "1",
+        "--steps",
+        "5",
+    ]
+    alone, spread = sampled(folder, *arguments), sampled(folder, *(f"layout.{axis}" for axis in layout), *arguments)
+    assert alone["samples"] == spread["samples"]
+    assert alone["forward_passes"] == spread["forward_passes"]
+
+
 def test_several_prompts_and_seeds(folder):
     arguments = ["--prompt", "ab", "--prompt", "a longer prompt {}", "--max-new-tokens", "8", "--temperature", "2"]
     first = sampled(folder, *arguments, "--seed", "1", "--batch-size", "2")
@@ -174,6 +201,9 @@ def test_the_gap_word_is_ordinary_text_when_not_infilling(folder):
         (["out", "--prompt", "a", "--max-new-tokens", "4000"], 2, "the model takes 128"),
         (["out", "--prompt", "a", "--steps", "0"], 2, "--steps 0: at least 1"),
         (["out", "--prompt", "a", "--tokenizer", "other.model"], 1, "not at other.model"),
+        (["out", "--prompt", "a", "layout.tensor_parallel=3"], 2, "3 does not divide num_attention_heads 4"),
+        (["out", "--prompt", "a", "layout.context_parallel=2"], 2, "sampling takes layout.tensor_parallel=N"),
+        (["out", "--prompt", "a", "--infill", "layout.tensor_parallel=2"], 2, "no <mask> to fill in 'a'"),
     ],
 )
 def test_wrong_input_is_one_message(folder, arguments, code, text):

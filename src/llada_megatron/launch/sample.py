@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from llada_megatron.console import emit_json, message
+from llada_megatron.launch.sampling import Report, Request, Sample, sample_all
+from llada_megatron.llada_moe.config.schema import LayoutConfig
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, DataError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from llada_megatron.llada_moe.data.tokenizer import Tokenizer
-    from llada_megatron.llada_moe.sampling.canvas import Canvas
-    from llada_megatron.parallel.inference import LoadedModel
 
 EXAMPLES = """\
 examples:
@@ -27,14 +22,17 @@ examples:
   llada sample runs/demo --infill --prompt 'for i in <mask:2>(10):'      two tokens are missing
   llada sample runs/demo --file a.py --file b.py --temperature 0.7 --seed 1
   git show HEAD:setup.py | llada sample runs/demo/checkpoints/step-00000400 --jsonl
+  llada sample runs/large layout.tensor_parallel=4 layout.pipeline_parallel=2 --prompt 'Once'     8 processes
 
 With --infill, <mask> stands for one token and <mask:N> for N of them (another word than mask: --gap-word). Without it
-these are text like any other. Fewer --steps than tokens write several tokens in a step: faster, and less coherent."""
+these are text like any other. Fewer --steps than tokens write several tokens in a step: faster, and less coherent.
+One process runs the model, whatever layout it was trained under, unless layout.* asks for more."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `llada sample`."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output directory, or one of its checkpoints")
+    parser.add_argument("layout", nargs="*", metavar="layout.axis=N", help="ranks to spread the model over")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a text (may be repeated)")
     parser.add_argument("--file", action="append", default=[], metavar="FILE", help="a file with a text (repeatable)")
     parser.add_argument("--infill", action="store_true", help="fill the gaps of each text instead of continuing it")
@@ -53,138 +51,98 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jsonl", action="store_true", help="one JSON object per text on stdout")
 
 
-@dataclass(frozen=True)
-class Sample:
-    """What became of one text."""
-
-    text: str
-    """The whole text."""
-    new: str
-    """What was written: the continuation, or the fillings joined by newlines."""
-    new_tokens: int
-
-
 def run(args: argparse.Namespace) -> int:
     """Sample; raises ConfigError, DataError or CheckpointError."""
-    texts = _texts(args)
-    _check_arguments(args)
+    request = _request(args)
+    show = _printer(args, len(request.texts))
+    began = time.perf_counter()
+    if request.layout.world_size == 1:
+        samples, passes, checkpoint = _here(request, show)
+    else:
+        samples, passes, checkpoint = _in_ranks(request)
+        for sample in samples:
+            show(sample)
+    seconds = time.perf_counter() - began
+    tokens = sum(sample.new_tokens for sample in samples)
+    message(f"{checkpoint}: {tokens} tokens in {passes} forward passes, {seconds:.1f} s with loading")
+    if args.json:
+        facts = {"forward_passes": passes, "seconds": seconds, "new_tokens": tokens, "checkpoint": checkpoint}
+        emit_json({"samples": [asdict(sample) for sample in samples], **facts})
+    return 0
+
+
+def _here(request: Request, report: Report) -> tuple[list[Sample], int, str]:
+    """Sample in this process."""
     from llada_megatron.parallel import device
 
     device.install()
     from llada_megatron.parallel.inference import open_checkpoint
 
-    with open_checkpoint(args.checkpoint) as loaded:
-        if loaded.run.objective.kind != "diffusion":
-            raise ConfigError(
-                f"{loaded.path} is an autoregressive model; llada sample fills masks of a diffusion model"
-            )
-        message(f"sampling with {loaded.path}")
-        tokenizer = checkpoint_tokenizer(loaded, args.tokenizer)
-        began, passes, samples = time.perf_counter(), 0, []
-        for batch in _batches(texts, args.batch_size):
-            done, count = sample_texts(loaded, tokenizer, batch, args, first=len(samples))
-            _print(done, args, first=len(samples))
-            samples, passes = samples + done, passes + count
-    seconds = time.perf_counter() - began
-    tokens = sum(sample.new_tokens for sample in samples)
-    message(f"{tokens} tokens in {passes} forward passes, {seconds:.1f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s)")
-    if args.json:
-        facts = {"forward_passes": passes, "seconds": seconds, "new_tokens": tokens, "checkpoint": str(loaded.path)}
-        emit_json({"samples": [asdict(sample) for sample in samples], **facts})
-    return 0
+    with open_checkpoint(request.checkpoint) as loaded:
+        return *sample_all(loaded, request, report), str(loaded.path)
 
 
-def sample_texts(
-    loaded: LoadedModel, tokenizer: Tokenizer, texts: Sequence[str], args: argparse.Namespace, first: int = 0
-) -> tuple[list[Sample], int]:
-    """Continue or fill some texts together; returns them and the number of forward passes.
+def _in_ranks(request: Request) -> tuple[list[Sample], int, str]:
+    """Sample with one process per rank of the request's layout."""
+    from llada_megatron.launch.local import python_program, run_local
+    from llada_megatron.launch.sample_worker import write_request
 
-    `first` is the number of the first text, which its random draws depend on.
+    message(f"sampling with {request.layout.world_size} processes")
+    with tempfile.TemporaryDirectory(prefix="llada-") as scratch:
+        path = Path(scratch) / "request.json"
+        write_request(request, path)
+        program = python_program("llada_megatron.launch.sample_worker", str(path))
+        facts = run_local(program, request.layout, Path(scratch)).facts
+    return [Sample(**values) for values in facts["samples"]], facts["passes"], facts["checkpoint"]
+
+
+def _request(args: argparse.Namespace) -> Request:
+    """The command line, checked."""
+    for name in ("max_new_tokens", "steps", "block_length", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: at least 1")
+    if args.temperature < 0:
+        raise ConfigError(f"--temperature {args.temperature}: 0 or more")
+    if not Path(args.checkpoint).is_dir():
+        raise CheckpointError(f"there is no checkpoint at {args.checkpoint}")
+    options = {each.name: getattr(args, each.name) for each in fields(Request) if each.name not in ("texts", "layout")}
+    return Request(**options, texts=_texts(args), layout=_layout(args.layout, args.checkpoint))
+
+
+def _layout(overrides: Sequence[str], checkpoint: str) -> LayoutConfig:
+    """The layout to sample under; data-parallel ranks are added as its expert parallelism needs them.
+
+    Raises:
+        ConfigError: no such axis, an axis that sampling does not use, or one that does not fit the model.
     """
-    from llada_megatron.llada_moe.sampling.loop import SamplingOptions, sample
-    from llada_megatron.llada_moe.sampling.schedules import FixedSteps
-
-    canvas = _canvas(loaded, tokenizer, texts, args)
-    canvas.stream += first
-    given = ~canvas.open
-    most = int(canvas.open.sum(1).max())
-    unused = range(tokenizer.vocab_size, loaded.run.model.vocab_size)
-    options = SamplingOptions(
-        mask_id=tokenizer.mask_id,
-        excluded=[*unused, *([tokenizer.eos_id] if args.infill else [])],
-        stop_id=None if args.infill else tokenizer.eos_id,
-        temperature=args.temperature,
-        guidance=args.guidance,
-        seed=args.seed,
-    )
-    passes = sample(loaded.logits, canvas, FixedSteps(args.steps or most, args.remasking, args.seed), options)
-    rows = range(len(texts))
-    return [
-        _sample(tokenizer, canvas.tokens[i, : canvas.lengths[i]], given[i, : canvas.lengths[i]]) for i in rows
-    ], passes
+    axes: dict[str, Any] = {}
+    for text in overrides:
+        name, _, value = text.removeprefix("layout.").partition("=")
+        usable = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "expert_tensor_parallel", "data_parallel")
+        if not text.startswith("layout.") or name not in usable or not value.isdecimal():
+            raise ConfigError(f"{text}: sampling takes {', '.join(f'layout.{axis}=N' for axis in usable)}")
+        axes[name] = int(value)
+    if not axes:
+        return LayoutConfig()
+    experts = axes.get("expert_parallel", 1) * axes.get("expert_tensor_parallel", 1)
+    layout = LayoutConfig(**{"data_parallel": -(-experts // max(1, axes.get("tensor_parallel", 1)))} | axes)
+    _check_layout(layout, checkpoint)
+    return layout
 
 
-def checkpoint_tokenizer(loaded: LoadedModel, path: str | None = None) -> Tokenizer:
-    """The tokenizer of the checkpoint's data. Raises DataError if it is not there, or another one."""
-    from llada_megatron.llada_moe.data.tokenizer import load_tokenizer
+def _check_layout(layout: LayoutConfig, checkpoint: str) -> None:
+    """Refuse a layout that the checkpoint's model cannot be spread over."""
+    from llada_megatron.llada_moe.config.validation_layout import check_layout
+    from llada_megatron.parallel.checkpoint_search import find_checkpoints, run_of
 
-    facts = loaded.facts.get("tokenizer", {})
-    file = path or facts.get("path")
-    if file is None or not Path(file).exists():
-        raise DataError(f"the checkpoint's tokenizer is not at {file}; say where it is with --tokenizer FILE")
-    tokenizer = load_tokenizer(file)
-    if tokenizer.sha256 != facts.get("sha256"):
-        raise DataError(f"{file} is not the tokenizer that {loaded.path} was trained with; give that with --tokenizer")
-    tokenizer.eos_id, tokenizer.mask_id = loaded.run.model.eos_token_id, loaded.run.model.mask_token_id
-    return tokenizer
+    run = run_of(find_checkpoints(checkpoint)[0])
+    training_layout = replace(layout, sequence_parallel=layout.tensor_parallel > 1)  # which training alone needs
 
+    def refuse(key: str, reason: str) -> None:
+        raise ConfigError(f"{key}: {reason}")
 
-def split_gaps(text: str, word: str) -> list[str | int]:
-    """A text as pieces: strings, and numbers of missing tokens where it has `<word>` or `<word:N>`."""
-    pieces: list[str | int] = []
-    position = 0
-    for match in re.finditer(rf"<{re.escape(word)}(?::(\d+))?>", text):
-        pieces += [text[position : match.start()], int(match[1] or 1)]
-        position = match.end()
-    return [piece for piece in [*pieces, text[position:]] if piece]
-
-
-def _canvas(loaded: LoadedModel, tokenizer: Tokenizer, texts: Sequence[str], args: argparse.Namespace) -> Canvas:
-    """Token rows with their open positions. Raises ConfigError where a text has no gap or is too long."""
-    from llada_megatron.llada_moe.sampling.canvas import with_gaps
-
-    rows, gaps = [], []
-    for text in texts:
-        pieces = split_gaps(text, args.gap_word) if args.infill else [text, args.max_new_tokens]
-        row: list[int] = []
-        gap: list[bool] = []
-        for piece in pieces:
-            ids = tokenizer.encode(piece) if isinstance(piece, str) else [tokenizer.mask_id] * piece
-            row, gap = row + ids, gap + [isinstance(piece, int)] * len(ids)
-        if not any(gap):
-            raise ConfigError(f"no <{args.gap_word}> to fill in {text[:40]!r}")
-        longest = loaded.run.model.max_sequence_length
-        if len(row) > longest:
-            raise ConfigError(
-                f"{text[:40]!r}: {len(row)} tokens with the new ones, the model takes {longest}; shorten it"
-            )
-        rows.append(row)
-        gaps.append(gap)
-    return with_gaps(rows, gaps, tokenizer.mask_id, args.block_length)
-
-
-def _sample(tokenizer: Tokenizer, tokens: Tensor, given: Tensor) -> Sample:
-    """Text of one finished row (`tokens` int64, `given` bool, both `[seq]`), up to an end of text that was written."""
-    ids, kept = tokens.tolist(), given.tolist()
-    ends = [i for i, (token, old) in enumerate(zip(ids, kept, strict=True)) if token == tokenizer.eos_id and not old]
-    end = ends[0] if ends else len(ids)
-    runs: list[list[int]] = []
-    for i in range(end):
-        if not kept[i]:
-            if i == 0 or kept[i - 1]:
-                runs.append([])
-            runs[-1].append(ids[i])
-    return Sample(tokenizer.decode(ids[:end]), "\n".join(map(tokenizer.decode, runs)), sum(map(len, runs)))
+    check_layout(replace(run, layout=training_layout), refuse)
 
 
 def _texts(args: argparse.Namespace) -> list[str]:
@@ -202,31 +160,17 @@ def _texts(args: argparse.Namespace) -> list[str]:
     return [sys.stdin.read()]
 
 
-def _check_arguments(args: argparse.Namespace) -> None:
-    """Refuse numbers that mean nothing."""
-    for name in ("max_new_tokens", "steps", "block_length", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: at least 1")
-    if args.temperature < 0:
-        raise ConfigError(f"--temperature {args.temperature}: 0 or more")
-    if not Path(args.checkpoint).is_dir():
-        raise CheckpointError(f"there is no checkpoint at {args.checkpoint}")
+def _printer(args: argparse.Namespace, count: int) -> Report:
+    """What puts a result on stdout: JSON lines, or the text itself, under a line of its own where there are several."""
+    numbers = iter(range(1, count + 1))
 
-
-def _batches(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    return (texts[start : start + size] for start in range(0, len(texts), size))
-
-
-def _print(samples: Sequence[Sample], args: argparse.Namespace, first: int) -> None:
-    """Results on stdout: JSON lines, or the texts themselves, told apart by a line each where there are several."""
-    if args.json:
-        return
-    several = len(args.prompt) + len(args.file) > 1
-    for number, sample in enumerate(samples, start=first + 1):
+    def show(sample: Sample) -> None:
+        number = next(numbers)
+        if args.json:
+            return
         if args.jsonl:
             emit_json({"number": number, **asdict(sample)})
-        elif several:
-            print(f"==> {number} <==\n{sample.text}", flush=True)
         else:
-            print(sample.text, flush=True)
+            print(f"==> {number} <==\n{sample.text}" if count > 1 else sample.text, flush=True)
+
+    return show

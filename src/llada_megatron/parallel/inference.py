@@ -1,4 +1,4 @@
-"""A checkpoint of any layout as one model in this process, for sampling and evaluation."""
+"""A checkpoint of any layout as a model to run: in this process alone, or spread over ranks under another layout."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from llada_megatron.console import message
-from llada_megatron.llada_moe.config import from_dict
 from llada_megatron.llada_moe.config.schema import LayoutConfig, RunConfig
 from llada_megatron.llada_moe.data.batch import Batch
-from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer, transformer_config
-from llada_megatron.parallel import assembly, checkpoint_manifest, device, topology
+from llada_megatron.parallel import assembly, device, topology
 from llada_megatron.parallel.checkpoint import CheckpointStore
 from llada_megatron.parallel.checkpoint_manifest import DamagedCheckpointError
+from llada_megatron.parallel.checkpoint_search import find_checkpoints, run_of
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run, on this process's device."""
+    """A model ready to run: this rank's part of it, on its device."""
 
     model: DiffusionTransformer
     run: RunConfig
@@ -37,34 +39,45 @@ class LoadedModel:
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor, rows: torch.Tensor, boundaries: torch.Tensor) -> torch.Tensor:
-        """Logits `[rows, vocab]` on the host of the selected rows of `tokens` `[batch, seq]`."""
-        if not rows.any():
+        """Logits `[rows, vocab]` on the host of the selected rows of `tokens` `[batch, seq]`, equal on all ranks.
+
+        Every rank gives the same arguments (collective).
+        """
+        count = int(rows.sum())
+        if count == 0:
             return torch.zeros(0, self.run.model.vocab_size)
         where = device.current()
-        return self.model(tokens.to(where), boundaries, rows=rows.to(where)).float().cpu()
+        shard = self._last_stage_output(tokens.to(where), rows.to(where), boundaries)
+        if torch.distributed.get_world_size() == 1:
+            return shard.float().cpu()
+        return _equal_everywhere(shard, count, self.run.model.vocab_size).cpu()
+
+    def _last_stage_output(
+        self, tokens: torch.Tensor, rows: torch.Tensor, boundaries: torch.Tensor
+    ) -> torch.Tensor | None:
+        """`[rows, vocab / tensor_parallel]` on the last pipeline stage, None before it."""
+
+        def forward_step(_: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            return model(tokens, boundaries, rows=rows), lambda output, non_loss_data=True: output
+
+        stored = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=None,
+            model=self.model,
+            num_microbatches=1,
+            seq_length=tokens.shape[1],
+            micro_batch_size=tokens.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        return stored[0] if stored else None
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> torch.Tensor:
-        """Weighted cross-entropy of each sequence `[batch]`, in nats."""
+        """Weighted cross-entropy of each sequence `[batch]`, in nats; in a world of one process."""
         where = device.current()
         labels, weights = batch.labels.to(where), batch.weights.to(where)
         return self.model(batch.inputs.to(where), batch.boundaries, labels, weights).cpu()
-
-
-def find_checkpoints(path: str | Path) -> list[Path]:
-    """What `path` can mean, best first: a step directory itself, or the steps of a run, newest first.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = Path(path)
-    if (path / checkpoint_manifest.FILE_NAME).is_file():
-        return [path]
-    for directory in (path / "checkpoints", path):
-        found = [step for _, step in checkpoint_manifest.steps(directory)]
-        if found:
-            return found
-    raise CheckpointError(f"no checkpoint in {path}: give a run's output directory, or one of its step-… directories")
 
 
 @contextmanager
@@ -82,33 +95,50 @@ def open_checkpoint(path: str | Path) -> Iterator[LoadedModel]:
         topology.join(0, 1, f"file://{scratch}/rendezvous")
         try:
             topology.initialize(LayoutConfig(), seed=0)
-            with warnings.catch_warnings():  # torch and Megatron announce coming changes of their own insides
-                warnings.simplefilter("ignore")
-                loaded = _load_first(candidates, CheckpointStore(scratch))
-            yield loaded
+            yield _load_first(candidates, LayoutConfig(), CheckpointStore(scratch))
         finally:
             topology.leave()
 
 
-def _load_first(candidates: list[Path], store: CheckpointStore) -> LoadedModel:
+def load_checkpoint(path: str | Path, layout: LayoutConfig) -> LoadedModel:
+    """The same under `layout`, whose process groups exist (collective)."""
+    with tempfile.TemporaryDirectory(prefix="llada-") as scratch:
+        return _load_first(find_checkpoints(path), layout, CheckpointStore(scratch))
+
+
+def _equal_everywhere(shard: torch.Tensor | None, rows: int, vocab: int) -> torch.Tensor:
+    """The whole logits `[rows, vocab]`, from the shards of the last stage's tensor ranks.
+
+    All ranks take those of one of them: data-parallel copies may differ in the last bit, and a sampler must not.
+    """
+    if shard is None:
+        whole = torch.empty(rows, vocab, device=device.current())
+    else:
+        whole = gather_from_tensor_model_parallel_region(shard).float().contiguous()
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    world = torch.distributed.get_world_size()
+    torch.distributed.broadcast(whole, src=(stages - 1) * (world // stages))  # stages are the slowest axis of the ranks
+    return whole
+
+
+def _load_first(candidates: list[Path], layout: LayoutConfig, store: CheckpointStore) -> LoadedModel:
     for path in candidates:
         try:
-            return _load(path, store)
+            with warnings.catch_warnings():  # torch and Megatron announce coming changes of their own insides
+                warnings.simplefilter("ignore")
+                return _load(path, layout, store)
         except DamagedCheckpointError as error:
             if path == candidates[-1]:
                 raise
-            message(f"passed over a damaged checkpoint: {error}")
+            if torch.distributed.get_rank() == 0:
+                message(f"passed over a damaged checkpoint: {error}")
     raise AssertionError("no candidates")
 
 
-def _load(path: Path, store: CheckpointStore) -> LoadedModel:
-    facts = checkpoint_manifest.read(path).facts
-    try:
-        run = from_dict(RunConfig, facts["run"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its manifest does not describe a run ({error})") from error
-    config = transformer_config(run.model, LayoutConfig(), run.training)
-    chunks = assembly.build_chunks(run.model, LayoutConfig(), config, assembly.attention_kind(run))
+def _load(path: Path, layout: LayoutConfig, store: CheckpointStore) -> LoadedModel:
+    run = run_of(path)
+    config = transformer_config(run.model, layout, run.training)
+    chunks = assembly.build_chunks(run.model, layout, config, assembly.attention_kind(run))
     state, facts = store.load(path, assembly.model_state(chunks))
     assembly.load_model_state(chunks, state)
     return LoadedModel(chunks[0].eval(), run, path, facts)
