@@ -175,6 +175,8 @@ def test_fewer_steps_write_several_tokens_a_pass(folder):
     done = sampled(folder, "--max-new-tokens", "16", "--steps", "4", "--block-length", "8", stdin="abc")
     assert done["forward_passes"] <= 4
     assert done["new_tokens"] <= 16
+    done = sampled(folder, "--infill", "--block-length", "4", "--prompt", "a <mask:10> b")
+    assert done["forward_passes"] == done["new_tokens"] == 10
 
 
 def test_infilling_keeps_the_text_around_the_gaps(folder):

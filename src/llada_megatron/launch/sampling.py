@@ -141,6 +141,8 @@ def _fill(loaded: LoadedModel, tokenizer: Tokenizer, canvas: Canvas, request: Re
     from llada_megatron.llada_moe.sampling.schedules import FixedSteps
 
     most = int(canvas.open.sum(1).max())
+    whole = request.block_length or most
+    steps = request.steps or -(-most // whole) * whole  # a step per token, also where the last block is shorter
     unused = range(tokenizer.vocab_size, loaded.run.model.vocab_size)
     options = SamplingOptions(
         mask_id=tokenizer.mask_id,
@@ -150,7 +152,7 @@ def _fill(loaded: LoadedModel, tokenizer: Tokenizer, canvas: Canvas, request: Re
         guidance=request.guidance,
         seed=request.seed,
     )
-    return sample(loaded.logits, canvas, FixedSteps(request.steps or most, request.remasking, request.seed), options)
+    return sample(loaded.logits, canvas, FixedSteps(steps, request.remasking, request.seed), options)
 
 
 def _finished(tokenizer: Tokenizer, tokens: Tensor, given: Tensor) -> Sample:
