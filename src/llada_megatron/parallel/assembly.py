@@ -135,11 +135,7 @@ def state_metadata() -> dict[str, Any]:
 def chunk_state(chunk: DiffusionTransformer) -> dict[str, Any]:
     """Sharded weights and buffers of one chunk, without Transformer Engine's pickled extras."""
     state = chunk.sharded_state_dict(metadata=state_metadata())
-    return {
-        name: entry
-        for name, entry in state.items()
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory)
-    }
+    return {name: entry for name, entry in state.items() if isinstance(entry, ShardedTensor | ShardedTensorFactory)}
 
 
 def model_state(chunks: list[DiffusionTransformer]) -> dict[str, Any]:

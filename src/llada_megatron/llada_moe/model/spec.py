@@ -63,6 +63,9 @@ def provider() -> Any:
         def core_attention(self) -> type:
             return PatternAttention
 
+        def fuse_layernorm_and_linear(self) -> bool:
+            return False  # our layers keep their norms apart, under the names that local modules save
+
     return TransformerEngineProvider()
 
 

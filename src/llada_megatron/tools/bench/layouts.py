@@ -69,6 +69,7 @@ def _layout(**sizes: object) -> LayoutConfig:
 DENSE_LAYOUTS = {
     "TP2": _layout(tensor_parallel=2),
     "TP2.SP": _layout(tensor_parallel=2, sequence_parallel=True),
+    "TP4.SP": _layout(tensor_parallel=4, sequence_parallel=True),
     "PP2": _layout(pipeline_parallel=2),
     "PP4": _layout(pipeline_parallel=4),
     "PP2 interleaved": _layout(pipeline_parallel=2, pipeline_chunks_per_rank=2),

@@ -1,0 +1,157 @@
+"""A run that is killed goes on as if nothing had happened: bit for bit under the same layout, to 1e-5 under another."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+
+STEPS, INTERVAL = 12, 3
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+RUN = f"""
+model: {{base: tiny-moe-softmax, vocab_size: 400}}
+training: {{steps: {STEPS}, sequence_length: 32, global_batch_size: 8, precision: fp32, seed: 3}}
+objective: {{time_sampling: stratified}}
+data:
+  sets: [{{path: corpus}}]
+  validation_fraction: 0.1
+optimizer: {{learning_rate: {{peak: 3e-3, warmup_steps: 2, decay_steps: 4}}}}
+layout: {{data_parallel: 2, expert_parallel: 2}}
+checkpoint: {{interval: {INTERVAL}, keep_last: 2}}
+validation: {{interval: 6, sequences: 5}}
+logging: {{interval: 1, tensorboard: false}}
+output_dir: undisturbed
+"""
+
+
+def llada(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "llada_megatron.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """A folder with a corpus, run.yaml, and the finished run `undisturbed`."""
+    folder = tmp_path_factory.mktemp("resume")
+    (folder / "run.yaml").write_text(RUN)
+    words = random.Random(0)
+    for name in range(20):
+        text = " ".join(
+            words.choice(["masked", "tokens", "fill", "the", "gaps", "of", "a", "text"]) for _ in range(400)
+        )
+        (folder / f"{name}.txt").write_text(text + "".join(chr(33 + words.randrange(90)) for _ in range(300)))
+    prepared = llada(
+        "prepare",
+        *(f"{n}.txt" for n in range(20)),
+        "--output",
+        "corpus",
+        "--train-tokenizer",
+        "--vocab-size",
+        "400",
+        cwd=folder,
+    )
+    assert prepared.returncode == 0, prepared.stderr
+    finished = llada("train", "run.yaml", "--json", cwd=folder)
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout.splitlines()[-1])["steps"] == STEPS
+    return folder
+
+
+def lines(run: Path) -> list[dict[str, object]]:
+    """What the metrics say of each step, without what depends on the clock and the memory."""
+    kept = ("step", "loss", "grad_norm", "learning_rate", "consumed_sequences", "validation/bits_per_byte")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in kept if key in row} for row in rows]
+
+
+def tensors_of(checkpoint: str) -> dict[str, torch.Tensor]:
+    from megatron.core import dist_checkpointing
+
+    return {k: v for k, v in dist_checkpointing.load_plain_tensors(checkpoint).items() if isinstance(v, torch.Tensor)}
+
+
+def last_checkpoint(run: Path) -> dict[str, torch.Tensor]:
+    return run_ranks(tensors_of, 1, str(run / "checkpoints" / f"step-{STEPS:08d}"))[0]
+
+
+def kill_at_step(folder: Path, step: int, output: str) -> None:
+    """Start a run and SIGKILL it, with all its ranks, once its metrics name `step`."""
+    command = [sys.executable, "-m", "llada_megatron.cli", "train", "run.yaml", f"output_dir={output}"]
+    process = subprocess.Popen(
+        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+    metrics, deadline = folder / output / "metrics.jsonl", time.monotonic() + 180
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and any(
+            json.loads(x)["step"] >= step for x in metrics.read_text().splitlines() if x.endswith("}")
+        ):
+            break
+        time.sleep(0.005)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors.decode()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_run_ends_in_the_same_bits(undisturbed, seed):
+    step = random.Random(seed).randrange(1, STEPS)
+    kill_at_step(undisturbed, step, f"killed{seed}")
+    resumed = llada("train", "run.yaml", f"output_dir=killed{seed}", cwd=undisturbed)
+    assert resumed.returncode == 0, resumed.stderr
+    if step > INTERVAL:
+        assert "continuing from" in resumed.stderr
+    assert lines(undisturbed / f"killed{seed}") == lines(undisturbed / "undisturbed")
+    expected, found = last_checkpoint(undisturbed / "undisturbed"), last_checkpoint(undisturbed / f"killed{seed}")
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_another_layout_continues_the_same_loss_curve(undisturbed):
+    first = llada(
+        "train",
+        "run.yaml",
+        "output_dir=moved",
+        "training.steps=6",
+        "optimizer.learning_rate.decay_steps=0",
+        cwd=undisturbed,
+    )
+    assert first.returncode == 0, first.stderr
+    layout = ("layout.data_parallel=1", "layout.expert_parallel=1", "layout.pipeline_parallel=2")
+    second = llada("train", "run.yaml", "output_dir=moved", *layout, cwd=undisturbed)
+    assert second.returncode == 0, second.stderr
+    pairs = zip(lines(undisturbed / "undisturbed"), lines(undisturbed / "moved"), strict=True)
+    for expected, found in pairs:
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_changed_global_batch_size_is_refused(undisturbed):
+    refused = llada("train", "run.yaml", "training.global_batch_size=4", "training.steps=20", cwd=undisturbed)
+    assert refused.returncode == 2
+    assert "training.global_batch_size was 8 and is 4" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_another_architecture_is_refused(undisturbed):
+    refused = llada("train", "run.yaml", "model.num_layers=2", "training.steps=20", cwd=undisturbed)
+    assert refused.returncode == 1
+    assert "num_layers" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_finished_run_has_nothing_left_to_do(undisturbed):
+    before = lines(undisturbed / "undisturbed")
+    again = llada("train", "run.yaml", cwd=undisturbed)
+    assert again.returncode == 0, again.stderr
+    assert lines(undisturbed / "undisturbed") == before

@@ -1,0 +1,148 @@
+"""Every layout computes what one process computes: loss, every gradient, gradient norm, weights after an update."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies
+
+from llada_megatron.llada_moe.config import validate_run
+from llada_megatron.llada_moe.config.schema import LayoutConfig, RunConfig
+from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.tools.bench import parity
+from llada_megatron.tools.bench.layouts import DENSE_LAYOUTS, MODELS, MOE_LAYOUTS, parity_run
+from tests.ranks import run_ranks
+
+CORE = [
+    *(("dense", name) for name in ("TP2.SP", "PP2 interleaved", "CP2", "DP2")),
+    ("tied", "TP2.SP.PP2"),
+    *(("softmax", name) for name in ("EP2", "TP2.SP.EP2", "CP2")),
+    *(("sigmoid", name) for name in ("TP2.SP", "EP2.ETP2", "TP2.SP.PP2.EP2")),
+]
+"""The fast part of the layouts; `llada bench parity` runs all."""
+
+
+@functools.cache
+def one_process(model: str, changes: tuple[tuple[str, object], ...] = ()) -> parity.Gradients:
+    return parity.measure(parity_run(MODELS[model], LayoutConfig(), **dict(changes)))
+
+
+@pytest.mark.parametrize(("model", "name"), CORE)
+def test_layout_equals_one_process(model, name):
+    layout = (DENSE_LAYOUTS if model in ("dense", "tied") else MOE_LAYOUTS)[name]
+    error, where = parity.compare(one_process(model), parity.measure(parity_run(MODELS[model], layout)))
+    assert error <= parity.GOAL, where
+
+
+@strategies.composite
+def drawn_runs(draw) -> tuple[str, RunConfig, tuple[tuple[str, object], ...]]:
+    """A valid run over two or four ranks, with everything drawn that must not matter."""
+    model = draw(strategies.sampled_from(sorted(MODELS)))
+    power = functools.partial(strategies.sampled_from)
+    tensor = draw(power([1, 2]))
+    sizes = {
+        "tensor_parallel": tensor,
+        "sequence_parallel": tensor > 1 and (MODELS[model].moe is not None or draw(strategies.booleans())),
+        "pipeline_parallel": draw(power([1, 2])),
+        "pipeline_chunks_per_rank": draw(power([1, 2])),
+        "context_parallel": draw(power([1, 2])),
+        "data_parallel": draw(power([1, 2])),
+        "expert_parallel": draw(power([1, 2])) if MODELS[model].moe else 1,
+        "expert_tensor_parallel": draw(power([1, 2])) if MODELS[model].moe else 1,
+        "expert_dispatcher": draw(power(["alltoall", "allgather"])),
+    }
+    layout = LayoutConfig(**sizes)
+    hypothesis.assume(layout.world_size in (2, 4))
+    changes = (("seed", draw(strategies.integers(0, 3))), ("recompute", draw(power(["none", "full"]))))
+    run = parity_run(MODELS[model], layout, **dict(changes))
+    normalization = draw(power(["all_tokens", "answer_length", "masked_tokens"]))
+    run = dataclasses.replace(run, objective=dataclasses.replace(run.objective, normalization=normalization))
+    try:
+        validate_run(run)
+    except ConfigError:
+        hypothesis.reject()
+    return model, run, changes
+
+
+@hypothesis.settings(max_examples=6)
+@hypothesis.given(drawn_runs())
+def test_drawn_layout_equals_one_process(drawn):
+    _, run, _ = drawn
+    reference = parity.measure(dataclasses.replace(run, layout=LayoutConfig()))
+    error, where = parity.compare(reference, parity.measure(run))
+    assert error <= parity.GOAL, (where, run.layout, run.objective.normalization)
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch_size": 4}, {"logits_chunk_mb": 0}], ids=str)
+def test_accumulation_and_chunked_logits_change_nothing(changes):
+    error, where = parity.compare(
+        one_process("dense"), parity.measure(parity_run(MODELS["dense"], LayoutConfig(), **changes))
+    )
+    assert error <= parity.GOAL, where
+
+
+@pytest.mark.parametrize("name", ["TP2.SP", "TP2.SP.EP2", "TP2.SP.ETP2", "EP2", "EP2.ETP2", "TP2.SP.PP2.EP2"])
+@pytest.mark.parametrize("model", ["softmax", "sigmoid"])
+def test_norm_of_unit_gradients_counts_every_parameter(model, name):
+    from llada_megatron.llada_moe.model.parameters import count_parameters
+
+    run = parity_run(MODELS[model], MOE_LAYOUTS[name])
+    norms = run_ranks(unit_gradient_norm, run.layout.world_size, run)
+    trainable = count_parameters(run.model).trainable
+    assert norms == pytest.approx([math.sqrt(trainable)] * len(norms), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["TP2.SP", "TP2.SP.PP2", "PP2.DP2"])
+def test_norm_of_unit_gradients_of_a_dense_model(name):
+    from llada_megatron.llada_moe.model.parameters import count_parameters
+
+    run = parity_run(MODELS["dense"], DENSE_LAYOUTS[name])
+    norms = run_ranks(unit_gradient_norm, run.layout.world_size, run)
+    assert norms == pytest.approx([math.sqrt(count_parameters(run.model).trainable)] * len(norms), rel=1e-6)
+
+
+def unit_gradient_norm(run: RunConfig) -> float:
+    from llada_megatron.parallel import assembly, optimizer, topology
+
+    topology.initialize(run.layout, run.training.seed)
+    models = assembly.wrap(run, assembly.build_run_chunks(run))
+    adam = optimizer.build_optimizer(run, models)
+    for model in models:
+        for parameter in model.parameters():
+            parameter.main_grad.fill_(1.0)
+    adam.prepare_grads()
+    return float(adam.get_grad_norm())
+
+
+def test_bfloat16_keeps_fp32_main_weights():
+    run = parity_run(MODELS["dense"], DENSE_LAYOUTS["DP2"], precision="bf16")
+    losses = run_ranks(three_losses, 2, run)
+    reference = run_ranks(three_losses, 1, parity_run(MODELS["dense"], LayoutConfig()))
+    assert losses[0] == pytest.approx(reference[0], rel=0.01)
+    assert losses[0][2] < losses[0][0]
+
+
+def three_losses(run: RunConfig) -> list[float]:
+    """Losses of three steps over the same samples."""
+    from llada_megatron.parallel import assembly, optimizer, topology
+    from llada_megatron.parallel.step import TrainingStep
+
+    topology.initialize(run.layout, run.training.seed)
+    models = assembly.wrap(run, assembly.build_run_chunks(run))
+    adam = optimizer.build_optimizer(run, models)
+    step = TrainingStep(run, models, adam, parity.SyntheticData(run))
+    losses = []
+    for _ in range(3):
+        loss = step(0).losses.loss
+        torch.distributed.all_reduce(loss)
+        losses.append(float(loss) / run.layout.tensor_parallel)
+    if run.training.precision == "bf16":
+        inner = getattr(adam, "chained_optimizers", [adam])[0].optimizer
+        assert inner.param_groups[0]["params"][0].dtype is torch.float32
+        assert next(models[0].parameters()).dtype is torch.bfloat16
+    return losses
