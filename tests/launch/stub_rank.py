@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from llada_megatron.launch import rank
-from llada_megatron.launch.processes import StopRequest, die_with_parent
+from llada_megatron.launch.processes import StopRequest
 from llada_megatron.llada_moe.config.schema import LayoutConfig
 from llada_megatron.llada_moe.errors import DataError
+from llada_megatron.parallel.lifetime import die_with_parent
 
 LAYOUT = LayoutConfig(data_parallel=2)
 

@@ -119,6 +119,21 @@ def unit_gradient_norm(run: RunConfig) -> float:
     return float(adam.get_grad_norm())
 
 
+def test_norm_is_measured_where_nothing_is_clipped():
+    run = parity_run(MODELS["dense"], LayoutConfig())
+    run = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, clip_grad_norm=0.0))
+    assert run_ranks(first_norm, 1, run)[0] == pytest.approx(one_process("dense").grad_norm, rel=1e-6)
+
+
+def first_norm(run: RunConfig) -> float:
+    from llada_megatron.parallel import assembly, optimizer, topology
+    from llada_megatron.parallel.step import TrainingStep
+
+    topology.initialize(run.layout, run.training.seed)
+    models = assembly.wrap(run, assembly.build_run_chunks(run))
+    return TrainingStep(run, models, optimizer.build_optimizer(run, models), parity.SyntheticData(run))(0).grad_norm
+
+
 def test_bfloat16_keeps_fp32_main_weights():
     run = parity_run(MODELS["dense"], DENSE_LAYOUTS["DP2"], precision="bf16")
     losses = run_ranks(three_losses, 2, run)

@@ -1,30 +1,14 @@
-"""What every process of a job owes the others: it ends with its parent, and it stops when it is asked to."""
+"""What every process of a job owes the others: it stops when it is asked to."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 from collections.abc import Iterable
 from types import FrameType
 
 PARENT_VARIABLE = "LLADA_PARENT"
 """Environment variable with the process id of the local launcher."""
-
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent(parent: int | None = None) -> None:
-    """Ask the kernel (Linux) to kill this process as soon as its parent is gone, so that nothing is left behind.
-
-    `parent`: its expected process id; where it is gone already, this process ends here.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if parent is not None and os.getppid() != parent:
-        os._exit(1)
 
 
 def available_cores() -> int:

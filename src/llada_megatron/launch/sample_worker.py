@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llada_megatron.launch.processes import PARENT_VARIABLE, StopRequest, die_with_parent
+from llada_megatron.launch.processes import PARENT_VARIABLE, StopRequest
 from llada_megatron.launch.rank import run_local_rank
 from llada_megatron.launch.sampling import Request
 from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.parallel.lifetime import die_with_parent
 
 
 def write_request(request: Request, path: Path) -> None:

@@ -1,6 +1,6 @@
 """The program of one training rank. `llada train` starts it once per rank; under torchrun or srun `llada train` is it.
 
-Megatron-Core is imported only inside `training_work`: helper processes that a checkpoint starts import this file again.
+Megatron-Core is imported only inside `training_work`, after `device.install()`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llada_megatron.launch.processes import PARENT_VARIABLE, StopRequest, die_with_parent
+from llada_megatron.launch.processes import PARENT_VARIABLE, StopRequest
 from llada_megatron.launch.rank import Work, run_local_rank
+from llada_megatron.parallel.lifetime import die_with_parent
 
 if TYPE_CHECKING:
     from llada_megatron.llada_moe.config.schema import RunConfig
-
-if __name__ == "__mp_main__":  # a helper process of a rank: it must not outlive the rank
-    die_with_parent()
 
 
 def training_work(run: RunConfig) -> Work:

@@ -17,7 +17,6 @@ said):
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import inspect
 import io
@@ -40,8 +39,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from llada_megatron.parallel.agreement import explain
 from llada_megatron.parallel.checkpoint_manifest import FileRecord, record
-
-_PR_SET_PDEATHSIG = 1
+from llada_megatron.parallel.lifetime import die_with_parent
 
 
 class Plan(NamedTuple):
@@ -179,15 +177,7 @@ def _collection_paused() -> Any:
 def _write_in_child(planned: Plan, buckets: list[Any], sender: Connection, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _die_with(parent)
+    die_with_parent(parent)
     torch.set_num_threads(1)  # the parent's thread pool does not exist here
     sender.send(write(planned, buckets))
     sender.close()
-
-
-def _die_with(parent: int) -> None:
-    """Ask Linux to end this process when its parent ends, so that a killed trainer leaves nothing behind."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def build_optimizer(run: RunConfig, models: list[DistributedDataParallel]) -> Me
             adam_beta2=settings.beta2,
             adam_eps=settings.epsilon,
             weight_decay=settings.weight_decay,
-            clip_grad=settings.clip_grad_norm,
+            clip_grad=settings.clip_grad_norm or math.inf,  # the norm is measured even where nothing is clipped
             use_distributed_optimizer=True,
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,

@@ -37,7 +37,6 @@ class Reporter:
         self.expert_load = ExpertLoad(models)
         self.by_ratio = MaskRatioLoss(device=device.current())
         self.throughput: Throughput | None = None
-        self.expert_counts: dict[int, list[int]] = {}
         self.last_loss = float("nan")
         self._waiting: list[tuple[int, StepResult, float, dict[str, float]]] = []
         self._validation: dict[str, float] = {}
@@ -113,11 +112,10 @@ class Reporter:
     def _figures(self) -> dict[str, float]:
         memory = torch.tensor(peak_memory_gb(device.current()), dtype=torch.float64, device=device.current())
         torch.distributed.all_reduce(memory)
-        self.expert_counts = self.expert_load.reduce()
         figures = {
             "peak_memory_gb_all_ranks": float(memory),
             **self.by_ratio.reduce(),
-            **load_scalars(self.expert_counts),
+            **load_scalars(self.expert_load.reduce()),
         }
         return figures | (self.throughput.read() if self.throughput is not None else {})
 

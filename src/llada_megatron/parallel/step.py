@@ -55,8 +55,6 @@ class StepResult:
 
     losses: Losses
     grad_norm: float
-    updated: bool
-    """False when the optimizer skipped the update."""
 
 
 def local_numbers(run: RunConfig, step: int, data_rank: int) -> list[list[int]]:
@@ -173,5 +171,5 @@ class TrainingStep:
     def __call__(self, step: int) -> StepResult:
         """Forward, backward and update of `step`. The learning rate is the caller's (`optimizer.set_learning_rate`)."""
         losses = self.gradients(step)
-        updated, grad_norm, _ = self.optimizer.step()
-        return StepResult(losses, float(grad_norm or 0.0), bool(updated))
+        _, grad_norm, _ = self.optimizer.step()
+        return StepResult(losses, float(grad_norm))
