@@ -122,7 +122,7 @@ def split_gaps(text: str, word: str) -> list[str | int]:
 
 def checkpoint_tokenizer(loaded: LoadedModel, path: str | None = None) -> Tokenizer:
     """The tokenizer of the checkpoint's data. Raises DataError if it is not there, or another one."""
-    from llada_megatron.llada_moe.data.tokenizer import load_tokenizer
+    from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 
     facts = loaded.facts.get("tokenizer", {})
     file = path or facts.get("path")

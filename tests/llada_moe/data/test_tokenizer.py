@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from llada_megatron.llada_moe.data.sentencepiece_tokenizer import train_sentencepiece
-from llada_megatron.llada_moe.data.tokenizer import MASK_NAMES, encode_long, load_tokenizer
+from llada_megatron.llada_moe.data.tokenizer import MASK_NAMES, encode_long
+from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 from llada_megatron.llada_moe.errors import DataError
 
 CORPUS = ["def run(self, name):\n    return self.names[name]  # ☃\n\n\n", "the quick brown fox\tjumps\r\n"] * 20

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llada_megatron.llada_moe.data.corpus import Chunk, Skipped, documents
-from llada_megatron.llada_moe.data.tokenizer import Tokenizer, encode_long, load_tokenizer
+from llada_megatron.llada_moe.data.tokenizer import Tokenizer, encode_long
+from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 from llada_megatron.llada_moe.errors import DataError, ResourceError
 
 _AHEAD = 4

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from llada_megatron.llada_moe.data.tokenizer import Tokenizer, load_tokenizer
+from llada_megatron.llada_moe.data.tokenizer import Tokenizer
+from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 from llada_megatron.llada_moe.errors import DataError
 
 SCHEMA = 1

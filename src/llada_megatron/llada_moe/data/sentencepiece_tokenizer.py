@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,6 @@ from llada_megatron.llada_moe.data.tokenizer import (
     Tokenizer,
     choose_name,
     eos_missing,
-    load_tokenizer,
 )
 from llada_megatron.llada_moe.errors import DataError
 
@@ -102,8 +102,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: str | Path) 
         )  # fmt: skip
     except RuntimeError as error:
         raise _training_error(str(error), vocab_size) from error
-    Path(out).write_bytes(model.getvalue())
-    return load_tokenizer(out)
+    file, data = Path(out), model.getvalue()
+    file.write_bytes(data)
+    return SentencePieceTokenizer(file, data, hashlib.sha256(data).hexdigest(), None, None)
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:

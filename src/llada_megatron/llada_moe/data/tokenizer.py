@@ -1,12 +1,12 @@
 """Text to token ids and back, for SentencePiece models and Hugging Face `tokenizer.json` files.
 
-Two things hold for every tokenizer loaded here. It has a mask token: where the file brings none, the id after the last
-one becomes the mask. And no text can produce that id: a text that contains the mask's name is encoded as ordinary text.
+Two things hold for every tokenizer that `tokenizer_files` loads. It has a mask token: where the file brings none, the id
+after the last one becomes the mask. And no text can produce that id: a text that contains the mask's name is encoded as
+ordinary text.
 """
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Protocol
 
@@ -42,23 +42,6 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(path: str | Path, eos_token: str | None = None, mask_token: str | None = None) -> Tokenizer:
-    """Load a SentencePiece `.model`, a Hugging Face `tokenizer.json`, or a folder that holds one of them.
-
-    `eos_token` and `mask_token` name the tokens where the file's own choice should not be used. Raises DataError.
-    """
-    file = _tokenizer_file(Path(path))
-    data = file.read_bytes()
-    sha256 = hashlib.sha256(data).hexdigest()
-    if file.suffix == ".json":
-        from llada_megatron.llada_moe.data.huggingface_tokenizer import HuggingFaceTokenizer
-
-        return HuggingFaceTokenizer(file, data, sha256, eos_token, mask_token)
-    from llada_megatron.llada_moe.data.sentencepiece_tokenizer import SentencePieceTokenizer
-
-    return SentencePieceTokenizer(file, data, sha256, eos_token, mask_token)
-
-
 def encode_long(tokenizer: Tokenizer, text: str, limit: int = LONG_TEXT) -> list[int]:
     """Ids of a text of any length; one above `limit` characters is encoded in parts that end at line ends."""
     ids: list[int] = []
@@ -84,17 +67,3 @@ def eos_missing(file: Path) -> DataError:
     return DataError(
         f"{file}: no end-of-text token found (looked for {', '.join(EOS_NAMES)}); name it with --eos-token"
     )
-
-
-def _tokenizer_file(path: Path) -> Path:
-    """The tokenizer file that a path means."""
-    if path.is_dir():
-        for name in ("tokenizer.json", "tokenizer.model"):
-            if (path / name).is_file():
-                return path / name
-        raise DataError(f"{path}: neither tokenizer.json nor tokenizer.model in this folder")
-    if not path.is_file():
-        raise DataError(f"{path}: no such tokenizer file")
-    if path.suffix not in (".model", ".json"):
-        raise DataError(f"{path}: a tokenizer is a SentencePiece .model or a Hugging Face tokenizer.json")
-    return path
