@@ -1,8 +1,8 @@
 """Text to token ids and back, for SentencePiece models and Hugging Face `tokenizer.json` files.
 
-Two things hold for every tokenizer that `tokenizer_files` loads. It has a mask token: where the file brings none, the id
-after the last one becomes the mask. And no text can produce that id: a text that contains the mask's name is encoded as
-ordinary text.
+Two things hold for every tokenizer that `tokenizer_files` loads. It has a mask token: where the file brings none, the
+id after the last one becomes the mask. And no text can produce that id: a text that contains the mask's name is encoded
+as ordinary text.
 """
 
 from __future__ import annotations
