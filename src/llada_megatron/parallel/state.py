@@ -62,7 +62,7 @@ class RunState:
         path = store.latest()
         if path is None:
             return None
-        saved = checkpoint_manifest.read(path).facts
+        saved = store.facts(path)
         checkpoint_manifest.require_model(path, saved, to_dict(self.run.model))
         refuse_changed_run(path, saved, self.run)
         self._require_tokenizer(path, saved)

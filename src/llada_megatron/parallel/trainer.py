@@ -102,11 +102,6 @@ class Trainer:
             self.store.finish()
 
 
-def train(run: RunConfig, stop: Callable[[], bool]) -> dict[str, Any]:
-    """Train `run` on this rank until its last step or a stop; see `Trainer.train`."""
-    return Trainer(run).train(stop)
-
-
 def _any_rank(stop: bool) -> bool:
     """Whether any rank wants to stop, so that all of them stop after the same step."""
     flag = torch.tensor(int(stop))
