@@ -48,6 +48,13 @@ def folder(tmp_path_factory):
     return folder
 
 
+def test_block_causal_attention_trains_and_is_remembered(folder):
+    done = _run(*LLADA, "train", "run.yaml", "output_dir=blocks", "objective.block_size=8", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 3
+    assert load_run(folder / "blocks/config.yaml").objective.block_size == 8
+
+
 def test_the_result_is_on_stdout_and_everything_else_elsewhere(folder):
     done = _run(*LLADA, "train", "run.yaml", "output_dir=result", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr

@@ -39,6 +39,14 @@ def test_layout_equals_one_process(model, name):
     assert error <= parity.GOAL, where
 
 
+@pytest.mark.parametrize("name", ["CP2", "PP2"])
+def test_block_causal_layout_equals_one_process(name):
+    blocks = (("block_size", parity.BLOCK_SIZE),)
+    run = parity_run(MODELS["dense"], DENSE_LAYOUTS[name], **dict(blocks))
+    error, where = parity.compare(one_process("dense", blocks), parity.measure(run))
+    assert error <= parity.GOAL, where
+
+
 @strategies.composite
 def drawn_runs(draw) -> tuple[str, RunConfig, tuple[tuple[str, object], ...]]:
     """A valid run over two or four ranks, with everything drawn that must not matter."""
@@ -58,7 +66,11 @@ def drawn_runs(draw) -> tuple[str, RunConfig, tuple[tuple[str, object], ...]]:
     }
     layout = LayoutConfig(**sizes)
     hypothesis.assume(layout.world_size in (2, 4))
-    changes = (("seed", draw(strategies.integers(0, 3))), ("recompute", draw(power(["none", "full"]))))
+    changes = (
+        ("seed", draw(strategies.integers(0, 3))),
+        ("recompute", draw(power(["none", "full"]))),
+        ("block_size", draw(power([None, 1, parity.BLOCK_SIZE]))),
+    )
     run = parity_run(MODELS[model], layout, **dict(changes))
     normalization = draw(power(["all_tokens", "answer_length", "masked_tokens"]))
     run = dataclasses.replace(run, objective=dataclasses.replace(run.objective, normalization=normalization))

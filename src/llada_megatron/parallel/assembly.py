@@ -23,12 +23,19 @@ OPTIMIZER_FORMAT = "fully_reshardable"
 
 
 def attention_kind(run: RunConfig) -> Kind:
-    """Bidirectional for diffusion, causal for the autoregressive objective."""
-    return "causal" if run.objective.kind == "autoregressive" else "full"
+    """Causal for the autoregressive objective; for diffusion bidirectional, inside blocks if it has a block size."""
+    if run.objective.kind == "autoregressive":
+        return "causal"
+    return "full" if run.objective.block_size is None else "block_causal"
 
 
 def build_chunks(
-    model: ModelConfig, layout: LayoutConfig, config: TransformerConfig, attention: Kind, logits_chunk_mb: int = 256
+    model: ModelConfig,
+    layout: LayoutConfig,
+    config: TransformerConfig,
+    attention: Kind,
+    block_size: int | None = None,
+    logits_chunk_mb: int = 256,
 ) -> list[DiffusionTransformer]:
     """The interleaved chunks of this rank's pipeline stage (one without interleaving), on the device, uninitialised."""
     count = layout.pipeline_chunks_per_rank
@@ -40,6 +47,7 @@ def build_chunks(
             model,
             config,
             attention=attention,
+            block_size=block_size,
             logits_chunk_mb=logits_chunk_mb,
             pre_process=parallel_state.is_pipeline_first_stage(**place),
             post_process=parallel_state.is_pipeline_last_stage(**place),
@@ -52,7 +60,8 @@ def build_chunks(
 def build_run_chunks(run: RunConfig) -> list[DiffusionTransformer]:
     """The chunks of a run with their initial weights, which depend on the seed alone, not on the layout."""
     config = transformer_config(run.model, run.layout, run.training)
-    chunks = build_chunks(run.model, run.layout, config, attention_kind(run), run.training.logits_chunk_mb)
+    kind, block_size = attention_kind(run), run.objective.block_size
+    chunks = build_chunks(run.model, run.layout, config, kind, block_size, run.training.logits_chunk_mb)
     sharded = [
         entry
         for chunk in chunks
@@ -129,6 +138,7 @@ def state_metadata() -> dict[str, Any]:
         "distrib_optim_sharding_type": OPTIMIZER_FORMAT,
         "distrib_optim_fully_reshardable_mem_efficient": True,
         "chained_optim_avoid_prefix": True,  # else the names say how many optimizers the layout has
+        "non_homogeneous_layers": True,  # else dense models stack the layers of a weight under one name
     }
 
 

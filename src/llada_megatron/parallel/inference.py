@@ -138,7 +138,7 @@ def _load_first(candidates: list[Path], layout: LayoutConfig, store: CheckpointS
 def _load(path: Path, layout: LayoutConfig, store: CheckpointStore) -> LoadedModel:
     run = run_of(path)
     config = transformer_config(run.model, layout, run.training)
-    chunks = assembly.build_chunks(run.model, layout, config, assembly.attention_kind(run))
+    chunks = assembly.build_chunks(run.model, layout, config, assembly.attention_kind(run), run.objective.block_size)
     state, facts = store.load(path, assembly.model_state(chunks))
     assembly.load_model_state(chunks, state)
     return LoadedModel(chunks[0].eval(), run, path, facts)

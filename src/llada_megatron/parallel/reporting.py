@@ -12,7 +12,7 @@ from llada_megatron.llada_moe.config.schema import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch
 from llada_megatron.llada_moe.data.loader import TrainingData
 from llada_megatron.llada_moe.evaluation.likelihood import Likelihood
-from llada_megatron.llada_moe.model.flops import FORMULA, flops_per_token
+from llada_megatron.llada_moe.model.flops import FORMULA, block_causal_keys, flops_per_token
 from llada_megatron.parallel import device
 from llada_megatron.parallel.expert_load import ExpertLoad, load_scalars
 from llada_megatron.parallel.metrics import MaskRatioLoss, MetricsWriter, Throughput, bits_per_byte
@@ -51,7 +51,7 @@ class Reporter:
         work = flops_per_token(
             self.run.model,
             self.run.training.sequence_length,
-            keys_per_query=self._keys_per_query(batches) * (1.0 if diffusion else 0.5),
+            keys_per_query=self._keys_per_query(batches),
             supervised_share=mean_ratio if diffusion else 1.0,
         ).total
         self.throughput = Throughput(work, float(peak))
@@ -65,9 +65,11 @@ class Reporter:
         return torch.bfloat16 if self.run.training.precision == "bf16" else torch.float32
 
     def _keys_per_query(self, batches: list[Batch]) -> float:
-        """Mean length of the segment a token lies in."""
-        lengths = torch.cat([batch.boundaries.diff() for batch in batches]).double()
-        sums = torch.stack([(lengths**2).sum(), lengths.sum()])
+        """Keys that a token sees on average, in the segments of these batches."""
+        lengths = torch.cat([batch.boundaries.diff() for batch in batches]).tolist()
+        block = 1 if self.run.objective.kind == "autoregressive" else self.run.objective.block_size
+        seen = sum(length * block_causal_keys(length, block or length) for length in lengths if length)
+        sums = torch.tensor([seen, sum(lengths)], dtype=torch.float64)
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group_gloo())
         return float(sums[0] / sums[1])
 

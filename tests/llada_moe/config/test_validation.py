@@ -151,6 +151,12 @@ REFUSED = {
         "the band 0.8 to 0.3 must satisfy",
     ),
     "epsilon": ("tiny-dense", "objective.epsilon=0", "0 with mask_ratio_min 0 lets the mask ratio be 0"),
+    "block of nothing": ("tiny-dense", "objective.block_size=0", "0 must be greater than 0; null is full attention"),
+    "causal blocks": (
+        "tiny-dense objective.kind=autoregressive",
+        "objective.block_size=32",
+        "32 with kind autoregressive, whose attention is causal; remove the block size",
+    ),
     "random length": ("tiny-dense", "objective.random_length_probability=1.5", "1.5 must lie between 0 and 1"),
     "no data": ("tiny-dense", "data.sets=[]", "empty; name at least one prepared set"),
     "weight": ("tiny-dense", "data.sets.0.weight=0", "0.0 must be greater than 0; remove the set instead"),

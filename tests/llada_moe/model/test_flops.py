@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from llada_megatron.llada_moe.config.schema import ModelConfig, MoEConfig
-from llada_megatron.llada_moe.model.flops import FORMULA, causal_keys, flops_per_token
+from llada_megatron.llada_moe.model.flops import FORMULA, block_causal_keys, causal_keys, flops_per_token
 
 LLADA_8B = ModelConfig(
     family="llada", num_layers=32, hidden_size=4096, ffn_hidden_size=12288, num_attention_heads=32,
@@ -70,6 +70,12 @@ def test_causal_attention_costs_half_and_everything_else_the_same():
     causal = flops_per_token(LLADA_8B, 4096, keys_per_query=causal_keys(4096))
     assert causal.attention_scores == full.attention_scores * 4097 / 8192
     assert dataclasses.replace(causal, attention_scores=0) == dataclasses.replace(full, attention_scores=0)
+
+
+@pytest.mark.parametrize(("length", "block"), [(4096, 32), (70, 32), (5, 32), (7, 1), (64, 64)])
+def test_block_causal_queries_see_up_to_the_end_of_their_block(length, block):
+    seen = [min(length, (position // block + 1) * block) for position in range(length)]
+    assert block_causal_keys(length, block) == pytest.approx(sum(seen) / length)
 
 
 def test_share_outside_zero_to_one_is_refused():

@@ -68,9 +68,12 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What is learnt. The noise keys are read by the diffusion objective only."""
+    """What is learnt. The noise keys and the block size are read by the diffusion objective only."""
 
     kind: Literal["diffusion", "autoregressive"] = "diffusion"
+    block_size: int | None = None
+    """Attention is full inside blocks of this many positions, counted from the start of each document, and causal
+    between them; null = full (LLaDA2: 32)."""
     time_sampling: Literal["uniform", "stratified"] = "uniform"
     """t per sequence: independent (P8B training code), or one stratum of [0, 1) per sequence of the global batch."""
     epsilon: float = 1e-3

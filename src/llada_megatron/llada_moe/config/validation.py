@@ -150,7 +150,15 @@ def _check_groups(moe: MoEConfig, refuse: Refuse) -> None:
 
 
 def check_objective(objective: ObjectiveConfig, refuse: Refuse) -> None:
-    """Noise that is a probability and never divides by zero."""
+    """Noise that is a probability and never divides by zero, and blocks that are there to be seen."""
+    block = objective.block_size
+    if block is not None and objective.kind != "diffusion":
+        refuse(
+            "objective.block_size",
+            f"{block} with kind {objective.kind}, whose attention is causal; remove the block size",
+        )
+    elif block is not None and block <= 0:
+        refuse("objective.block_size", f"{block} must be greater than 0; null is full attention")
     low, high = objective.mask_ratio_min, objective.mask_ratio_max
     if not 0 <= low < high <= 1:
         refuse(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,15 +11,19 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from llada_megatron.llada_moe.model.patterns import Segment, segments
+from llada_megatron.llada_moe.model.patterns import Band, Segment, bands, segments
+
+QUERIES_AT_ONCE = 256
+"""Small blocks are attended to in bands of about this many queries; larger blocks one by one."""
 
 
 class PatternAttention(MegatronModule):
-    """Softmax attention inside each segment, full or causal.
+    """Softmax attention inside each segment: full, causal, or full inside blocks and causal between them.
 
     Under context parallelism a rank holds a contiguous slice of the queries; keys and values are gathered over the
-    group (their gradients reduce-scattered), so that any pattern is exact. No mask larger than one segment is ever
-    built, and none at all for full attention.
+    group (their gradients reduce-scattered), so that any pattern is exact. Queries are attended to band by band, each
+    with the keys up to its last block's end; no mask larger than one band is ever built, and none at all for full
+    attention.
     """
 
     def __init__(
@@ -31,9 +36,11 @@ class PatternAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        block: int | None = None,
     ) -> None:
+        """`block`: positions that see one another whole (see `patterns.seen_at_once`); None = all of a segment."""
         super().__init__(config=config)
-        self.causal = attn_mask_type == AttnMaskType.causal
+        self.block = block
         self.context_group = pg_collection.cp
         self.softmax_scale = softmax_scale
 
@@ -88,18 +95,40 @@ class PatternAttention(MegatronModule):
         return torch.cat([torch.cat(row, dim=2) for row in rows])
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_start: int, k_start: int) -> torch.Tensor:
-        """One rectangle of attention; the starts are positions in the sequence, for the causal order."""
-        whole = q_start == k_start and q.size(2) == k.size(2)
-        mask = None
-        if self.causal and not whole:
-            rows = torch.arange(q_start, q_start + q.size(2), device=q.device)
-            mask = rows[:, None] >= torch.arange(k_start, k_start + k.size(2), device=q.device)
+        """One segment's keys and the local part of its queries; the starts are positions in the sequence."""
+        if self.block is None:
+            return self._product(q, k, v)
+        if self.block == 1 and q.size(2) == k.size(2):
+            return self._product(q, k, v, is_causal=True)
+        offset, span = q_start - k_start, self.block * max(1, QUERIES_AT_ONCE // self.block)
+        parts = []
+        for band in bands(offset, offset + q.size(2), k.size(2), self.block, span):
+            mine = q[:, :, band.start - offset : band.stop - offset]
+            mask = band_mask(band, k.size(2), self.block, span, q)
+            parts.append(self._product(mine, k[:, :, : band.keys], v[:, :, : band.keys], attn_mask=mask))
+        return torch.cat(parts, dim=2)
+
+    def _product(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **pattern: Any) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=self.causal and whole,
-            scale=self.softmax_scale,
-            enable_gqa=q.size(1) != k.size(1),
+            q, k, v, scale=self.softmax_scale, enable_gqa=q.size(1) != k.size(1), **pattern
         )
+
+
+def band_mask(band: Band, length: int, block: int, span: int, like: torch.Tensor) -> torch.Tensor | None:
+    """What the band's queries add to their scores, `[queries, keys]`; None where all see the same keys."""
+    if band.start // block == (band.stop - 1) // block:
+        return None
+    past = max(1024, 1 << (length - 1).bit_length())  # few sizes, so that documents of any length share one mask
+    mask = _widest_mask(block, span, past, like.dtype, like.device)
+    return mask[band.start - band.first : band.stop - band.first, past - band.first : past - band.first + band.keys]
+
+
+@functools.lru_cache(maxsize=8)
+def _widest_mask(block: int, span: int, past: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`[span, past + span]`: a band that `past` keys precede; every other band's is a view of it, so that the masks
+    kept for the backward pass of all layers are one tensor."""
+    with torch.inference_mode(False):
+        rows = torch.arange(span, device=device) // block
+        columns = torch.arange(-past, span, device=device) // block
+        hidden = columns[None, :] > rows[:, None]
+        return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))

@@ -18,7 +18,8 @@ FORMULA = (
     " + moe_layers * (top_k * 3 h f_e + 3 h f_s + h E) + s * h V) + 12 * layers * K * H d;"
     " h hidden, H heads, G key-value heads, d head size, f / f_e / f_s dense / expert / shared width, E experts,"
     " V vocabulary, s supervised share of the rows, K keys each query sees"
-    " (bidirectional: the whole sequence, counted in full; causal: (length + 1) / 2)."
+    " (bidirectional: the whole sequence, counted in full; causal: (length + 1) / 2;"
+    " block-causal: up to the end of its block)."
     " Matrix products only, forward + 2x backward, no recomputation."
 )
 
@@ -57,6 +58,12 @@ def causal_keys(sequence_length: int) -> float:
     return (sequence_length + 1) / 2
 
 
+def block_causal_keys(length: int, block: int) -> float:
+    """Keys that a query of a segment of `length` positions sees on average: all up to the end of its block."""
+    blocks, rest = divmod(length, block)
+    return (block * block * blocks * (blocks + 1) / 2 + rest * length) / length
+
+
 def flops_per_token(
     model: ModelConfig,
     sequence_length: int,
@@ -67,7 +74,8 @@ def flops_per_token(
     """Forward + backward FLOPs per token of the sequence (masked or not).
 
     `keys_per_query`: keys each query sees on average; by default the whole sequence (bidirectional attention). Use
-    `causal_keys` for an autoregressive model, or the mean segment length where documents are isolated.
+    `causal_keys` for an autoregressive model, `block_causal_keys` for a block-causal one, or the mean segment length
+    where documents are isolated.
     `supervised_share`: part of the rows that reach the output layer, in [0, 1]; 1 for an autoregressive model.
     """
     if not 0.0 <= supervised_share <= 1.0:

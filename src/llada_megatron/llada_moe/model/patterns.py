@@ -1,19 +1,32 @@
 """Who may attend to whom, as a value.
 
-A pattern is a kind (full or causal) combined with segments: consecutive positions, the documents packed into a window,
-that attention does not leave. Segments travel as one host tensor of boundaries: ascending offsets into the flattened
-`[batch * seq]`, from 0 to `batch * seq`, with the start of every sequence among them.
+A pattern is a kind (full; causal; block-causal: full inside blocks of a segment and causal between them) combined with
+segments: consecutive positions, the documents packed into a window, that attention does not leave. Segments travel as
+one host tensor of boundaries: ascending offsets into the flattened `[batch * seq]`, from 0 to `batch * seq`, with the
+start of every sequence among them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 import torch
 
-Kind = Literal["full", "causal"]
+Kind = Literal["full", "causal", "block_causal"]
+
+
+def seen_at_once(kind: Kind, block_size: int | None = None) -> int | None:
+    """Length of the blocks that see themselves whole and all before: 1 = causal, None = full attention.
+
+    Raises:
+        ValueError: a block-causal pattern without its size, or a size that nothing reads.
+    """
+    if (kind == "block_causal") != (block_size is not None):
+        raise ValueError(f"attention {kind!r} with block_size {block_size}: block_causal has one, the others none")
+    return {"full": None, "causal": 1, "block_causal": block_size}[kind]
 
 
 @dataclass(frozen=True)
@@ -34,3 +47,28 @@ def segments(boundaries: torch.Tensor, seq: int) -> list[Segment]:
     """The segments that `boundaries` describe, for sequences of `seq` positions."""
     offsets = boundaries.tolist()
     return [Segment(a // seq, a % seq, a % seq + b - a) for a, b in pairwise(offsets) if b > a]
+
+
+@dataclass(frozen=True)
+class Band:
+    """Queries [start, stop) of a segment, of one or more blocks, and the keys [0, keys) that they see together.
+
+    `first` is the segment's position at which the band's blocks begin.
+    """
+
+    first: int
+    start: int
+    stop: int
+    keys: int
+
+
+def bands(start: int, stop: int, length: int, block: int, span: int) -> Iterator[Band]:
+    """Cut queries [start, stop) of a segment of `length` into bands that begin at multiples of `span`.
+
+    `span` is a multiple of `block`; all positions are counted from the start of the segment.
+    """
+    while start < stop:
+        first = start // span * span
+        end = min(stop, first + span)
+        yield Band(first, start, end, min(length, -(-end // block) * block))
+        start = end

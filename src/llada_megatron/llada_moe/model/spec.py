@@ -69,17 +69,17 @@ def provider() -> Any:
     return TransformerEngineProvider()
 
 
-def _layer(config: TransformerConfig, backend: Any, moe: bool, causal: bool) -> ModuleSpec:
+def _layer(config: TransformerConfig, backend: Any, moe: bool, block: int | None) -> ModuleSpec:
     norm = backend.layer_norm(rms_norm=True)
     head_norm = backend.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=backend.column_parallel_linear(),
-        core_attention=backend.core_attention(),
+        core_attention=functools.partial(backend.core_attention(), block=block),
         linear_proj=backend.row_parallel_linear(),
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
-    mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    mask = AttnMaskType.causal if block == 1 else AttnMaskType.no_mask
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -95,11 +95,14 @@ def _layer(config: TransformerConfig, backend: Any, moe: bool, causal: bool) -> 
     )
 
 
-def block_spec(config: TransformerConfig, causal: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage (and interleaved chunk), dense or MoE each as `moe_layer_freq` says."""
+def block_spec(config: TransformerConfig, block: int | None, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage (and interleaved chunk), dense or MoE each as `moe_layer_freq` says.
+
+    `block`: see `patterns.seen_at_once`.
+    """
     backend = provider()
-    dense = _layer(config, backend, moe=False, causal=causal)
-    moe = _layer(config, backend, moe=True, causal=causal) if config.num_moe_experts else dense
+    dense = _layer(config, backend, moe=False, block=block)
+    moe = _layer(config, backend, moe=True, block=block) if config.num_moe_experts else dense
     kinds = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
     layers = [moe if kind else dense for kind in kinds]
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage)

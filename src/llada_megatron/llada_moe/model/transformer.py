@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig, MoEConfig, TrainingConfig
 from llada_megatron.llada_moe.model.head import selected_logits, supervised_loss
-from llada_megatron.llada_moe.model.patterns import Kind
+from llada_megatron.llada_moe.model.patterns import Kind, seen_at_once
 from llada_megatron.llada_moe.model.spec import block_spec, transformer_engine_active
 
 
@@ -30,7 +30,7 @@ class ContiguousRotary(RotaryEmbedding):
 
 
 class DiffusionTransformer(GPTModel):
-    """Predicts the tokens of the supervised rows, each seeing its whole segment (or the past of it, if causal)."""
+    """Predicts the tokens of the supervised rows, each seeing what the attention pattern lets it see."""
 
     def __init__(self, config: TransformerConfig, *args: Any, logits_chunk_mb: int, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -82,6 +82,7 @@ def build_model(
     config: TransformerConfig,
     *,
     attention: Kind,
+    block_size: int | None = None,
     logits_chunk_mb: int = 256,
     pre_process: bool = True,
     post_process: bool = True,
@@ -90,11 +91,12 @@ def build_model(
 ) -> DiffusionTransformer:
     """Build one pipeline stage (and interleaved chunk) of the model on the current device.
 
-    `config` comes from `transformer_config`; the process groups must exist.
+    `config` comes from `transformer_config`; the process groups must exist. `block_size`: positions, for block-causal
+    attention only.
     """
     return DiffusionTransformer(
         config,
-        block_spec(config, causal=attention == "causal", vp_stage=vp_stage),
+        block_spec(config, seen_at_once(attention, block_size), vp_stage),
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_sequence_length,
         pre_process=pre_process,

@@ -117,13 +117,14 @@ def parity_run(
     layout: LayoutConfig,
     *,
     objective: str = "diffusion",
+    block_size: int | None = None,
     recompute: str = "none",
     **training: object,
 ) -> RunConfig:
     """A small run of `model` under `layout`; the same loss and gradients as under any other."""
     return RunConfig(
         model=model,
-        objective=ObjectiveConfig(kind=objective, random_length_probability=0.25),  # type: ignore[arg-type]
+        objective=ObjectiveConfig(kind=objective, block_size=block_size, random_length_probability=0.25),  # type: ignore[arg-type]
         training=TrainingConfig(
             **{
                 "steps": 8,

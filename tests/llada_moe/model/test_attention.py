@@ -1,0 +1,97 @@
+"""Attention over a pattern is what a dense mask over the whole sequence gives, on one rank and over context ranks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.model.attention import PatternAttention
+from llada_megatron.llada_moe.model.patterns import bands, seen_at_once, segments, whole_sequences
+from llada_megatron.parallel import topology
+from tests.ranks import run_ranks
+
+SEQ, BATCH, HEADS, KV_HEADS, SIZE = 600, 2, 4, 2, 8
+DOCUMENTS = torch.tensor([0, 10, 333, 600, 1145, 1200], dtype=torch.int32)
+BLOCKS = [None, 1, 5, 32, 300, 1000]
+
+
+def inputs() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(SEQ, BATCH, heads, SIZE, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+
+
+def dense(block: int | None, boundaries: torch.Tensor) -> torch.Tensor:
+    """The pattern written down: bool `[batch, 1, seq, seq]`."""
+    mask = torch.zeros(BATCH, 1, SEQ, SEQ, dtype=torch.bool)
+    for part in segments(boundaries, SEQ):
+        for query in range(part.start, part.stop):
+            last = part.stop if block is None else part.start + ((query - part.start) // block + 1) * block
+            mask[part.row, :, query, part.start : min(part.stop, last)] = True
+    return mask
+
+
+def expected(block: int | None, boundaries: torch.Tensor) -> list[torch.Tensor]:
+    """Output and gradients of queries, keys and values, all `[seq, batch, ...]`."""
+    query, key, value, upstream = inputs()
+    parts = [part.requires_grad_() for part in (query, key, value)]
+    q, k, v = (part.permute(1, 2, 0, 3) for part in parts)
+    k, v = (part.repeat_interleave(HEADS // KV_HEADS, dim=1) for part in (k, v))
+    scores = (q @ k.transpose(2, 3)) * SIZE**-0.5
+    out = scores.masked_fill(~dense(block, boundaries), float("-inf")).softmax(-1) @ v
+    out = out.permute(2, 0, 1, 3)
+    out.backward(upstream)
+    return [out.detach().flatten(2), *(part.grad for part in parts)]
+
+
+def attended(block: int | None, boundaries: torch.Tensor | None, group: object, rank: int, size: int) -> list:
+    """The same from `PatternAttention` on one of `size` context ranks, for its slice of the sequence."""
+    config = TransformerConfig(num_layers=1, hidden_size=HEADS * SIZE, num_attention_heads=HEADS)
+    groups = SimpleNamespace(cp=group)
+    attention = PatternAttention(config, 1, AttnMaskType.no_mask, "self", pg_collection=groups, block=block)
+    query, key, value, upstream = (part.chunk(size)[rank].clone() for part in inputs())
+    parts = [part.requires_grad_() for part in (query, key, value)]
+    out = attention(*parts, boundaries)
+    out.backward(upstream.flatten(2))
+    return [out.detach(), *(part.grad for part in parts)]
+
+
+def on_context_ranks(boundaries: torch.Tensor | None, size: int) -> list[list[torch.Tensor]]:
+    topology.initialize(LayoutConfig(context_parallel=size), seed=0)
+    group = parallel_state.get_context_parallel_group()
+    return [attended(block, boundaries, group, group.rank(), size) for block in BLOCKS]
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_attention_is_that_of_a_dense_mask(block, isolated):
+    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    boundaries = DOCUMENTS if isolated else whole_sequences(BATCH, SEQ)
+    torch.testing.assert_close(attended(block, boundaries, alone, 0, 1), expected(block, boundaries))
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_context_ranks_attend_like_one_process(isolated):
+    boundaries = DOCUMENTS if isolated else whole_sequences(BATCH, SEQ)
+    ranks = run_ranks(on_context_ranks, 2, boundaries, 2)
+    for case, block in enumerate(BLOCKS):
+        joined = [torch.cat(parts) for parts in zip(*(rank[case] for rank in ranks), strict=True)]
+        torch.testing.assert_close(joined, expected(block, boundaries))
+
+
+def test_bands_cover_every_query_once_and_see_whole_blocks():
+    found = list(bands(start=30, stop=100, length=100, block=8, span=32))
+    assert [position for band in found for position in range(band.start, band.stop)] == list(range(30, 100))
+    assert [(band.first, band.keys) for band in found] == [(0, 32), (32, 64), (64, 96), (96, 100)]
+
+
+def test_a_block_size_belongs_to_block_causal_attention_alone():
+    assert seen_at_once("block_causal", 32) == 32
+    for kind, size in (("block_causal", None), ("full", 32), ("causal", 32)):
+        with pytest.raises(ValueError, match=kind):
+            seen_at_once(kind, size)
