@@ -1,0 +1,43 @@
+"""The checkpoint formats that can be read, and which of them a directory holds."""
+
+from __future__ import annotations
+
+from llada_megatron.llada_moe.config.schema import ModelConfig
+from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.llada_moe.huggingface.formats.llada import LLADA
+from llada_megatron.llada_moe.huggingface.formats.llada2 import LLADA2
+from llada_megatron.llada_moe.huggingface.formats.llada_moe import LLADA_MOE
+from llada_megatron.llada_moe.huggingface.formats.table import Config, Format
+
+FORMATS: tuple[Format, ...] = (LLADA, LLADA_MOE, LLADA2)
+
+
+def find_format(config: Config, file: str) -> Format:
+    """The format of a checkpoint with this `config.json`.
+
+    Raises:
+        CheckpointError: an unknown `model_type`; listing the known ones.
+    """
+    kind = config.get("model_type")
+    fitting = [table for table in FORMATS if table.model_type == kind]
+    marked = [table for table in fitting if table.marker is None or table.marker in config]
+    if len(marked) == 1:
+        return marked[0]
+    if fitting:
+        ways = "; ".join(f"{table.title} has the key {table.marker!r}" for table in fitting)
+        raise CheckpointError(f"{file}: model_type {kind!r} stands for several formats, and none fits ({ways})")
+    known = ", ".join(f"{table.model_type} ({table.title})" for table in FORMATS)
+    raise CheckpointError(f"{file}: unknown model_type {kind!r}; known are: {known}")
+
+
+def export_format(model: ModelConfig) -> Format:
+    """The format in which a model of this family is published.
+
+    Raises:
+        CheckpointError: the family is read only.
+    """
+    tables = [table for table in FORMATS if table.implied["family"] == model.family]
+    for table in tables:
+        if table.exports is not None:
+            return table
+    raise CheckpointError(f"a model of family {model.family} cannot be exported: {tables[0].why_not_exported}")

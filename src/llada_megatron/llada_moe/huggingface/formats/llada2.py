@@ -1,0 +1,133 @@
+"""LLaDA2.0 and 2.1: inclusionAI/LLaDA2.x-mini and -flash.
+
+Source: the published configuration and modelling file, as dFactory carries them. Query, key and value are one tensor,
+all query heads above all key heads above all value heads; the expert bias is a float32 buffer. The mask token is not
+in the published configuration; the published samplers use 156895. LLaDA2.2 has the same tensors and another router:
+its `expert_capacity` is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llada_megatron.llada_moe.config.schema import ModelConfig
+from llada_megatron.llada_moe.huggingface import weights as w
+from llada_megatron.llada_moe.huggingface.formats.table import Config, Export, Field, Format, head_dim
+
+_LAYER = "model.layers.{layer}."
+_ATTENTION = _LAYER + "attention."
+_EXPERT = _LAYER + "mlp.experts.{expert}."
+_SHARED = _LAYER + "mlp.shared_experts."
+
+NAMES = {
+    w.EMBEDDING: ("model.word_embeddings.weight",),
+    w.INPUT_NORM: (_LAYER + "input_layernorm.weight",),
+    w.QKV: (_ATTENTION + "query_key_value.weight",),
+    w.QUERY_NORM: (_ATTENTION + "query_layernorm.weight",),
+    w.KEY_NORM: (_ATTENTION + "key_layernorm.weight",),
+    w.PROJECTION: (_ATTENTION + "dense.weight",),
+    w.MLP_NORM: (_LAYER + "post_attention_layernorm.weight",),
+    w.DENSE_UP: (_LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight"),
+    w.DENSE_DOWN: (_LAYER + "mlp.down_proj.weight",),
+    w.ROUTER: (_LAYER + "mlp.gate.weight",),
+    w.EXPERT_BIAS: (_LAYER + "mlp.gate.expert_bias",),
+    w.EXPERT_UP: (_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"),
+    w.EXPERT_DOWN: (_EXPERT + "down_proj.weight",),
+    w.SHARED_UP: (_SHARED + "gate_proj.weight", _SHARED + "up_proj.weight"),
+    w.SHARED_DOWN: (_SHARED + "down_proj.weight",),
+    w.FINAL_NORM: ("model.norm.weight",),
+    w.OUTPUT: ("lm_head.weight",),
+}
+
+
+def shared_width(config: Config) -> int:
+    """Width of the shared expert, which is as many routed experts wide as `num_shared_experts` says."""
+    return (config.get("num_shared_experts") or 0) * config["moe_intermediate_size"]
+
+
+def _shared_experts(model: ModelConfig) -> int:
+    """Its inverse."""
+    return model.moe.shared_expert_ffn_hidden_size // model.moe.expert_ffn_hidden_size if model.moe else 0
+
+
+FIELDS = (
+    Field("num_hidden_layers", "num_layers"),
+    Field("hidden_size", "hidden_size"),
+    Field("intermediate_size", "ffn_hidden_size"),
+    Field("num_attention_heads", "num_attention_heads"),
+    Field("num_key_value_heads", "num_key_value_heads", lambda config: config["num_attention_heads"]),
+    Field("head_dim", "head_dim", head_dim),
+    Field("vocab_size", "vocab_size"),
+    Field("max_position_embeddings", "max_sequence_length"),
+    Field("mask_token_id", "mask_token_id", 156895),
+    Field("eos_token_id", "eos_token_id", 156892),
+    Field("rms_norm_eps", "rms_norm_eps", 1e-6),
+    Field("rope_theta", "rope_theta"),
+    Field("partial_rotary_factor", "rotary_fraction", 1.0),
+    Field("use_qk_norm", "qk_norm", True),
+    Field("tie_word_embeddings", "tie_embeddings", False),
+    Field("num_experts", "moe.num_experts"),
+    Field("num_experts_per_tok", "moe.top_k"),
+    Field("moe_intermediate_size", "moe.expert_ffn_hidden_size"),
+    Field("first_k_dense_replace", "moe.leading_dense_layers", 0),
+    Field("moe_router_enable_expert_bias", "moe.expert_bias", False),
+    Field("n_group", "moe.num_expert_groups", 1),
+    Field("topk_group", "moe.expert_groups_top_k", 1),
+    Field("routed_scaling_factor", "moe.routed_scaling_factor", 1.0),
+    Field(None, "moe.shared_expert_ffn_hidden_size", shared_width),
+)
+ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "score_function": ("sigmoid",),
+    "norm_topk_prob": (True,),
+    "norm_head": (False,),
+    "norm_softmax": (False,),
+    "use_bias": (False,),
+    "use_qkv_bias": (False,),
+    "use_rmsnorm": (True,),
+    "rope_scaling": (None,),
+    "expert_capacity": (0,),
+}
+REASONS = {"expert_capacity": "the routing by blocks of LLaDA2.2 is not computed by this model"}
+IMPLIED = {"family": "llada2", "moe.score_function": "sigmoid"}
+
+LLADA2 = Format(
+    name="llada2",
+    title="LLaDA2 (LLaDA2.0 and 2.1, mini and flash)",
+    model_type="llada2_moe",
+    names=NAMES,
+    fields=FIELDS,
+    accepted=ACCEPTED,
+    reasons=REASONS,
+    implied=IMPLIED,
+    block_size=32,
+    exports=Export(
+        folder="llada2",
+        constants={
+            "architectures": ["LLaDA2MoeModelLM"],
+            "auto_map": {
+                "AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig",
+                "AutoModel": "modeling_llada2_moe.LLaDA2MoeModel",
+                "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM",
+            },
+            "attention_dropout": 0.0,
+            "embedding_dropout": 0.0,
+            "hidden_act": "silu",
+            "initializer_range": lambda model: model.init_std,
+            "norm_head": False,
+            "norm_softmax": False,
+            "norm_topk_prob": True,
+            "num_shared_experts": _shared_experts,
+            "output_dropout": 0.0,
+            "output_router_logits": False,
+            "pad_token_id": lambda model: model.eos_token_id,
+            "rope_scaling": None,
+            "rotary_dim": lambda model: int(model.head_dim * model.rotary_fraction),
+            "router_dtype": "fp32",
+            "score_function": "sigmoid",
+            "use_bias": False,
+            "use_cache": False,
+            "use_qkv_bias": False,
+        },
+    ),
+)

@@ -1,0 +1,175 @@
+"""What a table of one checkpoint format says, and how a `config.json` is read and written through it.
+
+A format is data: the names of its tensors, the keys of its configuration, and the values that our model computes. To
+support another one, write its table and list it in `formats/__init__.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llada_megatron.llada_moe.config import from_dict, to_dict, validate_model
+from llada_megatron.llada_moe.config.schema import ModelConfig
+from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
+
+REQUIRED = object()
+"""Default of a key without which the architecture is not known."""
+
+Config = dict[str, Any]
+"""A parsed `config.json`."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A key of `config.json` and the field of ModelConfig that it fills ("moe." for the MoE part)."""
+
+    key: str | None
+    """None = the format has no such key; the field follows from others, by `default`."""
+    path: str
+    default: Any = REQUIRED
+    """For a missing or null key: a value, or a function of the configuration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One published checkpoint format."""
+
+    name: str
+    title: str
+    """What checkpoints it is, for people."""
+    model_type: str
+    marker: str | None = None
+    """A key that tells it from another format of the same `model_type`."""
+    names: Mapping[str, tuple[str, ...]]
+    """Canonical weight -> its tensors, along the rows: (query, key, value) or one with all three; (gate, up); …"""
+    fields: tuple[Field, ...]
+    accepted: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Keys with the values that our model computes; another value is refused."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """What another value of such a key would ask for."""
+    implied: Mapping[str, Any]
+    """Fields of ModelConfig that the format fixes."""
+    ignored: tuple[str, ...] = ()
+    """Regular expressions of tensors that are no weights of the model proper."""
+    autoregressive: bool = False
+    """Trained with causal attention on the next token."""
+    block_size: int | None = None
+    """Block-causal attention was the last thing its checkpoints were trained with."""
+    exports: Export | None = None
+    """How it is written; None = it is read only."""
+    why_not_exported: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What an exported checkpoint has beside its weights."""
+
+    constants: Mapping[str, Any]
+    """Further keys of `config.json`: values, or functions of the ModelConfig."""
+    folder: str
+    """Of the modelling files, in `huggingface/modeling`."""
+
+
+def read_config(table: Format, config: Config, file: str) -> ModelConfig:
+    """The architecture that a `config.json` describes.
+
+    Raises:
+        CheckpointError: a key is missing, or asks for something that the model does not compute.
+    """
+    config = normalized(config)
+    for key, values in table.accepted.items():
+        found = config.get(key)
+        if found is not None and found not in values:
+            known = " or ".join(repr(value) for value in values if value is not None)
+            reason = f": {table.reasons[key]}" if key in table.reasons else ""
+            raise CheckpointError(
+                f"{file}: {key} = {found!r} is not supported (only {known or 'null'} is, in {table.name}){reason}"
+            )
+    values: Config = {**table.implied}
+    for entry in table.fields:
+        values[entry.path] = _value(entry, config, file)
+    nested: Config = {key: value for key, value in values.items() if not key.startswith("moe.")}
+    inner = {key.removeprefix("moe."): value for key, value in values.items() if key.startswith("moe.")}
+    nested["moe"] = inner or None
+    try:
+        model = from_dict(ModelConfig, nested)
+        validate_model(model)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: it describes no model that can be built: {error}") from error
+    return model
+
+
+def write_config(table: Format, model: ModelConfig) -> Config:
+    """The `config.json` of an export, without what depends on the checkpoint.
+
+    Raises:
+        CheckpointError: the format cannot hold this architecture; naming the fields.
+    """
+    if table.exports is None:
+        raise CheckpointError(f"{table.title} is read only: {table.why_not_exported}")
+    values = to_dict(model)
+    values |= {f"moe.{key}": value for key, value in (values["moe"] or {}).items()}
+    config: Config = {entry.key: values[entry.path] for entry in table.fields if entry.key}
+    config |= {key: value(model) if callable(value) else value for key, value in table.exports.constants.items()}
+    config["model_type"] = table.model_type
+    held = _architecture(read_config(table, config, "config.json"))
+    differing = [
+        f"{key} {wanted} (it would be read as {held[key]})"
+        for key, wanted in _architecture(model).items()
+        if held[key] != wanted
+    ]
+    if differing:
+        raise CheckpointError(f"the format of {table.title} cannot hold this model: {'; '.join(differing)}")
+    return config
+
+
+def normalized(config: Config) -> Config:
+    """One spelling of what has several: transformers 5 nests the rotary keys, and a model may have several ends."""
+    config = dict(config)
+    rotary = config.pop("rope_parameters", None)
+    if isinstance(rotary, dict):
+        kind = rotary.get("rope_type", "default")
+        flat = {key: rotary[key] for key in ("rope_theta", "partial_rotary_factor") if key in rotary}
+        config = {**config, **flat, "rope_scaling": None if kind == "default" else rotary}
+    ends = config.get("eos_token_id")
+    if isinstance(ends, list) and ends:
+        config["eos_token_id"] = ends[0]
+    return config
+
+
+def head_dim(config: Config) -> int:
+    """Default of configurations without `head_dim`."""
+    return config["hidden_size"] // config["num_attention_heads"]
+
+
+def _value(entry: Field, config: Config, file: str) -> Any:
+    value = config.get(entry.key) if entry.key else None
+    if value is not None:
+        return value
+    if entry.default is REQUIRED:
+        raise CheckpointError(f"{file}: {entry.key!r} is missing; it is not a complete configuration")
+    default: Callable[[Config], Any] | Any = entry.default
+    return default(config) if callable(default) else default
+
+
+def _architecture(model: ModelConfig) -> dict[str, Any]:
+    """Fields that change what a model computes; how it is initialised and balanced in training is not in a format."""
+    values = to_dict(model)
+    moe = values.pop("moe")
+    values.pop("init_std")
+    if moe:
+        training_only = ("aux_loss_coefficient", "z_loss_coefficient", "expert_bias_update_rate")
+        values |= {f"moe.{key}": value for key, value in moe.items() if key not in training_only}
+    return values
+
+
+def with_mask(table: Format, mask_token_id: int) -> Format:
+    """The table, with the mask token where its configurations do not name one."""
+    fields = tuple(
+        dataclasses.replace(entry, default=mask_token_id) if entry.path == "mask_token_id" else entry
+        for entry in table.fields
+    )
+    return dataclasses.replace(table, fields=fields)

@@ -1,0 +1,97 @@
+"""Between the tensors of a format and the units of canonical weights: exact copies of rows, nothing computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llada_megatron.llada_moe.config.schema import ModelConfig
+from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.llada_moe.huggingface import weights
+from llada_megatron.llada_moe.huggingface.formats.table import Format
+from llada_megatron.llada_moe.huggingface.weights import Unit, Weight, canonical_weights, unit_rows
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows [start, stop) of the Hugging Face tensor `name`, which is `shape` as a whole."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """One unit and the parts that it is made of, in order."""
+
+    unit: Unit
+    parts: tuple[Part, ...]
+
+
+def mappings(table: Format, model: ModelConfig) -> Iterator[Mapping]:
+    """Every unit of `model` with its parts in the format `table`, in the order of the forward pass.
+
+    Raises:
+        CheckpointError: the format has no tensor for one of the model's weights.
+    """
+    for weight in canonical_weights(model):
+        if weight.pattern not in table.names:
+            raise CheckpointError(f"{table.title} has no tensor for {weight.key}")
+        names = table.names[weight.pattern]
+        divisible = len(names) == 1 and weight.pattern != weights.QKV
+        for expert in range(weight.experts) if weight.experts else (None,):
+            filled = [name.format(layer=weight.layer, expert=expert) for name in names]
+            for start, stop in unit_rows(weight, divisible):
+                yield Mapping(Unit(weight, expert, start, stop), _parts(weight, filled, model, start, stop))
+
+
+def tensor_shapes(table: Format, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a checkpoint of `model`, in the order of the forward pass."""
+    return {part.name: part.shape for mapping in mappings(table, model) for part in mapping.parts}
+
+
+def merge(unit: Unit, parts: Sequence[torch.Tensor], model: ModelConfig) -> torch.Tensor:
+    """The unit's tensor from those of its parts."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    return interleave(whole, model) if unit.weight.pattern == weights.QKV else whole
+
+
+def split(mapping: Mapping, tensor: torch.Tensor, model: ModelConfig) -> list[torch.Tensor]:
+    """The tensors of a unit's parts from its own; the inverse of `merge`."""
+    whole = concatenate(tensor, model) if mapping.unit.weight.pattern == weights.QKV else tensor
+    return list(whole.split([part.stop - part.start for part in mapping.parts]))
+
+
+def interleave(concatenated: torch.Tensor, model: ModelConfig) -> torch.Tensor:
+    """Rows of all queries, all keys, all values to Megatron's order: per query group its queries, its key, its value.
+
+    Both are `[(heads + 2 * kv_heads) * head_dim, hidden]`.
+    """
+    groups = model.num_key_value_heads
+    rows = concatenated.split(_projection_rows(model))
+    grouped = [part.reshape(groups, -1, concatenated.shape[1]) for part in rows]
+    return torch.cat(grouped, dim=1).reshape(concatenated.shape)
+
+
+def concatenate(interleaved: torch.Tensor, model: ModelConfig) -> torch.Tensor:
+    """The inverse of `interleave`."""
+    groups, width = model.num_key_value_heads, interleaved.shape[1]
+    grouped = interleaved.reshape(groups, -1, width).split([rows // groups for rows in _projection_rows(model)], dim=1)
+    return torch.cat([part.reshape(-1, width) for part in grouped])
+
+
+def _projection_rows(model: ModelConfig) -> list[int]:
+    """Rows of the query, key and value projections."""
+    keys = model.num_key_value_heads * model.head_dim
+    return [model.num_attention_heads * model.head_dim, keys, keys]
+
+
+def _parts(weight: Weight, names: Sequence[str], model: ModelConfig, start: int, stop: int) -> tuple[Part, ...]:
+    if len(names) == 1:
+        return (Part(names[0], weight.shape, start, stop),)
+    rows = _projection_rows(model) if weight.pattern == weights.QKV else [weight.shape[0] // len(names)] * len(names)
+    return tuple(Part(name, (count, *weight.shape[1:]), 0, count) for name, count in zip(names, rows, strict=True))
