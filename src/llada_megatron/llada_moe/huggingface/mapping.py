@@ -11,7 +11,7 @@ from llada_megatron.llada_moe.config.schema import ModelConfig
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.formats.table import Format
-from llada_megatron.llada_moe.huggingface.weights import Unit, Weight, canonical_weights, unit_rows
+from llada_megatron.llada_moe.huggingface.weights import Unit, units
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,12 @@ def mappings(table: Format, model: ModelConfig) -> Iterator[Mapping]:
     Raises:
         CheckpointError: the format has no tensor for one of the model's weights.
     """
-    for weight in canonical_weights(model):
+    for unit in units(model):
+        weight = unit.weight
         if weight.pattern not in table.names:
             raise CheckpointError(f"{table.title} has no tensor for {weight.key}")
-        names = table.names[weight.pattern]
-        divisible = len(names) == 1 and weight.pattern != weights.QKV
-        for expert in range(weight.experts) if weight.experts else (None,):
-            filled = [name.format(layer=weight.layer, expert=expert) for name in names]
-            for start, stop in unit_rows(weight, divisible):
-                yield Mapping(Unit(weight, expert, start, stop), _parts(weight, filled, model, start, stop))
+        names = [name.format(layer=weight.layer, expert=unit.expert) for name in table.names[weight.pattern]]
+        yield Mapping(unit, _parts(unit, names, model))
 
 
 def tensor_shapes(table: Format, model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -90,8 +87,9 @@ def _projection_rows(model: ModelConfig) -> list[int]:
     return [model.num_attention_heads * model.head_dim, keys, keys]
 
 
-def _parts(weight: Weight, names: Sequence[str], model: ModelConfig, start: int, stop: int) -> tuple[Part, ...]:
+def _parts(unit: Unit, names: Sequence[str], model: ModelConfig) -> tuple[Part, ...]:
+    shape = unit.weight.shape
     if len(names) == 1:
-        return (Part(names[0], weight.shape, start, stop),)
-    rows = _projection_rows(model) if weight.pattern == weights.QKV else [weight.shape[0] // len(names)] * len(names)
-    return tuple(Part(name, (count, *weight.shape[1:]), 0, count) for name, count in zip(names, rows, strict=True))
+        return (Part(names[0], shape, unit.start, unit.stop),)
+    rows = _projection_rows(model) if unit.weight.pattern == weights.QKV else [shape[0] // len(names)] * len(names)
+    return tuple(Part(name, (count, *shape[1:]), 0, count) for name, count in zip(names, rows, strict=True))

@@ -6,6 +6,7 @@ query, key and value projections of a layer, gate and up of one expert, a block 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -35,6 +36,8 @@ SHARED_DOWN = _LAYER + "mlp.shared_experts.linear_fc2.weight"
 
 VOCABULARY_ROWS = (EMBEDDING, OUTPUT)
 """One row per token: the only weights that may have padding rows below."""
+JOINED = (QKV, DENSE_UP, EXPERT_UP, SHARED_UP)
+"""Made of several projections, whose rows change places: converted whole."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,17 @@ def canonical_weights(model: ModelConfig) -> Iterator[Weight]:
         yield Weight(OUTPUT, None, 0, (model.vocab_size, hidden))
 
 
-def unit_rows(weight: Weight, divisible: bool) -> Iterator[tuple[int, int]]:
-    """The row ranges in which a weight is converted: one, or several blocks if it is large and `divisible`."""
-    rows, width = weight.shape[0], weight.shape[1] if len(weight.shape) > 1 else 1
-    block = max(1, BLOCK_ELEMENTS // width) if divisible else rows
+def units(model: ModelConfig) -> Iterator[Unit]:
+    """Every unit of `model`, in the order of the forward pass; large weights in several blocks of rows."""
+    for weight in canonical_weights(model):
+        for expert in range(weight.experts) if weight.experts else (None,):
+            for start, stop in _blocks(weight):
+                yield Unit(weight, expert, start, stop)
+
+
+def _blocks(weight: Weight) -> Iterator[tuple[int, int]]:
+    rows, width = weight.shape[0], math.prod(weight.shape[1:])
+    block = rows if weight.pattern in JOINED else max(1, BLOCK_ELEMENTS // width)
     for start in range(0, rows, block):
         yield start, min(start + block, rows)
 
