@@ -52,8 +52,8 @@ class Format:
     """What another value of such a key would ask for."""
     implied: Mapping[str, Any]
     """Fields of ModelConfig that the format fixes."""
-    ignored: tuple[str, ...] = ()
-    """Regular expressions of tensors that are no weights of the model proper."""
+    ignores: Callable[[Config, str], bool] = lambda config, name: False
+    """Whether the tensor of this name is no weight of the model proper, and is left out."""
     autoregressive: bool = False
     """Trained with causal attention on the next token."""
     block_size: int | None = None
