@@ -27,6 +27,10 @@ COMMANDS = {
         "train the run in a YAML file, with as many processes as its layout asks for",
     ),
     "sample": ("llada_megatron.launch.sample", "generate or infill text with a checkpoint"),
+    "convert": (
+        "llada_megatron.tools.convert",
+        "take checkpoints from and to the formats of Hugging Face, compare them, look into them",
+    ),
     "bench": ("llada_megatron.tools.bench", "measure this machine and check the project's claims"),
     "inspect": (
         "llada_megatron.tools.inspect",

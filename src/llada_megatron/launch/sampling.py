@@ -124,12 +124,14 @@ def checkpoint_tokenizer(loaded: LoadedModel, path: str | None = None) -> Tokeni
     """The tokenizer of the checkpoint's data. Raises DataError if it is not there, or another one."""
     from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 
-    facts = loaded.facts.get("tokenizer", {})
-    file = path or facts.get("path")
+    facts = loaded.facts.get("tokenizer") or {}
+    beside = loaded.path.parent.parent / "tokenizer"  # of an imported checkpoint, which may have been moved
+    file = path or (beside if beside.is_dir() else facts.get("path"))
     if file is None or not Path(file).exists():
-        raise DataError(f"the checkpoint's tokenizer is not at {file}; say where it is with --tokenizer FILE")
+        where = f"is not at {file}" if file else "is not known (it was imported without one)"
+        raise DataError(f"the checkpoint's tokenizer {where}; say where it is with --tokenizer FILE")
     tokenizer = load_tokenizer(file)
-    if tokenizer.sha256 != facts.get("sha256"):
+    if facts and tokenizer.sha256 != facts.get("sha256"):
         raise DataError(f"{file} is not the tokenizer that {loaded.path} was trained with; give that with --tokenizer")
     tokenizer.eos_id, tokenizer.mask_id = loaded.run.model.eos_token_id, loaded.run.model.mask_token_id
     return tokenizer

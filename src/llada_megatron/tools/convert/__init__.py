@@ -1,0 +1,106 @@
+"""`llada convert`: checkpoints from and to the formats of Hugging Face, and what is in one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llada_megatron.console import emit_json, message
+from llada_megatron.llada_moe.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+EXAMPLES = """\
+examples:
+  llada convert import LLaDA-8B-Base/ checkpoints/llada-8b                 one shard; any layout can load it
+  llada convert import LLaDA2.0-flash/ checkpoints/flash --layout tensor_parallel=4,expert_parallel=8
+  llada convert export runs/mine published/mine --dtype bf16               the newest checkpoint of a run
+  llada convert verify checkpoints/llada-8b published/llada-8b             tensor by tensor, then logits
+  llada convert inspect LLaDA-MoE-7B-A1B-Base/                             what is in it, what is missing"""
+DTYPES = ("bf16", "fp32")
+GIGABYTE = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One sub-command per direction, and two that look."""
+    names = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    read = names.add_parser("import", help="a Hugging Face checkpoint to a sharded one")
+    read.add_argument("source", metavar="HF_DIR", help="directory with config.json and *.safetensors")
+    read.add_argument("target", metavar="OUT", help="directory to make: checkpoints/, tokenizer/, model.yaml")
+    read.add_argument("--layout", metavar="AXIS=N,…", help="cut it for these ranks (default: one shard)")
+    read.add_argument("--mask-token-id", type=int, metavar="ID", help="for a model that was not trained with masks")
+    write = names.add_parser("export", help="a sharded checkpoint to the format its family is published in")
+    write.add_argument("source", metavar="CHECKPOINT", help="a run's directory, or one of its step-… directories")
+    write.add_argument("target", metavar="HF_DIR", help="directory to make")
+    write.add_argument("--shard-size", default="5GB", metavar="SIZE", help="most bytes per file (default: 5GB)")
+    write.add_argument("--tokenizer", metavar="PATH", help="where the checkpoint's tokenizer is, if it has moved")
+    for direction in (read, write):
+        direction.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: as stored)")
+        direction.add_argument("--workers", type=int, metavar="N", help="tensors at a time (default: one per core)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one action."""
+    if getattr(args, "workers", None) is not None and args.workers < 1:
+        raise ConfigError(f"--workers {args.workers}: at least 1")
+    return {"import": _import, "export": _export}[args.action](args)
+
+
+def parse_size(text: str) -> int:
+    """`5GB`, `500MB`, `2GiB` in bytes. Raises ConfigError."""
+    word = text.strip().upper()
+    unit = next((unit for unit in sorted(GIGABYTE, key=len, reverse=True) if word.endswith(unit)), "")
+    try:
+        size = int(float(word.removesuffix(unit)) * GIGABYTE.get(unit, 1))
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise ConfigError(f"--shard-size {text}: a size such as 5GB, 500MB or 2GiB")
+    return size
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    return {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def _import(args: argparse.Namespace) -> int:
+    from llada_megatron.tools.convert.importing import ImportOptions, import_checkpoint
+    from llada_megatron.tools.convert.layouts import parse_layout
+    from llada_megatron.tools.convert.tasks import default_workers
+
+    options = ImportOptions(
+        layout=parse_layout(args.layout),
+        dtype=_dtype(args.dtype),
+        mask_token_id=args.mask_token_id,
+        workers=args.workers or default_workers(),
+    )
+    return _report(args, import_checkpoint(Path(args.source), Path(args.target), options), "checkpoint")
+
+
+def _export(args: argparse.Namespace) -> int:
+    from llada_megatron.tools.convert.exporting import ExportOptions, export_checkpoint
+    from llada_megatron.tools.convert.tasks import default_workers
+
+    options = ExportOptions(
+        dtype=_dtype(args.dtype),
+        shard_bytes=parse_size(args.shard_size),
+        tokenizer=Path(args.tokenizer) if args.tokenizer else None,
+        workers=args.workers or default_workers(),
+    )
+    return _report(args, export_checkpoint(Path(args.source), Path(args.target), options), "directory")
+
+
+def _report(args: argparse.Namespace, summary: dict[str, Any], place: str) -> int:
+    for note in summary["notes"]:
+        message(f"note: {note}")
+    print(
+        f"{summary[place]}: {summary['format']}, {summary['tensors']:,} tensors, {summary['parameters']:,} parameters, "
+        f"{summary['bytes'] / 1e9:.2f} GB"
+    )
+    if args.json:
+        emit_json(summary)
+    return 0

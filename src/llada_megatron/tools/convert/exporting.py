@@ -1,0 +1,193 @@
+"""From a sharded checkpoint to the format that its family is published in, file by file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llada_megatron import __version__
+from llada_megatron.console import message
+from llada_megatron.llada_moe.huggingface.card import generation_config, model_card
+from llada_megatron.llada_moe.huggingface.formats import export_format
+from llada_megatron.llada_moe.huggingface.formats.table import Format, write_config
+from llada_megatron.llada_moe.huggingface.mapping import Mapping, mappings, split, tensor_shapes
+from llada_megatron.llada_moe.huggingface.safetensors_reader import SINGLE_NAME
+from llada_megatron.llada_moe.huggingface.safetensors_writer import ShardWriter, shard_name, write_index
+from llada_megatron.llada_moe.huggingface.tokenizer_export import export_tokenizer
+from llada_megatron.parallel.checkpoint_manifest import write_durably
+from llada_megatron.tools.convert.huggingface import CONFIG
+from llada_megatron.tools.convert.importing import TOKENIZER, kept_dtype
+from llada_megatron.tools.convert.sharded import ShardedSource
+from llada_megatron.tools.convert.tasks import Progress, Task, run_tasks
+from llada_megatron.tools.convert.workspace import Workspace
+
+MODELING = "llada_megatron.llada_moe.huggingface.modeling"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """How to export."""
+
+    dtype: torch.dtype | None = None
+    """None = as stored."""
+    shard_bytes: int = 5 * 10**9
+    tokenizer: Path | None = None
+    """None = where the checkpoint says it is."""
+    workers: int = 1
+
+
+@dataclass
+class Shard:
+    """One file of the export: its tensors in order, and the units that fill them."""
+
+    mappings: list[Mapping] = field(default_factory=list)
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
+    size: int = 0
+
+
+def export_checkpoint(path: Path, target: Path, options: ExportOptions) -> dict[str, Any]:
+    """Convert a sharded checkpoint to a Hugging Face directory `target`, with what is needed to load it there.
+
+    Returns:
+        a summary: format, tensors, parameters, bytes, the directory, notes.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or its model has no published format.
+        ConfigError: a target that is not empty.
+        ResourceError: no space left; repeat the command once there is.
+    """
+    source = ShardedSource(path)
+    table = export_format(source.model)
+    config = write_config(table, source.model)
+    notes = source.require_whole()
+    shards = plan_shards(source, table, options)
+    if source.run.objective.kind == "autoregressive":
+        notes.append("these weights were trained with causal attention; the exported model attends in both directions")
+    with Workspace(target, _plan(source, options)) as workspace:
+        if not workspace.complete:
+            message(f"checking {source.directory} ({source.reader.bytes / 1e9:.2f} GB)")
+            source.reader.verify()
+            _fill(workspace, source, shards, options.workers)
+            config["torch_dtype"] = _main_dtype(shards)
+            notes += _write_rest(workspace.output, source, table, config, options)
+        workspace.publish()
+    return {
+        "format": table.name,
+        "directory": str(target),
+        "tensors": len(tensor_shapes(table, source.model)),
+        "parameters": sum(torch.Size(shape).numel() for shard in shards for _, shape in shard.tensors.values()),
+        "bytes": sum(shard.size for shard in shards),
+        "notes": notes,
+    }
+
+
+def plan_shards(source: ShardedSource, table: Format, options: ExportOptions) -> list[Shard]:
+    """The files to write: tensors in the order of the forward pass, each whole in one file of at most `shard_bytes`."""
+    shards = [Shard()]
+    for group in _whole_tensors(table, source):
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for mapping in group:
+            dtype = kept_dtype(mapping.unit, source.dtype(mapping.unit), options.dtype)
+            tensors |= {part.name: (dtype, part.shape) for part in mapping.parts}
+        size = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in tensors.values())
+        if shards[-1].size and shards[-1].size + size > options.shard_bytes:
+            shards.append(Shard())
+        shards[-1].mappings += group
+        shards[-1].tensors |= tensors
+        shards[-1].size += size
+    return shards
+
+
+def _whole_tensors(table: Format, source: ShardedSource) -> Iterator[list[Mapping]]:
+    """The mappings, those of one large tensor's blocks of rows together."""
+    group: list[Mapping] = []
+    for mapping in mappings(table, source.model):
+        if group and mapping.parts[0].start == 0:
+            yield group
+            group = []
+        group.append(mapping)
+    yield group
+
+
+def _plan(source: ShardedSource, options: ExportOptions) -> dict[str, Any]:
+    """What decides the bytes of the output."""
+    return {
+        "direction": "export",
+        "checkpoint": str(source.directory),
+        "checkpoint's files": source.reader.digests,
+        "--dtype": str(options.dtype),
+        "--shard-size": options.shard_bytes,
+        "version of llada": __version__,
+    }
+
+
+def _fill(workspace: Workspace, source: ShardedSource, shards: list[Shard], workers: int) -> None:
+    """The weights and their index."""
+    names = [shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [SINGLE_NAME]
+
+    def task(number: int) -> Task:
+        path, shard = workspace.output / names[number], shards[number]
+        return Task(number, shard.size, lambda progress: _write_shard(path, shard, source, progress))
+
+    run_tasks(workspace, [task(number) for number in range(len(shards))], workers, "exporting")
+    if len(shards) > 1:
+        places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard.tensors}
+        write_index(workspace.output, places, sum(shard.size for shard in shards))
+
+
+def _write_shard(path: Path, shard: Shard, source: ShardedSource, progress: Progress) -> str:
+    """One task: one file."""
+    listed = [(name, dtype, shape) for name, (dtype, shape) in shard.tensors.items()]
+    with ShardWriter(path, listed) as writer:
+        for mapping in shard.mappings:
+            tensor = source.read(mapping.unit, shard.tensors[mapping.parts[0].name][0])
+            for part in split(mapping, tensor, source.model):
+                writer.append(part)
+            progress.advance(tensor.nbytes)
+    return path.name
+
+
+def _main_dtype(shards: list[Shard]) -> str:
+    """The dtype of most parameters, as `config.json` names it."""
+    counts: dict[torch.dtype, int] = {}
+    for shard in shards:
+        for dtype, shape in shard.tensors.values():
+            counts[dtype] = counts.get(dtype, 0) + torch.Size(shape).numel()
+    return str(max(counts, key=lambda dtype: counts[dtype])).removeprefix("torch.")
+
+
+def _write_rest(
+    output: Path, source: ShardedSource, table: Format, config: dict[str, Any], options: ExportOptions
+) -> list[str]:
+    """Everything but the weights; returns notes. The configuration comes last: without it nothing loads."""
+    assert table.exports is not None
+    for entry in sorted(resources.files(MODELING).joinpath(table.exports.folder).iterdir(), key=lambda each: each.name):
+        if entry.name.startswith(("configuration_", "modeling_")) and entry.name.endswith(".py"):
+            write_durably(output / entry.name, entry.read_bytes())
+    tokenizer = options.tokenizer or _tokenizer(source)
+    export_tokenizer(tokenizer, output, source.model)
+    write_durably(output / "generation_config.json", _json(generation_config(source.model)))
+    write_durably(output / "README.md", model_card(source.model, table, source.facts).encode())
+    write_durably(output / CONFIG, _json(dict(sorted(config.items()))))
+    return [] if tokenizer else ["the checkpoint's tokenizer is not there (--tokenizer PATH): the export has none"]
+
+
+def _tokenizer(source: ShardedSource) -> Path | None:
+    """The folder an import kept beside the checkpoints, or the file a training run used."""
+    folder = source.directory.parent.parent / TOKENIZER
+    if folder.is_dir():
+        return folder
+    path = Path((source.facts.get("tokenizer") or {}).get("path") or "")
+    return path if path.is_file() else None
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -1,0 +1,136 @@
+"""A Hugging Face checkpoint as a source of canonical weights: what it is, and whether it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llada_megatron.llada_moe.config.schema import ModelConfig
+from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.llada_moe.huggingface import weights
+from llada_megatron.llada_moe.huggingface.formats import find_format
+from llada_megatron.llada_moe.huggingface.formats.table import Format, read_config
+from llada_megatron.llada_moe.huggingface.mapping import Mapping, mappings, merge
+from llada_megatron.llada_moe.huggingface.safetensors_header import TensorInfo
+from llada_megatron.llada_moe.huggingface.safetensors_reader import TensorDirectory
+from llada_megatron.llada_moe.huggingface.weights import Unit
+from llada_megatron.tools.convert.findings import Findings
+
+CONFIG = "config.json"
+USABLE_DTYPES = (torch.bfloat16, torch.float32)
+
+
+class HuggingFaceSource:
+    """One directory with `config.json` and safetensors files. Nothing in it is executed."""
+
+    def __init__(self, directory: Path, mask_token_id: int | None = None) -> None:
+        """Read the configuration and the headers of the weights.
+
+        Raises:
+            CheckpointError: no or an unknown configuration, or files that are missing or damaged.
+        """
+        self.directory = Path(directory)
+        self.config, self.config_sha256 = _read_json(self.directory / CONFIG)
+        file = str(self.directory / CONFIG)
+        self.format: Format = find_format(self.config, file)
+        if mask_token_id is not None:
+            self.config["mask_token_id"] = mask_token_id
+        self.model: ModelConfig = read_config(self.format, self.config, file)
+        self.tensors = TensorDirectory(self.directory)
+        self.mappings: list[Mapping] = list(mappings(self.format, self.model))
+        self._by_unit = {mapping.unit: mapping for mapping in self.mappings}
+
+    def compare(self) -> Findings:
+        """What is missing, too much, or of another shape than the configuration says."""
+        found = dict(self.tensors.tensors)
+        result = Findings()
+        padded: dict[str, int] = {}
+        for mapping in self.mappings:
+            for part in mapping.parts:
+                if part.start > 0:
+                    continue  # a later block of rows of the same tensor
+                info = found.pop(part.name, None)
+                if info is None:
+                    result.missing.append(part.name)
+                elif _is_padded(mapping.unit, part.shape, info):
+                    padded[part.name] = info.shape[0] - part.shape[0]
+                elif info.shape != part.shape:
+                    result.misshapen.append(f"{part.name} (expected {list(part.shape)}, found {list(info.shape)})")
+        for name, rows in padded.items():
+            result.notes.append(f"{name}: {rows} rows below the vocabulary of {self.model.vocab_size} are padding")
+        ignored = [name for name in found if self.format.ignores(self.config, name)]
+        if ignored:
+            result.notes.append(f"{len(ignored)} tensors are no part of the model proper ({ignored[0]} …)")
+        result.extra = [name for name in found if name not in ignored and not self._is_tied(name, result)]
+        return result
+
+    def require_whole(self) -> list[str]:
+        """Notes on what is left out on purpose. Raises CheckpointError: the tensors are not those of the model."""
+        return self.compare().require_none(self.directory, f"the {self.format.title} that its {CONFIG} describes")
+
+    def dtypes(self) -> dict[str, int]:
+        """Parameters by dtype, as torch names it."""
+        counts: dict[str, int] = {}
+        for info in self.tensors.tensors.values():
+            name = str(info.dtype).removeprefix("torch.")
+            counts[name] = counts.get(name, 0) + math.prod(info.shape)
+        return counts
+
+    def dtype(self, unit: Unit) -> torch.dtype:
+        """As stored. Raises CheckpointError: the parts of one unit differ."""
+        names = [part.name for part in self._by_unit[unit].parts]
+        found = {self.tensors.tensors[name].dtype for name in names}
+        if len(found) > 1:
+            raise CheckpointError(f"{self.directory}: {', '.join(names)} have different dtypes; give --dtype")
+        return found.pop()
+
+    def read(self, unit: Unit, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The unit's tensor, as stored or in `dtype`."""
+        parts = [self.tensors.read(part.name, part.start, part.stop) for part in self._by_unit[unit].parts]
+        if dtype is not None:
+            parts = [part.to(dtype) for part in parts]
+        return merge(unit, parts, self.model)
+
+    def close(self) -> None:
+        """Close the files."""
+        self.tensors.close()
+
+    def _is_tied(self, name: str, findings: Findings) -> bool:
+        """An output layer that is stored though it is the embedding."""
+        if not self.model.tie_embeddings or (name,) != self.format.names[weights.OUTPUT]:
+            return False
+        embedding = self.format.names[weights.EMBEDDING][0]
+        for mapping in self.mappings:
+            if mapping.unit.weight.pattern == weights.EMBEDDING:
+                rows = (mapping.unit.start, mapping.unit.stop)
+                if not torch.equal(self.tensors.read(name, *rows), self.tensors.read(embedding, *rows)):
+                    return False
+        findings.notes.append(f"{name} is {embedding} again (the configuration ties them)")
+        return True
+
+
+def _is_padded(unit: Unit, expected: tuple[int, ...], info: TensorInfo) -> bool:
+    """More rows than the vocabulary has: Megatron and others pad it to a multiple of the tensor-parallel size."""
+    of_vocabulary = unit.weight.pattern in weights.VOCABULARY_ROWS and len(info.shape) == len(expected)
+    return of_vocabulary and info.shape[0] > expected[0] and info.shape[1:] == expected[1:]
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], str]:
+    """The content of a JSON file, and the SHA-256 of its bytes."""
+    try:
+        data = path.read_bytes()
+        content = json.loads(data)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing: it says what model the weights are; download the whole repository of the checkpoint"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return content, hashlib.sha256(data).hexdigest()

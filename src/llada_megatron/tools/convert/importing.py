@@ -1,0 +1,249 @@
+"""From a Hugging Face checkpoint to a sharded one, unit by unit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llada_megatron import __version__
+from llada_megatron.console import message
+from llada_megatron.llada_moe.config import dump_yaml, to_dict
+from llada_megatron.llada_moe.config.schema import (
+    DataConfig,
+    LayoutConfig,
+    LearningRateConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
+from llada_megatron.llada_moe.errors import CheckpointError, DataError
+from llada_megatron.llada_moe.huggingface import weights
+from llada_megatron.llada_moe.huggingface.tokenizer_export import find_tokenizer_files
+from llada_megatron.llada_moe.huggingface.weights import Unit
+from llada_megatron.parallel.checkpoint_manifest import step_name, write_durably
+from llada_megatron.parallel.checkpoint_placement import pieces
+from llada_megatron.parallel.checkpoint_tensors_writer import TaskWriter, finalize
+from llada_megatron.tools.convert.huggingface import USABLE_DTYPES, HuggingFaceSource
+from llada_megatron.tools.convert.layouts import require_layout
+from llada_megatron.tools.convert.tasks import Progress, Task, run_tasks
+from llada_megatron.tools.convert.workspace import Workspace
+
+TASK_BYTES = 2**30
+"""About what one task converts; an interrupted conversion repeats at most this much per worker."""
+STEP = Path("checkpoints") / step_name(0)
+TOKENIZER = "tokenizer"
+MODEL_FILE = "model.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """How to import."""
+
+    layout: LayoutConfig
+    dtype: torch.dtype | None = None
+    """None = as stored."""
+    mask_token_id: int | None = None
+    workers: int = 1
+
+
+def import_checkpoint(directory: Path, target: Path, options: ImportOptions) -> dict[str, Any]:
+    """Convert the checkpoint in `directory` to a sharded one in `target`.
+
+    Returns:
+        a summary: format, tensors, parameters, bytes, where the checkpoint is, notes.
+
+    Raises:
+        CheckpointError: the source is incomplete, damaged, or of a kind that is not known.
+        ConfigError: a layout that does not fit, or a target that is not empty.
+        ResourceError: no space left; repeat the command once there is.
+    """
+    source = HuggingFaceSource(directory, options.mask_token_id)
+    try:
+        notes = source.require_whole()
+        dtypes = _dtypes(source, options.dtype)
+        run = _run(source, options.layout, dtypes)
+        require_layout(run)
+        with Workspace(target, _plan(source, options)) as workspace:
+            if not workspace.complete:
+                _fill(workspace, source, run, dtypes, options.workers)
+            workspace.publish()
+    finally:
+        source.close()
+    tokenizer = find_tokenizer_files(directory)
+    if not tokenizer:
+        notes.append("no tokenizer files in it: sampling and export will need one (--tokenizer)")
+    return {
+        "format": source.format.name,
+        "checkpoint": str(target / STEP),
+        "tensors": len(source.tensors.tensors),
+        "parameters": sum(unit_elements(unit) for unit in dtypes),
+        "bytes": sum(unit_elements(unit) * dtype.itemsize for unit, dtype in dtypes.items()),
+        "notes": notes,
+    }
+
+
+def unit_elements(unit: Unit) -> int:
+    """Number of elements of its tensor."""
+    return torch.Size(unit.shape).numel()
+
+
+def kept_dtype(unit: Unit, stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype to write: the expert bias stays in float32, in which it is published and updated."""
+    return stored if wanted is None or unit.weight.pattern == weights.EXPERT_BIAS else wanted
+
+
+def batches(units: Iterable[Unit], dtypes: dict[Unit, torch.dtype], size: int) -> Iterator[tuple[list[Unit], int]]:
+    """Consecutive units of about `size` bytes together, with their bytes."""
+    batch: list[Unit] = []
+    total = 0
+    for unit in units:
+        batch.append(unit)
+        total += unit_elements(unit) * dtypes[unit].itemsize
+        if total >= size:
+            yield batch, total
+            batch, total = [], 0
+    if batch:
+        yield batch, total
+
+
+def _dtypes(source: HuggingFaceSource, wanted: torch.dtype | None) -> dict[Unit, torch.dtype]:
+    """The dtype of each unit. Raises CheckpointError for one that a model cannot be trained or run in."""
+    found: dict[Unit, torch.dtype] = {}
+    for mapping in source.mappings:
+        stored = source.dtype(mapping.unit)
+        dtype = kept_dtype(mapping.unit, stored, wanted)
+        if dtype not in USABLE_DTYPES or not stored.is_floating_point or stored.itemsize < 2:
+            raise CheckpointError(
+                f"{source.directory}: {mapping.parts[0].name} is {stored}; bfloat16 and float32 are kept as they are, "
+                "float16 and float64 are converted with --dtype bf16 or fp32, quantised weights are not read"
+            )
+        found[mapping.unit] = dtype
+    return found
+
+
+def _run(source: HuggingFaceSource, layout: LayoutConfig, dtypes: dict[Unit, torch.dtype]) -> RunConfig:
+    """The run of no steps that the checkpoint stands for."""
+    table = source.format
+    projection = next(dtype for unit, dtype in dtypes.items() if unit.weight.pattern == weights.QKV)
+    return RunConfig(
+        model=source.model,
+        objective=ObjectiveConfig(
+            kind="autoregressive" if table.autoregressive else "diffusion", block_size=table.block_size
+        ),
+        training=TrainingConfig(
+            steps=0,
+            sequence_length=source.model.max_sequence_length,
+            global_batch_size=1,
+            precision="fp32" if projection is torch.float32 else "bf16",
+        ),
+        data=DataConfig(sets=[]),
+        optimizer=OptimizerConfig(learning_rate=LearningRateConfig(peak=0.0)),
+        output_dir="",
+        layout=layout,
+    )
+
+
+def _plan(source: HuggingFaceSource, options: ImportOptions) -> dict[str, Any]:
+    """What decides the bytes of the output."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.tensors.files]
+    return {
+        "direction": "import",
+        "source": str(source.directory.resolve()),
+        "source's files": [list(entry) for entry in files],
+        "source's configuration": source.config_sha256,
+        "--layout": to_dict(options.layout),
+        "--dtype": str(options.dtype),
+        "--mask-token-id": options.mask_token_id,
+        "version of llada": __version__,
+    }
+
+
+def _fill(
+    workspace: Workspace, source: HuggingFaceSource, run: RunConfig, dtypes: dict[Unit, torch.dtype], workers: int
+) -> None:
+    """Everything the target holds."""
+    step = workspace.output / STEP
+    step.mkdir(parents=True, exist_ok=True)
+
+    def task(number: int, batch: list[Unit], size: int) -> Task:
+        return Task(number, size, lambda progress: _convert(step, number, batch, source, run, dtypes, progress))
+
+    tasks = [task(number, *batch) for number, batch in enumerate(batches(dtypes, dtypes, TASK_BYTES))]
+    records = run_tasks(workspace, tasks, workers, "importing")
+    write_durably(workspace.output / MODEL_FILE, dump_yaml(run.model).encode())
+    finalize(step, records, _facts(workspace, source, run))
+
+
+def _convert(
+    step: Path,
+    number: int,
+    batch: list[Unit],
+    source: HuggingFaceSource,
+    run: RunConfig,
+    dtypes: dict[Unit, torch.dtype],
+    progress: Progress,
+) -> dict[str, Any]:
+    """One task: read each unit once and give each rank its part."""
+    writer = TaskWriter(step, number)
+    try:
+        for unit in batch:
+            tensor = source.read(unit, dtypes[unit])
+            weight = unit.weight
+            rows = unit.stop - unit.start
+            for piece in pieces(run.model, run.layout, weight.key, unit.index, unit.start, rows):
+                writer.append(piece.rank, weight.key, weight.global_shape, piece.offsets, tensor[piece.slices])
+            progress.advance(tensor.nbytes)
+        return writer.close()
+    finally:
+        writer.discard()
+
+
+def _facts(workspace: Workspace, source: HuggingFaceSource, run: RunConfig) -> dict[str, Any]:
+    """What the manifest says."""
+    return {
+        "model": to_dict(run.model),
+        "run": to_dict(run),
+        "step": 0,
+        "consumed_samples": 0,
+        "layout": to_dict(run.layout),
+        "versions": {
+            "llada-megatron": __version__,
+            "torch": torch.__version__,
+            "megatron-core": metadata.version("megatron-core"),
+        },
+        "tokenizer": _copy_tokenizer(source.directory, workspace),
+        "imported": {
+            "format": source.format.name,
+            "from": source.directory.resolve().name,
+            "config_sha256": source.config_sha256,
+        },
+    }
+
+
+def _copy_tokenizer(directory: Path, workspace: Workspace) -> dict[str, Any] | None:
+    """Copy the tokenizer's files unchanged; what the checkpoint says of it, or None if there is none to load."""
+    files = find_tokenizer_files(directory)
+    if not files:
+        return None
+    folder = workspace.output / TOKENIZER
+    folder.mkdir(exist_ok=True)
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
+        with (folder / path.name).open("rb") as stream:
+            os.fsync(stream.fileno())
+    try:
+        tokenizer = load_tokenizer(folder)
+    except DataError as error:
+        message(f"the tokenizer's files are kept but cannot be used: {str(error).replace(str(folder), str(directory))}")
+        return None
+    path = workspace.target / TOKENIZER / tokenizer.path.name
+    return {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "path": str(path)}

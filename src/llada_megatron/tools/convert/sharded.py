@@ -1,0 +1,98 @@
+"""A sharded checkpoint as a source of canonical weights: what it is, and whether it is whole."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llada_megatron.console import message
+from llada_megatron.llada_moe.config import from_dict
+from llada_megatron.llada_moe.config.schema import ModelConfig, RunConfig
+from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.llada_moe.huggingface import weights
+from llada_megatron.llada_moe.huggingface.weights import Unit, canonical_weights
+from llada_megatron.parallel.checkpoint_manifest import DamagedCheckpointError
+from llada_megatron.parallel.checkpoint_search import find_checkpoints
+from llada_megatron.parallel.checkpoint_tensors import ShardedReader
+from llada_megatron.tools.convert.findings import Findings
+
+
+class ShardedSource:
+    """One step directory, whatever layout wrote it."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a step directory, or the newest whole one of a run.
+
+        Raises:
+            CheckpointError: there is none, or it does not say what model it holds.
+        """
+        self.reader = _open(path)
+        self.directory = self.reader.directory
+        try:
+            self.run: RunConfig = from_dict(RunConfig, self.facts["run"])
+            self.model: ModelConfig = from_dict(ModelConfig, self.facts["model"])
+        except KeyError as error:
+            raise CheckpointError(f"{self.directory}: its manifest does not say {error}") from None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its manifest says."""
+        return self.reader.facts
+
+    def compare(self) -> Findings:
+        """What is missing, too much, or of another shape than the manifest's model has."""
+        found = dict(self.reader.tensors)
+        result = Findings()
+        for weight in canonical_weights(self.model):
+            if weight.key not in found:
+                result.missing.append(weight.key)
+                continue
+            _, shape = found.pop(weight.key)
+            expected = weight.global_shape
+            of_vocabulary = weight.pattern in weights.VOCABULARY_ROWS
+            if of_vocabulary and shape[0] > expected[0] and shape[1:] == expected[1:]:
+                rows = shape[0] - expected[0]
+                result.notes.append(f"{weight.key}: {rows} rows below the vocabulary of {expected[0]} are padding")
+            elif shape != expected:
+                result.misshapen.append(f"{weight.key} (expected {list(expected)}, found {list(shape)})")
+        result.extra = sorted(found)
+        return result
+
+    def require_whole(self) -> list[str]:
+        """Notes on what is left out on purpose. Raises CheckpointError: the tensors are not those of the model."""
+        return self.compare().require_none(self.directory, "the model that its manifest describes")
+
+    def dtypes(self) -> dict[str, int]:
+        """Parameters by dtype, as torch names it."""
+        counts: dict[str, int] = {}
+        for dtype, shape in self.reader.tensors.values():
+            name = str(dtype).removeprefix("torch.")
+            counts[name] = counts.get(name, 0) + math.prod(shape)
+        return counts
+
+    def dtype(self, unit: Unit) -> torch.dtype:
+        """As stored."""
+        return self.reader.tensors[unit.weight.key][0]
+
+    def read(self, unit: Unit, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The unit's tensor, as stored or in `dtype`."""
+        tensor = self.reader.read(unit.weight.key, unit.index, unit.start, unit.stop)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _open(path: Path) -> ShardedReader:
+    candidates = find_checkpoints(path)
+    for candidate in candidates:
+        try:
+            return ShardedReader(candidate)
+        except DamagedCheckpointError as error:
+            if candidate == candidates[-1]:
+                raise
+            message(f"passed over a damaged checkpoint: {error}")
+    raise AssertionError("no candidates")
