@@ -82,12 +82,12 @@ class RunState:
         self.optimizer.reload_model_params()
 
     def _require_tokenizer(self, path: Path, facts: dict[str, Any]) -> None:
-        saved, present = facts["tokenizer"], self.manifests[0].tokenizer.sha256
-        if saved is None:  # imported without tokenizer files
+        if facts["tokenizer"] is None:  # imported without tokenizer files
             return
-        if saved["sha256"] != present:
+        saved, present = facts["tokenizer"]["sha256"], self.manifests[0].tokenizer.sha256
+        if saved != present:
             raise CheckpointError(
-                f"{path} was trained on data prepared with another tokenizer ({saved['sha256'][:12]}, not {present[:12]}); "
+                f"{path} was trained on data prepared with another tokenizer ({saved[:12]}, not {present[:12]}); "
                 "prepare the data with the tokenizer of that run (llada prepare --tokenizer)"
             )
 
