@@ -1,0 +1,141 @@
+"""The weights of a checkpoint, tensor by tensor, in one process: no process groups, no modules, little memory.
+
+Nothing in the checkpoint is run: `.metadata` is read by an unpickler that knows only descriptions of tensors, the file
+names are those of the manifest, and an entry is parsed with `weights_only`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import metadata
+
+from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.parallel import checkpoint_manifest as manifests
+from llada_megatron.parallel import checkpoint_safety as safety
+from llada_megatron.parallel.checkpoint_entry import Entry, read_part
+from llada_megatron.parallel.checkpoint_manifest import DamagedCheckpointError
+from llada_megatron.parallel.checkpoint_tiling import Box, tiling_fault
+
+OPTIMIZER_PREFIX = "optimizer."
+
+
+class ShardedReader:
+    """A step directory opened for reading. Threads may share one; it keeps no tensor and no open file."""
+
+    def __init__(self, directory: str | Path) -> None:
+        """Read what the checkpoint says of itself; the files are there and have the stated sizes.
+
+        Args:
+            directory: a step directory, whatever layout wrote it.
+
+        Raises:
+            DamagedCheckpointError: incomplete.
+            CheckpointError: unsafe, or its description of a weight is impossible.
+        """
+        self.directory = Path(directory).absolute()
+        self._manifest = manifests.read(self.directory)
+        manifests.verify_sizes(self.directory, self._manifest)
+        found = safety.read_metadata(self.directory, self._manifest.files)
+        self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        """dtype and global shape of every model weight; the optimizer's state is left out."""
+        self._entries: dict[str, list[Entry]] = {}
+        places = self._places(found)
+        for key, value in found.state_dict_metadata.items():
+            if isinstance(value, metadata.TensorStorageMetadata) and not key.startswith(OPTIMIZER_PREFIX):
+                self._add(key, value, places[key])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says of the run."""
+        return self._manifest.facts
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files together."""
+        return sum(stated.size for stated in self._manifest.files.values())
+
+    def read(self, key: str, index: tuple[int, ...] = (), start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """`tensor[index][start:stop]` of the weight `key`, as contiguous memory of its own on the host.
+
+        Reads the rows that are asked for and no others.
+
+        Args:
+            key: one of `tensors`.
+            index: positions on the leading axes, fewer than the tensor has.
+            start, stop: rows of the axis after them.
+
+        Raises:
+            CheckpointError: there is no such weight, or its bytes are not what the checkpoint describes.
+        """
+        if key not in self.tensors:
+            raise CheckpointError(f"{self.directory} has no weight {key!r}")
+        dtype, shape = self.tensors[key]
+        lead = len(index)
+        stop = shape[lead] if stop is None else stop
+        if any(not 0 <= i < n for i, n in zip(index, shape, strict=False)) or not 0 <= start < stop <= shape[lead]:
+            raise IndexError(f"{key} {list(shape)} has no part {list(index)}[{start}:{stop}]")
+        wanted = Box(
+            (*index, start, *(0 for _ in shape[lead + 1 :])), (*(1 for _ in index), stop - start, *shape[lead + 1 :])
+        )
+        common = [(entry, part) for entry in self._entries[key] if (part := entry.box.common(wanted))]
+        if len(common) == 1:
+            return read_part(*common[0]).reshape(wanted.sizes[lead:])
+        whole = torch.empty(wanted.sizes, dtype=dtype)
+        for entry, part in common:
+            whole[part.inside(wanted)] = read_part(entry, part)
+        return whole.reshape(wanted.sizes[lead:])
+
+    def verify(self, progress: Callable[[int], None] | None = None) -> None:
+        """Compare every file with its SHA-256.
+
+        Args:
+            progress: receives the size in bytes of each file when it is done.
+
+        Raises:
+            DamagedCheckpointError: naming the file that does not hold the bytes that were written.
+        """
+        for name, stated in self._manifest.files.items():
+            fault = manifests.verify_digest(self.directory, name, stated)
+            if fault:
+                raise DamagedCheckpointError(fault)
+            if progress is not None:
+                progress(stated.size)
+
+    def _places(self, found: metadata.Metadata) -> dict[str, dict[tuple[int, ...], Any]]:
+        """Where each part of each tensor is stored, by key and offsets."""
+        places: dict[str, dict[tuple[int, ...], Any]] = defaultdict(dict)
+        for index, place in found.storage_data.items():
+            if type(index.fqn) is str and isinstance(index.offset, tuple):
+                places[index.fqn][tuple(index.offset)] = place
+        return places
+
+    def _add(self, key: str, value: metadata.TensorStorageMetadata, places: dict[tuple[int, ...], Any]) -> None:
+        try:
+            dtype, shape = value.properties.dtype, _numbers(value.size)
+            boxes = [Box(_numbers(chunk.offsets), _numbers(chunk.sizes)) for chunk in value.chunks]
+            fault = tiling_fault(shape, boxes) if shape else "has no axes"
+            entries = [] if fault else [self._entry(box, dtype, places[box.offsets]) for box in boxes]
+        except (AttributeError, TypeError, ValueError, KeyError) as error:
+            fault = f"is described in a way that makes no sense ({type(error).__name__}: {error})"
+        if fault:
+            raise CheckpointError(f"{self.directory / safety.METADATA}: {key!r} {fault}")
+        self.tensors[key], self._entries[key] = (dtype, shape), entries
+
+    def _entry(self, box: Box, dtype: torch.dtype, place: Any) -> Entry:
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype {dtype!r}")
+        if place.offset + place.length > self._manifest.files[place.relative_path].size:
+            raise ValueError(f"{place.relative_path} ends before {place.offset + place.length:,}")
+        return Entry(self.directory / place.relative_path, place.offset, place.length, box, dtype)
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    """The values as a plain tuple. Raises TypeError if they are not integers."""
+    if not isinstance(values, tuple) or any(type(value) is not int for value in values):
+        raise TypeError(f"{values!r} is not a shape")
+    return tuple(values)
