@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,16 @@ from llada_megatron.llada_moe.huggingface.card import generation_config, model_c
 from llada_megatron.llada_moe.huggingface.formats import export_format
 from llada_megatron.llada_moe.huggingface.formats.table import Format, write_config
 from llada_megatron.llada_moe.huggingface.mapping import Mapping, mappings, split, tensor_shapes
+from llada_megatron.llada_moe.huggingface.modeling_files import modeling_files
 from llada_megatron.llada_moe.huggingface.safetensors_reader import SINGLE_NAME
 from llada_megatron.llada_moe.huggingface.safetensors_writer import ShardWriter, shard_name, write_index
 from llada_megatron.llada_moe.huggingface.tokenizer_export import export_tokenizer
 from llada_megatron.parallel.checkpoint_manifest import write_durably
 from llada_megatron.tools.convert.huggingface import CONFIG
-from llada_megatron.tools.convert.importing import TOKENIZER, kept_dtype
+from llada_megatron.tools.convert.importing import kept_dtype
 from llada_megatron.tools.convert.sharded import ShardedSource
 from llada_megatron.tools.convert.tasks import Progress, Task, run_tasks
 from llada_megatron.tools.convert.workspace import Workspace
-
-MODELING = "llada_megatron.llada_moe.huggingface.modeling"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,24 +167,14 @@ def _write_rest(
 ) -> list[str]:
     """Everything but the weights; returns notes. The configuration comes last: without it nothing loads."""
     assert table.exports is not None
-    for entry in sorted(resources.files(MODELING).joinpath(table.exports.folder).iterdir(), key=lambda each: each.name):
-        if entry.name.startswith(("configuration_", "modeling_")) and entry.name.endswith(".py"):
-            write_durably(output / entry.name, entry.read_bytes())
-    tokenizer = options.tokenizer or _tokenizer(source)
+    for file in modeling_files(table.exports.folder):
+        write_durably(output / file.name, file.read_bytes())
+    tokenizer = options.tokenizer or source.tokenizer
     export_tokenizer(tokenizer, output, source.model)
     write_durably(output / "generation_config.json", _json(generation_config(source.model)))
     write_durably(output / "README.md", model_card(source.model, table, source.facts).encode())
     write_durably(output / CONFIG, _json(dict(sorted(config.items()))))
     return [] if tokenizer else ["the checkpoint's tokenizer is not there (--tokenizer PATH): the export has none"]
-
-
-def _tokenizer(source: ShardedSource) -> Path | None:
-    """The folder an import kept beside the checkpoints, or the file a training run used."""
-    folder = source.directory.parent.parent / TOKENIZER
-    if folder.is_dir():
-        return folder
-    path = Path((source.facts.get("tokenizer") or {}).get("path") or "")
-    return path if path.is_file() else None
 
 
 def _json(content: dict[str, Any]) -> bytes:
