@@ -115,6 +115,18 @@ REFUSED = {
     "seed": ("tiny-dense", "training.seed=-1", "-1 must lie between 0 and 4294967295"),
     "dense family": ("tiny-dense", "model.family=llada2", "llada2 cannot hold a dense model"),
     "moe family": ("tiny-moe", "model.family=llada", "llada cannot hold a MoE model"),
+    "dense qwen3": ("tiny-moe", "model.family=qwen3", "use llada_moe or llada2 or qwen3_moe"),
+    "qwen3 without experts": ("tiny-dense", "model.family=qwen3_moe", "a dense model (no published checkpoint does)"),
+    "normalized one": (
+        "tiny-moe-softmax model.moe.score_function=softmax_normalized",
+        "model.moe.top_k=1",
+        "1 with score_function softmax_normalized gives every weight 1",
+    ),
+    "normalized groups": (
+        "tiny-moe-softmax model.moe.score_function=softmax_normalized",
+        "model.moe.num_expert_groups=2",
+        "2 with score_function softmax_normalized",
+    ),
     "top k": ("tiny-moe", "model.moe.top_k=12", "12 experts per token, but there are only 8"),
     "groups": ("tiny-moe", "model.moe.num_expert_groups=3", "3 does not divide num_experts 8"),
     "groups kept": ("tiny-moe", "model.moe.expert_groups_top_k=5", "5 groups kept, but there are only 4"),

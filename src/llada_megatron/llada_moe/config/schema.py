@@ -22,8 +22,9 @@ class MoEConfig:
     """Width of the always-on shared expert (LLaDA2: one expert wide); 0 = none (LLaDA-MoE)."""
     leading_dense_layers: int = 0
     """Layers at the bottom that keep a dense feed-forward (LLaDA2: `first_k_dense_replace` 1)."""
-    score_function: Literal["softmax", "sigmoid"] = "softmax"
-    """softmax over all experts, then top-k, not renormalised (PMOE); sigmoid, normalised over the chosen (L2)."""
+    score_function: Literal["softmax", "softmax_normalized", "sigmoid"] = "softmax"
+    """softmax over all experts, then top-k, not renormalised (PMOE); softmax_normalized, the same divided by the sum
+    over the chosen (PV2, Qwen3-MoE); sigmoid, normalised over the chosen (L2)."""
     expert_bias: bool = False
     """A bias that takes part in the selection only (aux-loss-free balancing; L2)."""
     expert_bias_update_rate: float = 0.0
@@ -42,8 +43,9 @@ class MoEConfig:
 class ModelConfig:
     """Architecture of one masked diffusion (or autoregressive) Transformer."""
 
-    family: Literal["llada", "llada_moe", "llada2"]
-    """Which published family the keys and token ids follow (used by conversion)."""
+    family: Literal["llada", "llada_moe", "llada2", "qwen3", "qwen3_moe"]
+    """Which published family the architecture follows (used by conversion). Models of qwen3 and qwen3_moe start from
+    autoregressive checkpoints and have no published format of their own."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int

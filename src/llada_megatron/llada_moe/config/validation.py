@@ -16,6 +16,9 @@ from llada_megatron.llada_moe.config.schema import (
 )
 from llada_megatron.llada_moe.config.validation_layout import check_batch, check_layout
 
+DENSE_FAMILIES = ("llada", "qwen3")
+MOE_FAMILIES = ("llada_moe", "llada2", "qwen3_moe")
+
 Refuse = Callable[[str, str], None]
 """Notes that a dotted key is wrong, and why."""
 
@@ -82,10 +85,11 @@ def check_model(model: ModelConfig, refuse: Refuse) -> None:
             )
     if model.mask_token_id == model.eos_token_id:
         refuse("mask_token_id", f"{model.mask_token_id} is also eos_token_id; text that ends would look masked")
-    if (model.family == "llada") != (model.moe is None):
+    families = DENSE_FAMILIES if model.moe is None else MOE_FAMILIES
+    if model.family not in families:
         kind = "a dense model" if model.moe is None else "a MoE model"
-        usable = "llada" if model.moe is None else "llada_moe or llada2"
-        refuse("family", f"{model.family} cannot hold {kind} (no published checkpoint format does); use {usable}")
+        usable = " or ".join(families)
+        refuse("family", f"{model.family} cannot hold {kind} (no published checkpoint does); use {usable}")
     if model.moe is not None:
         check_moe(model.moe, model.num_layers, lambda key, message: refuse(f"moe.{key}", message))
 
@@ -120,12 +124,25 @@ def check_moe(moe: MoEConfig, num_layers: int, refuse: Refuse) -> None:
         )
     if moe.num_expert_groups > 0 and moe.expert_groups_top_k > 0:
         _check_groups(moe, refuse)
+    if moe.score_function == "softmax_normalized":
+        _check_normalized(moe, refuse)
     if moe.expert_bias and moe.score_function != "sigmoid":
         refuse("expert_bias", "needs score_function sigmoid (Megatron adds the bias to sigmoid scores only)")
     if moe.expert_bias_update_rate > 0 and not moe.expert_bias:
         refuse(
             "expert_bias_update_rate",
             f"{moe.expert_bias_update_rate} updates a bias that is not there; set expert_bias: true",
+        )
+
+
+def _check_normalized(moe: MoEConfig, refuse: Refuse) -> None:
+    if moe.top_k == 1:
+        refuse("top_k", "1 with score_function softmax_normalized gives every weight 1, and the router learns nothing")
+    if moe.num_expert_groups != 1:
+        refuse(
+            "num_expert_groups",
+            f"{moe.num_expert_groups} with score_function softmax_normalized: Megatron would score the groups by sums "
+            "of logits; use 1",
         )
 
 

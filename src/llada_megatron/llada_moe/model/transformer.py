@@ -189,7 +189,8 @@ def _moe_fields(model: ModelConfig, moe: MoEConfig, layout: LayoutConfig, groupe
         "moe_router_topk": moe.top_k,
         "moe_ffn_hidden_size": moe.expert_ffn_hidden_size,
         "moe_layer_freq": [int(layer >= moe.leading_dense_layers) for layer in range(model.num_layers)],
-        "moe_router_score_function": moe.score_function,
+        "moe_router_score_function": "sigmoid" if moe.score_function == "sigmoid" else "softmax",
+        # the softmax over the chosen logits is the softmax over all, divided by its sum over the chosen
         "moe_router_pre_softmax": moe.score_function == "softmax",
         "moe_router_dtype": "fp32",
         "moe_router_enable_expert_bias": moe.expert_bias,

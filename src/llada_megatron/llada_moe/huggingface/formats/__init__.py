@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from llada_megatron.llada_moe.config.schema import ModelConfig
 from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.llada_moe.huggingface.formats.bailing import BAILING, BAILING_V2
 from llada_megatron.llada_moe.huggingface.formats.llada import LLADA
 from llada_megatron.llada_moe.huggingface.formats.llada2 import LLADA2
 from llada_megatron.llada_moe.huggingface.formats.llada_moe import LLADA_MOE
+from llada_megatron.llada_moe.huggingface.formats.llama import LLAMA
+from llada_megatron.llada_moe.huggingface.formats.qwen3 import QWEN3, QWEN3_MOE
 from llada_megatron.llada_moe.huggingface.formats.table import Config, Format
 
-FORMATS: tuple[Format, ...] = (LLADA, LLADA_MOE, LLADA2)
+FORMATS: tuple[Format, ...] = (LLADA, LLADA_MOE, LLADA2, BAILING_V2, BAILING, LLAMA, QWEN3, QWEN3_MOE)
 
 
 def find_format(config: Config, file: str) -> Format:

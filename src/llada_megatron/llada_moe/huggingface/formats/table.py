@@ -17,9 +17,16 @@ from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 
 REQUIRED = object()
 """Default of a key without which the architecture is not known."""
+NO_MASK = object()
+"""Default of the mask token in formats of autoregressive models, which name none."""
 
 Config = dict[str, Any]
 """A parsed `config.json`."""
+
+
+def is_rotary_buffer(config: Config, name: str) -> bool:
+    """Whether a tensor holds rotary frequencies, which old versions of transformers stored with the weights."""
+    return name.endswith("rotary_emb.inv_freq")
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Format:
     """What another value of such a key would ask for."""
     implied: Mapping[str, Any]
     """Fields of ModelConfig that the format fixes."""
-    ignores: Callable[[Config, str], bool] = lambda config, name: False
+    ignores: Callable[[Config, str], bool] = is_rotary_buffer
     """Whether the tensor of this name is no weight of the model proper, and is left out."""
     autoregressive: bool = False
     """Trained with causal attention on the next token."""
@@ -90,7 +97,7 @@ def read_config(table: Format, config: Config, file: str) -> ModelConfig:
             )
     values: Config = {**table.implied}
     for entry in table.fields:
-        values[entry.path] = _value(entry, config, file)
+        values[entry.path] = _value(table, entry, config, file)
     nested: Config = {key: value for key, value in values.items() if not key.startswith("moe.")}
     inner = {key.removeprefix("moe."): value for key, value in values.items() if key.startswith("moe.")}
     nested["moe"] = inner or None
@@ -131,9 +138,13 @@ def normalized(config: Config) -> Config:
     config = dict(config)
     rotary = config.pop("rope_parameters", None)
     if isinstance(rotary, dict):
-        kind = rotary.get("rope_type", "default")
         flat = {key: rotary[key] for key in ("rope_theta", "partial_rotary_factor") if key in rotary}
-        config = {**config, **flat, "rope_scaling": None if kind == "default" else rotary}
+        config = {**config, **flat, "rope_scaling": rotary}
+    scaling = config.get("rope_scaling")
+    if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type", "default")) == "default":
+        config["rope_scaling"] = None
+    if "num_local_experts" in config:  # of Qwen3-MoE, as transformers 5 writes it
+        config.setdefault("num_experts", config["num_local_experts"])
     ends = config.get("eos_token_id")
     if isinstance(ends, list) and ends:
         config["eos_token_id"] = ends[0]
@@ -145,14 +156,22 @@ def head_dim(config: Config) -> int:
     return config["hidden_size"] // config["num_attention_heads"]
 
 
-def _value(entry: Field, config: Config, file: str) -> Any:
+def _value(table: Format, entry: Field, config: Config, file: str) -> Any:
     value = config.get(entry.key) if entry.key else None
     if value is not None:
         return value
+    if entry.default is NO_MASK:
+        raise CheckpointError(
+            f"{file}: {table.title} names no mask token: give --mask-token-id N, an id that no text has"
+        )
     if entry.default is REQUIRED:
         raise CheckpointError(f"{file}: {entry.key!r} is missing; it is not a complete configuration")
     default: Callable[[Config], Any] | Any = entry.default
-    return default(config) if callable(default) else default
+    try:
+        return default(config) if callable(default) else default
+    except (ArithmeticError, LookupError, TypeError) as error:
+        what = entry.key or entry.path
+        raise CheckpointError(f"{file}: {what!r} does not follow from the other keys ({error!r})") from error
 
 
 def _architecture(model: ModelConfig) -> dict[str, Any]:

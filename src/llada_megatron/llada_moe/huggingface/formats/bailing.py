@@ -1,0 +1,41 @@
+"""Ling 2.0: inclusionAI/Ling-mini-2.0 and -flash-2.0, the autoregressive parents of LLaDA2. Read only.
+
+Source: the published configuration of Ling-mini-2.0, and what Megatron-Bridge reads as `bailing_moe_v2`. Tensors and
+keys are those of LLaDA2, and the vocabulary has its mask token. Layers for the prediction of further tokens follow the
+others under the next numbers; they are left out. The published files say `bailing_moe`, as those of the older Ling do,
+which is another architecture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from llada_megatron.llada_moe.huggingface.formats import llada2
+from llada_megatron.llada_moe.huggingface.formats.table import Config, Format, is_rotary_buffer
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+def _ignores(config: Config, name: str) -> bool:
+    """Whether a tensor belongs to a layer that predicts further tokens, or holds rotary frequencies."""
+    layer = _LAYER.match(name)
+    first = config["num_hidden_layers"]
+    further = range(first, first + (config.get("num_nextn_predict_layers") or 0))
+    return is_rotary_buffer(config, name) or (layer is not None and int(layer[1]) in further)
+
+
+BAILING_V2 = Format(
+    name="bailing_moe_v2",
+    title="Ling 2.0 (mini and flash; autoregressive)",
+    model_type="bailing_moe_v2",
+    names=llada2.NAMES,
+    fields=llada2.FIELDS,
+    accepted=llada2.ACCEPTED,
+    reasons=llada2.REASONS,
+    implied=llada2.IMPLIED,
+    ignores=_ignores,
+    autoregressive=True,
+    why_not_exported="models of this architecture are exported as LLaDA2",
+)
+BAILING = dataclasses.replace(BAILING_V2, name="bailing_moe", model_type="bailing_moe", marker="n_group")
