@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig, RunConfig
+from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig, ObjectiveConfig, RunConfig
 from llada_megatron.llada_moe.model.initialization import initialize_weights
 from llada_megatron.llada_moe.model.patterns import Kind
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer, build_model, transformer_config
@@ -22,11 +23,11 @@ OPTIMIZER_FORMAT = "fully_reshardable"
 """The one of Megatron's optimizer formats that loads under any layout."""
 
 
-def attention_kind(run: RunConfig) -> Kind:
+def attention_kind(objective: ObjectiveConfig) -> Kind:
     """Causal for the autoregressive objective; for diffusion bidirectional, inside blocks if it has a block size."""
-    if run.objective.kind == "autoregressive":
+    if objective.kind == "autoregressive":
         return "causal"
-    return "full" if run.objective.block_size is None else "block_causal"
+    return "full" if objective.block_size is None else "block_causal"
 
 
 def build_chunks(
@@ -60,7 +61,7 @@ def build_chunks(
 def build_run_chunks(run: RunConfig) -> list[DiffusionTransformer]:
     """The chunks of a run with their initial weights, which depend on the seed alone, not on the layout."""
     config = transformer_config(run.model, run.layout, run.training)
-    kind, block_size = attention_kind(run), run.objective.block_size
+    kind, block_size = attention_kind(run.objective), run.objective.block_size
     chunks = build_chunks(run.model, run.layout, config, kind, block_size, run.training.logits_chunk_mb)
     sharded = [
         entry
@@ -157,6 +158,20 @@ def load_model_state(chunks: list[DiffusionTransformer], state: dict[str, Any]) 
     """Put loaded weights into the chunks."""
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(state[_chunk_key(index, len(chunks))], strict=False)
+
+
+def fill_weights(chunks: list[DiffusionTransformer], read: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
+    """Copy weights into the chunks of a world of one process.
+
+    Args:
+        read: gives a weight by its key in a checkpoint and, of an expert, its index; whole.
+    """
+    for chunk in chunks:
+        for entry in nested_values(apply_factories_copy(chunk)):
+            axes = entry.prepend_axis_num
+            start = entry.global_offset[axes:]
+            rows = tuple(slice(a, a + n) for a, n in zip(start, entry.data.shape, strict=True))
+            entry.data.copy_(read(entry.key, entry.global_offset[:axes])[rows])
 
 
 def _chunk_key(index: int, count: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from llada_megatron.console import message
-from llada_megatron.llada_moe.config.schema import LayoutConfig, RunConfig
+from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig, ObjectiveConfig, RunConfig
 from llada_megatron.llada_moe.data.batch import Batch
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer, transformer_config
 from llada_megatron.parallel import assembly, device, topology
@@ -91,13 +91,34 @@ def open_checkpoint(path: str | Path) -> Iterator[LoadedModel]:
         CheckpointError: there is none, none is whole, or the model in it is of another kind than this version's.
     """
     candidates = find_checkpoints(path)
+    with _world_of_one() as scratch:
+        yield _load_first(candidates, LayoutConfig(), CheckpointStore(scratch))
+
+
+@contextmanager
+def _world_of_one() -> Iterator[str]:
+    """Process groups of this process alone; yields a directory that goes away with them."""
     with tempfile.TemporaryDirectory(prefix="llada-") as scratch:
         topology.join(0, 1, f"file://{scratch}/rendezvous")
         try:
             topology.initialize(LayoutConfig(), seed=0)
-            yield _load_first(candidates, LayoutConfig(), CheckpointStore(scratch))
+            yield scratch
         finally:
             topology.leave()
+
+
+@contextmanager
+def open_weights(
+    model: ModelConfig, objective: ObjectiveConfig, read: Callable[[str, tuple[int, ...]], torch.Tensor]
+) -> Iterator[DiffusionTransformer]:
+    """A model in float32 in a world of one process, whose weights `read` gives (see `assembly.fill_weights`)."""
+    with _world_of_one():
+        config = transformer_config(model, LayoutConfig())
+        kind = assembly.attention_kind(objective)
+        chunks = assembly.build_chunks(model, LayoutConfig(), config, kind, objective.block_size)
+        with torch.no_grad():
+            assembly.fill_weights(chunks, read)
+        yield chunks[0].eval()
 
 
 def load_checkpoint(path: str | Path, layout: LayoutConfig) -> LoadedModel:
@@ -138,7 +159,9 @@ def _load_first(candidates: list[Path], layout: LayoutConfig, store: CheckpointS
 def _load(path: Path, layout: LayoutConfig, store: CheckpointStore) -> LoadedModel:
     run = run_of(path)
     config = transformer_config(run.model, layout, run.training)
-    chunks = assembly.build_chunks(run.model, layout, config, assembly.attention_kind(run), run.objective.block_size)
+    chunks = assembly.build_chunks(
+        run.model, layout, config, assembly.attention_kind(run.objective), run.objective.block_size
+    )
     state, facts = store.load(path, assembly.model_state(chunks))
     assembly.load_model_state(chunks, state)
     return LoadedModel(chunks[0].eval(), run, path, facts)

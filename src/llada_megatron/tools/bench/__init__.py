@@ -11,6 +11,7 @@ from llada_megatron.tools.bench.claims import Claim, format_table
 BENCHMARKS = {
     "parity": "gradients and loss of every parallel layout against one process",
     "train": "tokens/s and model-FLOPs utilisation of a training step, against transformers",
+    "convert": "memory and speed of conversion from and to Hugging Face, against a plain copy of the files",
     "loss": "memory and time of the output layer and loss at a large vocabulary",
 }
 """Name (a module of this package) and what it measures. A module exposes add_arguments(parser), run(args) -> claims."""

@@ -19,6 +19,7 @@ examples:
   llada convert export runs/mine published/mine --dtype bf16               the newest checkpoint of a run
   llada convert verify checkpoints/llada-8b published/llada-8b             tensor by tensor, then logits
   llada convert inspect LLaDA-MoE-7B-A1B-Base/                             what is in it, what is missing"""
+ANY_KIND = "a Hugging Face directory, a run's directory, or one of its step-… directories"
 DTYPES = ("bf16", "fp32")
 GIGABYTE = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -36,16 +37,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     write.add_argument("target", metavar="HF_DIR", help="directory to make")
     write.add_argument("--shard-size", default="5GB", metavar="SIZE", help="most bytes per file (default: 5GB)")
     write.add_argument("--tokenizer", metavar="PATH", help="where the checkpoint's tokenizer is, if it has moved")
+    compare = names.add_parser("verify", help="whether two checkpoints of any two kinds hold the same model")
+    compare.add_argument(
+        "source", metavar="A", help="a Hugging Face directory, a run's directory, or a step-… directory"
+    )
+    compare.add_argument("target", metavar="B", help="likewise")
+    compare.add_argument(
+        "--tolerance", type=float, default=0.0, metavar="X", help="largest difference of a weight (default: same bits)"
+    )
+    compare.add_argument("--text", metavar="FILE", help="compare the logits on this text (default: a few sentences)")
+    compare.add_argument("--no-logits", action="store_true", help="compare the tensors only")
+    look = names.add_parser("inspect", help="family, sizes, parameters, dtypes, what is missing or too much")
+    look.add_argument(
+        "source", metavar="DIR", help="a Hugging Face directory, a run's directory, or a step-… directory"
+    )
     for direction in (read, write):
         direction.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: as stored)")
-        direction.add_argument("--workers", type=int, metavar="N", help="tensors at a time (default: one per core)")
+    for action in (read, write, compare):
+        action.add_argument("--workers", type=int, metavar="N", help="tensors at a time (default: one per core)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run one action."""
     if getattr(args, "workers", None) is not None and args.workers < 1:
         raise ConfigError(f"--workers {args.workers}: at least 1")
-    return {"import": _import, "export": _export}[args.action](args)
+    return {"import": _import, "export": _export, "verify": _verify, "inspect": _inspect}[args.action](args)
 
 
 def parse_size(text: str) -> int:
@@ -104,3 +120,38 @@ def _report(args: argparse.Namespace, summary: dict[str, Any], place: str) -> in
     if args.json:
         emit_json(summary)
     return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from llada_megatron.tools.convert.opening import open_source
+    from llada_megatron.tools.convert.tasks import default_workers
+    from llada_megatron.tools.convert.verifying import verify
+
+    if args.tolerance < 0:
+        raise ConfigError(f"--tolerance {args.tolerance}: 0 or more")
+    text = Path(args.text).read_text(encoding="utf-8") if args.text else None
+    a, b = open_source(Path(args.source)), open_source(Path(args.target))
+    try:
+        result = verify(a, b, args.tolerance, args.workers or default_workers(), text, logits=not args.no_logits)
+    finally:
+        a.close()
+        b.close()
+    print("\n".join(result["lines"]))
+    if args.json:
+        emit_json(result)
+    return 0 if result["equal"] else 1
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from llada_megatron.tools.convert.inspecting import as_text, describe
+    from llada_megatron.tools.convert.opening import open_source
+
+    source = open_source(Path(args.source))
+    try:
+        found = describe(source)
+    finally:
+        source.close()
+    print(as_text(found))
+    if args.json:
+        emit_json(found)
+    return 1 if found["faults"] else 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llada_megatron.llada_moe.config.schema import ModelConfig
+from llada_megatron.llada_moe.config.schema import ModelConfig, ObjectiveConfig
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.formats import find_format
@@ -18,6 +18,7 @@ from llada_megatron.llada_moe.huggingface.formats.table import Format, read_conf
 from llada_megatron.llada_moe.huggingface.mapping import Mapping, mappings, merge
 from llada_megatron.llada_moe.huggingface.safetensors_header import TensorInfo
 from llada_megatron.llada_moe.huggingface.safetensors_reader import TensorDirectory
+from llada_megatron.llada_moe.huggingface.tokenizer_export import find_tokenizer_files
 from llada_megatron.llada_moe.huggingface.weights import Unit
 from llada_megatron.tools.convert.findings import Findings
 
@@ -44,6 +45,26 @@ class HuggingFaceSource:
         self.tensors = TensorDirectory(self.directory)
         self.mappings: list[Mapping] = list(mappings(self.format, self.model))
         self._by_unit = {mapping.unit: mapping for mapping in self.mappings}
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """What the checkpoints of its format were trained with."""
+        kind = "autoregressive" if self.format.autoregressive else "diffusion"
+        return ObjectiveConfig(kind=kind, block_size=self.format.block_size)
+
+    @property
+    def kind(self) -> str:
+        """For people."""
+        return f"Hugging Face, {self.format.title}"
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The directory, if it has tokenizer files."""
+        return self.directory if find_tokenizer_files(self.directory) else None
+
+    def details(self) -> dict[str, Any]:
+        """Files, bytes and history."""
+        return {"files": len(self.tensors.files), "bytes": self.tensors.bytes, "history": {}}
 
     def compare(self) -> Findings:
         """What is missing, too much, or of another shape than the configuration says."""

@@ -19,7 +19,6 @@ from llada_megatron.llada_moe.config.schema import (
     DataConfig,
     LayoutConfig,
     LearningRateConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     RunConfig,
     TrainingConfig,
@@ -34,13 +33,13 @@ from llada_megatron.parallel.checkpoint_placement import pieces
 from llada_megatron.parallel.checkpoint_tensors_writer import TaskWriter, finalize
 from llada_megatron.tools.convert.huggingface import USABLE_DTYPES, HuggingFaceSource
 from llada_megatron.tools.convert.layouts import require_layout
+from llada_megatron.tools.convert.sharded import TOKENIZER
 from llada_megatron.tools.convert.tasks import Progress, Task, run_tasks
 from llada_megatron.tools.convert.workspace import Workspace
 
 TASK_BYTES = 2**30
 """About what one task converts; an interrupted conversion repeats at most this much per worker."""
 STEP = Path("checkpoints") / step_name(0)
-TOKENIZER = "tokenizer"
 MODEL_FILE = "model.yaml"
 
 
@@ -132,13 +131,10 @@ def _dtypes(source: HuggingFaceSource, wanted: torch.dtype | None) -> dict[Unit,
 
 def _run(source: HuggingFaceSource, layout: LayoutConfig, dtypes: dict[Unit, torch.dtype]) -> RunConfig:
     """The run of no steps that the checkpoint stands for."""
-    table = source.format
     projection = next(dtype for unit, dtype in dtypes.items() if unit.weight.pattern == weights.QKV)
     return RunConfig(
         model=source.model,
-        objective=ObjectiveConfig(
-            kind="autoregressive" if table.autoregressive else "diffusion", block_size=table.block_size
-        ),
+        objective=source.objective,
         training=TrainingConfig(
             steps=0,
             sequence_length=source.model.max_sequence_length,

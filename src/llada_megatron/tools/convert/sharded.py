@@ -10,7 +10,7 @@ import torch
 
 from llada_megatron.console import message
 from llada_megatron.llada_moe.config import from_dict
-from llada_megatron.llada_moe.config.schema import ModelConfig, RunConfig
+from llada_megatron.llada_moe.config.schema import ModelConfig, ObjectiveConfig, RunConfig
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.weights import Unit, canonical_weights
@@ -18,6 +18,9 @@ from llada_megatron.parallel.checkpoint_manifest import DamagedCheckpointError
 from llada_megatron.parallel.checkpoint_search import find_checkpoints
 from llada_megatron.parallel.checkpoint_tensors import ShardedReader
 from llada_megatron.tools.convert.findings import Findings
+
+TOKENIZER = "tokenizer"
+"""Folder of an imported checkpoint's tokenizer files, beside `checkpoints`."""
 
 
 class ShardedSource:
@@ -41,6 +44,36 @@ class ShardedSource:
     def facts(self) -> dict[str, Any]:
         """What its manifest says."""
         return self.reader.facts
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """Of the run that made it."""
+        return self.run.objective
+
+    @property
+    def kind(self) -> str:
+        """For people."""
+        return f"sharded, step {self.facts['step']:,}"
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder that an import keeps beside the checkpoints, or the file that the training used."""
+        folder = self.directory.parent.parent / TOKENIZER
+        if folder.is_dir():
+            return folder
+        path = Path((self.facts.get("tokenizer") or {}).get("path") or "")
+        return path if path.is_file() else None
+
+    def details(self) -> dict[str, Any]:
+        """Files, bytes and history."""
+        layout = {axis: size for axis, size in self.facts["layout"].items() if axis.endswith("parallel") and size > 1}
+        history = {
+            "layout": ", ".join(f"{axis} {size}" for axis, size in layout.items()) or "one rank",
+            "samples seen": f"{self.facts['consumed_samples']:,}",
+        }
+        if "imported" in self.facts:
+            history["imported from"] = f"{self.facts['imported']['from']} ({self.facts['imported']['format']})"
+        return {"files": len(self.reader.digests), "bytes": self.reader.bytes, "history": history}
 
     def compare(self) -> Findings:
         """What is missing, too much, or of another shape than the manifest's model has."""

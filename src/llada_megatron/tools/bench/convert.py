@@ -1,0 +1,163 @@
+"""`llada bench convert`: memory and speed of both directions of a conversion, beside a plain copy of the same files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llada_megatron.console import message
+from llada_megatron.llada_moe.errors import ResourceError
+from llada_megatron.tools.bench.claims import Claim, at_least, at_most, reported
+
+if TYPE_CHECKING:
+    import torch
+
+    from llada_megatron.llada_moe.config.schema import ModelConfig
+    from llada_megatron.llada_moe.huggingface.safetensors_writer import ShardWriter
+
+MEMORY_GOAL_GB, TIME_GOAL, SIZE_GOAL_GB = 2.0, 3.0, 8.0
+_DISK_FACTOR = 3.1  # the source, and at most two more of its size at a time
+_POOL_ELEMENTS = 2**25
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One command, from its start to its end."""
+
+    seconds: float
+    peak_gb: float
+    """Largest resident memory of the process."""
+    result: dict[str, Any]
+    """The JSON object that it printed last."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the benchmark."""
+    parser.add_argument("--layers", type=int, default=6, help="of a LLaDA2-mini, some 1.6 GB each (default: 6, 9.4 GB)")
+    parser.add_argument("--layout", help="import for these ranks, as in llada convert import --layout")
+    parser.add_argument("--directory", default=".", help="on the disk to measure; three times the size must be free")
+
+
+def run(args: argparse.Namespace) -> list[Claim]:
+    """Write a synthetic checkpoint in the layout of LLaDA2, convert it there and back, and compare."""
+    from llada_megatron.llada_moe.config import load_model
+    from llada_megatron.llada_moe.model.parameters import count_parameters
+
+    model = load_model("llada2-mini", [f"num_layers={args.layers}"])
+    size = 2 * count_parameters(model).total
+    with tempfile.TemporaryDirectory(prefix="llada-bench-convert-", dir=args.directory) as scratch:
+        free = shutil.disk_usage(scratch).free
+        if free < _DISK_FACTOR * size:
+            raise ResourceError(
+                f"{args.directory} has {free / 1e9:.0f} GB free of {_DISK_FACTOR * size / 1e9:.0f}: "
+                "name another place with --directory, or fewer --layers"
+            )
+        return _measure(Path(scratch), model, size / 1e9, args.layout)
+
+
+def _measure(scratch: Path, model: ModelConfig, gigabytes: float, layout: str | None) -> list[Claim]:
+    source, sharded, exported = scratch / "source", scratch / "sharded", scratch / "exported"
+    message(f"writing {gigabytes:.1f} GB of weights to {source}")
+    write_synthetic(source, model)
+    copied = _copy(source, scratch / "copy")
+    there = _command("import", source, sharded, *(["--layout", layout] if layout else []))
+    copied_again = _copy(source, scratch / "copy")
+    back = _command("export", sharded, exported)
+    same = _command("verify", source, exported, "--no-logits")
+    shutil.rmtree(exported)
+    claims = [at_least("size of the checkpoint", gigabytes, "GB", SIZE_GOAL_GB)]
+    for name, measured, copy in (("import", there, copied), ("export", back, copied_again)):
+        claims += [
+            at_most(f"{name}: peak memory of the process", measured.peak_gb, "GB", MEMORY_GOAL_GB),
+            at_most(f"{name}: time / time of a plain copy", measured.seconds / copy, "x", TIME_GOAL),
+            reported(f"{name}: throughput", 1000 * gigabytes / measured.seconds, "MB/s"),
+            reported(f"plain copy before the {name}: throughput", 1000 * gigabytes / copy, "MB/s"),
+        ]
+    claims.append(at_most("tensors that differ after both directions", same.result["differing"], "", 0))
+    return claims
+
+
+def write_synthetic(directory: Path, model: ModelConfig) -> None:
+    """A checkpoint of `model` with bf16 weights of arbitrary bits that are numbers, as published: shards and index."""
+    import torch
+
+    from llada_megatron.llada_moe.huggingface.formats import export_format
+    from llada_megatron.llada_moe.huggingface.formats.table import write_config
+    from llada_megatron.llada_moe.huggingface.mapping import tensor_shapes
+    from llada_megatron.llada_moe.huggingface.safetensors_writer import ShardWriter, shard_name, write_index
+
+    table = export_format(model)
+    directory.mkdir()
+    pool = torch.randn(_POOL_ELEMENTS, generator=torch.Generator().manual_seed(0)).bfloat16()
+    shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
+    held = 0
+    for name, shape in tensor_shapes(table, model).items():
+        dtype = torch.float32 if name.endswith("expert_bias") else torch.bfloat16
+        held += torch.Size(shape).numel() * dtype.itemsize
+        if held > 5e9:
+            shards.append([])
+            held = 0
+        shards[-1].append((name, dtype, shape))
+    places = {}
+    for number, tensors in enumerate(shards, start=1):
+        path = directory / shard_name(number, len(shards))
+        with ShardWriter(path, tensors) as writer:
+            for index, (name, dtype, shape) in enumerate(tensors):
+                _append_from(writer, pool, index, dtype, shape)
+                places[name] = path.name
+    write_index(directory, places, sum(path.stat().st_size for path in directory.iterdir()))
+    (directory / "config.json").write_text(json.dumps(write_config(table, model)))
+
+
+def _append_from(
+    writer: ShardWriter, pool: torch.Tensor, start: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """Fill the next tensor with values of the pool, from another place of it for each tensor."""
+    rows, width = shape[0], math.prod(shape[1:])
+    most = max(1, _POOL_ELEMENTS // 2 // width)
+    start = start * 4099 % (_POOL_ELEMENTS // 2)
+    for first in range(0, rows, most):
+        count = min(most, rows - first)
+        writer.append(pool[start : start + count * width].reshape(count, *shape[1:]).to(dtype))
+
+
+def _copy(source: Path, target: Path) -> float:
+    """Seconds to copy a directory's files and wait for the storage, as a conversion does. The copy is removed."""
+    target.mkdir()
+    begin = time.perf_counter()
+    for path in sorted(source.iterdir()):
+        shutil.copyfile(path, target / path.name)
+        with (target / path.name).open("rb+") as stream:
+            os.fsync(stream.fileno())
+    seconds = time.perf_counter() - begin
+    shutil.rmtree(target)
+    return seconds
+
+
+def _command(action: str, *words: str | Path) -> Measured:
+    """Run `llada convert` as a user does, in a process of its own."""
+    command = [sys.executable, "-m", "llada_megatron.cli", "convert", action, *map(str, words), "--json"]
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - begin
+    process.returncode = os.waitstatus_to_exitcode(status)
+    result = json.loads(output.splitlines()[-1]) if output else {}
+    if process.returncode and "equal" not in result:
+        raise ResourceError(
+            f"llada convert {action} ended with {process.returncode}: {result.get('error', 'see above')}"
+        )
+    return Measured(seconds, usage.ru_maxrss * _RSS_UNIT / 1e9, result)

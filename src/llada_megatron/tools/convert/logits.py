@@ -1,0 +1,69 @@
+"""The logits of a checkpoint of either kind on a text, computed by our model in float32."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from llada_megatron.llada_moe.config.schema import ModelConfig
+from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
+from llada_megatron.llada_moe.errors import DataError
+from llada_megatron.llada_moe.huggingface.weights import Unit, units
+from llada_megatron.llada_moe.model.parameters import count_parameters
+from llada_megatron.parallel.inference import open_weights
+from llada_megatron.tools.convert.opening import Source
+
+TEXT = """\
+It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. \
+学而时习之，不亦说乎？ def gcd(a, b): return a if b == 0 else gcd(b, a % b)  # 1071 and 462 have 21.
+"""
+"""Dickens, Confucius, Euclid: words, another script, code and numbers."""
+_MASKED_EVERY = 6
+_LONGEST = 256
+
+
+def missing_memory(model: ModelConfig) -> str | None:
+    """Why the model cannot be run on this machine, or None."""
+    needed, free = 4 * count_parameters(model).total, psutil.virtual_memory().available
+    if needed * 1.1 > free:
+        return f"in float32 the model takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free"
+    return None
+
+
+def token_ids(a: Source, b: Source, text: str) -> tuple[torch.Tensor, str]:
+    """`[1, seq]` ids of the text, every sixth masked for a model of masks; and how they were made."""
+    ids, how = _encode(a, b, text)
+    tokens = torch.tensor([ids[: min(_LONGEST, a.model.max_sequence_length)]])
+    if a.objective.kind == "diffusion":
+        tokens[0, _MASKED_EVERY // 2 :: _MASKED_EVERY] = a.model.mask_token_id
+    return tokens, how
+
+
+def logits(source: Source, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits `[seq, vocab]` of `tokens` `[1, seq]`, float32."""
+    by_place = {(unit.weight.key, unit.index): [] for unit in units(source.model)}
+    for unit in units(source.model):
+        by_place[unit.weight.key, unit.index].append(unit)
+
+    def read(key: str, index: tuple[int, ...]) -> torch.Tensor:
+        blocks: list[Unit] = by_place[key, index]
+        return torch.cat([source.read(unit, torch.float32) for unit in blocks])
+
+    with open_weights(source.model, source.objective, read) as model:
+        rows = torch.ones_like(tokens, dtype=torch.bool)
+        boundaries = torch.tensor([0, tokens.numel()], dtype=torch.int32)
+        with torch.no_grad():
+            return model(tokens, boundaries, rows=rows).float()
+
+
+def _encode(a: Source, b: Source, text: str) -> tuple[list[int], str]:
+    for source in (a, b):
+        if source.tokenizer is not None:
+            try:
+                ids = load_tokenizer(source.tokenizer).encode(text)
+            except DataError:
+                continue
+            if ids and max(ids) < a.model.vocab_size:
+                return ids, f"{len(ids)} tokens of text"
+    drawn = torch.randint(a.model.vocab_size, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    return drawn, f"{len(drawn)} tokens drawn from the vocabulary (neither has a tokenizer)"
