@@ -1,4 +1,4 @@
-"""Weights read tensor by tensor, and written so, equal those of one process, whatever layout wrote or reads them."""
+"""Weights read tensor by tensor equal those of one process, whatever layout wrote them; lies are refused."""
 
 import functools
 import os
@@ -9,25 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from llada_megatron.llada_moe.config import load_model, to_dict
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config import to_dict
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.parallel import checkpoint_manifest as manifests
 from llada_megatron.parallel import checkpoint_safety as safety
 from llada_megatron.parallel.checkpoint_manifest import DamagedCheckpointError
 from llada_megatron.parallel.checkpoint_tensors import ShardedReader
-from llada_megatron.tools.bench.layouts import parity_run
+from tests.parallel.initial_weights import chunks_of, run_of, weights
 from tests.ranks import run_ranks
 
 MODELS = ("tiny-dense", "tiny-moe", "tiny-moe-softmax")
-LAYOUTS = {
-    "one": LayoutConfig(),
-    "TP2": LayoutConfig(tensor_parallel=2, sequence_parallel=True),
-    "PP2": LayoutConfig(pipeline_parallel=2),
-    "EP2": LayoutConfig(data_parallel=2, expert_parallel=2),
-    "ETP2": LayoutConfig(data_parallel=2, expert_tensor_parallel=2),
-    "TP2.PP2": LayoutConfig(tensor_parallel=2, sequence_parallel=True, pipeline_parallel=2),
-}
 CASES = [
     (model, layout)
     for model in MODELS
@@ -36,43 +27,13 @@ CASES = [
 ]
 
 
-def _run(model, layout):
-    return parity_run(load_model(model), LAYOUTS[layout])
-
-
-def _chunks(run):
-    from llada_megatron.parallel import assembly, topology
-
-    topology.initialize(run.layout, run.training.seed)
-    return assembly.build_run_chunks(run)
-
-
 def _save(run, root):
     """Save the initial weights, which are the same under every layout."""
     from llada_megatron.parallel import assembly
     from llada_megatron.parallel.checkpoint import CheckpointStore
 
-    state = assembly.model_state(_chunks(run)) | {"optimizer": {"updates": 3}}
+    state = assembly.model_state(chunks_of(run)) | {"optimizer": {"updates": 3}}
     CheckpointStore(root).save(1, state, {"step": 1, "model": to_dict(run.model)})
-
-
-def _weights(run):
-    """The whole weights of one process, by their sharded keys."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-
-    from llada_megatron.parallel import assembly
-
-    weights = {}
-    for entry in nested_values(assembly.apply_factories_copy(_chunks(run)[0])):
-        whole = weights.setdefault(entry.key, torch.full(entry.global_shape, torch.nan, dtype=entry.dtype))
-        data = entry.data.detach().view((1,) * entry.prepend_axis_num + tuple(entry.data.shape))
-        whole[tuple(slice(a, a + n) for a, n in zip(entry.global_offset, data.shape, strict=True))] = data
-    return weights
-
-
-@functools.cache
-def weights(model):
-    return run_ranks(_weights, 1, _run(model, "one"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +43,7 @@ def saved(tmp_path_factory):
 
     @functools.cache
     def save(model, layout):
-        run = _run(model, layout)
+        run = run_of(model, layout)
         run_ranks(_save, run.layout.world_size, run, root / model / layout)
         return root / model / layout / "step-00000001"
 

@@ -37,7 +37,6 @@ LATEST = "latest"
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
 _HEADROOM = 1.02  # what file formats add to the bytes of the tensors
-_CONFIG = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
 
 
 @dataclass
@@ -191,7 +190,7 @@ class CheckpointStore:
         directory, target = pending.directory, self.directory / manifests.step_name(pending.step)
         pending.plan.writer.finish(pending.plan.metadata, [part.results for part in parts])
         manifests.write_durably(directory / safety.COMMON, pending.plan.common)
-        manifests.write_durably(directory / safety.CONFIG, _CONFIG)
+        manifests.write_durably(directory / safety.CONFIG, safety.CONFIG_CONTENT)
         files = {name: entry for part in parts for name, entry in part.files.items()}
         files |= {name: manifests.record(directory / name) for name in (safety.METADATA, safety.COMMON, safety.CONFIG)}
         manifests.write(directory, Manifest(pending.facts, files))

@@ -33,6 +33,7 @@ from llada_megatron.llada_moe.errors import CheckpointError
 
 METADATA = ".metadata"
 CONFIG = "metadata.json"
+CONFIG_CONTENT = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
 COMMON = "common.pt"
 _CONFIG_VALUES = {
     "sharded_backend": "torch_dist",

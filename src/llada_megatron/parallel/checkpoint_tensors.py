@@ -59,6 +59,11 @@ class ShardedReader:
         """Size of all files together."""
         return sum(stated.size for stated in self._manifest.files.values())
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every file, as the manifest states it."""
+        return {name: stated.sha256 for name, stated in self._manifest.files.items()}
+
     def read(self, key: str, index: tuple[int, ...] = (), start: int = 0, stop: int | None = None) -> torch.Tensor:
         """`tensor[index][start:stop]` of the weight `key`, as contiguous memory of its own on the host.
 
