@@ -1,0 +1,60 @@
+"""A program for test_checkpoint_placement.py: which boxes of which weights each rank of a layout asks for.
+
+Cases (model, overrides, layout) come as JSON, one a line; the models are built on the meta device.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch.distributed as dist
+
+from tests.llada_moe.model import meta_builds  # prepares Megatron for a machine without a GPU: before what imports it
+
+from megatron.core import parallel_state  # isort: skip
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # isort: skip
+
+from llada_megatron.llada_moe.config import load_model  # isort: skip
+from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig  # isort: skip
+from llada_megatron.llada_moe.model.transformer import build_model, transformer_config  # isort: skip
+from llada_megatron.parallel import assembly, device  # isort: skip
+
+
+def boxes(model: ModelConfig, layout: LayoutConfig) -> list[tuple[str, list[int], list[int], list[int]]]:
+    """Key, global shape, offsets and sizes of all that this rank's chunks are loaded from."""
+    stage, last = parallel_state.get_pipeline_model_parallel_rank(), layout.pipeline_parallel - 1
+    chunks = layout.pipeline_chunks_per_rank
+    found = []
+    for chunk in range(chunks):
+        with device.on_meta():
+            part = build_model(
+                model,
+                transformer_config(model, layout),
+                attention="full",
+                pre_process=stage == 0 and chunk == 0,
+                post_process=stage == last and chunk == chunks - 1,
+                vp_stage=chunk if chunks > 1 else None,
+            )
+        for entry in nested_values(assembly.apply_factories_copy(part)):
+            sizes = (1,) * entry.prepend_axis_num + tuple(entry.local_shape)
+            found.append((entry.key, list(entry.global_shape), list(entry.global_offset), list(sizes)))
+    return found
+
+
+def main() -> None:
+    """One line per case: the boxes of every rank."""
+    for line in sys.stdin:
+        case = json.loads(line)
+        model, layout = load_model(case["model"], case["overrides"]), LayoutConfig(**case["layout"])
+        ranks = []
+        for rank in range(layout.world_size):
+            meta_builds.join(layout, rank)
+            ranks.append(boxes(model, layout))
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+        print(json.dumps(ranks), flush=True)
+
+
+if __name__ == "__main__":
+    main()
