@@ -111,7 +111,8 @@ def mix_experts(
     order = flat.argsort(stable=True)  # the tokens of an expert lie side by side
     tokens = order // chosen.shape[1]
     parts = x[tokens].split(torch.bincount(flat, minlength=len(experts)).tolist())
-    out = torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True) if len(part)])
+    everyone = torch.is_grad_enabled()  # data-parallel training waits for a gradient of every expert
+    out = torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True) if len(part) or everyone])
     mixed = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     return mixed.index_add_(0, tokens, out * weights.flatten()[order, None]).to(x.dtype)
 
