@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.msc_utils import MultiStorageClientFeature
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
 from llada_megatron.llada_moe.errors import CheckpointError
@@ -220,6 +219,8 @@ def _environment(**values: str | None) -> Iterator[None]:
 @contextlib.contextmanager
 def local_files() -> Iterator[None]:
     """Plain files while this is open: where the multi-storage client is installed, Megatron would use its readers."""
+    from megatron.core.msc_utils import MultiStorageClientFeature  # here: reading metadata does not need Megatron
+
     enabled = MultiStorageClientFeature.is_enabled()
     MultiStorageClientFeature.disable()
     try:

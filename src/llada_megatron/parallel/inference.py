@@ -113,9 +113,11 @@ def open_weights(
 ) -> Iterator[DiffusionTransformer]:
     """A model in float32 in a world of one process, whose weights `read` gives (see `assembly.fill_weights`)."""
     with _world_of_one():
-        config = transformer_config(model, LayoutConfig())
-        kind = assembly.attention_kind(objective)
-        chunks = assembly.build_chunks(model, LayoutConfig(), config, kind, objective.block_size)
+        with warnings.catch_warnings():  # torch and Megatron announce coming changes of their own insides
+            warnings.simplefilter("ignore")
+            config = transformer_config(model, LayoutConfig())
+            kind = assembly.attention_kind(objective)
+            chunks = assembly.build_chunks(model, LayoutConfig(), config, kind, objective.block_size)
         with torch.no_grad():
             assembly.fill_weights(chunks, read)
         yield chunks[0].eval()

@@ -10,7 +10,7 @@ from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 from llada_megatron.llada_moe.errors import DataError
 from llada_megatron.llada_moe.huggingface.weights import Unit, units
 from llada_megatron.llada_moe.model.parameters import count_parameters
-from llada_megatron.parallel.inference import open_weights
+from llada_megatron.parallel import device
 from llada_megatron.tools.convert.opening import Source
 
 TEXT = """\
@@ -41,6 +41,9 @@ def token_ids(a: Source, b: Source, text: str) -> tuple[torch.Tensor, str]:
 
 def logits(source: Source, tokens: torch.Tensor) -> torch.Tensor:
     """Logits `[seq, vocab]` of `tokens` `[1, seq]`, float32."""
+    device.install()
+    from llada_megatron.parallel.inference import open_weights
+
     by_place = {(unit.weight.key, unit.index): [] for unit in units(source.model)}
     for unit in units(source.model):
         by_place[unit.weight.key, unit.index].append(unit)
