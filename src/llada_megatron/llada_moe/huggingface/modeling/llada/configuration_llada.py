@@ -4,9 +4,27 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
+LLADA_8B: dict[str, Any] = {
+    "vocab_size": 126464,
+    "d_model": 4096,
+    "n_layers": 32,
+    "n_heads": 32,
+    "mlp_ratio": 4,
+    "mlp_hidden_size": 12288,
+    "max_sequence_length": 4096,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+    "weight_tying": False,
+    "init_std": 0.02,
+    "mask_token_id": 126336,
+    "eos_token_id": 126081,
+    "pad_token_id": 126081,
+    "use_cache": False,
+}
+
 
 class LLaDAConfig(PretrainedConfig):
-    """Defaults are those of LLaDA-8B."""
+    """Keys that are not given are those of LLaDA-8B."""
 
     model_type = "llada"
     attribute_map: ClassVar[dict[str, str]] = {
@@ -19,41 +37,11 @@ class LLaDAConfig(PretrainedConfig):
         "initializer_range": "init_std",
     }
 
-    def __init__(
-        self,
-        vocab_size: int = 126464,
-        embedding_size: int | None = None,
-        d_model: int = 4096,
-        n_layers: int = 32,
-        n_heads: int = 32,
-        n_kv_heads: int | None = None,
-        mlp_ratio: int = 4,
-        mlp_hidden_size: int | None = None,
-        max_sequence_length: int = 4096,
-        rope_theta: float = 500000.0,
-        rms_norm_eps: float = 1e-5,
-        weight_tying: bool = False,
-        init_std: float = 0.02,
-        mask_token_id: int = 126336,
-        eos_token_id: int = 126081,
-        pad_token_id: int = 126081,
-        use_cache: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.embedding_size = embedding_size or vocab_size
-        self.d_model = d_model
-        self.n_layers = n_layers
-        self.n_heads = n_heads
-        self.n_kv_heads = n_kv_heads or n_heads
-        self.mlp_ratio = mlp_ratio
-        self.mlp_hidden_size = mlp_hidden_size or mlp_ratio * d_model
-        self.max_sequence_length = max_sequence_length
-        self.rope_theta = rope_theta
-        self.rms_norm_eps = rms_norm_eps
-        self.weight_tying = weight_tying
-        self.init_std = init_std
-        self.mask_token_id = mask_token_id
-        self.use_cache = use_cache
-        kwargs["tie_word_embeddings"] = weight_tying
-        super().__init__(eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
+    def __init__(self, **keys: Any) -> None:
+        """Null keys follow from others: as many key as query heads, `mlp_ratio`, a row per token."""
+        keys = {**LLADA_8B, **keys}
+        keys["n_kv_heads"] = keys.get("n_kv_heads") or keys["n_heads"]
+        keys["mlp_hidden_size"] = keys["mlp_hidden_size"] or keys["mlp_ratio"] * keys["d_model"]
+        keys["embedding_size"] = keys.get("embedding_size") or keys["vocab_size"]
+        keys["tie_word_embeddings"] = keys["weight_tying"]
+        super().__init__(**keys)
