@@ -7,7 +7,6 @@ names are those of the manifest, and an entry is parsed with `weights_only`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,21 +94,15 @@ class ShardedReader:
             whole[part.inside(wanted)] = read_part(entry, part)
         return whole.reshape(wanted.sizes[lead:])
 
-    def verify(self, progress: Callable[[int], None] | None = None) -> None:
-        """Compare every file with its SHA-256.
-
-        Args:
-            progress: receives the size in bytes of each file when it is done.
+    def verify(self, name: str) -> None:
+        """Compare the file `name`, one of `digests`, with its SHA-256.
 
         Raises:
-            DamagedCheckpointError: naming the file that does not hold the bytes that were written.
+            DamagedCheckpointError: it does not hold the bytes that were written.
         """
-        for name, stated in self._manifest.files.items():
-            fault = manifests.verify_digest(self.directory, name, stated)
-            if fault:
-                raise DamagedCheckpointError(fault)
-            if progress is not None:
-                progress(stated.size)
+        fault = manifests.verify_digest(self.directory, name, self._manifest.files[name])
+        if fault:
+            raise DamagedCheckpointError(fault)
 
     def _places(self, found: metadata.Metadata) -> dict[str, dict[tuple[int, ...], Any]]:
         """Where each part of each tensor is stored, by key and offsets."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llada_megatron import __version__
-from llada_megatron.console import message
 from llada_megatron.llada_moe.huggingface.card import generation_config, model_card
 from llada_megatron.llada_moe.huggingface.formats import export_format
 from llada_megatron.llada_moe.huggingface.formats.table import Format, write_config
@@ -69,8 +69,6 @@ def export_checkpoint(path: Path, target: Path, options: ExportOptions) -> dict[
         notes.append("these weights were trained with causal attention; the exported model attends in both directions")
     with Workspace(target, _plan(source, options)) as workspace:
         if not workspace.complete:
-            message(f"checking {source.directory} ({source.reader.bytes / 1e9:.2f} GB)")
-            source.reader.verify()
             _fill(workspace, source, shards, options.workers)
             config["torch_dtype"] = _main_dtype(shards)
             notes += _write_rest(workspace.output, source, table, config, options)
@@ -131,11 +129,18 @@ def _fill(workspace: Workspace, source: ShardedSource, shards: list[Shard], work
     if len(shards) == 1:
         names = [SINGLE_NAME]
 
-    def task(number: int) -> Task:
+    def write(number: int) -> Task:
         path, shard = workspace.output / names[number], shards[number]
         return Task(number, shard.size, lambda progress: _write_shard(path, shard, source, progress))
 
-    run_tasks(workspace, [task(number) for number in range(len(shards))], workers, "exporting")
+    def check(number: int, name: str) -> Task:
+        return Task(len(shards) + number, 0, lambda progress: source.reader.verify(name))
+
+    # the check runs beside the writing, which waits for the disk; nothing gets its name before both are done
+    writes = [write(number) for number in range(len(shards))]
+    checks = [check(number, name) for number, name in enumerate(source.reader.digests)]
+    both = [task for pair in zip_longest(writes, checks) for task in pair if task is not None]
+    run_tasks(workspace, both, workers, "exporting")
     if len(shards) > 1:
         places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard.tensors}
         write_index(workspace.output, places, sum(shard.size for shard in shards))
