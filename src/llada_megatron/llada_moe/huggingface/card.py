@@ -1,0 +1,194 @@
+"""The model card of an export, and its `generation_config.json`: written from the model and the checkpoint's facts.
+
+The same checkpoint gives the same card. Of paths on the machine that trained, only the last names are told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+from llada_megatron.llada_moe.config import RunConfig, from_dict
+from llada_megatron.llada_moe.config.schema import LearningRateConfig, ModelConfig, MoEConfig, ObjectiveConfig
+from llada_megatron.llada_moe.huggingface.formats.table import Format
+from llada_megatron.llada_moe.model.parameters import count_parameters
+
+Row = tuple[str, str]
+"""What, and its value."""
+
+_ROUTING = {
+    "softmax": "softmax over all experts",
+    "softmax_normalized": "softmax, divided by the sum over the chosen experts",
+    "sigmoid": "sigmoid, divided by the sum over the chosen experts",
+}
+_LAST_NAMES = 3
+"""Of a path: run, `checkpoints`, step."""
+
+
+def generation_config(model: ModelConfig) -> dict[str, Any]:
+    """The token ids that programs for sampling read, as `generation_config.json` names them."""
+    return {
+        "eos_token_id": model.eos_token_id,
+        "pad_token_id": model.eos_token_id,
+        "mask_token_id": model.mask_token_id,
+    }
+
+
+def model_card(model: ModelConfig, table: Format, facts: dict[str, Any]) -> str:
+    """The text of `README.md`.
+
+    Args:
+        table: the format of the export.
+        facts: those in the checkpoint's manifest.
+    """
+    run = from_dict(RunConfig, facts["run"])
+    kind = _kind(run.objective)
+    head = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": [table.name, "custom_code", "autoregressive" if kind == "causal" else "masked-diffusion"],
+    }
+    what = "An autoregressive" if kind == "causal" else "A masked diffusion"
+    sections = (
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {what} language model in the format of {table.title}",
+        "## Architecture",
+        _rows(_architecture(model)),
+        "## Training",
+        _training(run, facts),
+        "## Use",
+        _USE.format(call=_CALLS[kind].format(mask=model.mask_token_id, block=run.objective.block_size)),
+        "## Attention",
+        _ATTENTION[kind].format(block=run.objective.block_size),
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def _kind(objective: ObjectiveConfig) -> str:
+    if objective.kind == "autoregressive":
+        return "causal"
+    return "full" if objective.block_size is None else "blocks"
+
+
+def _rows(rows: Iterator[Row]) -> str:
+    """A table of two columns; what would end a cell is escaped."""
+    lines = [f"| {what} | {value.replace('|', chr(92) + '|')} |" for what, value in rows]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _architecture(model: ModelConfig) -> Iterator[Row]:
+    parameters = count_parameters(model)
+    yield "parameters", f"{parameters.total:,}"
+    if model.moe is not None:
+        yield "of these active for a token", f"{parameters.active:,}"
+    yield "layers", f"{model.num_layers}"
+    yield "hidden size", f"{model.hidden_size:,}"
+    heads = f"{model.num_attention_heads} for queries, {model.num_key_value_heads} for keys and values"
+    yield "attention heads", f"{heads}, {model.head_dim} features each" + (", normalised" if model.qk_norm else "")
+    part = "" if model.rotary_fraction == 1 else f", over {model.rotary_fraction:g} of each head"
+    yield "rotary embedding", f"base {model.rope_theta:g}{part}"
+    if model.moe is None:
+        yield "feed-forward", f"SwiGLU, width {model.ffn_hidden_size:,}"
+    else:
+        yield from _experts(model, model.moe)
+    yield "vocabulary", f"{model.vocab_size:,}" + (", embedding and output tied" if model.tie_embeddings else "")
+    yield "longest sequence", f"{model.max_sequence_length:,} tokens"
+    yield "mask, end-of-text and padding tokens", f"{model.mask_token_id}, {model.eos_token_id}, {model.eos_token_id}"
+
+
+def _experts(model: ModelConfig, moe: MoEConfig) -> Iterator[Row]:
+    yield "experts", f"{moe.num_experts} of width {moe.expert_ffn_hidden_size:,}, {moe.top_k} for each token"
+    if moe.shared_expert_ffn_hidden_size:
+        yield "shared expert", f"width {moe.shared_expert_ffn_hidden_size:,}"
+    if moe.leading_dense_layers:
+        yield "dense layers at the bottom", f"{moe.leading_dense_layers} of width {model.ffn_hidden_size:,}"
+    groups = f", best {moe.expert_groups_top_k} of {moe.num_expert_groups} groups" if moe.num_expert_groups > 1 else ""
+    yield "router", _ROUTING[moe.score_function] + groups + (", bias in the choice" if moe.expert_bias else "")
+
+
+def _training(run: RunConfig, facts: dict[str, Any]) -> str:
+    imported = facts.get("imported")  # a run that continues from it writes facts of its own
+    if imported:
+        origin = f"The weights were read from `{imported['from']}`, in the format {imported['format']}"
+        return f"{origin}, and have not been trained since."
+    return _rows(_trained(run, facts)) + "\n\nTrained with llada-megatron on Megatron-Core."
+
+
+def _trained(run: RunConfig, facts: dict[str, Any]) -> Iterator[Row]:
+    training, objective, optimizer = run.training, run.objective, run.optimizer
+    samples = facts["consumed_samples"]
+    yield "steps", f"{facts['step']:,} of {training.steps:,}"
+    yield "sequences", f"{samples:,}, {training.global_batch_size:,} in each step"
+    yield "tokens", f"{samples * training.sequence_length:,} ({training.sequence_length:,} in each sequence)"
+    if run.checkpoint.load:
+        yield "started from", f"`{'/'.join(PurePath(run.checkpoint.load).parts[-_LAST_NAMES:])}`"
+    if objective.kind == "autoregressive":
+        yield "objective", "cross-entropy of the next token"
+    else:
+        band = f"{objective.mask_ratio_min:g} to {objective.mask_ratio_max:g}"
+        yield "objective", f"cross-entropy of masked tokens, share masked from {band}, {objective.time_sampling} times"
+    yield (
+        "optimizer",
+        (
+            f"AdamW, betas {optimizer.beta1:g} and {optimizer.beta2:g}, weight decay {optimizer.weight_decay:g}, "
+            f"gradient norm at most {optimizer.clip_grad_norm:g}"
+        ),
+    )
+    yield "learning rate", _learning_rate(optimizer.learning_rate)
+    yield "precision", training.precision
+    yield "data", ", ".join(f"`{PurePath(data.path).name}` (weight {data.weight:g})" for data in run.data.sets)
+    yield "seed", f"{training.seed}"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+
+
+def _learning_rate(rate: LearningRateConfig) -> str:
+    parts = [f"{rate.peak:g} after {rate.warmup_steps:,} steps"]
+    parts += [f"{drop.value:g} from step {drop.step:,}" for drop in rate.drops]
+    if rate.decay_steps:
+        parts.append(f"{rate.decay_shape} to {rate.final:g} over the last {rate.decay_steps:,}")
+    return ", ".join(parts)
+
+
+_USE = """The files beside this one are code, so they have to be trusted:
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+directory = "."
+model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(directory)
+text = tokenizer("def add(a, b):\\n", add_special_tokens=False, return_tensors="pt")["input_ids"]
+{call}
+```
+
+`llada convert import` makes a checkpoint of it that `llada train` and `llada sample` read."""
+
+_MASKED = """tokens = torch.cat([text, torch.full((1, 8), {mask})], dim=1)  # eight tokens to fill in
+"""
+_AFTER = """
+guesses = logits[0, -8:].argmax(dim=-1)  # of each masked position its own; a sampler keeps the surest and repeats"""
+_CALLS = {
+    "full": _MASKED + "logits = model(tokens).logits" + _AFTER,
+    "blocks": _MASKED
+    + """block = torch.arange(tokens.shape[1]) // {block}
+logits = model(tokens, attention_mask=(block[:, None] >= block[None, :])[None, None]).logits"""
+    + _AFTER,
+    "causal": """seen = torch.ones(text.shape[1], text.shape[1], dtype=torch.bool).tril()
+logits = model(text, attention_mask=seen[None, None]).logits
+guess = logits[0, -1].argmax()  # of the token that comes next""",
+}
+_ATTENTION = {
+    "full": """Every token sees every other one: there is no causal mask, and the logits of a position are those of its
+own token. Give padding as a 2-D `attention_mask`.""",
+    "blocks": """The weights were trained with block-causal attention: a token sees its own block of {block} positions,
+counted from the start of the text, and all blocks before it. Without a 4-D `attention_mask` (above) the model attends
+to everything, which is not what it learnt. A 2-D mask means padding. The logits of a position are those of its own
+token.""",
+    "causal": """**The weights were trained autoregressively**: with causal attention, on the next token. They are no
+diffusion model yet, but a start for one. The code beside this file attends to everything unless it is given a causal
+4-D `attention_mask` (above), and the logits of a position are those of the token after it.""",
+}

@@ -1,0 +1,134 @@
+"""The card says what the checkpoint knows, and its example runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from llada_megatron.llada_moe.config import RunConfig, load_model, to_dict
+from llada_megatron.llada_moe.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    DataSetConfig,
+    LearningRateConfig,
+    LearningRateDropConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+from llada_megatron.llada_moe.huggingface.card import generation_config, model_card
+from llada_megatron.llada_moe.huggingface.formats import export_format
+
+OBJECTIVES = {
+    "full": ObjectiveConfig(),
+    "blocks": ObjectiveConfig(block_size=32),
+    "causal": ObjectiveConfig(kind="autoregressive"),
+}
+
+
+def facts(model, step=750, objective=None, **more):
+    run = RunConfig(
+        model=model,
+        training=TrainingConfig(steps=1000, sequence_length=4096, global_batch_size=64, seed=5),
+        data=DataConfig(sets=[DataSetConfig(path="/home/someone/data/py|thon", weight=2.0)]),
+        optimizer=OptimizerConfig(
+            learning_rate=LearningRateConfig(
+                peak=4e-4, warmup_steps=20, drops=[LearningRateDropConfig(step=500, value=1e-4)], decay_steps=100
+            )
+        ),
+        output_dir="/home/someone/runs/mine",
+        objective=objective or ObjectiveConfig(),
+        checkpoint=CheckpointConfig(load="/home/someone/parent/checkpoints/step-00000000"),
+    )
+    versions = {"llada-megatron": "0.1.0", "torch": "2.13.0", "megatron-core": "0.16.1"}
+    return {"model": to_dict(model), "run": to_dict(run), "step": step, "consumed_samples": step * 64,
+            "versions": versions, **more}  # fmt: skip
+
+
+def card(name="llada2-mini", **known):
+    model = load_model(name)
+    return model_card(model, export_format(model), facts(model, **known))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", ["llada-8b", "llada-moe-7b-a1b", "llada2-flash"])
+def test_the_card_is_markdown_with_a_front_matter(name, objective):
+    text = card(name, objective=OBJECTIVES[objective])
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "transformers"
+    assert re.findall("^#+ .*", body, re.M)[1:] == ["## Architecture", "## Training", "## Use", "## Attention"]
+    table = [line for line in body.splitlines() if line.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 3 for line in table)
+    assert not re.search(r"[{}]|None|/home|someone", re.sub(r"```.*?```", "", body, flags=re.S))
+    assert max(map(len, body.splitlines())) < 160
+
+
+def test_what_the_checkpoint_knows_is_told():
+    text = card(objective=OBJECTIVES["blocks"])
+    for told in (
+        "| parameters | 16,255,643,392 |", "| layers | 20 |", "base 600000, over 0.5 of each head",
+        "16 for queries, 4 for keys and values, 128 features each, normalised", "256 of width 512, 8 for each token",
+        "| dense layers at the bottom | 1 of width 5,120 |", "| mask, end-of-text and padding tokens | 156895, 156892, ",
+        "sigmoid, divided by the sum over the chosen experts, best 4 of 8 groups, bias in the choice",
+        "| steps | 750 of 1,000 |", "| sequences | 48,000, 64 in each step |",
+        "| tokens | 196,608,000 (4,096 in each sequence) |", "`parent/checkpoints/step-00000000`",
+        "betas 0.9 and 0.95, weight decay 0.1, gradient norm at most 1", "`py\\|thon` (weight 2)",
+        "0.0004 after 20 steps, 0.0001 from step 500, linear to 0 over the last 100",
+        "megatron-core 0.16.1", "block of 32 positions",
+    ):  # fmt: skip
+        assert told in text, told
+
+
+def test_imported_weights_have_no_training_of_their_own():
+    imported = {"format": "bailing_moe", "from": "Ling-mini-2.0", "config_sha256": "0" * 64}
+    text = card(step=0, objective=OBJECTIVES["causal"], imported=imported)
+    assert "read from `Ling-mini-2.0`, in the format bailing_moe, and have not been trained since." in text
+    assert "| steps |" not in text and "**The weights were trained autoregressively**" in text
+    assert "autoregressive" in yaml.safe_load(text.split("---\n")[1])["tags"]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_example_runs(objective, monkeypatch):
+    text = card("tiny-dense", objective=OBJECTIVES[objective])
+    example = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    calls = []
+
+    def model(tokens, attention_mask=None):
+        calls.append((tokens, attention_mask))
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(tokens, 256).float())
+
+    loaded = SimpleNamespace(eval=lambda: model)
+    tokenizer = lambda text, **_: {"input_ids": torch.arange(40)[None]}  # noqa: E731
+    stub = SimpleNamespace(
+        AutoModelForCausalLM=SimpleNamespace(from_pretrained=lambda directory, trust_remote_code: loaded),
+        AutoTokenizer=SimpleNamespace(from_pretrained=lambda directory: tokenizer),
+    )
+    monkeypatch.setitem(sys.modules, "transformers", stub)
+    scope = {}
+    exec(example, scope)
+    tokens, mask = calls[0]
+    n = tokens.shape[1]
+    if objective == "causal":
+        assert n == 40 and torch.equal(mask[0, 0], torch.ones(n, n, dtype=torch.bool).tril())
+        return
+    assert n == 48 and tokens[0, 40:].tolist() == [load_model("tiny-dense").mask_token_id] * 8
+    assert len(scope["guesses"]) == 8
+    if objective == "full":
+        assert mask is None
+    else:
+        assert mask.shape == (1, 1, n, n) and mask[0, 0, :32].sum() == 32 * 32 and mask[0, 0, 32:].all()
+
+
+def test_generation_config_is_read_by_transformers(tmp_path):
+    model = dataclasses.replace(load_model("tiny-dense"), mask_token_id=9)
+    ids = generation_config(model)
+    assert ids == {"eos_token_id": model.eos_token_id, "pad_token_id": model.eos_token_id, "mask_token_id": 9}
+    transformers = pytest.importorskip("transformers")
+    read = transformers.GenerationConfig.from_dict(ids)
+    assert (read.eos_token_id, read.mask_token_id) == (model.eos_token_id, 9)
