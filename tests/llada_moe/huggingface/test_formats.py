@@ -335,3 +335,9 @@ def test_split_is_the_inverse_of_merge(drawn, block):
         again = merge(mapping.unit, split(mapping, merged.flip(0), model), model)
         assert torch.equal(again, merged.flip(0))
     assert rows == {name: shape[0] for name, shape in shapes.items()}
+
+
+def test_groups_that_the_published_router_would_score_otherwise_are_not_exported():
+    model = load_model("tiny-moe", ["moe.expert_groups_top_k=4"])
+    with pytest.raises(CheckpointError, match=r"moe.top_k 4 is not 2 x moe.expert_groups_top_k 4"):
+        write_config(export_format(model), model)

@@ -18,6 +18,7 @@ _LAYER = "model.layers.{layer}."
 _ATTENTION = _LAYER + "attention."
 _EXPERT = _LAYER + "mlp.experts.{expert}."
 _SHARED = _LAYER + "mlp.shared_experts."
+_SCORING = 2
 
 NAMES = {
     w.EMBEDDING: ("model.word_embeddings.weight",),
@@ -48,6 +49,17 @@ def shared_width(config: Config) -> int:
 def _shared_experts(model: ModelConfig) -> int:
     """Its inverse."""
     return model.moe.shared_expert_ffn_hidden_size // model.moe.expert_ffn_hidden_size if model.moe else 0
+
+
+def _other_group_score(model: ModelConfig) -> str | None:
+    """The published router scores a group by its two best experts, Megatron by its top_k / expert_groups_top_k best."""
+    moe = model.moe
+    if moe is None or moe.num_expert_groups == 1 or moe.top_k == _SCORING * moe.expert_groups_top_k:
+        return None
+    return (
+        f"moe.top_k {moe.top_k} is not {_SCORING} x moe.expert_groups_top_k {moe.expert_groups_top_k}, as the published "
+        "router needs, which scores a group of experts by its two best"
+    )
 
 
 FIELDS = (
@@ -103,6 +115,7 @@ LLADA2 = Format(
     block_size=32,
     exports=Export(
         folder="llada2",
+        obstacle=_other_group_score,
         constants={
             "architectures": ["LLaDA2MoeModelLM"],
             "auto_map": {

@@ -78,6 +78,8 @@ class Export:
     """Further keys of `config.json`: values, or functions of the ModelConfig."""
     folder: str
     """Of the modelling files, in `huggingface/modeling`."""
+    obstacle: Callable[[ModelConfig], str | None] = lambda model: None
+    """Why the published code would compute something else, where the keys alone do not show it."""
 
 
 def read_config(table: Format, config: Config, file: str) -> ModelConfig:
@@ -117,6 +119,9 @@ def write_config(table: Format, model: ModelConfig) -> Config:
     """
     if table.exports is None:
         raise CheckpointError(f"{table.title} is read only: {table.why_not_exported}")
+    obstacle = table.exports.obstacle(model)
+    if obstacle:
+        raise CheckpointError(f"the format of {table.title} cannot hold this model: {obstacle}")
     values = to_dict(model)
     values |= {f"moe.{key}": value for key, value in (values["moe"] or {}).items()}
     config: Config = {entry.key: values[entry.path] for entry in table.fields if entry.key}
