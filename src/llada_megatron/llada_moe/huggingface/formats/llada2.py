@@ -57,8 +57,8 @@ def _other_group_score(model: ModelConfig) -> str | None:
     if moe is None or moe.num_expert_groups == 1 or moe.top_k == _SCORING * moe.expert_groups_top_k:
         return None
     return (
-        f"moe.top_k {moe.top_k} is not {_SCORING} x moe.expert_groups_top_k {moe.expert_groups_top_k}, as the published "
-        "router needs, which scores a group of experts by its two best"
+        f"moe.top_k {moe.top_k} is not {_SCORING} x moe.expert_groups_top_k {moe.expert_groups_top_k}, as needs the "
+        "published router, which scores a group of experts by its two best"
     )
 
 
