@@ -74,7 +74,7 @@ def test_what_the_checkpoint_knows_is_told():
     for told in (
         "| parameters | 16,255,643,392 |", "| layers | 20 |", "base 600000, over 0.5 of each head",
         "16 for queries, 4 for keys and values, 128 features each, normalised", "256 of width 512, 8 for each token",
-        "| dense layers at the bottom | 1 of width 5,120 |", "| mask, end-of-text and padding tokens | 156895, 156892, ",
+        "| dense layers at the bottom | 1 of width 5,120 |", "| mask, end-of-text and padding tokens | 156895, ",
         "sigmoid, divided by the sum over the chosen experts, best 4 of 8 groups, bias in the choice",
         "| steps | 750 of 1,000 |", "| sequences | 48,000, 64 in each step |",
         "| tokens | 196,608,000 (4,096 in each sequence) |", "`parent/checkpoints/step-00000000`",

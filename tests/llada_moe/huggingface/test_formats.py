@@ -19,7 +19,7 @@ from llada_megatron.llada_moe.huggingface.formats.bailing import BAILING, BAILIN
 from llada_megatron.llada_moe.huggingface.formats.llada2 import LLADA2
 from llada_megatron.llada_moe.huggingface.formats.llama import LLAMA
 from llada_megatron.llada_moe.huggingface.formats.qwen3 import QWEN3, QWEN3_MOE
-from llada_megatron.llada_moe.huggingface.formats.table import read_config, with_mask, write_config
+from llada_megatron.llada_moe.huggingface.formats.table import read_config, write_config
 from llada_megatron.llada_moe.huggingface.mapping import mappings, merge, split, tensor_shapes
 from llada_megatron.parallel import topology
 from tests.llada_moe.huggingface.our_model import canonical, logits
@@ -221,7 +221,7 @@ def test_logits_are_those_of_transformers(case, one_rank):
     table, name, keys = CASES[case]
     theirs, config = transformers_model(name, **keys)
     assert find_format(config, "config.json") is table and table.autoregressive
-    model = read_config(with_mask(table, MASK), config, "config.json")
+    model = read_config(table, {**config, "mask_token_id": MASK}, "config.json")
     state = checkpoint_of(theirs)
     assert state.keys() - tensor_shapes(table, model).keys() == ({"lm_head.weight"} if model.tie_embeddings else set())
     tokens = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -233,38 +233,38 @@ def test_logits_are_those_of_transformers(case, one_rank):
 
 
 def test_both_spellings_of_the_rotation_are_read():
-    old = {**TINY, "model_type": "llama", "rope_theta": 500000.0, "rope_scaling": None}
-    new = {**TINY, "model_type": "llama", "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}
-    plain = {**TINY, "model_type": "llama", "rope_theta": 500000.0, "rope_scaling": {"type": "default"}}
+    tiny = {**TINY, "mask_token_id": MASK}
+    old = {**tiny, "rope_theta": 500000.0, "rope_scaling": None}
+    new = {**tiny, "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}
+    plain = {**tiny, "rope_theta": 500000.0, "rope_scaling": {"type": "default"}}
     several = {**old, "eos_token_id": [0, 7]}
-    table = with_mask(LLAMA, MASK)
-    assert len({str(read_config(table, config, "config.json")) for config in (old, new, plain, several)}) == 1
+    assert len({str(read_config(LLAMA, config, "config.json")) for config in (old, new, plain, several)}) == 1
 
 
 REFUSED = {
-    "no mask": (LLAMA, {}, "LLaMA .* names no mask token: give --mask-token-id N"),
+    "no mask": (LLAMA, {"mask_token_id": None}, "LLaMA .* names no mask token: give --mask-token-id N"),
     "scaled": (
-        with_mask(LLAMA, MASK),
+        LLAMA,
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         "rope_scaling = .*llama3.* is not supported .*only null is.*rotated by theta alone",
     ),
     "scaled, nested": (
-        with_mask(QWEN3, MASK),
+        QWEN3,
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}},
         "rope_scaling = .*yarn.* is not supported",
     ),
-    "attention bias": (with_mask(LLAMA, MASK), {"attention_bias": True}, "attention_bias = True .*have no bias"),
-    "mlp bias": (with_mask(LLAMA, MASK), {"mlp_bias": True}, "mlp_bias = True .*have no bias"),
-    "window": (with_mask(QWEN3, MASK), {"use_sliding_window": True}, "use_sliding_window = True .*whole sequence"),
+    "attention bias": (LLAMA, {"attention_bias": True}, "attention_bias = True .*have no bias"),
+    "mlp bias": (LLAMA, {"mlp_bias": True}, "mlp_bias = True .*have no bias"),
+    "window": (QWEN3, {"use_sliding_window": True}, "use_sliding_window = True .*whole sequence"),
     "dense layers": (
-        with_mask(QWEN3_MOE, MASK),
+        QWEN3_MOE,
         {**EXPERTS, "mlp_only_layers": [2]},
         r"mlp_only_layers = \[2\] .*first",
     ),
-    "sparse step": (with_mask(QWEN3_MOE, MASK), {**EXPERTS, "decoder_sparse_step": 2}, "decoder_sparse_step = 2 "),
-    "no end": (with_mask(QWEN3, MASK), {"eos_token_id": None}, "'eos_token_id' is missing"),
-    "mask outside": (with_mask(LLAMA, 64), {}, "64 is outside the vocabulary of 64"),
-    "no heads": (with_mask(LLAMA, MASK), {"num_attention_heads": 0, "head_dim": None}, "'head_dim' does not follow"),
+    "sparse step": (QWEN3_MOE, {**EXPERTS, "decoder_sparse_step": 2}, "decoder_sparse_step = 2 "),
+    "no end": (QWEN3, {"eos_token_id": None}, "'eos_token_id' is missing"),
+    "mask outside": (LLAMA, {"mask_token_id": 64}, "64 is outside the vocabulary of 64"),
+    "no heads": (LLAMA, {"num_attention_heads": 0, "head_dim": None}, "'head_dim' does not follow"),
     "2.2": (LLADA2, {**LLADA2_MINI, "expert_capacity": 48}, "expert_capacity = 48 .*routing by blocks"),
 }
 
@@ -273,7 +273,7 @@ REFUSED = {
 def test_what_the_model_does_not_compute_is_refused(case):
     table, keys, message = REFUSED[case]
     with pytest.raises(CheckpointError, match=f"^dir/config.json: .*{message}"):
-        read_config(table, {**TINY, **keys}, "dir/config.json")
+        read_config(table, {**TINY, "mask_token_id": MASK, **keys}, "dir/config.json")
 
 
 def test_an_unknown_model_type_lists_the_known():

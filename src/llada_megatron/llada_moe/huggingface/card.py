@@ -130,13 +130,9 @@ def _trained(run: RunConfig, facts: dict[str, Any]) -> Iterator[Row]:
     else:
         band = f"{objective.mask_ratio_min:g} to {objective.mask_ratio_max:g}"
         yield "objective", f"cross-entropy of masked tokens, share masked from {band}, {objective.time_sampling} times"
-    yield (
-        "optimizer",
-        (
-            f"AdamW, betas {optimizer.beta1:g} and {optimizer.beta2:g}, weight decay {optimizer.weight_decay:g}, "
-            f"gradient norm at most {optimizer.clip_grad_norm:g}"
-        ),
-    )
+    clipping = f", gradient norm at most {optimizer.clip_grad_norm:g}" if optimizer.clip_grad_norm else ""
+    decay = f"weight decay {optimizer.weight_decay:g}"
+    yield "optimizer", f"AdamW, betas {optimizer.beta1:g} and {optimizer.beta2:g}, {decay}{clipping}"
     yield "learning rate", _learning_rate(optimizer.learning_rate)
     yield "precision", training.precision
     yield "data", ", ".join(f"`{PurePath(data.path).name}` (weight {data.weight:g})" for data in run.data.sets)

@@ -6,7 +6,6 @@ support another one, write its table and list it in `formats/__init__.py`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -188,12 +187,3 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         training_only = ("aux_loss_coefficient", "z_loss_coefficient", "expert_bias_update_rate")
         values |= {f"moe.{key}": value for key, value in moe.items() if key not in training_only}
     return values
-
-
-def with_mask(table: Format, mask_token_id: int) -> Format:
-    """The table, with the mask token where its configurations do not name one."""
-    fields = tuple(
-        dataclasses.replace(entry, default=mask_token_id) if entry.path == "mask_token_id" else entry
-        for entry in table.fields
-    )
-    return dataclasses.replace(table, fields=fields)
