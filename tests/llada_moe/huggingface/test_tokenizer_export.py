@@ -18,7 +18,7 @@ from llada_megatron.llada_moe.data.sentencepiece_tokenizer import train_sentence
 from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 from llada_megatron.llada_moe.errors import DataError
 from llada_megatron.llada_moe.huggingface.sentencepiece_conversion import Kind, convert, read_model
-from llada_megatron.llada_moe.huggingface.tokenizer_export import export_tokenizer, find_tokenizer_files
+from llada_megatron.llada_moe.huggingface.tokenizer_export import find_tokenizer_files, tokenizer_files
 
 CORPUS = ["def run(self, name):\n    return self.names[name]  # ☃\n\n\n", "the quick brown fox\tjumps\r\n"] * 20
 NASTY = "a\0b \u2581c\u2581 <mask> <s></s><unk> <0x41>\r\n\u2028\x85 é 漢字😀 \ufeff  <|mask|><|endoftext|>"
@@ -66,8 +66,11 @@ def ids(theirs, text):
 
 
 def export(source, folder, model):
+    result = tokenizer_files(source, model)
     folder.mkdir()
-    return export_tokenizer(source, folder, model)
+    for name, data in result.files.items():
+        (folder / name).write_bytes(data)
+    return result
 
 
 SOURCES = {
@@ -88,8 +91,8 @@ def exported(request, tmp_path_factory):
     source = SOURCES[request.param](folder)
     ours = load_tokenizer(source)
     result = export(source, folder / "out", model_for(ours))
-    assert {"tokenizer.json", "tokenizer_config.json"} <= set(result.written) and not result.notes
-    assert {path.name for path in (folder / "out").iterdir()} == set(result.written)
+    assert {"tokenizer.json", "tokenizer_config.json"} <= set(result.files) and not result.notes
+    assert {path.name for path in (folder / "out").iterdir()} == set(result.files)
     return ours, loaded(folder / "out"), load_tokenizer(folder / "out")
 
 
@@ -127,7 +130,7 @@ def test_files_of_a_folder_stay_as_they_are(tmp_path):
     model = model_for(load_tokenizer(source), vocab_size=300)
     for number, given_as in enumerate((source, source / "tokenizer.json")):
         result = export(given_as, tmp_path / str(number), model)
-        assert result.written == kept
+        assert sorted(result.files) == kept
         assert all((source / name).read_bytes() == (tmp_path / str(number) / name).read_bytes() for name in kept)
         assert result.notes == [f"tokenization_mine.py of {source}: code, neither run nor copied"]
 
@@ -159,7 +162,7 @@ def test_a_mask_beyond_the_next_id_has_no_name(tmp_path):
 
 
 def test_without_a_tokenizer_nothing_is_written(tmp_path):
-    assert export(None, tmp_path / "out", load_model("tiny-dense")).written == []
+    assert export(None, tmp_path / "out", load_model("tiny-dense")).files == {}
     assert not list((tmp_path / "out").iterdir())
     (tmp_path / "tokenizer_config.json").write_text("{}")
     assert find_tokenizer_files(tmp_path) == []
@@ -171,7 +174,7 @@ def test_folder_without_a_fast_tokenizer_is_copied(tmp_path):
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (source / name).write_text("{}")
     result = export(source, tmp_path / "out", load_model("tiny-dense"))
-    assert result.written == ["merges.txt", "tokenizer_config.json", "vocab.json"]
+    assert sorted(result.files) == ["merges.txt", "tokenizer_config.json", "vocab.json"]
     assert "has no tokenizer.json" in result.notes[0]
 
 
@@ -200,7 +203,7 @@ def test_the_tokenizer_of_another_model_is_refused(tmp_path):
     source = byte_level(tmp_path)
     for changes in ({"vocab_size": 200}, {"vocab_size": 400, "eos_token_id": 300}):
         with pytest.raises(DataError, match="is not the tokenizer of this model: it has 259 ids"):
-            export_tokenizer(source, tmp_path, model_for(load_tokenizer(source), **changes))
+            tokenizer_files(source, model_for(load_tokenizer(source), **changes))
 
 
 def sentencepiece_file(folder, **options):
@@ -255,7 +258,7 @@ def test_models_of_others(tmp_path, dummy_prefix):
 def test_models_without_an_equal_are_copied(tmp_path, options, reason):
     path = sentencepiece_file(tmp_path, **options)
     result = export(path, tmp_path / "out", model_for(load_tokenizer(path)))
-    assert result.written == ["tokenizer.model"] and reason in result.notes[0]
+    assert list(result.files) == ["tokenizer.model"] and reason in result.notes[0]
     assert (tmp_path / "out/tokenizer.model").read_bytes() == path.read_bytes()
 
 

@@ -40,8 +40,8 @@ FILES = (
 class TokenizerFiles:
     """What an export has of a tokenizer."""
 
-    written: list[str] = field(default_factory=list)
-    """Names of the files."""
+    files: dict[str, bytes] = field(default_factory=dict)
+    """Name and content."""
     notes: list[str] = field(default_factory=list)
     """What the user should know, a sentence each."""
 
@@ -58,8 +58,8 @@ def code_notes(directory: Path) -> list[str]:
     return [f"{', '.join(names)} of {directory}: code, neither run nor copied"] if names else []
 
 
-def export_tokenizer(source: Path | None, target: Path, model: ModelConfig) -> TokenizerFiles:
-    """Write the tokenizer that a checkpoint was trained with into the directory `target`.
+def tokenizer_files(source: Path | None, model: ModelConfig) -> TokenizerFiles:
+    """The files of the tokenizer that a checkpoint was trained with, for an export.
 
     Args:
         source: a `tokenizer.json`, a SentencePiece `.model`, a folder with the files of a tokenizer, or None.
@@ -73,12 +73,9 @@ def export_tokenizer(source: Path | None, target: Path, model: ModelConfig) -> T
     result = TokenizerFiles()
     if source is None:
         return result
-    files = _contents(source, result.notes)
-    if FAST in files:
-        _complete(files, model, source, result.notes)
-    for name, data in files.items():
-        (target / name).write_bytes(data)
-    result.written = sorted(files)
+    result.files = _contents(source, result.notes)
+    if FAST in result.files:
+        _complete(result.files, model, source, result.notes)
     return result
 
 

@@ -19,7 +19,7 @@ from llada_megatron.llada_moe.huggingface.mapping import Mapping, mappings, spli
 from llada_megatron.llada_moe.huggingface.modeling_files import modeling_files
 from llada_megatron.llada_moe.huggingface.safetensors_reader import SINGLE_NAME
 from llada_megatron.llada_moe.huggingface.safetensors_writer import ShardWriter, shard_name, write_index
-from llada_megatron.llada_moe.huggingface.tokenizer_export import export_tokenizer
+from llada_megatron.llada_moe.huggingface.tokenizer_export import TokenizerFiles, tokenizer_files
 from llada_megatron.parallel.checkpoint_manifest import write_durably
 from llada_megatron.tools.convert.huggingface import CONFIG
 from llada_megatron.tools.convert.importing import kept_dtype
@@ -58,12 +58,17 @@ def export_checkpoint(path: Path, target: Path, options: ExportOptions) -> dict[
     Raises:
         CheckpointError: the checkpoint is damaged, or its model has no published format.
         ConfigError: a target that is not empty.
+        DataError: its tokenizer is none, or that of another model.
         ResourceError: no space left; repeat the command once there is.
     """
     source = ShardedSource(path)
     table = export_format(source.model)
     config = write_config(table, source.model)
     notes = source.require_whole()
+    tokenizer = tokenizer_files(options.tokenizer or source.tokenizer, source.model)
+    notes += tokenizer.notes
+    if not tokenizer.files:
+        notes.append("the checkpoint's tokenizer is not there (--tokenizer PATH): the export has none")
     shards = plan_shards(source, table, options)
     if source.run.objective.kind == "autoregressive":
         notes.append("these weights were trained with causal attention; the exported model attends in both directions")
@@ -71,7 +76,7 @@ def export_checkpoint(path: Path, target: Path, options: ExportOptions) -> dict[
         if not workspace.complete:
             _fill(workspace, source, shards, options.workers)
             config["torch_dtype"] = _main_dtype(shards)
-            notes += _write_rest(workspace.output, source, table, config, options)
+            _write_rest(workspace.output, source, table, config, tokenizer)
         workspace.publish()
     return {
         "format": table.name,
@@ -168,18 +173,17 @@ def _main_dtype(shards: list[Shard]) -> str:
 
 
 def _write_rest(
-    output: Path, source: ShardedSource, table: Format, config: dict[str, Any], options: ExportOptions
-) -> list[str]:
-    """Everything but the weights; returns notes. The configuration comes last: without it nothing loads."""
+    output: Path, source: ShardedSource, table: Format, config: dict[str, Any], tokenizer: TokenizerFiles
+) -> None:
+    """Everything but the weights. The configuration comes last: without it nothing loads."""
     assert table.exports is not None
     for file in modeling_files(table.exports.folder):
         write_durably(output / file.name, file.read_bytes())
-    tokenizer = options.tokenizer or source.tokenizer
-    export_tokenizer(tokenizer, output, source.model)
+    for name, data in tokenizer.files.items():
+        write_durably(output / name, data)
     write_durably(output / "generation_config.json", _json(generation_config(source.model)))
     write_durably(output / "README.md", model_card(source.model, table, source.facts).encode())
     write_durably(output / CONFIG, _json(dict(sorted(config.items()))))
-    return [] if tokenizer else ["the checkpoint's tokenizer is not there (--tokenizer PATH): the export has none"]
 
 
 def _json(content: dict[str, Any]) -> bytes:

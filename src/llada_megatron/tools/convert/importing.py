@@ -26,7 +26,7 @@ from llada_megatron.llada_moe.config.schema import (
 from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 from llada_megatron.llada_moe.errors import CheckpointError, DataError
 from llada_megatron.llada_moe.huggingface import weights
-from llada_megatron.llada_moe.huggingface.tokenizer_export import find_tokenizer_files
+from llada_megatron.llada_moe.huggingface.tokenizer_export import code_notes, find_tokenizer_files
 from llada_megatron.llada_moe.huggingface.weights import Unit
 from llada_megatron.parallel.checkpoint_manifest import step_name, write_durably
 from llada_megatron.parallel.checkpoint_placement import pieces
@@ -78,6 +78,7 @@ def import_checkpoint(directory: Path, target: Path, options: ImportOptions) -> 
     finally:
         source.close()
     tokenizer = find_tokenizer_files(directory)
+    notes += code_notes(directory)
     if not tokenizer:
         notes.append("no tokenizer files in it: sampling and export will need one (--tokenizer)")
     return {
