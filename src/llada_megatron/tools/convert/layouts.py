@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from llada_megatron.llada_moe.config.schema import LayoutConfig, RunConfig
 from llada_megatron.llada_moe.config.validation_layout import check_layout
 from llada_megatron.llada_moe.errors import ConfigError
@@ -14,17 +16,19 @@ def parse_layout(text: str | None) -> LayoutConfig:
     """`tensor_parallel=2,expert_parallel=4` as a layout with as many data-parallel ranks as the experts need.
 
     Raises:
-        ConfigError: an axis that cuts no weights, or a value that is no number from 1.
+        ConfigError: an axis that cuts no weights or is given twice, or a value that is no number from 1.
     """
     axes: dict[str, int] = {}
     for word in text.split(",") if text else ():
         name, _, value = word.strip().partition("=")
         if name not in AXES or not value.isdecimal() or int(value) < 1:
             raise ConfigError(f"--layout {word}: it takes {', '.join(f'{axis}=N' for axis in AXES)}, with commas")
+        if name in axes:
+            raise ConfigError(f"--layout {text}: {name} twice")
         axes[name] = int(value)
     tensor = axes.get("tensor_parallel", 1)
     experts = axes.get("expert_parallel", 1) * axes.get("expert_tensor_parallel", 1)
-    return LayoutConfig(**axes, data_parallel=-(-experts // tensor), sequence_parallel=tensor > 1)
+    return LayoutConfig(**axes, data_parallel=experts // math.gcd(experts, tensor), sequence_parallel=tensor > 1)
 
 
 def require_layout(run: RunConfig) -> None:
