@@ -107,7 +107,7 @@ def test_the_example_runs(objective, monkeypatch):
     tokenizer = lambda text, **_: {"input_ids": torch.arange(40)[None]}  # noqa: E731
     stub = SimpleNamespace(
         AutoModelForCausalLM=SimpleNamespace(from_pretrained=lambda directory, trust_remote_code: loaded),
-        AutoTokenizer=SimpleNamespace(from_pretrained=lambda directory: tokenizer),
+        AutoTokenizer=SimpleNamespace(from_pretrained=lambda directory, trust_remote_code: tokenizer),
     )
     monkeypatch.setitem(sys.modules, "transformers", stub)
     scope = {}

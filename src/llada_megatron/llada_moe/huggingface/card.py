@@ -156,7 +156,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 directory = "."
 model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained(directory)
+tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
 text = tokenizer("def add(a, b):\\n", add_special_tokens=False, return_tensors="pt")["input_ids"]
 {call}
 ```
