@@ -12,12 +12,12 @@ import torch
 from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig
 from llada_megatron.llada_moe.huggingface.formats import export_format
-from llada_megatron.llada_moe.huggingface.formats.table import read_config, write_config
+from llada_megatron.llada_moe.huggingface.formats.table import read_config
 from llada_megatron.llada_moe.huggingface.mapping import tensor_shapes
-from llada_megatron.llada_moe.huggingface.modeling_files import modeling_files
 from llada_megatron.parallel import topology
 from llada_megatron.tools.bench.layouts import MODELS
 from tests.llada_moe.huggingface import our_model
+from tests.llada_moe.huggingface.exported import load, modules_in, random_peer, same_weights, write_without_weights
 
 transformers = pytest.importorskip("transformers")
 
@@ -44,29 +44,8 @@ def one_rank(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def cache_of_modules(tmp_path_factory):
-    """Where transformers copies the code it runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+    with modules_in(tmp_path_factory.mktemp("modules")):
         yield
-
-
-def write_without_weights(folder: Path, model: ModelConfig) -> Path:
-    table = export_format(model)
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(write_config(table, model)))
-    for file in modeling_files(table.exports.folder):
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
-
-def random_peer(folder: Path, model: ModelConfig):
-    config = transformers.AutoConfig.from_pretrained(write_without_weights(folder, model), trust_remote_code=True)
-    torch.manual_seed(0)
-    peer = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True).eval()
-    for name, tensor in peer.state_dict().items():
-        tensor.add_(torch.randn_like(tensor) * (0.2 if tensor.dim() == 1 else 0.05))
-        assert tensor.dtype is torch.float32, name
-    return peer
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +61,6 @@ def peers(tmp_path_factory):
         return made[case]
 
     return make
-
-
-def load(folder: Path, **options):
-    peer, found = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, output_loading_info=True, **options
-    )
-    assert not any(found.values()), found
-    return peer
 
 
 def ours(peer, case: str, tokens: torch.Tensor, *attention) -> torch.Tensor:
@@ -147,7 +118,7 @@ def test_a_saved_model_is_the_same_model(peers, case, tmp_path):
     peer = load(peers(case))
     peer.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")
-    assert torch.equal(peer(ids()).logits, again(ids()).logits)
+    assert same_weights(peer, again)
     table = export_format(CASES[case])
     models = []
     for folder in (peers(case), tmp_path / "again"):
