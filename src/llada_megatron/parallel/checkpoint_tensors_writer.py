@@ -21,6 +21,7 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
 from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.llada_moe.storage import Writeback
 from llada_megatron.parallel import checkpoint_manifest as manifests
 from llada_megatron.parallel import checkpoint_safety as safety
 from llada_megatron.parallel.checkpoint_manifest import FileRecord, Manifest
@@ -62,7 +63,10 @@ class TaskWriter:
             path = self._directory / f"__{rank}_{self._task}.distcp"
             file = self._files[rank] = _HashedFile(path)
         begin = file.size
-        torch.save(_alone(tensor.detach()).view(sizes), file)
+        try:
+            torch.save(_alone(tensor.detach()).view(sizes), file)
+        except RuntimeError as error:  # torch puts one of its own before that of a failed write
+            raise file.failure or error from error
         self._entries.append(
             {
                 "key": key,
@@ -177,11 +181,19 @@ class _HashedFile:
     def __init__(self, path: Path) -> None:
         self.path, self.size = path, 0
         self._stream, self._digest = path.open("wb"), hashlib.sha256()
+        self._writeback = Writeback(self._stream.fileno())
+        self.failure: OSError | None = None
+        """Of a write, with the file's name."""
 
     def write(self, content: Any) -> int:
         self._digest.update(content)
-        self._stream.write(content)
+        try:
+            self._stream.write(content)
+        except OSError as error:
+            self.failure = OSError(error.errno, error.strerror, str(self.path))
+            raise self.failure from error
         count = memoryview(content).nbytes
+        self._writeback.wrote(count)
         self.size += count
         return count
 

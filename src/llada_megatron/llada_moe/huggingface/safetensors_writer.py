@@ -15,6 +15,7 @@ import torch
 from llada_megatron.llada_moe.errors import CheckpointError, LladaError, ResourceError
 from llada_megatron.llada_moe.huggingface.safetensors_header import DTYPES, METADATA
 from llada_megatron.llada_moe.huggingface.safetensors_reader import INDEX_NAME
+from llada_megatron.llada_moe.storage import Writeback
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ALIGNMENT = 8
@@ -54,6 +55,7 @@ class ShardWriter:
             self._stream = self.path.open("wb", buffering=0)
         except OSError as error:
             raise _failure(self.path, error) from error
+        self._writeback = Writeback(self._stream.fileno())
         self._write(memoryview(header))
 
     def append(self, tensor: torch.Tensor) -> None:
@@ -117,7 +119,9 @@ class ShardWriter:
         """Write all of `content`; the system may take less at a time (2 GiB on Linux)."""
         try:
             while content:
-                content = content[self._stream.write(content) :]
+                count = self._stream.write(content)
+                self._writeback.wrote(count)
+                content = content[count:]
         except OSError as error:
             self._stream.close()
             raise _failure(self.path, error) from error

@@ -1,4 +1,8 @@
-"""`llada bench convert`: memory and speed of both directions of a conversion, beside a plain copy of the same files."""
+"""`llada bench convert`: memory and speed of both directions of a conversion, beside a plain copy of their input.
+
+A disk's speed changes from minute to minute, so the input is copied before and after each conversion; every one of them
+starts with nothing of it in the system's cache, and ends when the storage holds what was written.
+"""
 
 from __future__ import annotations
 
@@ -71,28 +75,34 @@ def _measure(scratch: Path, model: ModelConfig, gigabytes: float, layout: str | 
     source, sharded, exported = scratch / "source", scratch / "sharded", scratch / "exported"
     message(f"writing {gigabytes:.1f} GB of weights to {source}")
     write_synthetic(source, model)
-    copies = [_copy(source, scratch / "copy")]
-    there = _command("import", source, sharded, *(["--layout", layout] if layout else []))
-    copies.append(_copy(source, scratch / "copy"))
-    back = _command("export", sharded, exported)
-    copies.append(_copy(source, scratch / "copy"))
-    same = _command("verify", source, exported, "--no-logits")
-    claims = [at_least("size of the checkpoint", gigabytes, "GB", SIZE_GOAL_GB)]
-    for name, measured, around in (("import", there, copies[:2]), ("export", back, copies[1:])):
-        copy = statistics.mean(around)
-        claims += [
-            at_most(f"{name}: peak memory of the process", measured.peak_gb, "GB", MEMORY_GOAL_GB),
-            at_most(
-                f"{name}: time / time of a plain copy (mean of two)", measured.seconds / copy, "x", TIME_GOAL
-            ),
-            reported(f"{name}: throughput", 1000 * gigabytes / measured.seconds, "MB/s"),
-        ]
-    claims += [
-        reported(f"plain copy {number}: throughput", 1000 * gigabytes / seconds, "MB/s")
-        for number, seconds in enumerate(copies, start=1)
+    steps = [
+        ("import", source, sharded, ["--layout", layout] if layout else []),
+        ("export", sharded, exported, []),
     ]
+    claims = [at_least("size of the checkpoint", gigabytes, "GB", SIZE_GOAL_GB)]
+    for action, before, after, options in steps:
+        copies = [_copy(before, scratch / "copy")]
+        _forget(before)
+        measured = _command(action, before, after, *options)
+        copies.append(_copy(before, scratch / "copy"))
+        claims += _claims(action, measured, copies, gigabytes)
+    same = _command("verify", source, exported, "--no-logits")
     claims.append(at_most("tensors that differ after both directions", same.result["differing"], "", 0))
     return claims
+
+
+def _claims(action: str, measured: Measured, copies: list[float], gigabytes: float) -> list[Claim]:
+    """One direction beside the copies of its input made before and after it."""
+    ratio = measured.seconds / statistics.mean(copies)
+    return [
+        at_most(f"{action}: peak memory of the process", measured.peak_gb, "GB", MEMORY_GOAL_GB),
+        at_most(f"{action}: time / time of a plain copy (mean of two)", ratio, "x", TIME_GOAL),
+        reported(f"{action}: throughput", 1000 * gigabytes / measured.seconds, "MB/s"),
+        *(
+            reported(f"plain copy {when} the {action}: throughput", 1000 * gigabytes / seconds, "MB/s")
+            for when, seconds in zip(("before", "after"), copies, strict=True)
+        ),
+    ]
 
 
 def write_synthetic(directory: Path, model: ModelConfig) -> None:
@@ -139,13 +149,25 @@ def _append_from(
         writer.append(pool[start : start + count * width].reshape(count, *shape[1:]).to(dtype))
 
 
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def _forget(directory: Path) -> None:
+    """Make the system drop its cached pages of the files, so that everything measured reads from the disk."""
+    for path in _files(directory):
+        with path.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _copy(source: Path, target: Path) -> float:
     """Seconds to copy a directory's files and wait for the storage, as a conversion does. The copy is removed."""
+    _forget(source)
     target.mkdir()
     begin = time.perf_counter()
-    for path in sorted(source.iterdir()):
-        shutil.copyfile(path, target / path.name)
-        with (target / path.name).open("rb+") as stream:
+    for number, path in enumerate(_files(source)):
+        shutil.copyfile(path, target / str(number))
+        with (target / str(number)).open("rb+") as stream:
             os.fsync(stream.fileno())
     seconds = time.perf_counter() - begin
     shutil.rmtree(target)
