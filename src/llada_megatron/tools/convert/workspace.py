@@ -9,6 +9,7 @@ A conversion that was interrupted continues after its last finished task; one of
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -20,6 +21,7 @@ from typing import Any, TextIO
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, ResourceError
 from llada_megatron.parallel.checkpoint_manifest import sync_directory, write_durably
 
+_PLAN = "plan.json"
 _HEADROOM = 1.01  # headers and indices beside the tensors
 
 
@@ -34,10 +36,11 @@ class Workspace:
             plan: JSON values that decide every byte of the output.
 
         Raises:
-            ConfigError: the target is not empty, or an unfinished conversion of something else is in the way.
+            ConfigError: the target is not empty or a mount point, or an unfinished conversion of something else is in
+                the way.
             ResourceError: another process is converting to the same target.
         """
-        self.target = Path(os.path.abspath(target))
+        self.target = Path(os.path.realpath(target))
         self.root = self.target.with_name(f".{self.target.name}.converting")
         self.output = self.root / "output"
         self._journal = self.root / "journal"
@@ -53,18 +56,19 @@ class Workspace:
     def _start(self, plan: dict[str, Any]) -> bool:
         """Whether everything was done but the last cleaning up."""
         text = json.dumps(plan, sort_keys=True, indent=1).encode()
-        before = self.root / "plan.json"
+        before = self.root / _PLAN
         known = before.read_bytes() if before.exists() else None
         if known == text and not self.output.exists() and self.target.exists():
             return True
-        if known is None:
-            _require_empty(self.target)
-        elif known != text:
+        if known is not None and known != text:
             changed = ", ".join(_changes(json.loads(known), plan))
             raise ConfigError(
                 f"{self.root} holds an unfinished conversion with another {changed}: repeat that command to finish it, "
                 f"or remove that directory to start anew"
             )
+        _require_empty(self.target)
+        if not self.output.exists():  # its records speak of files that have been given away
+            shutil.rmtree(self._journal, ignore_errors=True)
         self.output.mkdir(exist_ok=True)
         self._journal.mkdir(exist_ok=True)
         if known is None:
@@ -103,6 +107,7 @@ class Workspace:
                 self.target.rmdir()  # empty, or the rename would fail
             self.output.rename(self.target)
             sync_directory(self.target.parent)
+        shutil.rmtree(self._journal, ignore_errors=True)  # before the plan: after a kill between, `_start` sees it done
         shutil.rmtree(self.root, ignore_errors=True)
 
     def __enter__(self) -> Workspace:
@@ -112,9 +117,16 @@ class Workspace:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._lock.close()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                f"no space left to write {self.target} ({error.strerror}): make room and repeat the command (what is "
+                "done is kept), or write elsewhere"
+            ) from error
 
 
 def _require_empty(target: Path) -> None:
+    if target.is_mount():
+        raise ConfigError(f"{target} is a mount point, which cannot be replaced: name a new directory in it")
     if target.is_dir():
         inside = sorted(entry.name for entry in target.iterdir())
         if inside:
