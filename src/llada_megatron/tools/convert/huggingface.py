@@ -87,7 +87,8 @@ class HuggingFaceSource:
         ignored = [name for name in found if self.format.ignores(self.config, name)]
         if ignored:
             result.notes.append(f"{len(ignored)} tensors are no part of the model proper ({ignored[0]} …)")
-        result.extra = [name for name in found if name not in ignored and not self._is_tied(name, result)]
+        result.extra = [name for name in found if name not in ignored]
+        self._compare_tied(result)
         return result
 
     def require_whole(self) -> list[str]:
@@ -102,14 +103,6 @@ class HuggingFaceSource:
             counts[name] = counts.get(name, 0) + math.prod(info.shape)
         return counts
 
-    def dtype(self, unit: Unit) -> torch.dtype:
-        """As stored. Raises CheckpointError: the parts of one unit differ."""
-        names = [part.name for part in self._by_unit[unit].parts]
-        found = {self.tensors.tensors[name].dtype for name in names}
-        if len(found) > 1:
-            raise CheckpointError(f"{self.directory}: {', '.join(names)} have different dtypes; give --dtype")
-        return found.pop()
-
     def read(self, unit: Unit, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The unit's tensor, as stored or in `dtype`."""
         parts = [self.tensors.read(part.name, part.start, part.stop) for part in self._by_unit[unit].parts]
@@ -121,18 +114,26 @@ class HuggingFaceSource:
         """Close the files."""
         self.tensors.close()
 
-    def _is_tied(self, name: str, findings: Findings) -> bool:
-        """An output layer that is stored though it is the embedding."""
-        if not self.model.tie_embeddings or (name,) != self.format.names[weights.OUTPUT]:
+    def _compare_tied(self, result: Findings) -> None:
+        """An output layer that is stored though it is the embedding: a note if it is the same, else a fault."""
+        (embedding,), (output,) = self.format.names[weights.EMBEDDING], self.format.names[weights.OUTPUT]
+        if not self.model.tie_embeddings or output not in result.extra:
+            return
+        result.extra.remove(output)
+        if self._same_rows(output, embedding):
+            result.notes.append(f"{output} is {embedding} again (the configuration ties them)")
+        else:
+            result.extra.append(f"{output} (it differs from {embedding}, and the configuration ties them)")
+
+    def _same_rows(self, name: str, embedding: str) -> bool:
+        """Whether both tensors have the same rows for every token of the vocabulary."""
+        one, other = self.tensors.tensors[name], self.tensors.tensors.get(embedding)
+        if other is None or (one.dtype, one.shape[1:]) != (other.dtype, other.shape[1:]):
             return False
-        embedding = self.format.names[weights.EMBEDDING][0]
-        for mapping in self.mappings:
-            if mapping.unit.weight.pattern == weights.EMBEDDING:
-                rows = (mapping.unit.start, mapping.unit.stop)
-                if not torch.equal(self.tensors.read(name, *rows), self.tensors.read(embedding, *rows)):
-                    return False
-        findings.notes.append(f"{name} is {embedding} again (the configuration ties them)")
-        return True
+        if min(one.rows, other.rows) < self.model.vocab_size:
+            return False
+        blocks = [(m.unit.start, m.unit.stop) for m in self.mappings if m.unit.weight.pattern == weights.EMBEDDING]
+        return all(torch.equal(self.tensors.read(name, *rows), self.tensors.read(embedding, *rows)) for rows in blocks)
 
 
 def _is_padded(unit: Unit, expected: tuple[int, ...], info: TensorInfo) -> bool:

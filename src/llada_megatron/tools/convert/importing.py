@@ -97,8 +97,8 @@ def unit_elements(unit: Unit) -> int:
 
 
 def kept_dtype(unit: Unit, stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """The dtype to write: the expert bias stays in float32, in which it is published and updated."""
-    return stored if wanted is None or unit.weight.pattern == weights.EXPERT_BIAS else wanted
+    """The dtype to write: the expert bias is in float32 in any case, in which it is published and updated."""
+    return stored if wanted is None else torch.float32 if unit.weight.pattern == weights.EXPERT_BIAS else wanted
 
 
 def batches(units: Iterable[Unit], dtypes: dict[Unit, torch.dtype], size: int) -> Iterator[tuple[list[Unit], int]]:
@@ -118,15 +118,24 @@ def batches(units: Iterable[Unit], dtypes: dict[Unit, torch.dtype], size: int) -
 def _dtypes(source: HuggingFaceSource, wanted: torch.dtype | None) -> dict[Unit, torch.dtype]:
     """The dtype of each unit. Raises CheckpointError for one that a model cannot be trained or run in."""
     found: dict[Unit, torch.dtype] = {}
+    of_weight: dict[str, tuple[torch.dtype, str]] = {}
     for mapping in source.mappings:
-        stored = source.dtype(mapping.unit)
-        dtype = kept_dtype(mapping.unit, stored, wanted)
-        if dtype not in USABLE_DTYPES or not stored.is_floating_point or stored.itemsize < 2:
-            raise CheckpointError(
-                f"{source.directory}: {mapping.parts[0].name} is {stored}; bfloat16 and float32 are kept as they are, "
-                "float16 and float64 are converted with --dtype bf16 or fp32, quantised weights are not read"
-            )
-        found[mapping.unit] = dtype
+        key = mapping.unit.weight.key
+        for part in mapping.parts:
+            stored = source.tensors.tensors[part.name].dtype
+            dtype = kept_dtype(mapping.unit, stored, wanted)
+            if dtype not in USABLE_DTYPES or not stored.is_floating_point or stored.itemsize < 2:
+                raise CheckpointError(
+                    f"{source.directory}: {part.name} is {stored}; bfloat16 and float32 are kept as they are, "
+                    "float16 and float64 are converted with --dtype bf16 or fp32, quantised weights are not read"
+                )
+            first, name = of_weight.setdefault(key, (dtype, part.name))
+            if dtype is not first:
+                raise CheckpointError(
+                    f"{source.directory}: {name} is {first} and {part.name} is {dtype}, but both become parts of "
+                    f"{key}: give --dtype bf16 or fp32"
+                )
+        found[mapping.unit] = of_weight[key][0]
     return found
 
 

@@ -17,6 +17,7 @@ from llada_megatron.llada_moe.huggingface.weights import Unit, units
 from llada_megatron.tools.convert.opening import Source
 
 _SHOWN = 5
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _AHEAD = 4  # units compared beyond the one that is waited for, per worker
 TRAINING_ONLY = ("init_std", "aux_loss_coefficient", "z_loss_coefficient", "expert_bias_update_rate", "family")
 """Keys of a model that say nothing of what it computes."""
@@ -120,7 +121,7 @@ def difference(a: Source, b: Source, unit: Unit, tolerance: float) -> Difference
     """How one unit differs, or None."""
     one, other = a.read(unit), b.read(unit)
     if tolerance == 0 and one.dtype == other.dtype:
-        bits = torch.int16 if one.itemsize == 2 else torch.int32
+        bits = _BITS[one.itemsize]
         differing = one.view(bits) != other.view(bits)
     elif tolerance == 0:
         differing = torch.ones_like(one, dtype=torch.bool)
