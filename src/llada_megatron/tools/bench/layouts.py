@@ -59,7 +59,14 @@ SIGMOID = dataclasses.replace(
         routed_scaling_factor=2.5,
     ),
 )
-MODELS = {"dense": DENSE, "tied": TIED, "softmax": SOFTMAX, "sigmoid": SIGMOID}
+BLOCKS = dataclasses.replace(
+    SIGMOID,
+    moe=dataclasses.replace(
+        SIGMOID.moe, num_expert_groups=1, expert_groups_top_k=1, top_k=2, expert_capacity=3, routing_block_size=5
+    ),
+)
+"""Routed by blocks that no rank's share of the sequence holds whole."""
+MODELS = {"dense": DENSE, "tied": TIED, "softmax": SOFTMAX, "sigmoid": SIGMOID, "blocks": BLOCKS}
 
 
 def _layout(**sizes: object) -> LayoutConfig:

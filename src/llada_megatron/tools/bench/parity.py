@@ -51,6 +51,8 @@ def cases() -> Iterator[tuple[str, RunConfig]]:
         yield f"{model} {name}", parity_run(MODELS[model], layout)
     for name in ("TP2.SP.EP2", "PP2.EP2"):
         yield f"sigmoid {name} recomputed", parity_run(MODELS["sigmoid"], MOE_LAYOUTS[name], recompute="full")
+    for name in ("TP2.SP", "CP2.EP2", "PP2.EP2"):
+        yield f"blocks {name} recomputed", parity_run(MODELS["blocks"], MOE_LAYOUTS[name], recompute="full")
     for name in ("CP2", "TP2.SP.PP2"):
         yield (
             f"dense {name} autoregressive",

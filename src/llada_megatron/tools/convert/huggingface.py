@@ -29,8 +29,12 @@ USABLE_DTYPES = (torch.bfloat16, torch.float32)
 class HuggingFaceSource:
     """One directory with `config.json` and safetensors files. Nothing in it is executed."""
 
-    def __init__(self, directory: Path, mask_token_id: int | None = None) -> None:
+    def __init__(self, directory: Path, mask_token_id: int | None = None, require_mask: bool = True) -> None:
         """Read the configuration and the headers of the weights.
+
+        Args:
+            mask_token_id: takes the place of the configuration's.
+            require_mask: refuse an autoregressive model's configuration, which names none, without `mask_token_id`.
 
         Raises:
             CheckpointError: no or an unknown configuration, or files that are missing or damaged.
@@ -39,6 +43,9 @@ class HuggingFaceSource:
         self.config, self.config_sha256 = _read_json(self.directory / CONFIG)
         file = str(self.directory / CONFIG)
         self.format: Format = find_format(self.config, file)
+        self._mask_is_missing = not require_mask and self.format.needs_mask(self.config)
+        if self._mask_is_missing:
+            mask_token_id = 0 if self.config.get("eos_token_id") else 1  # any will do, where no token is masked
         if mask_token_id is not None:
             self.config["mask_token_id"] = mask_token_id
         self.model: ModelConfig = read_config(self.format, self.config, file)
@@ -64,7 +71,8 @@ class HuggingFaceSource:
 
     def details(self) -> dict[str, Any]:
         """Files, bytes and history."""
-        return {"files": len(self.tensors.files), "bytes": self.tensors.bytes, "history": {}}
+        history = {"mask token": "none; an import needs --mask-token-id"} if self._mask_is_missing else {}
+        return {"files": len(self.tensors.files), "bytes": self.tensors.bytes, "history": history}
 
     def compare(self) -> Findings:
         """What is missing, too much, or of another shape than the configuration says."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
-from llada_megatron.llada_moe.config.schema import ModelConfig
+from llada_megatron.llada_moe.config.schema import ModelConfig, ObjectiveConfig
 from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 from llada_megatron.llada_moe.errors import DataError
 from llada_megatron.llada_moe.huggingface.weights import Unit, units
@@ -39,8 +39,8 @@ def token_ids(a: Source, b: Source, text: str) -> tuple[torch.Tensor, str]:
     return tokens, how
 
 
-def logits(source: Source, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits `[seq, vocab]` of `tokens` `[1, seq]`, float32."""
+def logits(source: Source, objective: ObjectiveConfig, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits `[seq, vocab]` of `tokens` `[1, seq]`, float32, with the attention of `objective`."""
     device.install()
     from llada_megatron.parallel.inference import open_weights
 
@@ -52,7 +52,7 @@ def logits(source: Source, tokens: torch.Tensor) -> torch.Tensor:
         blocks: list[Unit] = by_place[key, index]
         return torch.cat([source.read(unit, torch.float32) for unit in blocks])
 
-    with open_weights(source.model, source.objective, read) as model:
+    with open_weights(source.model, objective, read) as model:
         rows = torch.ones_like(tokens, dtype=torch.bool)
         boundaries = torch.tensor([0, tokens.numel()], dtype=torch.int32)
         with torch.no_grad():

@@ -61,5 +61,5 @@ def open_source(path: Path) -> Source:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory: give a checkpoint's")
     if (path / CONFIG).exists() or any(path.glob("*.safetensors*")):
-        return HuggingFaceSource(path)
+        return HuggingFaceSource(path, require_mask=False)
     return ShardedSource(path)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from llada_megatron.console import message
 from llada_megatron.tools.convert.workspace import Workspace
 
 MOST_WORKERS = 8
+_LINE_SECONDS = 30.0
 
 
 class StoppedError(Exception):
@@ -90,7 +92,7 @@ def run_tasks(workspace: Workspace, tasks: Sequence[Task], workers: int, title: 
 
 @contextlib.contextmanager
 def _bar(title: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A progress bar on stderr where that is a terminal, else a line at each tenth; yields what adds bytes to it."""
+    """A progress bar on stderr where that is a terminal, else a line now and then; yields what adds bytes to it."""
     if not sys.stderr.isatty():
         yield _lines(title, total)
         return
@@ -106,15 +108,14 @@ def _bar(title: str, total: int) -> Iterator[Callable[[int], object]]:
 
 def _lines(title: str, total: int) -> Callable[[int], None]:
     lock = threading.Lock()
-    done = shown = 0
+    done, shown = 0, time.monotonic()
 
     def advance(count: int) -> None:
         nonlocal done, shown
         with lock:
             done += count
-            tenth = 10 * done // max(total, 1)
-            if tenth > shown:
-                shown = tenth
-                message(f"{title}: {10 * tenth} % of {total / 1e9:.2f} GB")
+            if time.monotonic() - shown > _LINE_SECONDS:
+                shown = time.monotonic()
+                message(f"{title}: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
     return advance

@@ -19,7 +19,12 @@ from llada_megatron.tools.convert.opening import Source
 _SHOWN = 5
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _AHEAD = 4  # units compared beyond the one that is waited for, per worker
-TRAINING_ONLY = ("init_std", "aux_loss_coefficient", "z_loss_coefficient", "expert_bias_update_rate", "family")
+ROUNDING = 1e-6
+"""Of the largest logit: a float32 product of equal matrices may differ by it, with where they lie in memory."""
+NOT_COMPARED = (
+    *("init_std", "aux_loss_coefficient", "z_loss_coefficient", "expert_bias_update_rate"),
+    *("family", "mask_token_id", "eos_token_id", "max_sequence_length"),
+)
 """Keys of a model that say nothing of what it computes."""
 
 
@@ -87,15 +92,17 @@ def _logits_line(a: Source, b: Source, text: str | None, tolerance: float) -> st
     if obstacle:
         return f"logits: not compared: {obstacle}"
     tokens, how = token_ids(a, b, text or TEXT)
-    one, other = logits(a, tokens), logits(b, tokens)
-    apart = (one - other).abs().amax(dim=1)
-    differing = (~(apart <= tolerance)).nonzero()
+    if (a.objective.kind, a.objective.block_size) != (b.objective.kind, b.objective.block_size):
+        how += f", both with the attention of {a.directory}"
+    one, other = (logits(source, a.objective, tokens) for source in (a, b))
+    apart, reach = (one - other).abs().amax(dim=1), float(one.abs().max())
+    differing = (~(apart <= max(tolerance, ROUNDING * reach))).nonzero()
     if len(differing) == 0:
-        return f"logits: equal on {how}" + (f" (largest difference {float(apart.max()):.3g})" if tolerance else "")
+        return f"logits: equal on {how} (largest difference {float(apart.max()):.2g}, logits reach {reach:.3g})"
     first = int(differing[0])
     return (
         f"logits: on {how} they differ by up to {float(apart.max()):.3g}, first at position {first} (token "
-        f"{int(tokens[0, first])}, by {float(apart[first]):.3g}); logits reach {float(one.abs().max()):.3g}"
+        f"{int(tokens[0, first])}, by {float(apart[first]):.3g}); logits reach {reach:.3g}"
     )
 
 
@@ -141,4 +148,4 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
     values = to_dict(model)
     moe = values.pop("moe") or {}
     flat = values | {f"moe.{key}": value for key, value in moe.items()}
-    return {key: value for key, value in flat.items() if key.removeprefix("moe.") not in TRAINING_ONLY}
+    return {key: value for key, value in flat.items() if key.removeprefix("moe.") not in NOT_COMPARED}

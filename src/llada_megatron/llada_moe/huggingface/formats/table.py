@@ -58,6 +58,8 @@ class Format:
     """What another value of such a key would ask for."""
     implied: Mapping[str, Any]
     """Fields of ModelConfig that the format fixes."""
+    void: Callable[[Config], tuple[str, ...]] = lambda config: ()
+    """Keys that mean nothing beside the others; they are not read, and not written."""
     ignores: Callable[[Config, str], bool] = is_rotary_buffer
     """Whether the tensor of this name is no weight of the model proper, and is left out."""
     autoregressive: bool = False
@@ -67,6 +69,11 @@ class Format:
     exports: Export | None = None
     """How it is written; None = it is read only."""
     why_not_exported: str = ""
+
+    def needs_mask(self, config: Config) -> bool:
+        """Whether a configuration of this format says nothing of the mask token, and the format itself neither."""
+        unnamed = any(entry.default is NO_MASK for entry in self.fields)
+        return unnamed and config.get("mask_token_id") is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +95,7 @@ def read_config(table: Format, config: Config, file: str) -> ModelConfig:
         CheckpointError: a key is missing, or asks for something that the model does not compute.
     """
     config = normalized(config)
+    config = {key: value for key, value in config.items() if key not in table.void(config)}
     for key, values in table.accepted.items():
         found = config.get(key)
         if found is not None and found not in values:
@@ -126,6 +134,7 @@ def write_config(table: Format, model: ModelConfig) -> Config:
     config: Config = {entry.key: values[entry.path] for entry in table.fields if entry.key}
     config |= {key: value(model) if callable(value) else value for key, value in table.exports.constants.items()}
     config["model_type"] = table.model_type
+    config = {key: value for key, value in config.items() if key not in table.void(config)}
     held = _architecture(read_config(table, config, "config.json"))
     differing = [
         f"{key} {wanted} (it would be read as {held[key]})"
