@@ -12,7 +12,7 @@ import io
 import os
 import pickle
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,29 +183,37 @@ class _HashedFile:
         self._stream, self._digest = path.open("wb"), hashlib.sha256()
         self._writeback = Writeback(self._stream.fileno())
         self.failure: OSError | None = None
-        """Of a write, with the file's name."""
+        """With the file's name."""
 
     def write(self, content: Any) -> int:
         self._digest.update(content)
-        try:
+        with self._named():
             self._stream.write(content)
-        except OSError as error:
-            self.failure = OSError(error.errno, error.strerror, str(self.path))
-            raise self.failure from error
         count = memoryview(content).nbytes
         self._writeback.wrote(count)
         self.size += count
         return count
 
     def flush(self) -> None:
-        self._stream.flush()
+        with self._named():
+            self._stream.flush()
 
     def finish(self) -> dict[str, Any]:
         """Wait until the storage holds the file; its size and digest."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
+        with self._named():
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
         return {"size": self.size, "sha256": self._digest.hexdigest()}
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Give an error of the system the file's name, and keep it."""
+        try:
+            yield
+        except OSError as error:
+            self.failure = OSError(error.errno, error.strerror, str(self.path))
+            raise self.failure from error
 
     def remove(self) -> None:
         with contextlib.suppress(OSError):  # a full disk is reported by the write that met it
