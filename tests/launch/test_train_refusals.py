@@ -67,3 +67,8 @@ def test_a_job_of_another_size(tmp_path, prepared):
     _assert_refused(done, 2, "data 2 = 2 ranks, but torchrun started 3")
     other = _train(prepared, cwd=tmp_path, RANK="1", **job)
     assert (other.returncode, other.stderr) == (2, "")
+
+
+def test_weights_to_start_from_that_are_not_there(tmp_path, prepared):
+    done = _train(prepared, "checkpoint.load=elsewhere", "output_dir=new", cwd=tmp_path)
+    _assert_refused(done, 1, "no checkpoint in elsewhere")

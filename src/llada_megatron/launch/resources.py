@@ -10,6 +10,8 @@ import psutil
 from llada_megatron.launch.processes import available_cores
 from llada_megatron.llada_moe.errors import DataError, ResourceError
 from llada_megatron.llada_moe.model.parameters import rank_shares
+from llada_megatron.parallel import checkpoint_manifest
+from llada_megatron.parallel.checkpoint_search import weights_to_start_from
 
 if TYPE_CHECKING:
     from llada_megatron.llada_moe.config.schema import RunConfig
@@ -35,6 +37,16 @@ def check_data(run: RunConfig) -> None:
                 f"no prepared data at {prepared.path} ({', '.join(missing)} not there); "
                 f"make it with: llada prepare TEXT --output {prepared.path} --train-tokenizer"
             )
+
+
+def check_weights(run: RunConfig) -> None:
+    """Refuse a run that would start from weights that are not there or are another model's.
+
+    Raises:
+        CheckpointError: says what is wrong with `checkpoint.load`. A run with checkpoints of its own does not need it.
+    """
+    if not checkpoint_manifest.steps(Path(run.output_dir) / "checkpoints"):
+        weights_to_start_from(run)
 
 
 def check_machine(run: RunConfig, oversubscribe: bool = False) -> None:

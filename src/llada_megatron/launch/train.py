@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; returns the exit code (130 after Ctrl-C, 143 after SIGTERM)."""
     from llada_megatron.launch.joining import check_world, find_place
-    from llada_megatron.launch.resources import check_data
+    from llada_megatron.launch.resources import check_data, check_weights
     from llada_megatron.llada_moe.config import load_run
 
     place = None if args.local else find_place()
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         config = load_run(args.config, args.overrides)
         check_world(place, config.layout)
         check_data(config)
+        check_weights(config)
     except LladaError as error:
         if place.rank != 0:  # every rank finds the same; rank 0 says it
             return error.exit_code
@@ -65,10 +66,11 @@ def start(run: RunConfig, oversubscribe: bool = False) -> Outcome:
         Stopped: a signal ended the run before a step could be finished.
     """
     from llada_megatron.launch.local import python_program, run_local
-    from llada_megatron.launch.resources import check_data, check_machine
+    from llada_megatron.launch.resources import check_data, check_machine, check_weights
     from llada_megatron.llada_moe.config import dump_yaml
 
     check_data(run)
+    check_weights(run)
     check_machine(run, oversubscribe)
     logs, ranks = Path(run.output_dir) / "logs", run.layout.world_size
     message(f"starting {ranks} {'process' if ranks == 1 else 'processes'}; their logs: {logs}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from llada_megatron.llada_moe.config import from_dict
-from llada_megatron.llada_moe.config.schema import RunConfig
+from llada_megatron.llada_moe.config import from_dict, to_dict
+from llada_megatron.llada_moe.config.architecture import architecture
+from llada_megatron.llada_moe.config.schema import ModelConfig, RunConfig
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.parallel import checkpoint_manifest
 
@@ -24,6 +26,44 @@ def find_checkpoints(path: str | Path) -> list[Path]:
         if found:
             return found
     raise CheckpointError(f"no checkpoint in {path}: give a run's output directory, or one of its step-… directories")
+
+
+def weights_to_start_from(run: RunConfig) -> Path | None:
+    """The step directory that `checkpoint.load` means: itself, or the newest whole one of a run or an import.
+
+    Contents are not verified here, sizes are.
+
+    Raises:
+        CheckpointError: there is none, all are damaged, or the newest holds another model.
+    """
+    if not run.checkpoint.load:
+        return None
+    candidates = find_checkpoints(run.checkpoint.load)
+    for path in candidates:
+        try:
+            manifest = checkpoint_manifest.read(path)
+            checkpoint_manifest.verify_sizes(path, manifest)
+        except checkpoint_manifest.DamagedCheckpointError:
+            if path == candidates[-1]:
+                raise
+            continue
+        require_model(path, manifest.facts, run.model, weights_only=True)
+        return path
+    raise AssertionError("no candidates")
+
+
+def require_model(path: Path, facts: dict[str, Any], model: ModelConfig, weights_only: bool = False) -> None:
+    """Refuse a checkpoint of another model; keys that did not exist when it was written count as their defaults.
+
+    Args:
+        weights_only: keys that act in training alone may differ.
+
+    Raises:
+        CheckpointError: listing each differing key.
+    """
+    view = architecture if weights_only else to_dict
+    found = from_dict(ModelConfig, facts["model"])
+    checkpoint_manifest.require_model(path, {"model": view(found)}, view(model))
 
 
 def run_of(path: Path) -> RunConfig:

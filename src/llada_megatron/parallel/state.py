@@ -19,9 +19,9 @@ from llada_megatron.llada_moe.config.schema import RunConfig
 from llada_megatron.llada_moe.data.manifest import Manifest
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
-from llada_megatron.parallel import checkpoint_manifest
 from llada_megatron.parallel.assembly import load_model_state, model_state
 from llada_megatron.parallel.checkpoint import CheckpointStore
+from llada_megatron.parallel.checkpoint_search import require_model
 from llada_megatron.parallel.optimizer import load_optimizer_state, optimizer_state
 
 FROZEN = (
@@ -63,7 +63,7 @@ class RunState:
         if path is None:
             return None
         saved = store.facts(path)
-        checkpoint_manifest.require_model(path, saved, to_dict(self.run.model))
+        require_model(path, saved, self.run.model)
         refuse_changed_run(path, saved, self.run)
         self._require_tokenizer(path, saved)
         model = model_state(self.chunks)
@@ -74,10 +74,11 @@ class RunState:
         self.step = int(facts["step"])
         return path
 
-    def load_weights(self, store: CheckpointStore, path: str) -> None:
+    def load_weights(self, store: CheckpointStore, path: Path) -> None:
         """Start from the weights of another run's step directory, with a fresh optimizer (collective)."""
-        state, facts = store.load(path, model_state(self.chunks), to_dict(self.run.model))
-        self._require_tokenizer(Path(path), facts)
+        require_model(path, store.facts(path), self.run.model, weights_only=True)
+        state, facts = store.load(path, model_state(self.chunks))
+        self._require_tokenizer(path, facts)
         load_model_state(self.chunks, state)
         self.optimizer.reload_model_params()
 

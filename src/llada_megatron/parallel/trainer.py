@@ -14,7 +14,9 @@ from llada_megatron.llada_moe.config.schema import RunConfig
 from llada_megatron.llada_moe.data.loader import TrainingData
 from llada_megatron.llada_moe.errors import LladaError
 from llada_megatron.parallel import assembly
+from llada_megatron.parallel.agreement import on_rank_0
 from llada_megatron.parallel.checkpoint import CheckpointStore
+from llada_megatron.parallel.checkpoint_search import weights_to_start_from
 from llada_megatron.parallel.optimizer import build_optimizer, set_learning_rate
 from llada_megatron.parallel.reporting import Reporter
 from llada_megatron.parallel.state import RunState
@@ -37,8 +39,9 @@ class Trainer:
             Path(run.output_dir) / "checkpoints", run.checkpoint.keep_last, run.checkpoint.asynchronous
         )
         resumed = self.state.resume(self.store)
-        if resumed is None and run.checkpoint.load:
-            self.state.load_weights(self.store, run.checkpoint.load)
+        given = on_rank_0(lambda: weights_to_start_from(run)) if resumed is None else None
+        if given is not None:
+            self.state.load_weights(self.store, given)
         self.reporter = Reporter(run, self.models, self.data, self.state.step)
         if resumed is not None:
             self.reporter.message(f"continuing from {resumed} at step {self.state.step}")

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from llada_megatron.llada_moe.config import to_dict
-from llada_megatron.llada_moe.config.schema import ModelConfig
+from llada_megatron.llada_moe.config.architecture import architecture
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.huggingface.weights import Unit, units
 from llada_megatron.tools.convert.opening import Source
@@ -21,11 +20,8 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _AHEAD = 4  # units compared beyond the one that is waited for, per worker
 ROUNDING = 1e-6
 """Of the largest logit: a float32 product of equal matrices may differ by it, with where they lie in memory."""
-NOT_COMPARED = (
-    *("init_std", "aux_loss_coefficient", "z_loss_coefficient", "expert_bias_update_rate"),
-    *("family", "mask_token_id", "eos_token_id", "max_sequence_length"),
-)
-"""Keys of a model that say nothing of what it computes."""
+NOT_COMPARED = ("family", "mask_token_id", "eos_token_id", "max_sequence_length")
+"""Keys of a model that say nothing of how a text becomes logits."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +45,9 @@ class Difference:
 
 def require_same_architecture(a: Source, b: Source) -> None:
     """Raises: CheckpointError: the models differ, so that no tensor can be compared with another."""
-    one, other = _architecture(a.model), _architecture(b.model)
-    differing = [f"{key}: {one.get(key)} and {other.get(key)}" for key in one | other if one.get(key) != other.get(key)]
+    one, other = architecture(a.model), architecture(b.model)
+    keys = [key for key in one | other if key not in NOT_COMPARED and one.get(key) != other.get(key)]
+    differing = [f"{key}: {one.get(key)} and {other.get(key)}" for key in keys]
     if differing:
         raise CheckpointError(f"{a.directory} and {b.directory} hold different models: {'; '.join(differing)}")
 
@@ -142,10 +139,3 @@ def difference(a: Source, b: Source, unit: Unit, tolerance: float) -> Difference
     values = float(one.reshape(-1)[first]), float(other.reshape(-1)[first])
     largest = float((one.double() - other.double()).abs().max())
     return Difference(unit, (*unit.index, *place), values, largest, (one.dtype, other.dtype))
-
-
-def _architecture(model: ModelConfig) -> dict[str, Any]:
-    values = to_dict(model)
-    moe = values.pop("moe") or {}
-    flat = values | {f"moe.{key}": value for key, value in moe.items()}
-    return {key: value for key, value in flat.items() if key.removeprefix("moe.") not in NOT_COMPARED}

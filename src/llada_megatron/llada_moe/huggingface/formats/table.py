@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llada_megatron.llada_moe.config import from_dict, to_dict, validate_model
+from llada_megatron.llada_moe.config.architecture import architecture
 from llada_megatron.llada_moe.config.schema import ModelConfig
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 
@@ -135,10 +136,10 @@ def write_config(table: Format, model: ModelConfig) -> Config:
     config |= {key: value(model) if callable(value) else value for key, value in table.exports.constants.items()}
     config["model_type"] = table.model_type
     config = {key: value for key, value in config.items() if key not in table.void(config)}
-    held = _architecture(read_config(table, config, "config.json"))
+    held = architecture(read_config(table, config, "config.json"))
     differing = [
         f"{key} {wanted} (it would be read as {held[key]})"
-        for key, wanted in _architecture(model).items()
+        for key, wanted in architecture(model).items()
         if held[key] != wanted
     ]
     if differing:
@@ -185,14 +186,3 @@ def _value(table: Format, entry: Field, config: Config, file: str) -> Any:
     except (ArithmeticError, LookupError, TypeError) as error:
         what = entry.key or entry.path
         raise CheckpointError(f"{file}: {what!r} does not follow from the other keys ({error!r})") from error
-
-
-def _architecture(model: ModelConfig) -> dict[str, Any]:
-    """Fields that change what a model computes; how it is initialised and balanced in training is not in a format."""
-    values = to_dict(model)
-    moe = values.pop("moe")
-    values.pop("init_std")
-    if moe:
-        training_only = ("aux_loss_coefficient", "z_loss_coefficient", "expert_bias_update_rate")
-        values |= {f"moe.{key}": value for key, value in moe.items() if key not in training_only}
-    return values
