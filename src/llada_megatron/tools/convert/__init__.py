@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import emit_json, message
-from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.llada_moe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +129,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     if args.tolerance < 0:
         raise ConfigError(f"--tolerance {args.tolerance}: 0 or more")
-    text = Path(args.text).read_text(encoding="utf-8") if args.text else None
+    text = _text(args.text) if args.text else None
     a, b = open_source(Path(args.source)), open_source(Path(args.target))
     try:
         result = verify(a, b, args.tolerance, args.workers or default_workers(), text, logits=not args.no_logits)
@@ -140,6 +140,13 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         emit_json(result)
     return 0 if result["equal"] else 1
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"--text {path}: not UTF-8 text ({error.reason} at byte {error.start:,})") from None
 
 
 def _inspect(args: argparse.Namespace) -> int:

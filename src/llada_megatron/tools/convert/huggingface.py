@@ -94,7 +94,9 @@ class HuggingFaceSource:
             result.notes.append(f"{name}: {rows} rows below the vocabulary of {self.model.vocab_size} are padding")
         ignored = [name for name in found if self.format.ignores(self.config, name)]
         if ignored:
-            result.notes.append(f"{len(ignored)} tensors are no part of the model proper ({ignored[0]} …)")
+            count = f"{len(ignored)} tensors are" if len(ignored) > 1 else "1 tensor is"
+            more = " …" if len(ignored) > 1 else ""
+            result.notes.append(f"{count} no part of the model proper ({ignored[0]}{more})")
         result.extra = [name for name in found if name not in ignored]
         self._compare_tied(result)
         return result
