@@ -1,0 +1,218 @@
+"""`llada convert verify`: says whether two checkpoints of any kinds are the same, and where the first difference is."""
+
+import json
+import re
+
+import pytest
+import tokenizers
+import torch
+from tokenizers import models, pre_tokenizers
+
+from llada_megatron import cli
+from llada_megatron.llada_moe.config import load_model
+from llada_megatron.llada_moe.huggingface import weights as canonical
+from llada_megatron.tools.convert import logits
+from tests.tools.convert.checkpoints import MODELS, config_of, tensors_of, to_sharded, write, written
+
+EXPERT = "model.layers.2.mlp.experts."
+WORDS = "It was the best of times , worst age wisdom foolishness"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("verify")
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request, root):
+    """A Hugging Face directory and what was imported from it."""
+    source = written(root / request.param / "source", request.param, files=2)
+    to_sharded(source, root / request.param / "sharded", "tensor_parallel=2,pipeline_parallel=2")
+    return source, root / request.param / "sharded"
+
+
+def verify(capsys, a, b, *options):
+    """Exit code, printed lines, and the JSON object."""
+    code = cli.main(["convert", "verify", str(a), str(b), *options, "--json"])
+    captured = capsys.readouterr()
+    *lines, report = captured.out.splitlines()
+    return code, lines or captured.err.splitlines(), json.loads(report)
+
+
+def altered(path, model, name, change, dtype="bf16"):
+    """A checkpoint of the model in which one tensor was changed."""
+    tensors = dict(tensors_of(model, dtype))
+    tensors[name] = change(tensors[name].clone())
+    return write(path, tensors, config_of(model))
+
+
+def flipped(*position):
+    """Flip the lowest bit of one element."""
+
+    def change(tensor):
+        tensor.view({2: torch.int16, 4: torch.int32}[tensor.itemsize])[position] ^= 1
+        return tensor
+
+    return change
+
+
+def test_equal_checkpoints_of_both_kinds(capsys, pair):
+    source, sharded = pair
+    for a, b in ((source, sharded), (sharded, source), (sharded, sharded / "checkpoints/step-00000000")):
+        code, lines, report = verify(capsys, a, b)
+        assert code == 0 and report["equal"] and report["differing"] == 0
+        count = report["tensors"]
+        assert lines[0] == f"tensors: {count:,} of {count:,} are equal bit for bit"
+        assert lines[1].startswith("logits: equal on 64 tokens drawn from the vocabulary (neither has a tokenizer)")
+        assert lines == report["lines"] and len(lines) == 2
+
+
+# rows of the keys of the second group lie below its two queries: (4 + 2) / 2 heads of 16 rows per group, and then 32
+PLACES = [
+    (
+        "tiny-dense",
+        "model.transformer.wte.weight",
+        (200, 5),
+        "embedding.word_embeddings.weight rows 200 to 249",
+        (200, 5),
+    ),
+    ("tiny-dense", "model.transformer.blocks.1.k_proj.weight", (17, 3), "1.self_attention.linear_qkv.weight", (97, 3)),
+    ("tiny-moe", EXPERT + "5.down_proj.weight", (3, 7), "2.mlp.experts.experts.linear_fc2.weight[5]", (5, 3, 7)),
+    ("tiny-moe", EXPERT + "0.up_proj.weight", (1, 2), "2.mlp.experts.experts.linear_fc1.weight[0]", (0, 33, 2)),
+    ("tiny-moe", "model.layers.1.mlp.gate.expert_bias", (6,), "1.mlp.router.expert_bias", (6,)),
+    ("tiny-moe-softmax", "model.norm.weight", (63,), "decoder.final_layernorm.weight", (63,)),
+]
+
+
+@pytest.mark.parametrize(("model", "name", "flip", "unit", "position"), PLACES)
+def test_one_bit(capsys, root, tmp_path, monkeypatch, model, name, flip, unit, position):
+    monkeypatch.setattr(canonical, "BLOCK_ELEMENTS", 64 * 50)
+    before = tensors_of(model)[name]
+    other = altered(tmp_path / "other", model, name, flipped(*flip))
+    after = flipped(*flip)(before.clone())
+    unit = f"decoder.layers.{unit}" if unit[0].isdigit() else unit
+    code, lines, report = verify(capsys, written(tmp_path / "source", model), other, "--no-logits")
+    assert code == 1 and not report["equal"] and report["differing"] == 1
+    assert lines[0].startswith(f"tensors: {report['tensors'] - 1:,} of {report['tensors']:,} are equal")
+    values = f"{float(before[flip]):.9g} and {float(after[flip]):.9g}"
+    apart = float((before.double() - after.double()).abs().max())
+    assert lines[1] == f"first difference: {unit} at {list(position)}: {values}; largest {apart:.3g}"
+
+
+def test_the_first_differences_in_the_order_of_the_forward_pass(capsys, root, tmp_path):
+    tensors = {name: value + (name.startswith("model.layers.2")) for name, value in tensors_of("tiny-dense").items()}
+    tensors |= {name: value + 1 for name, value in tensors.items() if ".ff_" in name}
+    tensors["model.transformer.blocks.3.attn_norm.weight"] *= torch.nan
+    other = write(tmp_path / "other", tensors, config_of("tiny-dense"))
+    code, lines, report = verify(capsys, other, written(tmp_path / "source", "tiny-dense"), "--no-logits")
+    assert code == 1 and report["differing"] == 4 * 3 + 1 + 1 and len(lines) == 1 + 5
+    found = [re.search(r"(first difference|then): (\S+)", line).groups() for line in lines[1:]]
+    layer = "decoder.layers.{}."
+    assert found == [
+        ("first difference", layer.format(0) + "pre_mlp_layernorm.weight"),
+        ("then", layer.format(0) + "mlp.linear_fc1.weight"),
+        ("then", layer.format(0) + "mlp.linear_fc2.weight"),
+        ("then", layer.format(1) + "pre_mlp_layernorm.weight"),
+        ("then", layer.format(1) + "mlp.linear_fc1.weight"),
+    ]
+
+
+def test_bits_count_and_not_values(capsys, tmp_path):
+    zero, name = written(tmp_path / "zero", "tiny-dense"), "model.transformer.ln_f.weight"
+    one = altered(tmp_path / "one", "tiny-dense", name, lambda tensor: tensor * 0)
+    other = altered(tmp_path / "other", "tiny-dense", name, lambda tensor: tensor * 0 * -1)
+    _, lines, _ = verify(capsys, one, other, "--no-logits")
+    assert lines[1].endswith("at [0]: 0 and -0; largest 0") or lines[1].endswith("and 0; largest 0")
+    nan = altered(tmp_path / "nan", "tiny-dense", name, lambda tensor: tensor * torch.nan)
+    assert verify(capsys, nan, nan, "--no-logits")[0] == 0
+    code, lines, _ = verify(capsys, nan, zero, "--no-logits", "--tolerance", "1000")
+    assert code == 1 and "at [0]: nan and " in lines[1]
+
+
+def test_tolerance_and_dtypes(capsys, tmp_path):
+    full, half = written(tmp_path / "full", "tiny-moe", "fp32"), written(tmp_path / "half", "tiny-moe", "bf16")
+    code, lines, report = verify(capsys, full, half, "--no-logits")
+    assert code == 1 and "embedding.word_embeddings.weight (torch.float32 and torch.bfloat16) at [0, 0]: " in lines[1]
+    assert report["tensors"] - report["differing"] == 3  # the biases, in float32 in both
+    code, lines, _ = verify(capsys, full, half, "--no-logits", "--tolerance", "0.01")
+    assert code == 0 and lines[0].endswith("are equal within 0.01")
+    assert verify(capsys, full, half, "--no-logits", "--tolerance", "1e-5")[0] == 1
+
+
+def test_other_architectures(capsys, root, tmp_path):
+    other = load_model("tiny-moe", ["num_layers=3", "moe.routed_scaling_factor=2", "rope_theta=1000", "init_std=0.5"])
+    source = written(tmp_path / "source", "tiny-moe")
+    other = write(tmp_path / "other", tensors_of(other), config_of(other))
+    code, _, report = verify(capsys, source, other)
+    assert code == 1 and "hold different models: num_layers: 4 and 3; " in report["error"]
+    assert (
+        "moe.routed_scaling_factor: 2.5 and 2" in report["error"]
+        and "rope_theta" in report["error"]
+        and "init" not in report["error"]
+    )
+
+
+def test_a_checkpoint_that_is_not_whole(capsys, tmp_path):
+    tensors = dict(tensors_of("tiny-dense"))
+    del tensors["model.transformer.ln_f.weight"]
+    broken = write(tmp_path / "broken", tensors, config_of("tiny-dense"))
+    for words in ((broken, written(tmp_path / "source", "tiny-dense")), (tmp_path / "source", broken)):
+        code, _, report = verify(capsys, *words)
+        assert code == 1 and "broken does not hold" in report["error"]
+        assert "1 tensor is missing: model.transformer.ln_f.weight" in report["error"]
+
+
+# --- logits ---------------------------------------------------------------------------------------------------
+
+
+def with_tokenizer(directory, words=WORDS):
+    vocabulary = {
+        word: number for number, word in enumerate(["<unk>", "x", "<|endoftext|>", "<|mask|>", *words.split()])
+    }
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def test_logits_on_text_say_where_they_part(capsys, tmp_path):
+    source = with_tokenizer(written(tmp_path / "source", "tiny-dense", "fp32"))
+    to_sharded(source, tmp_path / "sharded")
+    (tmp_path / "text").write_text("best of times , the age of wisdom was the")
+    code, lines, _ = verify(capsys, tmp_path / "sharded", source, "--text", str(tmp_path / "text"))
+    assert code == 0 and lines[1].startswith("logits: equal on 10 tokens of text")
+    # the embedding of "wisdom" is met at position 7 first, and attention carries it to all others
+    row = WORDS.split().index("wisdom") + 4
+    name = "model.transformer.wte.weight"
+    other = altered(tmp_path / "other", "tiny-dense", name, lambda t: t.index_fill(0, torch.tensor(row), 0.5), "fp32")
+    code, lines, _ = verify(capsys, source, other, "--text", str(tmp_path / "text"))
+    assert code == 1 and lines[1].startswith(f"first difference: {canonical.EMBEDDING} at [{row}, 0]")
+    assert re.match(
+        r"logits: on 10 tokens of text they differ by up to \S+, first at position 0 \(token 7, by", lines[-1]
+    )
+    # nothing in the default text has this token
+    other = altered(tmp_path / "unmet", "tiny-dense", name, lambda t: t.index_fill(0, torch.tensor(250), 0.5), "fp32")
+    code, lines, _ = verify(capsys, source, other)
+    assert code == 1 and re.match(r"logits: equal on \d+ tokens of text", lines[-1])
+
+
+def test_a_tokenizer_of_another_model_is_not_used(capsys, tmp_path):
+    source = with_tokenizer(written(tmp_path / "source", "tiny-dense"), " ".join(map(str, range(300))) + " the was of")
+    code, lines, _ = verify(capsys, source, source)
+    assert code == 0 and "64 tokens drawn from the vocabulary" in lines[1]
+
+
+def test_text_that_is_none(capsys, tmp_path):
+    source = written(tmp_path / "source", "tiny-dense")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for name, message in (("absent", "No such file"), ("binary", "binary: not UTF-8 text")):
+        code, lines, report = verify(capsys, source, source, "--text", str(tmp_path / name))
+        assert code == 1 and message in report["error"] and "defect" not in lines[-1]
+
+
+def test_a_model_that_does_not_fit_in_memory(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(logits.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    source = written(tmp_path / "source", "tiny-dense")
+    code, lines, _ = verify(capsys, source, source)
+    assert code == 0
+    assert lines[1] == "logits: not compared: in float32 the model takes 0.0 GB and 0.0 GB of memory are free"
