@@ -19,6 +19,7 @@ from llada_megatron.llada_moe.huggingface.mapping import Mapping, mappings, spli
 from llada_megatron.llada_moe.huggingface.modeling_files import modeling_files
 from llada_megatron.llada_moe.huggingface.safetensors_reader import SINGLE_NAME
 from llada_megatron.llada_moe.huggingface.safetensors_writer import ShardWriter, shard_name, write_index
+from llada_megatron.llada_moe.huggingface.tokenizer_export import FILES as TOKENIZER_FILES
 from llada_megatron.llada_moe.huggingface.tokenizer_export import TokenizerFiles, tokenizer_files
 from llada_megatron.parallel.checkpoint_manifest import write_durably
 from llada_megatron.tools.convert.huggingface import CONFIG
@@ -179,6 +180,8 @@ def _write_rest(
     assert table.exports is not None
     for file in modeling_files(table.exports.folder):
         write_durably(output / file.name, file.read_bytes())
+    for name in TOKENIZER_FILES:  # of an attempt that was interrupted, with another --tokenizer
+        (output / name).unlink(missing_ok=True)
     for name, data in tokenizer.files.items():
         write_durably(output / name, data)
     write_durably(output / "generation_config.json", _json(generation_config(source.model)))
