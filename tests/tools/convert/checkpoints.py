@@ -9,6 +9,7 @@ import math
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.huggingface.formats import export_format
@@ -20,6 +21,7 @@ from llada_megatron.tools.convert.layouts import parse_layout
 
 INDEX = "model.safetensors.index.json"
 MODELS = ("tiny-dense", "tiny-moe-softmax", "tiny-moe")
+WORDS = "It was the best of times , worst age wisdom foolishness"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -92,6 +94,17 @@ def differing(found, expected):
 def bits(tensor):
     """What must be equal for two tensors to be the same one."""
     return tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def with_tokenizer(directory, words=WORDS):
+    """The directory, with a tokenizer whose end of text is 2 and whose mask is 3, as in the tiny models."""
+    vocabulary = {
+        word: number for number, word in enumerate(["<unk>", "x", "<|endoftext|>", "<|mask|>", *words.split()])
+    }
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
 
 
 def to_sharded(source, target, layout=None, **options):

@@ -31,6 +31,7 @@ from tests.tools.convert.checkpoints import (
     tensors_of,
     to_huggingface,
     to_sharded,
+    with_tokenizer,
     written,
 )
 
@@ -132,6 +133,22 @@ def test_dtype_converts_all_but_the_expert_bias(tmp_path, stored, wanted):
     to_sharded(source, tmp_path / "kept")
     to_huggingface(tmp_path / "kept", tmp_path / "on-export", dtype=DTYPES[wanted])
     assert differing(read(tmp_path / "on-export"), expected) == []
+
+
+def test_tokenizer_files_go_along_unchanged(tmp_path):
+    source = with_tokenizer(written(tmp_path / "source", "tiny-dense"))
+    (source / "special_tokens_map.json").write_text('{"eos_token": "<|endoftext|>"}')
+    (source / "notes.txt").write_text("not of the tokenizer")
+    assert to_sharded(source, tmp_path / "sharded")["notes"] == []
+    names = ["special_tokens_map.json", "tokenizer.json"]
+    assert sorted(path.name for path in (tmp_path / "sharded/tokenizer").iterdir()) == names
+    facts = ShardedReader(tmp_path / "sharded" / STEP).facts["tokenizer"]
+    assert facts["path"] == str(tmp_path / "sharded/tokenizer/tokenizer.json") and facts["vocab_size"] == 15
+    assert not [
+        note for note in to_huggingface(tmp_path / "sharded", tmp_path / "exported")["notes"] if "not there" in note
+    ]
+    for folder, name in [("sharded/tokenizer", name) for name in names] + [("exported", "tokenizer.json")]:
+        assert (tmp_path / folder / name).read_bytes() == (source / name).read_bytes()
 
 
 # --- a run's checkpoint -> Hugging Face -> sharded ------------------------------------------------------------

@@ -19,7 +19,17 @@ from llada_megatron import cli
 from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.errors import ConfigError, ResourceError
 from llada_megatron.tools.convert import importing
-from tests.tools.convert.checkpoints import config_of, files_of, tensors_of, to_huggingface, to_sharded, write, written
+from tests.tools.convert.checkpoints import (
+    WORDS,
+    config_of,
+    files_of,
+    tensors_of,
+    to_huggingface,
+    to_sharded,
+    with_tokenizer,
+    write,
+    written,
+)
 
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree")
 """Audit events of CPython that come right before a change of the file system."""
@@ -274,6 +284,24 @@ def test_other_options_of_an_export_do_not_go_on(tmp_path, monkeypatch):
     to_huggingface(tmp_path / "sharded", tmp_path / "out", shard_bytes=10**5)
     to_huggingface(tmp_path / "sharded", tmp_path / "undisturbed", shard_bytes=10**5)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
+
+
+def test_an_export_goes_on_with_another_tokenizer(tmp_path, monkeypatch):
+    from llada_megatron.tools.convert import exporting
+
+    to_sharded(written(tmp_path / "source", "tiny-dense"), tmp_path / "sharded")
+    for name in ("wrong", "right"):
+        (tmp_path / name).mkdir()
+        with_tokenizer(tmp_path / name, f"{WORDS} {name}")
+    (tmp_path / "wrong/special_tokens_map.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "model_card", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            to_huggingface(tmp_path / "sharded", tmp_path / "out", tokenizer=tmp_path / "wrong")
+    for name in ("out", "undisturbed"):
+        to_huggingface(tmp_path / "sharded", tmp_path / name, tokenizer=tmp_path / "right")
+    assert differing_files(tmp_path / "out", files_of(tmp_path / "undisturbed")) == []
+    assert not (tmp_path / "out/special_tokens_map.json").exists() and (tmp_path / "out/tokenizer.json").exists()
 
 
 def test_a_target_that_was_filled_meanwhile(begun, tmp_path):

@@ -4,18 +4,24 @@ import json
 import re
 
 import pytest
-import tokenizers
 import torch
-from tokenizers import models, pre_tokenizers
 
 from llada_megatron import cli
 from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.huggingface import weights as canonical
 from llada_megatron.tools.convert import logits
-from tests.tools.convert.checkpoints import MODELS, config_of, tensors_of, to_sharded, write, written
+from tests.tools.convert.checkpoints import (
+    MODELS,
+    WORDS,
+    config_of,
+    tensors_of,
+    to_sharded,
+    with_tokenizer,
+    write,
+    written,
+)
 
 EXPERT = "model.layers.2.mlp.experts."
-WORDS = "It was the best of times , worst age wisdom foolishness"
 
 
 @pytest.fixture(scope="module")
@@ -163,16 +169,6 @@ def test_a_checkpoint_that_is_not_whole(capsys, tmp_path):
 
 
 # --- logits ---------------------------------------------------------------------------------------------------
-
-
-def with_tokenizer(directory, words=WORDS):
-    vocabulary = {
-        word: number for number, word in enumerate(["<unk>", "x", "<|endoftext|>", "<|mask|>", *words.split()])
-    }
-    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(directory / "tokenizer.json"))
-    return directory
 
 
 def test_logits_on_text_say_where_they_part(capsys, tmp_path):
