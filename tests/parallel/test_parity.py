@@ -23,6 +23,7 @@ CORE = [
     ("tied", "TP2.SP.PP2"),
     *(("softmax", name) for name in ("EP2", "TP2.SP.EP2", "CP2")),
     *(("sigmoid", name) for name in ("TP2.SP", "EP2.ETP2", "TP2.SP.PP2.EP2")),
+    *(("blocks", name) for name in ("TP2.SP", "EP2", "PP2", "CP2")),
 ]
 """The fast part of the layouts; `llada bench parity` runs all."""
 

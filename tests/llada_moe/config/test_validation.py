@@ -136,6 +136,40 @@ REFUSED = {
         "model.moe.top_k=4",
         "4 experts per token, but 1 groups of 2 hold only 2",
     ),
+    "capacity below": (
+        "tiny-moe",
+        "model.moe.expert_capacity=3",
+        "3 experts for a block, but each of its tokens takes",
+    ),
+    "capacity above": ("tiny-moe", "model.moe.expert_capacity=9", "9 experts for a block, but there are only 8"),
+    "capacity negative": ("tiny-moe", "model.moe.expert_capacity=-1", "-1 must not be negative"),
+    "capacity of softmax": (
+        "tiny-moe-softmax",
+        "model.moe.expert_capacity=4",
+        "needs score_function sigmoid and expert",
+    ),
+    "capacity without bias": (
+        "tiny-moe model.moe.expert_bias=false",
+        "model.moe.expert_capacity=4",
+        "needs score_function sigmoid and expert_bias: true",
+    ),
+    "capacity and groups": (
+        "tiny-moe model.moe.expert_capacity=4",
+        "model.moe.num_expert_groups=4",
+        "4 with expert_capacity 4: experts are limited by block or by group, not by both; use 1",
+    ),
+    "routing block": ("tiny-moe", "model.moe.routing_block_size=0", "0 must be greater than 0"),
+    "routing of the past": (
+        "llada2.2-mini training.sequence_length=64",
+        "objective.kind=autoregressive",
+        "autoregressive with model.moe.expert_capacity 48: the experts of a token would depend on the tokens after it",
+    ),
+    "routing beyond": (
+        "llada2.2-mini",
+        "objective.block_size=80",
+        "80 is not a multiple of model.moe.routing_block_size 32: tokens would be routed by tokens of the next block, "
+        "which they do not see; use 64",
+    ),
     "no moe layer": ("tiny-moe", "model.moe.leading_dense_layers=4", "4 of 4 layers leaves no MoE layer"),
     "bias of softmax": (
         "tiny-moe model.moe.score_function=softmax",

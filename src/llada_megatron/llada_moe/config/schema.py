@@ -32,6 +32,11 @@ class MoEConfig:
     num_expert_groups: int = 1
     expert_groups_top_k: int = 1
     """Group-limited routing: keep the best groups by the sum of their two best scores (L2: 8 groups, 4 kept)."""
+    expert_capacity: int = 0
+    """Block routing (LLaDA2.2: 48): the tokens of a block share these many experts, the best by the block's highest
+    score, and each takes its top_k among them; 0 = each token chooses among all."""
+    routing_block_size: int = 32
+    """Positions of such a block, counted from the start of each document (LLaDA2.2: 32)."""
     routed_scaling_factor: float = 1.0
     aux_loss_coefficient: float = 0.0
     """Balance loss N * sum f_i P_i (PMOE: 0.01)."""

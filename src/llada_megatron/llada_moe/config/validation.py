@@ -15,6 +15,7 @@ from llada_megatron.llada_moe.config.schema import (
     RunConfig,
 )
 from llada_megatron.llada_moe.config.validation_layout import check_batch, check_layout
+from llada_megatron.llada_moe.config.validation_routing import check_block_routing, check_routing_of_run
 
 DENSE_FAMILIES = ("llada", "qwen3")
 MOE_FAMILIES = ("llada_moe", "llada2", "qwen3_moe")
@@ -37,6 +38,7 @@ def validate_run(run: RunConfig, origins: Origins | None = None) -> None:
     check_model(run.model, lambda key, message: refuse(f"model.{key}", message))
     problems.raise_if_any()  # what follows divides by the model's sizes
     check_objective(run.objective, refuse)
+    check_routing_of_run(run, refuse)
     check_data(run, refuse)
     check_optimizer(run.optimizer, run.training.steps, refuse)
     check_layout(run, refuse)
@@ -124,6 +126,7 @@ def check_moe(moe: MoEConfig, num_layers: int, refuse: Refuse) -> None:
         )
     if moe.num_expert_groups > 0 and moe.expert_groups_top_k > 0:
         _check_groups(moe, refuse)
+    check_block_routing(moe, refuse)
     if moe.score_function == "softmax_normalized":
         _check_normalized(moe, refuse)
     if moe.expert_bias and moe.score_function != "sigmoid":

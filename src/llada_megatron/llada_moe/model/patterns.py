@@ -49,6 +49,25 @@ def segments(boundaries: torch.Tensor, seq: int) -> list[Segment]:
     return [Segment(a // seq, a % seq, a % seq + b - a) for a, b in pairwise(offsets) if b > a]
 
 
+def block_numbers(boundaries: torch.Tensor, size: int, positions: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Number the blocks of `size` positions, counted from the start of each segment, whose last may be shorter.
+
+    Args:
+        boundaries: on the host.
+        positions: int64, offsets into the flattened `[batch * seq]`.
+
+    Returns:
+        The block of each position, and how many blocks there are.
+    """
+    starts = boundaries.long()
+    blocks = (starts.diff() + size - 1) // size
+    first = torch.cat([blocks.new_zeros(1), blocks.cumsum(0)])
+    total = int(first[-1])
+    starts, first = starts.to(positions.device), first.to(positions.device)
+    segment = torch.searchsorted(starts, positions, right=True) - 1
+    return first[segment] + (positions - starts[segment]) // size, total
+
+
 @dataclass(frozen=True)
 class Band:
     """Queries [start, stop) of a segment, of one or more blocks, and the keys [0, keys) that they see together.

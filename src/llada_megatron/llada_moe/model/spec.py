@@ -22,9 +22,11 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from llada_megatron.llada_moe.config.schema import MoEConfig
 from llada_megatron.llada_moe.model.attention import PatternAttention
 from llada_megatron.llada_moe.model.experts import PermutedExperts
 from llada_megatron.llada_moe.model.norm import RMSNorm
+from llada_megatron.llada_moe.model.routing import BlockRoutedLayer, BlockRouter
 
 
 class LocalProvider(LocalSpecProvider):
@@ -95,14 +97,28 @@ def _layer(config: TransformerConfig, backend: Any, moe: bool, block: int | None
     )
 
 
-def block_spec(config: TransformerConfig, block: int | None, vp_stage: int | None) -> TransformerBlockSubmodules:
+def _route_by_blocks(layer: ModuleSpec, moe: MoEConfig) -> None:
+    """Replace the router of a MoE layer, and the layer by one that tells it the segments."""
+    mlp = layer.submodules.mlp  # a ModuleSpec before megatron-core 0.19, then a partial
+    submodules = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+    submodules.router = functools.partial(
+        BlockRouter, expert_capacity=moe.expert_capacity, block_size=moe.routing_block_size
+    )
+    layer.module = BlockRoutedLayer
+
+
+def block_spec(
+    config: TransformerConfig, routing: MoEConfig | None, block: int | None, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage (and interleaved chunk), dense or MoE each as `moe_layer_freq` says.
 
-    `block`: see `patterns.seen_at_once`.
+    `routing`: the experts, None = there are none; `block`: see `patterns.seen_at_once`.
     """
     backend = provider()
     dense = _layer(config, backend, moe=False, block=block)
     moe = _layer(config, backend, moe=True, block=block) if config.num_moe_experts else dense
+    if routing is not None and routing.expert_capacity > 0:
+        _route_by_blocks(moe, routing)
     kinds = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
     layers = [moe if kind else dense for kind in kinds]
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage)

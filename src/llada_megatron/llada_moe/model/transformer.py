@@ -96,7 +96,7 @@ def build_model(
     """
     return DiffusionTransformer(
         config,
-        block_spec(config, seen_at_once(attention, block_size), vp_stage),
+        block_spec(config, model.moe, seen_at_once(attention, block_size), vp_stage),
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_sequence_length,
         pre_process=pre_process,

@@ -1,0 +1,82 @@
+"""Block routing: the tokens of one block choose their experts from a few that the block chose together.
+
+Source: the LLaDA2.2 report, equation 1. With r = sigmoid(logits) + bias, g[k, e] = max of r[t, e] over the tokens t of
+block k; the `expert_capacity` experts with the highest g are open to the block, and each of its tokens takes its top_k
+of r among them. Their weights are those of LLaDA2: sigmoid(logits), normalised over the chosen, times the factor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from llada_megatron.llada_moe.model.patterns import block_numbers, whole_sequences
+
+
+class BlockRouter(TopKRouter):
+    """Megatron's router, whose bias closes to each token the experts that its block did not choose.
+
+    Blocks are counted from the start of each segment, as those of block-causal attention are. They may lie on several
+    ranks of sequence and context parallelism: their maxima are reduced over these ranks.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *args: Any, expert_capacity: int, block_size: int, **kwargs: Any
+    ) -> None:
+        """`expert_capacity`: experts open to a block of `block_size` positions."""
+        super().__init__(config, *args, **kwargs)
+        self.expert_capacity = expert_capacity
+        self.block_size = block_size
+        self.boundaries: torch.Tensor | None = None
+        """Of the segments (see `patterns`); None = whole sequences."""
+
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and choice, both `[tokens, experts]`, from logits `[seq, batch, experts]`."""
+        kept = self.expert_bias
+        self.expert_bias = self._bias_of_tokens(logits)  # Megatron adds it to the scores and does nothing else with it
+        try:
+            return super().routing(logits, padding_mask=padding_mask)
+        finally:
+            self.expert_bias = kept
+
+    @torch.no_grad()
+    def _bias_of_tokens(self, logits: torch.Tensor) -> torch.Tensor:
+        """The expert bias, -inf where an expert is closed: `[tokens, experts]`, sequence-major like the logits."""
+        blocks, count = self._blocks(*logits.shape[:2], logits.device)
+        ranked = logits.float().sigmoid().flatten(0, 1) + self.expert_bias
+        best = ranked.new_full((count, ranked.shape[1]), float("-inf"))
+        best.scatter_reduce_(0, blocks[:, None].expand_as(ranked), ranked, "amax")
+        if self.tp_cp_group.size() > 1:
+            torch.distributed.all_reduce(best, torch.distributed.ReduceOp.MAX, group=self.tp_cp_group)
+        chosen = best.topk(self.expert_capacity, dim=1).indices
+        closed = torch.ones_like(best, dtype=torch.bool).scatter_(1, chosen, False)
+        return self.expert_bias.masked_fill(closed, float("-inf"))[blocks]
+
+    def _blocks(self, seq: int, batch: int, device: torch.device) -> tuple[torch.Tensor, int]:
+        """Block numbers of this rank's tokens `[seq * batch]`, and how many blocks all ranks have."""
+        parts, part = self.cp_group.size(), self.cp_group.rank()
+        if self.config.sequence_parallel:
+            parts, part = parts * self.tp_group.size(), part * self.tp_group.size() + self.tp_group.rank()
+        whole = seq * parts
+        boundaries = whole_sequences(batch, whole) if self.boundaries is None else self.boundaries
+        mine = torch.arange(part * seq, (part + 1) * seq, device=device)
+        positions = mine[:, None] + torch.arange(batch, device=device) * whole
+        return block_numbers(boundaries, self.block_size, positions.flatten())
+
+
+class BlockRoutedLayer(TransformerLayer):
+    """A layer whose router knows the segments.
+
+    They are an argument of the layer, so that a layer that is run again in the backward pass sees its own.
+    """
+
+    def forward(self, *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """As Megatron's; `attention_mask`: segment boundaries of the whole sequences (see `patterns`)."""
+        self.mlp.router.boundaries = attention_mask
+        return super().forward(*args, attention_mask=attention_mask, **kwargs)
