@@ -67,6 +67,12 @@ PUBLISHED = {
         "num_attention_heads": 32, "num_hidden_layers": 32,
     }, 24161, 102_889_705_216),
 }  # fmt: skip
+LLADA2_FLASH = PUBLISHED["llada2-flash"][0]
+PUBLISHED["llada2.2-flash"] = ({
+    **{key: value for key, value in LLADA2_FLASH.items() if key != "sliding_window"}, "block_size": 32,
+    "delete_token_id": 156930, "expert_capacity": 48, "max_position_embeddings": 131072, "rope_theta": 3000000,
+    "split_token_id": 156931,
+}, *PUBLISHED["llada2-flash"][1:])  # fmt: skip
 LING_MINI = {
     **{key: value for key, value in LLADA2_MINI.items() if key not in ("max_window_layers", "sliding_window")},
     "architectures": ["BailingMoeV2ForCausalLM"], "model_type": "bailing_moe", "eos_token_id": 156892,
@@ -265,7 +271,8 @@ REFUSED = {
     "no end": (QWEN3, {"eos_token_id": None}, "'eos_token_id' is missing"),
     "mask outside": (LLAMA, {"mask_token_id": 64}, "64 is outside the vocabulary of 64"),
     "no heads": (LLAMA, {"num_attention_heads": 0, "head_dim": None}, "'head_dim' does not follow"),
-    "2.2": (LLADA2, {**LLADA2_MINI, "expert_capacity": 48}, "expert_capacity = 48 .*routing by blocks"),
+    "parent with blocks": (BAILING, {**LING_MINI, "expert_capacity": 48}, "expert_capacity = 48 .*by blocks"),
+    "few for a block": (LLADA2, {**LLADA2_MINI, "expert_capacity": 4}, "4 experts for a block, but each of its tokens"),
 }
 
 
@@ -335,6 +342,16 @@ def test_split_is_the_inverse_of_merge(drawn, block):
         again = merge(mapping.unit, split(mapping, merged.flip(0), model), model)
         assert torch.equal(again, merged.flip(0))
     assert rows == {name: shape[0] for name, shape in shapes.items()}
+
+
+def test_either_groups_or_blocks_are_written():
+    grouped, blocks = load_model("llada2-mini"), load_model("llada2.2-mini", ["moe.routing_block_size=64"])
+    limits = {"n_group", "topk_group", "expert_capacity", "block_size"}
+    found = [{key: value for key, value in write_config(LLADA2, model).items() if key in limits}
+             for model in (grouped, blocks)]  # fmt: skip
+    assert found == [{"n_group": 8, "topk_group": 4}, {"expert_capacity": 48, "block_size": 64}]
+    listed = {**write_config(LLADA2, grouped), "block_size": 64, "expert_capacity": 0}
+    assert read_config(LLADA2, listed, "config.json") == grouped
 
 
 def test_groups_that_the_published_router_would_score_otherwise_are_not_exported():

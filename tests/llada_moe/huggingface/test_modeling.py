@@ -172,7 +172,7 @@ def test_the_mask_of_blocks_comes_with_llada2(peers):
 
 @pytest.mark.parametrize(
     ("case", "key", "value"),
-    [("dense", "include_bias", True), ("softmax", "norm_topk_prob", True), ("sigmoid", "expert_capacity", 48)],
+    [("dense", "include_bias", True), ("softmax", "norm_topk_prob", True), ("sigmoid", "norm_head", True)],
 )
 def test_a_configuration_that_asks_for_something_else_is_refused(peers, case, key, value):
     config = transformers.AutoConfig.from_pretrained(peers(case), trust_remote_code=True)
@@ -188,6 +188,7 @@ def test_a_configuration_that_asks_for_something_else_is_refused(peers, case, ke
         ("llada-moe-7b-a1b", 3219, 7_356_880_896),
         ("llada2-mini", 14813, 16_255_643_392),
         ("llada2-flash", 24161, 102_889_705_216),
+        ("llada2.2-flash", 24161, 102_889_705_216),
     ],
 )
 def test_the_released_sizes(tmp_path, name, tensors, parameters):

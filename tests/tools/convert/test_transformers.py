@@ -22,6 +22,7 @@ LAYOUTS = {
     "tied": "pipeline_parallel=2",
     "softmax": "tensor_parallel=2,expert_parallel=2",
     "sigmoid": "expert_parallel=4",
+    "blocks": "tensor_parallel=2,expert_parallel=2",
 }
 SEQ = 40
 
@@ -50,7 +51,7 @@ def test_logits_are_the_same_in_all_three(tmp_path, case):
     with open_checkpoint(sharded) as loaded:
         ours = loaded.logits(tokens, torch.ones_like(tokens, dtype=torch.bool), whole_sequences(2, SEQ))
         block_size = loaded.run.objective.block_size
-    assert block_size == (32 if case == "sigmoid" else None)
+    assert block_size == {"sigmoid": 32, "blocks": 5}.get(case)
     blocks = torch.arange(SEQ) // (block_size or SEQ)
     theirs = peer(tokens, attention_mask=(blocks[:, None] >= blocks)[None, None]).logits
     torch.testing.assert_close(theirs, ours.view_as(theirs), atol=1e-5, rtol=0)

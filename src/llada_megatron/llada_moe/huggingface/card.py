@@ -107,6 +107,11 @@ def _experts(model: ModelConfig, moe: MoEConfig) -> Iterator[Row]:
         yield "dense layers at the bottom", f"{moe.leading_dense_layers} of width {model.ffn_hidden_size:,}"
     groups = f", best {moe.expert_groups_top_k} of {moe.num_expert_groups} groups" if moe.num_expert_groups > 1 else ""
     yield "router", _ROUTING[moe.score_function] + groups + (", bias in the choice" if moe.expert_bias else "")
+    if moe.expert_capacity:
+        yield (
+            "routing by blocks",
+            f"{moe.routing_block_size} tokens choose among the same {moe.expert_capacity} experts",
+        )
 
 
 def _training(run: RunConfig, facts: dict[str, Any]) -> str:

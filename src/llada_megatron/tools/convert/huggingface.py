@@ -57,7 +57,10 @@ class HuggingFaceSource:
     def objective(self) -> ObjectiveConfig:
         """What the checkpoints of its format were trained with."""
         kind = "autoregressive" if self.format.autoregressive else "diffusion"
-        return ObjectiveConfig(kind=kind, block_size=self.format.block_size)
+        moe, block = self.model.moe, self.format.block_size
+        if moe is not None and moe.expert_capacity > 0:
+            block = moe.routing_block_size  # one key of the published configuration says both
+        return ObjectiveConfig(kind=kind, block_size=block)
 
     @property
     def kind(self) -> str:

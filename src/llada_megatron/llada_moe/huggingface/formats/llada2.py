@@ -1,9 +1,10 @@
-"""LLaDA2.0 and 2.1: inclusionAI/LLaDA2.x-mini and -flash.
+"""LLaDA2.0, 2.1 and 2.2: inclusionAI/LLaDA2.x-mini and -flash.
 
 Source: the published configuration and modelling file, as dFactory carries them. Query, key and value are one tensor,
 all query heads above all key heads above all value heads; the expert bias is a float32 buffer. The mask token is not
-in the published configuration; the published samplers use 156895. LLaDA2.2 has the same tensors and another router:
-its `expert_capacity` is refused.
+in the published configuration; the published samplers use 156895. LLaDA2.2 has the same tensors and routes by blocks:
+`expert_capacity` says so, and its configuration still lists groups, which its router does not read. The tokens that
+its sampler edits with, `delete_token_id` and `split_token_id`, are tokens like any other to the model.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ def _shared_experts(model: ModelConfig) -> int:
     return model.moe.shared_expert_ffn_hidden_size // model.moe.expert_ffn_hidden_size if model.moe else 0
 
 
+def _void(config: Config) -> tuple[str, ...]:
+    """Experts are limited by block (LLaDA2.2) or by group."""
+    return ("n_group", "topk_group") if config.get("expert_capacity") else ("expert_capacity", "block_size")
+
+
 def _other_group_score(model: ModelConfig) -> str | None:
     """The published router scores a group by its two best experts, Megatron by its top_k / expert_groups_top_k best."""
     moe = model.moe
@@ -85,6 +91,8 @@ FIELDS = (
     Field("moe_router_enable_expert_bias", "moe.expert_bias", False),
     Field("n_group", "moe.num_expert_groups", 1),
     Field("topk_group", "moe.expert_groups_top_k", 1),
+    Field("expert_capacity", "moe.expert_capacity", 0),
+    Field("block_size", "moe.routing_block_size", 32),
     Field("routed_scaling_factor", "moe.routed_scaling_factor", 1.0),
     Field(None, "moe.shared_expert_ffn_hidden_size", shared_width),
 )
@@ -98,20 +106,18 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "use_qkv_bias": (False,),
     "use_rmsnorm": (True,),
     "rope_scaling": (None,),
-    "expert_capacity": (0,),
 }
-REASONS = {"expert_capacity": "the routing by blocks of LLaDA2.2 is not computed by this model"}
 IMPLIED = {"family": "llada2", "moe.score_function": "sigmoid"}
 
 LLADA2 = Format(
     name="llada2",
-    title="LLaDA2 (LLaDA2.0 and 2.1, mini and flash)",
+    title="LLaDA2 (LLaDA2.0, 2.1 and 2.2, mini and flash)",
     model_type="llada2_moe",
     names=NAMES,
     fields=FIELDS,
     accepted=ACCEPTED,
-    reasons=REASONS,
     implied=IMPLIED,
+    void=_void,
     block_size=32,
     exports=Export(
         folder="llada2",

@@ -149,6 +149,10 @@ class Backbone(DiffusionPreTrainedModel):
         """Rotated features of a head, and the base of their frequencies."""
         raise NotImplementedError
 
+    def further_inputs(self, x: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """What every layer gets besides the rotation and the mask, for `[batch, seq, hidden]`."""
+        return ()
+
     @can_return_tuple
     def forward(
         self,
@@ -162,8 +166,9 @@ class Backbone(DiffusionPreTrainedModel):
         x = embedding(input_ids) if inputs_embeds is None else inputs_embeds
         positions = torch.arange(x.shape[1], device=x.device)[None] if position_ids is None else position_ids
         by, mask = rotation(positions, *self.rotary()), score_mask(attention_mask, x.dtype)
+        further = self.further_inputs(x, attention_mask)
         for layer in layers:
-            x = layer(x, by, mask)
+            x = layer(x, by, mask, *further)
         return BaseModelOutput(last_hidden_state=norm(x))
 
 

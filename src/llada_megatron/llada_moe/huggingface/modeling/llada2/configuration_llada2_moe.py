@@ -1,4 +1,4 @@
-"""Configuration of LLaDA2.0 and 2.1, under its published keys."""
+"""Configuration of LLaDA2.0, 2.1 and 2.2, under its published keys."""
 
 from typing import Any
 
@@ -22,6 +22,8 @@ LLADA2_MINI: dict[str, Any] = {
     "num_experts_per_tok": 8,
     "n_group": 8,
     "topk_group": 4,
+    "expert_capacity": 0,
+    "block_size": 32,
     "routed_scaling_factor": 2.5,
     "moe_router_enable_expert_bias": True,
     "initializer_range": 0.02,
@@ -34,7 +36,10 @@ LLADA2_MINI: dict[str, Any] = {
 
 
 class LLaDA2MoeConfig(PretrainedConfig):
-    """Keys that are not given are those of LLaDA2.0-mini."""
+    """Keys that are not given are those of LLaDA2.0-mini.
+
+    `expert_capacity` (LLaDA2.2): tokens of a block of `block_size` choose among so many experts, whatever the groups.
+    """
 
     model_type = "llada2_moe"
 

@@ -1,4 +1,4 @@
-"""LLaDA2.0 and 2.1, under the published names of classes and weights.
+"""LLaDA2.0, 2.1 and 2.2, under the published names of classes and weights.
 
 The released models were finished with block-causal attention, blocks of 32 positions: give `block_causal_mask` as
 `attention_mask` for what they were trained on. Without a mask attention is full in both directions.
@@ -35,6 +35,20 @@ def block_causal_mask(
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, float("-inf"))
 
 
+def routing_blocks(rows: int, length: int, block_size: int, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Numbers of the blocks `[rows, length]` whose tokens choose experts together, counted from each row's first token.
+
+    A 2-D `attention_mask` says what is padding; all padding is one block of its own.
+    """
+    if attention_mask is None or attention_mask.dim() != 2:
+        real = torch.ones(rows, length, dtype=torch.bool)
+    else:
+        real = attention_mask.bool()
+    of_a_row = -(-length // block_size)
+    block = (real.cumsum(1) - 1) // block_size + torch.arange(rows, device=real.device)[:, None] * of_a_row
+    return block.masked_fill(~real, rows * of_a_row)
+
+
 class LLaDA2MoeAttention(nn.Module):
     """Attention from one projection, with a norm over each query and key head before the rotation."""
 
@@ -62,18 +76,33 @@ class LLaDA2MoeGate(nn.Linear):
         bias = torch.zeros(config.num_experts, dtype=torch.float32)
         self.register_buffer("expert_bias", bias if config.moe_router_enable_expert_bias else None)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Numbers of the chosen experts and their weights, both `[tokens, top_k]`, for `[tokens, hidden]`."""
+    def forward(self, x: torch.Tensor, blocks: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers of the chosen experts and their weights, both `[tokens, top_k]`, for `[tokens, hidden]`.
+
+        `blocks`: see `routing_blocks`, `[tokens]`; None = each token chooses for itself, among the best groups.
+        """
         scores = F.linear(x.float(), self.weight.float()).sigmoid()
-        ranked = scores if self.expert_bias is None else scores + self.expert_bias
-        groups = ranked.unflatten(-1, (self.config.n_group, -1))
-        best = groups.topk(2, dim=-1).values.sum(-1).topk(self.config.topk_group, dim=-1).indices
-        outside = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, False)
-        ranked = groups.masked_fill(outside[..., None], float("-inf")).flatten(-2)
+        ranked = scores.detach() if self.expert_bias is None else scores.detach() + self.expert_bias
+        ranked = self._in_groups(ranked) if blocks is None else self._in_blocks(ranked, blocks)
         chosen = ranked.topk(self.config.num_experts_per_tok, dim=-1).indices
         weights = scores.gather(-1, chosen)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return chosen, weights * self.config.routed_scaling_factor
+
+    def _in_groups(self, ranked: torch.Tensor) -> torch.Tensor:
+        """-inf outside the groups with the highest sum of their two best."""
+        groups = ranked.unflatten(-1, (self.config.n_group, -1))
+        best = groups.topk(2, dim=-1).values.sum(-1).topk(self.config.topk_group, dim=-1).indices
+        outside = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, False)
+        return groups.masked_fill(outside[..., None], float("-inf")).flatten(-2)
+
+    def _in_blocks(self, ranked: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """-inf outside the experts that any token of the block ranks highest."""
+        best = ranked.new_full((int(blocks.max()) + 1, ranked.shape[1]), float("-inf"))
+        best.scatter_reduce_(0, blocks[:, None].expand_as(ranked), ranked, "amax")
+        chosen = best.topk(self.config.expert_capacity, dim=-1).indices
+        outside = torch.ones_like(best, dtype=torch.bool).scatter_(-1, chosen, False)
+        return ranked.masked_fill(outside[blocks], float("-inf"))
 
 
 class LLaDA2MoeSparseMoeBlock(nn.Module):
@@ -88,10 +117,10 @@ class LLaDA2MoeSparseMoeBlock(nn.Module):
             FeedForward(hidden, width * config.num_shared_experts) if config.num_shared_experts else None
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[batch, seq, hidden]` to the same."""
+    def forward(self, x: torch.Tensor, blocks: torch.Tensor | None = None) -> torch.Tensor:
+        """`[batch, seq, hidden]` to the same; `blocks`: see `routing_blocks`."""
         tokens = x.flatten(0, 1)
-        routed = mix_experts(tokens, self.experts, *self.gate(tokens)).view_as(x)
+        routed = mix_experts(tokens, self.experts, *self.gate(tokens, blocks)).view_as(x)
         return routed if self.shared_experts is None else routed + self.shared_experts(x)
 
 
@@ -108,10 +137,13 @@ class LLaDA2MoeDecoderLayer(GradientCheckpointingLayer):
             FeedForward(config.hidden_size, config.intermediate_size) if dense else LLaDA2MoeSparseMoeBlock(config)
         )
 
-    def forward(self, x: torch.Tensor, by: Rotation, mask: torch.Tensor | None) -> torch.Tensor:
-        """`[batch, seq, hidden]` to the same."""
+    def forward(
+        self, x: torch.Tensor, by: Rotation, mask: torch.Tensor | None, blocks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[batch, seq, hidden]` to the same; `blocks`: see `routing_blocks`."""
         x = x + self.attention(self.input_layernorm(x), by, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        inner = self.post_attention_layernorm(x)
+        return x + (self.mlp(inner) if isinstance(self.mlp, FeedForward) else self.mlp(inner, blocks))
 
 
 class LLaDA2MoeModel(Backbone):
@@ -129,7 +161,6 @@ class LLaDA2MoeModel(Backbone):
         "norm_topk_prob": True,
         "score_function": "sigmoid",
         "rope_scaling": None,
-        "expert_capacity": 0,
     }
 
     def __init__(self, config: LLaDA2MoeConfig) -> None:
@@ -143,6 +174,12 @@ class LLaDA2MoeModel(Backbone):
     def stack(self) -> tuple[nn.Module, Sequence[LLaDA2MoeDecoderLayer], nn.Module]:
         """Embedding, layers, final norm."""
         return self.word_embeddings, self.layers, self.norm
+
+    def further_inputs(self, x: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Where tokens choose experts by blocks, the block of each, `[tokens]`."""
+        if not self.config.expert_capacity:
+            return ()
+        return (routing_blocks(*x.shape[:2], self.config.block_size, attention_mask).flatten().to(x.device),)
 
     def rotary(self) -> tuple[int, float]:
         """The first `partial_rotary_factor` of a head's features."""
