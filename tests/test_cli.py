@@ -189,3 +189,7 @@ def test_the_installed_program_is_this_one():
         [*LLADA, "env", "--help"], capture_output=True, text=True, timeout=60, env={**os.environ, "NO_COLOR": "1"}
     )
     assert done.returncode == 0 and "examples:" in done.stdout
+
+
+def test_sizes_for_people():
+    assert [console.size_text(count) for count in (12, 1_500, 9_566_000_000)] == ["12 bytes", "1.5 KB", "9.57 GB"]

@@ -30,3 +30,11 @@ def coloured(text: str, code: str, stream: TextIO) -> str:
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty():
         return text
     return f"\033[{code}m{text}\033[0m"
+
+
+def size_text(count: int) -> str:
+    """A number of bytes for people: `9.57 GB`, `72 KB`."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"

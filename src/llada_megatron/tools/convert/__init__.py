@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llada_megatron.console import emit_json, message
+from llada_megatron.console import emit_json, message, size_text
 from llada_megatron.llada_moe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _report(args: argparse.Namespace, summary: dict[str, Any], place: str) -> in
         message(f"note: {note}")
     print(
         f"{summary[place]}: {summary['format']}, {summary['tensors']:,} tensors, {summary['parameters']:,} parameters, "
-        f"{summary['bytes'] / 1e9:.2f} GB"
+        f"{size_text(summary['bytes'])}"
     )
     if args.json:
         emit_json(summary)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llada_megatron.console import size_text
 from llada_megatron.llada_moe.config import to_dict
 from llada_megatron.llada_moe.model.parameters import count_parameters
 from llada_megatron.tools.convert.opening import Source
@@ -50,7 +51,7 @@ def as_text(found: dict[str, Any]) -> str:
         ("dtypes", ", ".join(f"{name}: {count:,}" for name, count in sorted(found["dtypes"].items()))),
         ("trained with", attention),
         ("tokenizer", found["tokenizer"] or "none"),
-        ("files", f"{found['files']} with {found['bytes'] / 1e9:.2f} GB"),
+        ("files", f"{found['files']} with {size_text(found['bytes'])}"),
         *((name, str(value)) for name, value in found["history"].items()),
         *(("note", note) for note in found["notes"]),
         *(("wrong", fault) for fault in found["faults"]),
