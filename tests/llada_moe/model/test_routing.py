@@ -81,6 +81,17 @@ def test_choice_and_weights_are_those_of_the_definition(one_rank, boundaries):
     assert torch.equal(router.local_tokens_per_expert, chosen.sum(0).float())
 
 
+@torch.no_grad()
+def test_a_document_is_routed_as_if_it_were_alone(one_rank):
+    from llada_megatron.llada_moe.model.transformer import build_model, transformer_config
+
+    model = build_model(MODEL, transformer_config(MODEL, LayoutConfig()), attention="full").eval()
+    tokens = torch.randint(0, 120, (1, SEQ), generator=torch.Generator().manual_seed(4))
+    packed = model(tokens, torch.tensor([0, 7, SEQ], dtype=torch.int32), rows=torch.ones_like(tokens, dtype=torch.bool))
+    alone = [model(part, rows=torch.ones_like(part, dtype=torch.bool)) for part in tokens.split([7, SEQ - 7], dim=1)]
+    torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=0)
+
+
 def test_blocks_that_may_choose_every_expert_route_like_single_tokens(one_rank):
     every = dataclasses.replace(MOE, expert_capacity=MOE.num_experts)
     single = dataclasses.replace(MOE, routing_block_size=1)
