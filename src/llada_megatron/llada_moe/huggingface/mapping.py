@@ -88,8 +88,15 @@ def _projection_rows(model: ModelConfig) -> list[int]:
 
 
 def _parts(unit: Unit, names: Sequence[str], model: ModelConfig) -> tuple[Part, ...]:
+    """Of the tensors that lie one below another, those that the unit's rows touch."""
     shape = unit.weight.shape
-    if len(names) == 1:
-        return (Part(names[0], shape, unit.start, unit.stop),)
-    rows = _projection_rows(model) if unit.weight.pattern == weights.QKV else [shape[0] // len(names)] * len(names)
-    return tuple(Part(name, (count, *shape[1:]), 0, count) for name, count in zip(names, rows, strict=True))
+    counts = [shape[0] // len(names)] * len(names)
+    if unit.weight.pattern == weights.QKV and len(names) > 1:
+        counts = _projection_rows(model)
+    parts, first = [], 0
+    for name, count in zip(names, counts, strict=True):
+        start, stop = max(unit.start - first, 0), min(unit.stop - first, count)
+        if start < stop:
+            parts.append(Part(name, (count, *shape[1:]), start, stop))
+        first += count
+    return tuple(parts)

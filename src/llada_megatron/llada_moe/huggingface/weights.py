@@ -36,8 +36,6 @@ SHARED_DOWN = _LAYER + "mlp.shared_experts.linear_fc2.weight"
 
 VOCABULARY_ROWS = (EMBEDDING, OUTPUT)
 """One row per token: the only weights that may have padding rows below."""
-JOINED = (QKV, DENSE_UP, EXPERT_UP, SHARED_UP)
-"""Made of several projections, whose rows change places: converted whole."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,8 @@ def units(model: ModelConfig) -> Iterator[Unit]:
 
 def _blocks(weight: Weight) -> Iterator[tuple[int, int]]:
     rows, width = weight.shape[0], math.prod(weight.shape[1:])
-    block = rows if weight.pattern in JOINED else max(1, BLOCK_ELEMENTS // width)
+    # the rows of query, key and value change places
+    block = rows if weight.pattern == QKV else max(1, BLOCK_ELEMENTS // width)
     for start in range(0, rows, block):
         yield start, min(start + block, rows)
 
