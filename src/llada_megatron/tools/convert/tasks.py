@@ -69,7 +69,7 @@ def run_tasks(workspace: Workspace, tasks: Sequence[Task], workers: int, title: 
     if records:
         message(f"continuing an interrupted conversion: {len(records)} of {len(tasks)} parts are done")
     workspace.require_space(sum(task.size for task in open_tasks))
-    with _bar(title, sum(task.size for task in tasks)) as show:
+    with progress_bar(title, sum(task.size for task in tasks)) as show:
         show(sum(task.size for task in tasks if task.number in records))
         progress = Progress(show)
         pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="convert")
@@ -91,7 +91,7 @@ def run_tasks(workspace: Workspace, tasks: Sequence[Task], workers: int, title: 
 
 
 @contextlib.contextmanager
-def _bar(title: str, total: int) -> Iterator[Callable[[int], object]]:
+def progress_bar(title: str, total: int) -> Iterator[Callable[[int], object]]:
     """A progress bar on stderr where that is a terminal, else a line now and then; yields what adds bytes to it."""
     if not sys.stderr.isatty():
         yield _lines(title, total)
