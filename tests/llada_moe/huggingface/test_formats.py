@@ -16,6 +16,7 @@ from llada_megatron.llada_moe.config.schema import LayoutConfig
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.huggingface.formats import FORMATS, export_format, find_format
 from llada_megatron.llada_moe.huggingface.formats.bailing import BAILING, BAILING_V2
+from llada_megatron.llada_moe.huggingface.formats.llada import LLADA
 from llada_megatron.llada_moe.huggingface.formats.llada2 import LLADA2
 from llada_megatron.llada_moe.huggingface.formats.llama import LLAMA
 from llada_megatron.llada_moe.huggingface.formats.qwen3 import QWEN3, QWEN3_MOE
@@ -272,6 +273,40 @@ REFUSED = {
     "mask outside": (LLAMA, {"mask_token_id": 64}, "64 is outside the vocabulary of 64"),
     "no heads": (LLAMA, {"num_attention_heads": 0, "head_dim": None}, "'head_dim' does not follow"),
     "parent with blocks": (BAILING, {**LING_MINI, "expert_capacity": 48}, "expert_capacity = 48 .*by blocks"),
+    "text for a number": (LLAMA, {"hidden_size": "32"}, "hidden_size = '32' is not a whole number"),
+    "text for the width of heads": (
+        LLAMA,
+        {"num_attention_heads": "4", "head_dim": None},
+        "num_attention_heads = '4' is not a whole number",
+    ),
+    "text for further tokens": (
+        BAILING_V2,
+        {**TINY_LING, "num_nextn_predict_layers": "1"},
+        "num_nextn_predict_layers = '1' is not a whole number, 0 or more",
+    ),
+    "negative further tokens": (BAILING_V2, {**TINY_LING, "num_nextn_predict_layers": -1}, "num_nextn_predict_layers"),
+    "text for shared experts": (LLADA2, {**LLADA2_MINI, "num_shared_experts": "1"}, "num_shared_experts = '1' is not"),
+    "shared experts that are a truth": (
+        LLADA2,
+        {**LLADA2_MINI, "num_shared_experts": True},
+        "num_shared_experts = True",
+    ),
+    "text for a ratio": (
+        LLADA,
+        {**PUBLISHED["llada-8b"][0], "mlp_hidden_size": None, "mlp_ratio": "four"},
+        "'mlp_hidden_size' does not follow from the other keys",
+    ),
+    "text for a truth": (
+        QWEN3_MOE,
+        {**EXPERTS, "norm_topk_prob": "false"},
+        "norm_topk_prob = 'false' is not supported",
+    ),
+    "an end that is text": (LLAMA, {"eos_token_id": ["</s>"]}, "eos_token_id = '</s>' is not a whole number"),
+    "quantised": (
+        LLAMA,
+        {"quantization_config": {"quant_method": "fp8"}, "hidden_act": "gelu"},
+        r"quantization_config \(quant_method 'fp8'\): quantised weights are not read; take the checkpoint in bfloat16",
+    ),
     "few for a block": (LLADA2, {**LLADA2_MINI, "expert_capacity": 4}, "4 experts for a block, but each of its tokens"),
 }
 
@@ -287,6 +322,17 @@ def test_an_unknown_model_type_lists_the_known():
     with pytest.raises(CheckpointError) as caught:
         find_format({"model_type": "gpt2"}, "config.json")
     assert all(table.model_type in str(caught.value) for table in FORMATS)
+
+
+def test_a_model_type_of_two_formats():
+    both = {"model_type": "llada", "d_model": 32, "num_experts": 4}
+    with pytest.raises(
+        CheckpointError, match=r"stands for several.* and more than one fits \(dense.*'d_model'; LLaDA-MoE"
+    ):
+        find_format(both, "config.json")
+    assert find_format({**both, "num_experts": None}, "config.json") is LLADA
+    with pytest.raises(CheckpointError, match="none fits"):
+        find_format({"model_type": "llada"}, "config.json")
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])

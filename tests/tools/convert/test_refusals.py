@@ -297,7 +297,7 @@ def test_an_unknown_kind_of_model_lists_the_known(source):
         ("use_bias", True, "use_bias = True is not supported (only False is, in llada2)"),
         ("rope_scaling", {"rope_type": "yarn"}, "rope_scaling = {'rope_type': 'yarn'} is not supported"),
         ("expert_capacity", -1, "config.json: "),
-        ("num_hidden_layers", "four", "it describes no model that can be built: num_layers: "),
+        ("num_hidden_layers", "four", "num_hidden_layers = 'four' is not a whole number"),
         ("hidden_size", None, "'hidden_size' is missing; it is not a complete configuration"),
     ],
 )

@@ -19,16 +19,17 @@ def find_format(config: Config, file: str) -> Format:
     """The format of a checkpoint with this `config.json`.
 
     Raises:
-        CheckpointError: an unknown `model_type`; listing the known ones.
+        CheckpointError: an unknown `model_type`, listing the known ones; or one of several formats that stays open.
     """
     kind = config.get("model_type")
     fitting = [table for table in FORMATS if table.model_type == kind]
-    marked = [table for table in fitting if table.marker is None or table.marker in config]
+    marked = [table for table in fitting if table.marker is None or config.get(table.marker) is not None]
     if len(marked) == 1:
         return marked[0]
     if fitting:
         ways = "; ".join(f"{table.title} has the key {table.marker!r}" for table in fitting)
-        raise CheckpointError(f"{file}: model_type {kind!r} stands for several formats, and none fits ({ways})")
+        which = "more than one fits" if marked else "none fits"
+        raise CheckpointError(f"{file}: model_type {kind!r} stands for several formats, and {which} ({ways})")
     known = ", ".join(f"{table.model_type} ({table.title})" for table in FORMATS)
     raise CheckpointError(f"{file}: unknown model_type {kind!r}; known are: {known}")
 

@@ -36,6 +36,7 @@ BAILING_V2 = Format(
     implied=llada2.IMPLIED,
     void=lambda config: ("block_size",),
     ignores=_ignores,
+    counts=(*llada2.COUNTS, "num_nextn_predict_layers"),
     autoregressive=True,
     why_not_exported="models of this architecture are exported as LLaDA2",
 )

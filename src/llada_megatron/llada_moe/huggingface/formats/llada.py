@@ -30,7 +30,7 @@ LLADA = Format(
     fields=(
         Field("n_layers", "num_layers"),
         Field("d_model", "hidden_size"),
-        Field("mlp_hidden_size", "ffn_hidden_size", lambda config: config["mlp_ratio"] * config["d_model"]),
+        Field("mlp_hidden_size", "ffn_hidden_size", lambda config: int(float(config["mlp_ratio"]) * config["d_model"])),
         Field("n_heads", "num_attention_heads"),
         Field("n_kv_heads", "num_key_value_heads", lambda config: config["n_heads"]),
         Field("vocab_size", "vocab_size"),

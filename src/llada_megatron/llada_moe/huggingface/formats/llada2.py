@@ -107,6 +107,7 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "use_rmsnorm": (True,),
     "rope_scaling": (None,),
 }
+COUNTS = ("num_shared_experts",)
 IMPLIED = {"family": "llada2", "moe.score_function": "sigmoid"}
 
 LLADA2 = Format(
@@ -118,6 +119,7 @@ LLADA2 = Format(
     accepted=ACCEPTED,
     implied=IMPLIED,
     void=_void,
+    counts=COUNTS,
     block_size=32,
     exports=Export(
         folder="llada2",

@@ -58,7 +58,7 @@ QWEN3_MOE = Format(
         Field("router_aux_loss_coef", "moe.aux_loss_coefficient", 0.0),
         Field(None, "moe.score_function", _score_function),
     ),
-    accepted={**_ACCEPTED, "mlp_only_layers": ([],), "decoder_sparse_step": (1,)},
+    accepted={**_ACCEPTED, "norm_topk_prob": (True, False), "mlp_only_layers": ([],), "decoder_sparse_step": (1,)},
     reasons={**_REASONS, "mlp_only_layers": _MIXED, "decoder_sparse_step": _MIXED},
     implied={"family": "qwen3_moe", "qk_norm": True, "rotary_fraction": 1.0, "moe.leading_dense_layers": 0},
     autoregressive=True,

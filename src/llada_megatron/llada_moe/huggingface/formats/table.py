@@ -6,13 +6,14 @@ support another one, write its table and list it in `formats/__init__.py`.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from llada_megatron.llada_moe.config import from_dict, to_dict, validate_model
 from llada_megatron.llada_moe.config.architecture import architecture
-from llada_megatron.llada_moe.config.schema import ModelConfig
+from llada_megatron.llada_moe.config.schema import ModelConfig, MoEConfig
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 
 REQUIRED = object()
@@ -63,6 +64,8 @@ class Format:
     """Keys that mean nothing beside the others; they are not read, and not written."""
     ignores: Callable[[Config, str], bool] = is_rotary_buffer
     """Whether the tensor of this name is no weight of the model proper, and is left out."""
+    counts: tuple[str, ...] = ()
+    """Keys beside `fields` that its functions calculate with: whole numbers, not negative."""
     autoregressive: bool = False
     """Trained with causal attention on the next token."""
     block_size: int | None = None
@@ -93,9 +96,11 @@ def read_config(table: Format, config: Config, file: str) -> ModelConfig:
     """The architecture that a `config.json` describes.
 
     Raises:
-        CheckpointError: a key is missing, or asks for something that the model does not compute.
+        CheckpointError: a key is missing or of a wrong type, or asks for something that the model does not compute.
     """
     config = normalized(config)
+    _require_plain_weights(config, file)
+    _require_whole_numbers(table, config, file)
     config = {key: value for key, value in config.items() if key not in table.void(config)}
     for key, values in table.accepted.items():
         found = config.get(key)
@@ -183,6 +188,29 @@ def _value(table: Format, entry: Field, config: Config, file: str) -> Any:
     default: Callable[[Config], Any] | Any = entry.default
     try:
         return default(config) if callable(default) else default
-    except (ArithmeticError, LookupError, TypeError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         what = entry.key or entry.path
         raise CheckpointError(f"{file}: {what!r} does not follow from the other keys ({error!r})") from error
+
+
+def _require_plain_weights(config: Config, file: str) -> None:
+    """Raises: CheckpointError: the weights are quantised."""
+    found = config.get("quantization_config")
+    if found:
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        raise CheckpointError(
+            f"{file}: quantization_config (quant_method {method!r}): quantised weights are not read; take the "
+            "checkpoint in bfloat16 or float32 that they were made from"
+        )
+
+
+def _require_whole_numbers(table: Format, config: Config, file: str) -> None:
+    """Before anything calculates with them. Raises CheckpointError."""
+    types = typing.get_type_hints(ModelConfig)
+    types |= {f"moe.{key}": kind for key, kind in typing.get_type_hints(MoEConfig).items()}
+    whole = [entry.key for entry in table.fields if entry.key and types[entry.path] is int]
+    for key in (*whole, *table.counts):
+        value = config.get(key)
+        if value is not None and (type(value) is not int or (key in table.counts and value < 0)):
+            kind = "a whole number, 0 or more" if key in table.counts else "a whole number"
+            raise CheckpointError(f"{file}: {key} = {value!r} is not {kind}")
