@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llada_megatron.llada_moe.config import from_dict, to_dict
 from llada_megatron.llada_moe.config.architecture import architecture
 from llada_megatron.llada_moe.config.schema import ModelConfig, RunConfig
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.parallel import checkpoint_manifest
+
+T = TypeVar("T")
 
 
 def find_checkpoints(path: str | Path) -> list[Path]:
@@ -38,18 +41,30 @@ def weights_to_start_from(run: RunConfig) -> Path | None:
     """
     if not run.checkpoint.load:
         return None
-    candidates = find_checkpoints(run.checkpoint.load)
-    for path in candidates:
-        try:
-            manifest = checkpoint_manifest.read(path)
-            checkpoint_manifest.verify_sizes(path, manifest)
-        except checkpoint_manifest.DamagedCheckpointError:
-            if path == candidates[-1]:
-                raise
-            continue
+    def check(path: Path) -> Path:
+        manifest = checkpoint_manifest.read(path)
+        checkpoint_manifest.verify_sizes(path, manifest)
         require_model(path, manifest.facts, run.model, weights_only=True)
         return path
-    raise AssertionError("no candidates")
+
+    return first_whole(find_checkpoints(run.checkpoint.load), check, lambda text: None)
+
+
+def first_whole(candidates: list[Path], use: Callable[[Path], T], report: Callable[[str], None]) -> T:
+    """What `use` makes of the first candidate that it does not find damaged.
+
+    Args:
+        report: receives a message for each that was passed over.
+
+    Raises:
+        DamagedCheckpointError: of the last candidate.
+    """
+    for path in candidates[:-1]:
+        try:
+            return use(path)
+        except checkpoint_manifest.DamagedCheckpointError as error:
+            report(f"passed over a damaged checkpoint: {error}")
+    return use(candidates[-1])
 
 
 def require_model(path: Path, facts: dict[str, Any], model: ModelConfig, weights_only: bool = False) -> None:

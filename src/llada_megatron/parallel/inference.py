@@ -21,8 +21,7 @@ from llada_megatron.llada_moe.data.batch import Batch
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer, transformer_config
 from llada_megatron.parallel import assembly, device, topology
 from llada_megatron.parallel.checkpoint import CheckpointStore
-from llada_megatron.parallel.checkpoint_manifest import DamagedCheckpointError
-from llada_megatron.parallel.checkpoint_search import find_checkpoints, run_of
+from llada_megatron.parallel.checkpoint_search import find_checkpoints, first_whole, run_of
 
 
 @dataclass(frozen=True)
@@ -145,17 +144,13 @@ def _equal_everywhere(shard: torch.Tensor | None, rows: int, vocab: int) -> torc
 
 
 def _load_first(candidates: list[Path], layout: LayoutConfig, store: CheckpointStore) -> LoadedModel:
-    for path in candidates:
-        try:
-            with warnings.catch_warnings():  # torch and Megatron announce coming changes of their own insides
-                warnings.simplefilter("ignore")
-                return _load(path, layout, store)
-        except DamagedCheckpointError as error:
-            if path == candidates[-1]:
-                raise
-            if torch.distributed.get_rank() == 0:
-                message(f"passed over a damaged checkpoint: {error}")
-    raise AssertionError("no candidates")
+    def report(text: str) -> None:
+        if torch.distributed.get_rank() == 0:
+            message(text)
+
+    with warnings.catch_warnings():  # torch and Megatron announce coming changes of their own insides
+        warnings.simplefilter("ignore")
+        return first_whole(candidates, lambda path: _load(path, layout, store), report)
 
 
 def _load(path: Path, layout: LayoutConfig, store: CheckpointStore) -> LoadedModel:

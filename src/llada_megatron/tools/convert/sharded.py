@@ -14,8 +14,7 @@ from llada_megatron.llada_moe.config.schema import ModelConfig, ObjectiveConfig,
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.weights import Unit, canonical_weights
-from llada_megatron.parallel.checkpoint_manifest import DamagedCheckpointError
-from llada_megatron.parallel.checkpoint_search import find_checkpoints
+from llada_megatron.parallel.checkpoint_search import find_checkpoints, first_whole
 from llada_megatron.parallel.checkpoint_tensors import ShardedReader
 from llada_megatron.tools.convert.findings import Findings
 
@@ -32,7 +31,7 @@ class ShardedSource:
         Raises:
             CheckpointError: there is none, or it does not say what model it holds.
         """
-        self.reader = _open(path)
+        self.reader = first_whole(find_checkpoints(path), ShardedReader, message)
         self.directory = self.reader.directory
         try:
             self.run: RunConfig = from_dict(RunConfig, self.facts["run"])
@@ -117,15 +116,3 @@ class ShardedSource:
 
     def close(self) -> None:
         """Nothing is held open."""
-
-
-def _open(path: Path) -> ShardedReader:
-    candidates = find_checkpoints(path)
-    for candidate in candidates:
-        try:
-            return ShardedReader(candidate)
-        except DamagedCheckpointError as error:
-            if candidate == candidates[-1]:
-                raise
-            message(f"passed over a damaged checkpoint: {error}")
-    raise AssertionError("no candidates")
