@@ -64,7 +64,10 @@ def pieces(
 
 
 def _holders(model: ModelConfig, layout: LayoutConfig, key: str, index: tuple[int, ...]) -> tuple[int, int]:
-    """The first rank that holds a part of the weight, and how many after one another do; see `rank_shares`."""
+    """The first rank that holds a part of the weight, and how many after one another do.
+
+    The numbering of ranks is that of `rank_shares` in llada_moe/model/parameters.py.
+    """
     first = _stage(model, layout, key) * (layout.world_size // layout.pipeline_parallel)
     if _EXPERTS not in key:
         return first, layout.tensor_parallel

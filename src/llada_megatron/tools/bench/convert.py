@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 MEMORY_GOAL_GB, TIME_GOAL, SIZE_GOAL_GB = 2.0, 3.0, 8.0
 _DISK_FACTOR = 4.1  # the source, both conversions of it, and a copy at a time
 _POOL_ELEMENTS = 2**25
+_SHARD_BYTES = 5 * 10**9
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
@@ -121,10 +122,11 @@ def write_synthetic(directory: Path, model: ModelConfig) -> None:
     held = 0
     for name, shape in tensor_shapes(table, model).items():
         dtype = torch.float32 if name.endswith("expert_bias") else torch.bfloat16
-        held += torch.Size(shape).numel() * dtype.itemsize
-        if held > 5e9:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if held + size > _SHARD_BYTES:
             shards.append([])
             held = 0
+        held += size
         shards[-1].append((name, dtype, shape))
     places = {}
     for number, tensors in enumerate(shards, start=1):
@@ -157,7 +159,8 @@ def _forget(directory: Path) -> None:
     """Make the system drop its cached pages of the files, so that everything measured reads from the disk."""
     for path in _files(directory):
         with path.open("rb") as stream:
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if hasattr(os, "posix_fadvise"):  # not on macOS
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _copy(source: Path, target: Path) -> float:
