@@ -149,7 +149,7 @@ def test_only_what_is_missing_is_added(tmp_path):
         "eos_token": {"__type": "AddedToken", "content": "<stop>"}, "pad_token": "<stop>", "mask_token": "<mask>",
         "extra": 1, "tokenizer_class": "PreTrainedTokenizerFast",
     }  # fmt: skip
-    assert len(result.notes) == 1 and "not copied" in result.notes[0]
+    assert len(result.notes) == 1 and "names code" in result.notes[0]
     theirs = loaded(tmp_path / "out")
     assert theirs.mask_token_id == model.mask_token_id == 259
 

@@ -52,7 +52,7 @@ def _load(path: Path, data: bytes, special: set[str | None]) -> tokenizers.Token
     try:
         content = json.loads(data)
         for token in content.get("added_tokens") or []:
-            token["special"] = token["special"] or token["content"] in special
+            token["special"] = token.get("special") or token["content"] in special
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the package raises bare Exception for a file it cannot read
         raise DataError(f"{path}: not a Hugging Face tokenizer ({error})") from error
@@ -68,9 +68,11 @@ def _names_beside(path: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: not a JSON object")
     names = {}
     for key in ("eos_token", "mask_token"):
         value = content.get(key)

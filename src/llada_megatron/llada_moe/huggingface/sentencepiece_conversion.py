@@ -25,6 +25,8 @@ from llada_megatron.llada_moe.errors import DataError
 
 _BYTE_PAIRS = 2
 """`trainer_spec.model_type` of byte-pair models."""
+_LONGEST_VARINT = 10
+"""Bytes of an integer of 64 bits, the longest in protobuf's encoding."""
 
 
 class Kind(IntEnum):
@@ -112,7 +114,8 @@ def _merges(model: Model) -> Iterator[tuple[str, str]]:
 
 def _piece(fields: dict[int, int | bytes]) -> Piece:
     text, score = fields.get(1, b""), fields.get(2, b"\0\0\0\0")
-    assert isinstance(text, bytes) and isinstance(score, bytes)
+    if not isinstance(text, bytes) or not isinstance(score, bytes):
+        raise TypeError("a piece whose text or score is an integer")
     return Piece(text.decode(), struct.unpack("<f", score)[0], Kind(fields.get(3, Kind.NORMAL)))
 
 
@@ -138,10 +141,10 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
     """An integer and the offset behind it."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
+    value = 0
+    for place in range(_LONGEST_VARINT):
+        byte = data[at + place]
+        value |= (byte & 127) << 7 * place
         if byte < 128:
-            return value, at
+            return value, at + place + 1
+    raise ValueError(f"the integer at byte {at} does not end")

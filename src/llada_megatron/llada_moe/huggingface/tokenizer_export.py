@@ -10,25 +10,34 @@ are text here: the files written here say so too (`split_special_tokens`), those
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from llada_megatron.llada_moe.config.schema import ModelConfig
 from llada_megatron.llada_moe.data.tokenizer import EOS_NAMES, MASK_NAMES
 from llada_megatron.llada_moe.errors import DataError
+from llada_megatron.llada_moe.huggingface.hub_cache import require_own_file
 from llada_megatron.llada_moe.huggingface.sentencepiece_conversion import convert, read_model
+from llada_megatron.llada_moe.huggingface.tokenizer_names import (
+    CONFIG,
+    FAST,
+    GENERIC_CLASS,
+    NAMES,
+    added_tokens,
+    beside,
+    complete,
+    dump,
+    parse,
+)
 
-FAST, MODEL, CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+MODEL = "tokenizer.model"
 VOCABULARIES = (FAST, MODEL, "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 """One of these makes a folder a tokenizer's."""
 FILES = (
     *VOCABULARIES,
     CONFIG,
-    "special_tokens_map.json",
+    NAMES,
     "added_tokens.json",
     "merges.txt",
     "chat_template.jinja",
@@ -45,17 +54,38 @@ class TokenizerFiles:
     notes: list[str] = field(default_factory=list)
     """What the user should know, a sentence each."""
 
+    @property
+    def loadable(self) -> bool:
+        """Whether AutoTokenizer can tell from the files what to make of them."""
+        return FAST in self.files or "tokenizer_class" in parse(Path(CONFIG), self.files.get(CONFIG, b"{}"))
+
 
 def find_tokenizer_files(directory: Path) -> list[Path]:
-    """The files of the tokenizer in a checkpoint's directory; none without a vocabulary."""
+    """The files of the tokenizer in a checkpoint's directory; none without a vocabulary.
+
+    Raises:
+        DataError: one is a link that leads out of the directory.
+    """
     found = [directory / name for name in FILES if (directory / name).is_file()]
-    return found if any(path.name in VOCABULARIES for path in found) else []
+    if not any(path.name in VOCABULARIES for path in found):
+        return []
+    for path in found:
+        require_own_file(path, DataError)
+    return found
 
 
 def code_notes(directory: Path) -> list[str]:
-    """A note on the tokenizer's code in a directory, if there is any."""
+    """A note on the tokenizer's code in a directory, and one on code that its configuration names, if there is any."""
     names = sorted(path.name for path in directory.glob("tokeniz*.py"))
-    return [f"{', '.join(names)} of {directory}: code, neither run nor copied"] if names else []
+    notes = [f"{', '.join(names)} of {directory}: code, neither run nor copied"] if names else []
+    config = next((path for path in find_tokenizer_files(directory) if path.name == CONFIG), None)
+    try:
+        code = _named_code(parse(config, config.read_bytes())) if config else {}
+    except DataError:  # a file that cannot be read names none; who needs it refuses it
+        code = {}
+    for key, value in code.items():
+        notes.append(f"{config} names code ({key} {value!r}): not run, and not named in an export")
+    return notes
 
 
 def tokenizer_files(source: Path | None, model: ModelConfig) -> TokenizerFiles:
@@ -65,7 +95,8 @@ def tokenizer_files(source: Path | None, model: ModelConfig) -> TokenizerFiles:
         source: a `tokenizer.json`, a SentencePiece `.model`, a folder with the files of a tokenizer, or None.
         model: its token ids become the tokens `eos_token`, `pad_token` (the same) and `mask_token`.
 
-    Files of a folder stay as they are but for what is missing: a mask token, and the names of these three.
+    Files of a folder stay as they are but for what is missing (a mask token, and the names of these three), a wrong
+    name of the mask, and names of code.
 
     Raises:
         DataError: `source` is no tokenizer, or not that of `model`.
@@ -73,16 +104,18 @@ def tokenizer_files(source: Path | None, model: ModelConfig) -> TokenizerFiles:
     result = TokenizerFiles()
     if source is None:
         return result
+    if source.name in VOCABULARIES and (source.parent / CONFIG).is_file():
+        source = source.parent
     result.files = _contents(source, result.notes)
+    if CONFIG in result.files:
+        _remove_code(result.files, source)
     if FAST in result.files:
-        _complete(result.files, model, source, result.notes)
+        complete(result.files, model, source, result.notes)
     return result
 
 
 def _contents(source: Path, notes: list[str]) -> dict[str, bytes]:
     """File name -> bytes, before anything is added."""
-    if source.name in VOCABULARIES and (source.parent / CONFIG).is_file():
-        source = source.parent
     if source.is_dir():
         notes += code_notes(source)
         files = {path.name: path.read_bytes() for path in find_tokenizer_files(source)}
@@ -113,80 +146,30 @@ def _sentencepiece(source: Path, data: bytes, notes: list[str]) -> dict[str, byt
 
 def _with_special_names(source: Path, data: bytes) -> bytes:
     """The file, with added tokens marked special where HuggingFaceTokenizer takes them for special."""
-    content = _parse(source, data)
-    for token in content.get("added_tokens") or []:
-        token["special"] = token["special"] or token["content"] in (*EOS_NAMES, *MASK_NAMES)
-    return data if content == json.loads(data) else _dump(content)
+    content = parse(source, data)
+    changed = False
+    for token in added_tokens(source, content):
+        if not token.get("special") and token["content"] in (*EOS_NAMES, *MASK_NAMES):
+            token["special"] = changed = True
+    return dump(content) if changed else data
 
 
-def _complete(files: dict[str, bytes], model: ModelConfig, source: Path, notes: list[str]) -> None:
-    """Add what is missing: the mask token, and the names of the special tokens in `tokenizer_config.json`."""
-    names = _special_names(files, model, source, notes)
-    config = _parse(source, files[CONFIG]) if CONFIG in files else _new_config(model)
-    before = dict(config)
-    config |= {key: name for key, name in names.items() if not config.get(key)}
-    if "auto_map" in config:
-        del config["auto_map"]
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        notes.append(f"{CONFIG} named a class in the code that is not copied: {FAST} is read without it")
-    if CONFIG not in files or config != before:
-        files[CONFIG] = _dump(config)
+def _named_code(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a `tokenizer_config.json` names code that transformers would fetch and run, by its key."""
+    found = {"auto_map": config["auto_map"]} if "auto_map" in config else {}
+    name = config.get("tokenizer_class")
+    if name is not None and not (isinstance(name, str) and name.isidentifier()):
+        found["tokenizer_class"] = name  # a class of a module, or of another repository
+    return found
 
 
-def _new_config(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model.max_sequence_length,
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
-    }
-
-
-def _special_names(files: dict[str, bytes], model: ModelConfig, source: Path, notes: list[str]) -> dict[str, str]:
-    """The names of the model's special tokens; a mask that the file does not have is added to it."""
-    vocabulary = _vocabulary(source, files[FAST])
-    tokens = {index: name for name, index in vocabulary.items()}
-    size = max(tokens, default=-1) + 1
-    if size > model.vocab_size or model.eos_token_id not in tokens:
-        raise DataError(
-            f"{source} is not the tokenizer of this model: it has {size} ids, the model {model.vocab_size}, whose "
-            f"end-of-text token has id {model.eos_token_id}; name the right one with --tokenizer"
-        )
-    end = tokens[model.eos_token_id]
-    names = {"eos_token": end, "pad_token": end}
-    if model.mask_token_id in tokens:
-        return names | {"mask_token": tokens[model.mask_token_id]}
-    if model.mask_token_id > size:
-        mask = f"the mask's, {model.mask_token_id}, has no name and is stated in config.json alone"
-        notes.append(f"{source} ends at id {size - 1}: {mask}")
-        return names
-    mask = next(name for name in MASK_NAMES if name not in vocabulary)
-    content = _parse(source, files[FAST])
-    token = {"id": size, "content": mask, "special": True, "normalized": False}
-    token |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-    content["added_tokens"] = [*(content.get("added_tokens") or []), token]
-    files[FAST] = _dump(content)
-    if _vocabulary(source, files[FAST]).get(mask) != size:
-        raise DataError(f"{source}: no token can be added to it at id {size}")
-    return names | {"mask_token": mask}
-
-
-def _vocabulary(source: Path, data: bytes) -> dict[str, int]:
-    try:
-        return tokenizers.Tokenizer.from_buffer(data).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the package raises bare Exception for a file it cannot read
-        raise DataError(f"{source}: not a Hugging Face tokenizer ({error})") from error
-
-
-def _parse(source: Path, data: bytes) -> dict[str, Any]:
-    try:
-        content = json.loads(data)
-    except ValueError as error:
-        raise DataError(f"{source}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{source}: not a JSON object")
-    return content
-
-
-def _dump(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+def _remove_code(files: dict[str, bytes], source: Path) -> None:
+    """Remove from `tokenizer_config.json` what names code: the class too, which is then one of that code."""
+    config = parse(beside(source, CONFIG), files[CONFIG])
+    if not _named_code(config):
+        return
+    config.pop("auto_map", None)
+    config.pop("tokenizer_class", None)
+    if FAST in files:
+        config["tokenizer_class"] = GENERIC_CLASS
+    files[CONFIG] = dump(config)
