@@ -122,7 +122,7 @@ def split_gaps(text: str, word: str) -> list[str | int]:
 
 def checkpoint_tokenizer(loaded: LoadedModel, path: str | None = None) -> Tokenizer:
     """The tokenizer of the checkpoint's data. Raises DataError if it is not there, or another one."""
-    from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
+    from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer, require_tokenizer
 
     facts = loaded.facts.get("tokenizer") or {}
     beside = loaded.path.parent.parent / "tokenizer"  # of an imported checkpoint, which may have been moved
@@ -130,9 +130,8 @@ def checkpoint_tokenizer(loaded: LoadedModel, path: str | None = None) -> Tokeni
     if file is None or not Path(file).exists():
         where = f"is not at {file}" if file else "is not known (it was imported without one)"
         raise DataError(f"the checkpoint's tokenizer {where}; say where it is with --tokenizer FILE")
+    require_tokenizer(file, facts, loaded.path)
     tokenizer = load_tokenizer(file)
-    if facts and tokenizer.sha256 != facts.get("sha256"):
-        raise DataError(f"{file} is not the tokenizer that {loaded.path} was trained with; give that with --tokenizer")
     tokenizer.eos_id, tokenizer.mask_id = loaded.run.model.eos_token_id, loaded.run.model.mask_token_id
     return tokenizer
 

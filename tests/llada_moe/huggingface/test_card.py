@@ -32,7 +32,7 @@ OBJECTIVES = {
 }
 
 
-def facts(model, step=750, objective=None, **more):
+def facts(model, step=750, objective=None, load="/home/someone/parent/checkpoints/step-00000000", **more):
     run = RunConfig(
         model=model,
         training=TrainingConfig(steps=1000, sequence_length=4096, global_batch_size=64, seed=5),
@@ -44,16 +44,16 @@ def facts(model, step=750, objective=None, **more):
         ),
         output_dir="/home/someone/runs/mine",
         objective=objective or ObjectiveConfig(),
-        checkpoint=CheckpointConfig(load="/home/someone/parent/checkpoints/step-00000000"),
+        checkpoint=CheckpointConfig(load=load),
     )
     versions = {"llada-megatron": "0.1.0", "torch": "2.13.0", "megatron-core": "0.16.1"}
     return {"model": to_dict(model), "run": to_dict(run), "step": step, "consumed_samples": step * 64,
             "versions": versions, **more}  # fmt: skip
 
 
-def card(name="llada2-mini", **known):
+def card(name="llada2-mini", tokenizer=True, **known):
     model = load_model(name)
-    return model_card(model, export_format(model), facts(model, **known))
+    return model_card(model, export_format(model), facts(model, **known), tokenizer)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -93,9 +93,27 @@ def test_imported_weights_have_no_training_of_their_own():
     assert "autoregressive" in yaml.safe_load(text.split("---\n")[1])["tags"]
 
 
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/home/alice/llada", "llada"),
+        ("/data/llada", "llada"),
+        ("/llada", "llada"),
+        ("runs/llada/", "llada"),
+        ("/home/alice/llada/checkpoints", "llada/checkpoints"),
+        ("/checkpoints/step-00000007", "checkpoints/step-00000007"),
+        ("../llada/checkpoints/step-00000007", "llada/checkpoints/step-00000007"),
+    ],
+)
+def test_of_a_path_the_last_names_are_told(path, told):
+    assert f"| started from | `{told}` |" in card(load=path)
+
+
+@pytest.mark.parametrize("tokenizer", [True, False])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_example_runs(objective, monkeypatch):
-    text = card("tiny-dense", objective=OBJECTIVES[objective])
+def test_the_example_runs(objective, tokenizer, monkeypatch):
+    text = card("tiny-dense", tokenizer, objective=OBJECTIVES[objective])
+    assert ("AutoTokenizer" in text) == tokenizer
     example = re.search(r"```python\n(.*?)```", text, re.S)[1]
     calls = []
 
@@ -104,10 +122,11 @@ def test_the_example_runs(objective, monkeypatch):
         return SimpleNamespace(logits=torch.nn.functional.one_hot(tokens, 256).float())
 
     loaded = SimpleNamespace(eval=lambda: model)
-    tokenizer = lambda text, **_: {"input_ids": torch.arange(40)[None]}  # noqa: E731
+    given = 40 if tokenizer else 10
+    encode = lambda text, **_: {"input_ids": torch.arange(given)[None]}  # noqa: E731
     stub = SimpleNamespace(
         AutoModelForCausalLM=SimpleNamespace(from_pretrained=lambda directory, trust_remote_code: loaded),
-        AutoTokenizer=SimpleNamespace(from_pretrained=lambda directory, trust_remote_code: tokenizer),
+        AutoTokenizer=SimpleNamespace(from_pretrained=lambda directory, trust_remote_code: encode),
     )
     monkeypatch.setitem(sys.modules, "transformers", stub)
     scope = {}
@@ -115,14 +134,14 @@ def test_the_example_runs(objective, monkeypatch):
     tokens, mask = calls[0]
     n = tokens.shape[1]
     if objective == "causal":
-        assert n == 40 and torch.equal(mask[0, 0], torch.ones(n, n, dtype=torch.bool).tril())
+        assert n == given and torch.equal(mask[0, 0], torch.ones(n, n, dtype=torch.bool).tril())
         return
-    assert n == 48 and tokens[0, 40:].tolist() == [load_model("tiny-dense").mask_token_id] * 8
+    assert n == given + 8 and tokens[0, given:].tolist() == [load_model("tiny-dense").mask_token_id] * 8
     assert len(scope["guesses"]) == 8
     if objective == "full":
         assert mask is None
     else:
-        assert mask.shape == (1, 1, n, n) and mask[0, 0, :32].sum() == 32 * 32 and mask[0, 0, 32:].all()
+        assert mask.shape == (1, 1, n, n) and mask[0, 0, :32].sum() == min(n, 32) ** 2 and mask[0, 0, 32:].all()
 
 
 def test_generation_config_is_read_by_transformers(tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from llada_megatron.llada_moe.data.huggingface_tokenizer import HuggingFaceTokenizer
 from llada_megatron.llada_moe.data.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -22,6 +24,19 @@ def load_tokenizer(path: str | Path, eos_token: str | None = None, mask_token: s
     if file.suffix == ".json":
         return HuggingFaceTokenizer(file, data, sha256, eos_token, mask_token)
     return SentencePieceTokenizer(file, data, sha256, eos_token, mask_token)
+
+
+def require_tokenizer(path: str | Path, facts: Mapping[str, Any] | None, checkpoint: Path) -> None:
+    """Check that a file or folder is the tokenizer that a checkpoint was trained with.
+
+    Args:
+        facts: what the checkpoint says of its tokenizer; None where it knows of none, and any will do.
+
+    Raises:
+        DataError: it is no tokenizer file, or another one.
+    """
+    if facts and hashlib.sha256(_tokenizer_file(Path(path)).read_bytes()).hexdigest() != facts.get("sha256"):
+        raise DataError(f"{path} is not the tokenizer that {checkpoint} was trained with; give that with --tokenizer")
 
 
 def _tokenizer_file(path: Path) -> Path:

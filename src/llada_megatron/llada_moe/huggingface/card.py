@@ -5,6 +5,7 @@ The same checkpoint gives the same card. Of paths on the machine that trained, o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any
@@ -24,8 +25,8 @@ _ROUTING = {
     "softmax_normalized": "softmax, divided by the sum over the chosen experts",
     "sigmoid": "sigmoid, divided by the sum over the chosen experts",
 }
-_LAST_NAMES = 3
-"""Of a path: run, `checkpoints`, step."""
+_PLACES = re.compile(r"checkpoints|step-\d+")
+"""Names of directories in a run, which say nothing without the run's."""
 
 
 def generation_config(model: ModelConfig) -> dict[str, Any]:
@@ -37,12 +38,13 @@ def generation_config(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def model_card(model: ModelConfig, table: Format, facts: dict[str, Any]) -> str:
+def model_card(model: ModelConfig, table: Format, facts: dict[str, Any], tokenizer: bool = True) -> str:
     """The text of `README.md`.
 
     Args:
         table: the format of the export.
         facts: those in the checkpoint's manifest.
+        tokenizer: the export has one that AutoTokenizer reads.
     """
     run = from_dict(RunConfig, facts["run"])
     kind = _kind(run.objective)
@@ -60,7 +62,11 @@ def model_card(model: ModelConfig, table: Format, facts: dict[str, Any]) -> str:
         "## Training",
         _training(run, facts),
         "## Use",
-        _USE.format(call=_CALLS[kind].format(mask=model.mask_token_id, block=run.objective.block_size)),
+        _USE.format(
+            classes="AutoModelForCausalLM, AutoTokenizer" if tokenizer else "AutoModelForCausalLM",
+            text=_TEXT if tokenizer else _IDS,
+            call=_CALLS[kind].format(mask=model.mask_token_id, block=run.objective.block_size),
+        ),
         "## Attention",
         _ATTENTION[kind].format(block=run.objective.block_size),
     )
@@ -129,7 +135,7 @@ def _trained(run: RunConfig, facts: dict[str, Any]) -> Iterator[Row]:
     yield "sequences", f"{samples:,}, {training.global_batch_size:,} in each step"
     yield "tokens", f"{samples * training.sequence_length:,} ({training.sequence_length:,} in each sequence)"
     if run.checkpoint.load:
-        yield "started from", f"`{'/'.join(PurePath(run.checkpoint.load).parts[-_LAST_NAMES:])}`"
+        yield "started from", f"`{_last_names(run.checkpoint.load)}`"
     if objective.kind == "autoregressive":
         yield "objective", "cross-entropy of the next token"
     else:
@@ -145,6 +151,15 @@ def _trained(run: RunConfig, facts: dict[str, Any]) -> Iterator[Row]:
     yield "versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
 
 
+def _last_names(path: str) -> str:
+    """The name of a run, with what follows it where the path is one of a directory in it."""
+    names = [name for name in PurePath(path).parts if name != PurePath(path).anchor]
+    first = len(names) - 1
+    while first > 0 and _PLACES.fullmatch(names[first]):
+        first -= 1
+    return "/".join(names[max(first, 0) :])
+
+
 def _learning_rate(rate: LearningRateConfig) -> str:
     parts = [f"{rate.peak:g} after {rate.warmup_steps:,} steps"]
     parts += [f"{drop.value:g} from step {drop.step:,}" for drop in rate.drops]
@@ -157,17 +172,19 @@ _USE = """The files beside this one are code, so they have to be trusted:
 
 ```python
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {classes}
 
 directory = "."
 model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
-text = tokenizer("def add(a, b):\\n", add_special_tokens=False, return_tensors="pt")["input_ids"]
+{text}
 {call}
 ```
 
 `llada convert import` makes a checkpoint of it that `llada train` and `llada sample` read."""
 
+_TEXT = """tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+text = tokenizer("def add(a, b):\\n", add_special_tokens=False, return_tensors="pt")["input_ids"]"""
+_IDS = "text = torch.arange(10)[None]  # put the ids of a text here: there is no tokenizer in this directory"
 _MASKED = """tokens = torch.cat([text, torch.full((1, 8), {mask})], dim=1)  # eight tokens to fill in
 """
 _AFTER = """

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llada_megatron import __version__
+from llada_megatron.llada_moe.data.tokenizer_files import require_tokenizer
 from llada_megatron.llada_moe.huggingface.card import generation_config, model_card
 from llada_megatron.llada_moe.huggingface.formats import export_format
 from llada_megatron.llada_moe.huggingface.formats.table import Format, write_config
@@ -66,7 +67,7 @@ def export_checkpoint(path: Path, target: Path, options: ExportOptions) -> dict[
     table = export_format(source.model)
     config = write_config(table, source.model)
     notes = source.require_whole()
-    tokenizer = tokenizer_files(options.tokenizer or source.tokenizer, source.model)
+    tokenizer = _tokenizer(source, options)
     notes += tokenizer.notes
     if not tokenizer.files:
         notes.append("the checkpoint's tokenizer is not there (--tokenizer PATH): the export has none")
@@ -87,6 +88,14 @@ def export_checkpoint(path: Path, target: Path, options: ExportOptions) -> dict[
         "bytes": sum(shard.size for shard in shards),
         "notes": notes,
     }
+
+
+def _tokenizer(source: ShardedSource, options: ExportOptions) -> TokenizerFiles:
+    """The tokenizer's files. Raises DataError: not the one that the checkpoint was trained with."""
+    path = options.tokenizer or source.tokenizer
+    if path is not None and path.exists():
+        require_tokenizer(path, source.facts.get("tokenizer"), source.directory)
+    return tokenizer_files(path, source.model)
 
 
 def plan_shards(source: ShardedSource, table: Format, options: ExportOptions) -> list[Shard]:
@@ -185,7 +194,7 @@ def _write_rest(
     for name, data in tokenizer.files.items():
         write_durably(output / name, data)
     write_durably(output / "generation_config.json", _json(generation_config(source.model)))
-    write_durably(output / "README.md", model_card(source.model, table, source.facts).encode())
+    write_durably(output / "README.md", model_card(source.model, table, source.facts, tokenizer.loadable).encode())
     write_durably(output / CONFIG, _json(dict(sorted(config.items()))))
 
 

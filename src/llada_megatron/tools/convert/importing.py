@@ -26,6 +26,7 @@ from llada_megatron.llada_moe.config.schema import (
 from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 from llada_megatron.llada_moe.errors import CheckpointError, DataError
 from llada_megatron.llada_moe.huggingface import weights
+from llada_megatron.llada_moe.huggingface.hub_cache import repository_name
 from llada_megatron.llada_moe.huggingface.tokenizer_export import code_notes, find_tokenizer_files
 from llada_megatron.llada_moe.huggingface.weights import Unit
 from llada_megatron.parallel.checkpoint_manifest import step_name, write_durably
@@ -63,8 +64,10 @@ def import_checkpoint(directory: Path, target: Path, options: ImportOptions) -> 
     Raises:
         CheckpointError: the source is incomplete, damaged, or of a kind that is not known.
         ConfigError: a layout that does not fit, or a target that is not empty.
+        DataError: a file of its tokenizer is a link that leads out of it.
         ResourceError: no space left; repeat the command once there is.
     """
+    tokenizer = find_tokenizer_files(directory)
     source = HuggingFaceSource(directory, options.mask_token_id)
     try:
         notes = source.require_whole()
@@ -77,7 +80,6 @@ def import_checkpoint(directory: Path, target: Path, options: ImportOptions) -> 
             workspace.publish()
     finally:
         source.close()
-    tokenizer = find_tokenizer_files(directory)
     notes += code_notes(directory)
     if not tokenizer:
         notes.append("no tokenizer files in it: sampling and export will need one (--tokenizer)")
@@ -229,7 +231,7 @@ def _facts(workspace: Workspace, source: HuggingFaceSource, run: RunConfig) -> d
         "tokenizer": _copy_tokenizer(source.directory, workspace),
         "imported": {
             "format": source.format.name,
-            "from": source.directory.resolve().name,
+            "from": repository_name(source.directory),
             "config_sha256": source.config_sha256,
         },
     }
