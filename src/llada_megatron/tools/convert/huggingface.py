@@ -15,6 +15,7 @@ from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.formats import find_format
 from llada_megatron.llada_moe.huggingface.formats.table import Format, read_config
+from llada_megatron.llada_moe.huggingface.hub_cache import require_own_file
 from llada_megatron.llada_moe.huggingface.mapping import Mapping, mappings, merge
 from llada_megatron.llada_moe.huggingface.safetensors_header import TensorInfo
 from llada_megatron.llada_moe.huggingface.safetensors_reader import TensorDirectory
@@ -158,6 +159,7 @@ def _is_padded(unit: Unit, expected: tuple[int, ...], info: TensorInfo) -> bool:
 def _read_json(path: Path) -> tuple[dict[str, Any], str]:
     """The content of a JSON file, and the SHA-256 of its bytes."""
     try:
+        require_own_file(path, CheckpointError)
         data = path.read_bytes()
         content = json.loads(data)
     except FileNotFoundError:
