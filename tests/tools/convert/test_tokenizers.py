@@ -1,0 +1,99 @@
+"""The tokenizer on its way through both conversions: the right one, none, one that names code, one that leads away."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import save_file
+
+from llada_megatron.llada_moe.errors import CheckpointError, DataError
+from llada_megatron.parallel.checkpoint_tensors import ShardedReader
+from llada_megatron.tools.convert.importing import STEP
+from tests.tools.convert.checkpoints import (
+    INDEX,
+    WORDS,
+    read,
+    tensors_of,
+    to_huggingface,
+    to_sharded,
+    with_tokenizer,
+    written,
+)
+
+AUTO_MAP = {"auto_map": {"AutoTokenizer": ["someone/repo--tokenization_x.Cls", None]}}
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A checkpoint with a tokenizer."""
+    return with_tokenizer(written(tmp_path / "source", "tiny-dense"))
+
+
+def test_the_tokenizer_of_another_training_is_not_exported(source, tmp_path):
+    to_sharded(source, tmp_path / "sharded")
+    other = tmp_path / "other"
+    other.mkdir()
+    with_tokenizer(other, f"{WORDS} more")
+    for tokenizer in (other, other / "tokenizer.json"):
+        with pytest.raises(DataError, match=f"{tokenizer} is not the tokenizer that .* was trained with.*--tokenizer"):
+            to_huggingface(tmp_path / "sharded", tmp_path / "exported", tokenizer=tokenizer)
+    shutil.copy(other / "tokenizer.json", tmp_path / "sharded/tokenizer")
+    with pytest.raises(DataError, match=f"{tmp_path}/sharded/tokenizer is not the tokenizer that"):
+        to_huggingface(tmp_path / "sharded", tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+    to_huggingface(tmp_path / "sharded", tmp_path / "exported", tokenizer=source / "tokenizer.json")
+    assert (tmp_path / "exported/tokenizer.json").exists()
+
+
+def test_without_facts_any_tokenizer_of_the_size_is_exported(source, tmp_path):
+    tokenizer = tmp_path / "tokenizer.json"
+    (source / "tokenizer.json").rename(tokenizer)
+    to_sharded(source, tmp_path / "sharded")
+    assert "AutoTokenizer" not in exported_card(tmp_path, "without")
+    assert "AutoTokenizer" in exported_card(tmp_path, "with", tokenizer=tokenizer)
+
+
+def exported_card(folder, name, **options):
+    to_huggingface(folder / "sharded", folder / name, **options)
+    return (folder / name / "README.md").read_text()
+
+
+def test_code_is_told_and_left_out(source, tmp_path):
+    (source / "tokenizer_config.json").write_text(json.dumps({**AUTO_MAP, "tokenizer_class": "Cls"}))
+    told = f"{source / 'tokenizer_config.json'} names code (auto_map "
+    assert any(note.startswith(told) for note in to_sharded(source, tmp_path / "sharded")["notes"])
+    notes = to_huggingface(tmp_path / "sharded", tmp_path / "exported")["notes"]
+    assert any("names code" in note for note in notes)
+    config = json.loads((tmp_path / "exported/tokenizer_config.json").read_text())
+    assert "auto_map" not in config and config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "config.json", "model.safetensors", INDEX])
+def test_a_link_that_leads_away_is_refused_at_once(source, tmp_path, name):
+    elsewhere = tmp_path / "elsewhere"
+    (source / name).unlink(missing_ok=True)
+    if name == "model.safetensors":
+        save_file({key: value.clone() for key, value in tensors_of("tiny-dense").items()}, elsewhere)
+    else:
+        elsewhere.write_text("{}")
+    (source / name).symlink_to(elsewhere)
+    with pytest.raises((CheckpointError, DataError), match=f"{source / name} is a link to {elsewhere}, outside of"):
+        to_sharded(source, tmp_path / "sharded")
+    assert not (tmp_path / "sharded").exists() and not list(tmp_path.glob(".sharded*"))
+
+
+def test_a_snapshot_of_the_cache_is_read_and_named_by_its_repository(source, tmp_path):
+    repository = tmp_path / "models--org--name"
+    snapshot = repository / "snapshots/0f3a"
+    snapshot.mkdir(parents=True)
+    source.rename(repository / "blobs")
+    for path in (repository / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    to_sharded(snapshot, tmp_path / "sharded")
+    facts = ShardedReader(tmp_path / "sharded" / STEP).facts
+    assert facts["imported"]["from"] == "org/name" and facts["tokenizer"]["vocab_size"] == 15
+    to_huggingface(tmp_path / "sharded", tmp_path / "exported")
+    assert "were read from `org/name`" in (tmp_path / "exported/README.md").read_text()
+    assert read(tmp_path / "exported").keys() == tensors_of("tiny-dense").keys()
