@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import subprocess
+import time
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from llada_megatron import cli
 from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, ResourceError
 from llada_megatron.tools.convert import parse_size
+from llada_megatron.tools.convert.findings import is_padding
 from llada_megatron.tools.convert.opening import open_source
 from tests.tools.convert.checkpoints import (
     INDEX,
@@ -130,6 +132,23 @@ def test_pickles(source):
     refused(source, "'pytorch_model.bin'", "only .safetensors files are read", "save_pretrained")
 
 
+def test_pickles_alone(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/pytorch_model.bin").write_bytes(b"\x80\x04.")
+    message = refused(tmp_path / "source", "holds only pickles (pytorch_model.bin)", "write it with save_pretrained")
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        open_source(tmp_path / "source")
+
+
+def test_pickles_beside_a_sharded_checkpoint(sharded):
+    (sharded / "notes.pt").write_bytes(b"\x80\x04.")
+    for directory in (sharded, sharded / "checkpoints/step-00000000"):
+        assert open_source(directory).kind == "sharded, step 0"
+    (sharded / "checkpoints/step-00000000/manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        open_source(sharded / "checkpoints/step-00000000")
+
+
 def test_no_configuration(source):
     (source / "config.json").write_text("{")
     refused(source, "config.json cannot be read")
@@ -227,6 +246,16 @@ def test_a_padded_vocabulary_is_stripped_and_said(source, tmp_path):
     assert differing(read(tmp_path / "exported"), tensors_of("tiny-moe-softmax")) == []
 
 
+def test_more_rows_than_padding_are_another_vocabulary(tmp_path):
+    config = config_of("tiny-dense")
+    source = write(tmp_path / "source", tensors_of("tiny-dense"), config | {"vocab_size": 10})
+    shape = "(expected [10, 64], found [256, 64])"
+    refused(source, "2 tensors are of a wrong shape", f"{EMBEDDING} {shape}, {OUTPUT} {shape}")
+    assert is_padding((126000, 8), (126464, 8)) and is_padding((150000, 8), (158191, 8))
+    assert not is_padding((150000, 8), (158192, 8)) and not is_padding((256, 8), (264, 9))
+    assert not is_padding((256, 8), (256, 8)) and not is_padding((256, 8), (255, 8))
+
+
 def test_a_padded_vocabulary_of_a_sharded_checkpoint_is_stripped_and_said(source, tmp_path, monkeypatch):
     """As others' Megatron writes them: here the model of the manifest gets a smaller vocabulary than the weights."""
     from llada_megatron.parallel import checkpoint_manifest as manifests
@@ -314,6 +343,59 @@ def test_a_parent_without_a_mask_token(tmp_path):
     source = write(tmp_path / "source", {"model.norm.weight": torch.ones(8)}, config)
     refused(source, llama.LLAMA.title, "names no mask token: give --mask-token-id N")
     refused(source, "missing", mask_token_id=7)
+
+
+def llama(tmp_path, **keys):
+    """What a LLaMA's first tensor and configuration are."""
+    config = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "vocab_size": 64}
+    config |= {"num_attention_heads": 1, "max_position_embeddings": 8, "eos_token_id": 1}
+    return write(tmp_path / "source", {"model.norm.weight": torch.ones(8)}, config | keys)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (64, "64 is outside the vocabulary of 64 (0 to 63)"),
+        (-1, "-1 is outside the vocabulary"),
+        (1, "1 is also eos_token_id"),
+    ],
+)
+def test_a_mask_token_that_none_can_be(tmp_path, mask, message):
+    for ends in (1, [1, 2]):
+        text = refused(llama(tmp_path, eos_token_id=ends), message, error=ConfigError, mask_token_id=mask)
+        assert text.startswith(f"--mask-token-id {mask}: ") and "config.json" not in text
+
+
+def test_a_mask_token_takes_the_place_of_a_wrong_one(tmp_path):
+    refused(llama(tmp_path, mask_token_id=1000), "config.json", "1000 is outside the vocabulary")
+    refused(llama(tmp_path, mask_token_id=1000), "missing", mask_token_id=7)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"num_hidden_layers": 10**7}, "describes 10,000,000 layers, and there are 1 tensors"),
+        ({"num_experts": 10**7}, "describes 4 layers of 10,000,000 experts, and there are"),
+        ({"vocab_size": 10**12}, "parameters, and there are"),
+        ({"expert_intermediate_size": 10**15}, "parameters, and there are"),
+    ],
+)
+def test_sizes_beyond_all_measure_are_refused_at_once(source, tmp_path, keys, message):
+    if "num_hidden_layers" in keys:
+        source = llama(tmp_path / "parent", mask_token_id=7, **keys)
+    else:
+        changed(source, **keys)
+    begin = time.monotonic()
+    refused(source, "config.json", message, "it is of another model")
+    assert time.monotonic() - begin < 2
+    with pytest.raises(CheckpointError, match="it is of another model"):
+        open_source(source)
+
+
+def test_quantised_weights_are_refused_before_their_tensors(source):
+    changed(source, quantization_config={"quant_method": "gptq", "bits": 4})
+    (source / "model-00002-of-00003.safetensors").unlink()
+    refused(source, "quantization_config (quant_method 'gptq'): quantised weights are not read")
 
 
 @pytest.mark.parametrize(
@@ -498,6 +580,6 @@ def test_what_a_conversion_says(source, tmp_path, capsys):
     assert (
         line
         == f"{tmp_path}/out/checkpoints/step-00000000: llada_moe, {len(tensors_of('tiny-moe-softmax'))} tensors, "
-        + (f"{sum(value.numel() for value in tensors_of('tiny-moe-softmax').values()):,} parameters, 0.00 GB")
+        + (f"{sum(value.numel() for value in tensors_of('tiny-moe-softmax').values()):,} parameters, 563 KB")
     )
     assert json.loads(report)["bytes"] == sum(value.nbytes for value in tensors_of("tiny-moe-softmax").values())

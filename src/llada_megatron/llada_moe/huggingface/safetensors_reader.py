@@ -209,13 +209,17 @@ def _single_file(directory: Path) -> list[Path]:
             f"{directory} holds {len(found)} {SUFFIX} files ({found[0]} … {found[-1]}) and no {INDEX_NAME} to say "
             "which tensors belong to the model: download or copy the index too"
         )
-    pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
-    if pickles:
+    if found := pickles(directory):
         raise CheckpointError(
-            f"{directory} holds only pickles ({pickles[0]}), which can run code when they are loaded and are not read "
+            f"{directory} holds only pickles ({found[0]}), which can run code when they are loaded and are not read "
             f"here: {_how_to_convert()}"
         )
     raise CheckpointError(f"{directory} holds no weights: no {INDEX_NAME} and no {SUFFIX} file; {AGAIN}")
+
+
+def pickles(directory: Path) -> list[str]:
+    """Names of the files in which weights may be pickled."""
+    return sorted(path.name for path in directory.glob("*") if path.name.endswith(_PICKLE_SUFFIXES))
 
 
 def _how_to_convert() -> str:

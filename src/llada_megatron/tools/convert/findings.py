@@ -6,9 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llada_megatron.llada_moe.config.schema import ModelConfig
 from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.llada_moe.huggingface.weights import BLOCK_ELEMENTS
+from llada_megatron.llada_moe.model.parameters import count_parameters
 
 _MOST_NAMES = 5
+_LISTED = 100_000
+"""Missing tensors, or units of large ones, that can be described one by one in a few seconds."""
+_MOST_PADDING = 128 * 64
+"""Megatron pads to a multiple of 128 rows per tensor-parallel rank."""
 
 
 @dataclass
@@ -40,3 +47,35 @@ class Findings:
         if faults:
             raise CheckpointError(f"{directory} does not hold {what}: {'; '.join(faults)}")
         return self.notes
+
+
+def is_padding(expected: tuple[int, ...], found: tuple[int, ...]) -> bool:
+    """Whether a weight of `expected` shape, a row per token, is there with a plausible number of unused rows below.
+
+    More of them than tokens, or than padding to a multiple makes, are another vocabulary.
+    """
+    if len(found) != len(expected) or found[1:] != expected[1:]:
+        return False
+    return 0 < found[0] - expected[0] < min(expected[0], _MOST_PADDING)
+
+
+def require_comparable(model: ModelConfig, tensors: int, elements: int, file: str) -> None:
+    """Refuse sizes that are orders of magnitude above what is there, before every tensor of the model is described.
+
+    Args:
+        tensors: how many are there.
+        elements: of all of them.
+        file: that describes `model`.
+
+    Raises:
+        CheckpointError: so large a model cannot be there, not even in part.
+    """
+    experts = model.moe.num_experts if model.moe else 0
+    if model.num_layers * max(experts, 1) > max(tensors, _LISTED):
+        what = f"{model.num_layers:,} layers" + (f" of {experts:,} experts" if experts else "")
+        raise CheckpointError(f"{file} describes {what}, and there are {tensors:,} tensors: it is of another model")
+    described = count_parameters(model).total
+    if described > max(2 * elements, _LISTED * BLOCK_ELEMENTS):
+        raise CheckpointError(
+            f"{file} describes {described:,} parameters, and there are {elements:,}: it is of another model"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -10,18 +11,18 @@ from typing import Any
 
 import torch
 
+from llada_megatron.llada_moe.config import validate_model
 from llada_megatron.llada_moe.config.schema import ModelConfig, ObjectiveConfig
-from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.formats import find_format
-from llada_megatron.llada_moe.huggingface.formats.table import Format, read_config
+from llada_megatron.llada_moe.huggingface.formats.table import Format, normalized, read_config
 from llada_megatron.llada_moe.huggingface.hub_cache import require_own_file
 from llada_megatron.llada_moe.huggingface.mapping import Mapping, mappings, merge
-from llada_megatron.llada_moe.huggingface.safetensors_header import TensorInfo
-from llada_megatron.llada_moe.huggingface.safetensors_reader import TensorDirectory
+from llada_megatron.llada_moe.huggingface.safetensors_reader import TensorDirectory, pickles
 from llada_megatron.llada_moe.huggingface.tokenizer_export import find_tokenizer_files
 from llada_megatron.llada_moe.huggingface.weights import Unit
-from llada_megatron.tools.convert.findings import Findings
+from llada_megatron.tools.convert.findings import Findings, is_padding, require_comparable
 
 CONFIG = "config.json"
 USABLE_DTYPES = (torch.bfloat16, torch.float32)
@@ -39,18 +40,22 @@ class HuggingFaceSource:
 
         Raises:
             CheckpointError: no or an unknown configuration, or files that are missing or damaged.
+            ConfigError: `mask_token_id` is outside the vocabulary, or ends texts.
         """
         self.directory = Path(directory)
         self.config, self.config_sha256 = _read_json(self.directory / CONFIG)
         file = str(self.directory / CONFIG)
         self.format: Format = find_format(self.config, file)
-        self._mask_is_missing = not require_mask and self.format.needs_mask(self.config)
-        if self._mask_is_missing:
-            mask_token_id = 0 if self.config.get("eos_token_id") else 1  # any will do, where no token is masked
-        if mask_token_id is not None:
-            self.config["mask_token_id"] = mask_token_id
+        self._mask_is_missing = mask_token_id is None and self.format.needs_mask(self.config)
+        if mask_token_id is not None or (self._mask_is_missing and not require_mask):
+            # any will do, where no token is masked or the option's follows
+            self.config["mask_token_id"] = 0 if normalized(self.config).get("eos_token_id") else 1
         self.model: ModelConfig = read_config(self.format, self.config, file)
+        if mask_token_id is not None:
+            self.model = _with_mask(self.model, mask_token_id)
         self.tensors = TensorDirectory(self.directory)
+        shapes = [info.shape for info in self.tensors.tensors.values()]
+        require_comparable(self.model, len(shapes), sum(map(math.prod, shapes)), file)
         self.mappings: list[Mapping] = list(mappings(self.format, self.model))
         self._by_unit = {mapping.unit: mapping for mapping in self.mappings}
 
@@ -90,10 +95,13 @@ class HuggingFaceSource:
                 info = found.pop(part.name, None)
                 if info is None:
                     result.missing.append(part.name)
-                elif _is_padded(mapping.unit, part.shape, info):
+                elif mapping.unit.weight.pattern in weights.VOCABULARY_ROWS and is_padding(part.shape, info.shape):
                     padded[part.name] = info.shape[0] - part.shape[0]
                 elif info.shape != part.shape:
                     result.misshapen.append(f"{part.name} (expected {list(part.shape)}, found {list(info.shape)})")
+        ends = self.config.get("eos_token_id")
+        if isinstance(ends, list) and len(ends) > 1:
+            result.notes.append(f"eos_token_id is {ends}: a text ends with {ends[0]} here, the others are not kept")
         for name, rows in padded.items():
             result.notes.append(f"{name}: {rows} rows below the vocabulary of {self.model.vocab_size} are padding")
         ignored = [name for name in found if self.format.ignores(self.config, name)]
@@ -116,6 +124,10 @@ class HuggingFaceSource:
             name = str(info.dtype).removeprefix("torch.")
             counts[name] = counts.get(name, 0) + math.prod(info.shape)
         return counts
+
+    def dtype(self, unit: Unit) -> torch.dtype:
+        """As stored."""
+        return self.tensors.tensors[self._by_unit[unit].parts[0].name].dtype
 
     def read(self, unit: Unit, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The unit's tensor, as stored or in `dtype`."""
@@ -150,10 +162,14 @@ class HuggingFaceSource:
         return all(torch.equal(self.tensors.read(name, *rows), self.tensors.read(embedding, *rows)) for rows in blocks)
 
 
-def _is_padded(unit: Unit, expected: tuple[int, ...], info: TensorInfo) -> bool:
-    """More rows than the vocabulary has: Megatron and others pad it to a multiple of the tensor-parallel size."""
-    of_vocabulary = unit.weight.pattern in weights.VOCABULARY_ROWS and len(info.shape) == len(expected)
-    return of_vocabulary and info.shape[0] > expected[0] and info.shape[1:] == expected[1:]
+def _with_mask(model: ModelConfig, mask_token_id: int) -> ModelConfig:
+    """The model with the mask token of the command line. Raises ConfigError."""
+    model = dataclasses.replace(model, mask_token_id=mask_token_id)
+    try:
+        validate_model(model)
+    except ConfigError as error:
+        raise ConfigError(f"--mask-token-id {mask_token_id}: {error}") from None
+    return model
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], str]:
@@ -163,6 +179,8 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str]:
         data = path.read_bytes()
         content = json.loads(data)
     except FileNotFoundError:
+        if pickles(path.parent):
+            TensorDirectory(path.parent).close()  # raises: how to convert them; or else there are weights too
         raise CheckpointError(
             f"{path} is missing: it says what model the weights are; download the whole repository of the checkpoint"
         ) from None

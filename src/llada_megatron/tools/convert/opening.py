@@ -9,7 +9,9 @@ import torch
 
 from llada_megatron.llada_moe.config.schema import ModelConfig, ObjectiveConfig
 from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.llada_moe.huggingface.safetensors_reader import pickles
 from llada_megatron.llada_moe.huggingface.weights import Unit
+from llada_megatron.parallel.checkpoint_search import find_checkpoints
 from llada_megatron.tools.convert.findings import Findings
 from llada_megatron.tools.convert.huggingface import CONFIG, HuggingFaceSource
 from llada_megatron.tools.convert.sharded import ShardedSource
@@ -42,6 +44,9 @@ class Source(Protocol):
     def dtypes(self) -> dict[str, int]:
         """Parameters by dtype."""
 
+    def dtype(self, unit: Unit) -> torch.dtype:
+        """Of a unit's tensor, as stored."""
+
     def read(self, unit: Unit, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A unit's tensor, as stored or in `dtype`."""
 
@@ -60,6 +65,15 @@ def open_source(path: Path) -> Source:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory: give a checkpoint's")
-    if (path / CONFIG).exists() or any(path.glob("*.safetensors*")):
+    published = (path / CONFIG).exists() or any(path.glob("*.safetensors*"))
+    if published or (pickles(path) and not _is_sharded(path)):
         return HuggingFaceSource(path, require_mask=False)
     return ShardedSource(path)
+
+
+def _is_sharded(path: Path) -> bool:
+    """Whether pickles in a directory are those that belong to a sharded checkpoint, or lie about in a run's."""
+    try:
+        return bool(find_checkpoints(path))
+    except CheckpointError:
+        return any(path.glob("*.distcp"))

@@ -16,7 +16,7 @@ from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.weights import Unit, canonical_weights
 from llada_megatron.parallel.checkpoint_search import find_checkpoints, first_whole
 from llada_megatron.parallel.checkpoint_tensors import ShardedReader
-from llada_megatron.tools.convert.findings import Findings
+from llada_megatron.tools.convert.findings import Findings, is_padding
 
 TOKENIZER = "tokenizer"
 """Folder of an imported checkpoint's tokenizer files, beside `checkpoints`."""
@@ -84,8 +84,7 @@ class ShardedSource:
                 continue
             _, shape = found.pop(weight.key)
             expected = weight.global_shape
-            of_vocabulary = weight.pattern in weights.VOCABULARY_ROWS
-            if of_vocabulary and shape[0] > expected[0] and shape[1:] == expected[1:]:
+            if weight.pattern in weights.VOCABULARY_ROWS and is_padding(expected, shape):
                 rows = shape[0] - expected[0]
                 result.notes.append(f"{weight.key}: {rows} rows below the vocabulary of {expected[0]} are padding")
             elif shape != expected:
