@@ -124,6 +124,7 @@ DEEP = b"[" * 200_000
         ("mine.model", b"\x08\x01"),  # a piece that is an integer
         ("mine.model", b"\x0a\x05\x0a\x01a\x18\x63"),  # a piece of an unknown kind
         ("mine.model", b"\x80" * 50),
+        ("mine.model", b"\x0a\x05\x0a\x01\xff\x18\x03"),  # a control symbol that is no text
         (CONFIG, b"{"),
         (CONFIG, b"[]"),
         (CONFIG, DEEP),

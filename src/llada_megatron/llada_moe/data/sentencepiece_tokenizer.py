@@ -37,10 +37,10 @@ class SentencePieceTokenizer(Tokenizer):
             if not model:
                 raise RuntimeError("empty file")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, TypeError) as error:
+            size = self._processor.get_piece_size()
+            control = {self._processor.id_to_piece(i): i for i in range(size) if self._processor.is_control(i)}
+        except (RuntimeError, TypeError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: not a SentencePiece model ({error})") from error
-        size = self._processor.get_piece_size()
-        control = {self._processor.id_to_piece(i): i for i in range(size) if self._processor.is_control(i)}
         self._control = frozenset(control.values())
         self.eos_id = self._find_eos(control, eos_token)
         self._space_bytes = [self._byte_id(byte) for byte in SPACE_SYMBOL.encode()]
