@@ -198,8 +198,8 @@ class CheckpointConfig:
     asynchronous: bool = False
     """Write in the background where the installed versions do that safely; otherwise a message says why not."""
     load: str | None = None
-    """Start from these weights: a step directory, or a run or an import, whose newest whole checkpoint counts (a run that
-    resumes its own checkpoints ignores it)."""
+    """Start from these weights: a step directory, or a run or an import, whose newest whole checkpoint counts (a run
+    that resumes its own checkpoints ignores it)."""
 
 
 @dataclass(frozen=True, kw_only=True)
