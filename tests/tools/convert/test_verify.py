@@ -1,15 +1,21 @@
 """`llada convert verify`: says whether two checkpoints of any kinds are the same, and where the first difference is."""
 
+import contextlib
 import json
+import math
 import re
+import time
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llada_megatron import cli
 from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.huggingface import weights as canonical
-from llada_megatron.tools.convert import logits
+from llada_megatron.tools.convert import comparing_logits, logits, verifying
+from llada_megatron.tools.convert.opening import open_source
 from tests.tools.convert.checkpoints import (
     MODELS,
     WORDS,
@@ -84,7 +90,13 @@ PLACES = [
     ),
     ("tiny-dense", "model.transformer.blocks.1.k_proj.weight", (17, 3), "1.self_attention.linear_qkv.weight", (97, 3)),
     ("tiny-moe", EXPERT + "5.down_proj.weight", (3, 7), "2.mlp.experts.experts.linear_fc2.weight[5]", (5, 3, 7)),
-    ("tiny-moe", EXPERT + "0.up_proj.weight", (1, 2), "2.mlp.experts.experts.linear_fc1.weight[0]", (0, 33, 2)),
+    (
+        "tiny-moe",
+        EXPERT + "0.up_proj.weight",
+        (1, 2),
+        "2.mlp.experts.experts.linear_fc1.weight[0] rows 0 to 49",
+        (0, 33, 2),
+    ),
     ("tiny-moe", "model.layers.1.mlp.gate.expert_bias", (6,), "1.mlp.router.expert_bias", (6,)),
     ("tiny-moe-softmax", "model.norm.weight", (63,), "decoder.final_layernorm.weight", (63,)),
 ]
@@ -140,8 +152,8 @@ def test_tolerance_and_dtypes(capsys, tmp_path):
     code, lines, report = verify(capsys, full, half, "--no-logits")
     assert code == 1 and "embedding.word_embeddings.weight (torch.float32 and torch.bfloat16) at [0, 0]: " in lines[1]
     assert report["tensors"] - report["differing"] == 3  # the biases, in float32 in both
-    code, lines, _ = verify(capsys, full, half, "--no-logits", "--tolerance", "0.01")
-    assert code == 0 and lines[0].endswith("are equal within 0.01")
+    code, lines, report = verify(capsys, full, half, "--no-logits", "--tolerance", "0.01")
+    assert code == 0 and lines[0].endswith("are equal within 0.01 (3 bit for bit)") and report["identical"] == 3
     assert verify(capsys, full, half, "--no-logits", "--tolerance", "1e-5")[0] == 1
 
 
@@ -168,6 +180,85 @@ def test_a_checkpoint_that_is_not_whole(capsys, tmp_path):
         assert "1 tensor is missing: model.transformer.ln_f.weight" in report["error"]
 
 
+# --- parts of it ----------------------------------------------------------------------------------------------
+
+VALUES = st.sampled_from([0.0, -0.0, 1.0, 1.25, 1.5, 3.0, math.inf, -math.inf, math.nan])
+TENSOR = canonical.Unit(canonical.Weight(canonical.FINAL_NORM, None, 0, (12,)), None, 0, 12)
+
+
+class Held:
+    """A source of one tensor."""
+
+    def __init__(self, values, dtype):
+        self.tensor = torch.tensor(values, dtype=dtype)
+
+    def read(self, unit):
+        return self.tensor
+
+
+@given(
+    st.lists(VALUES, min_size=12, max_size=12),
+    st.lists(VALUES, min_size=12, max_size=12),
+    st.lists(st.booleans(), min_size=12, max_size=12),
+    st.sampled_from([0.0, 0.25, 0.5]),
+    st.integers(1, 13),
+)
+def test_a_tensor_in_chunks(a, b, take, tolerance, chunk):
+    b = [y if other else x for x, y, other in zip(a, b, take, strict=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verifying, "_CHUNK", chunk)
+        found = verifying.difference(Held(a, torch.float32), Held(b, torch.bfloat16), TENSOR, tolerance)
+        same = verifying.difference(Held(a, torch.float32), Held(b, torch.float32), TENSOR, tolerance)
+    unequal = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if repr(x) != repr(y)]
+    beyond = [i for i in unequal if tolerance == 0 or not abs(a[i] - b[i]) <= tolerance]
+    assert (same is None) == (not unequal)
+    if same:
+        first = (beyond or unequal)[0]
+        assert same.tolerated == (not beyond) and same.position == (first,)
+        assert repr(same.values) == repr((a[first], b[first]))
+        apart = [abs(a[i] - b[i]) for i in unequal]
+        largest = math.nan if any(math.isnan(each) for each in apart) else max(apart)
+        assert repr(same.largest) == repr(largest)
+    assert found is not None and found.dtypes == (torch.float32, torch.bfloat16)
+    assert found.tolerated == (tolerance > 0 and not beyond)
+
+
+def test_an_interruption_ends_the_comparison(tmp_path, monkeypatch):
+    source = open_source(written(tmp_path / "source", "tiny-moe"))
+    met = []
+
+    def slow(a, b, unit, tolerance):
+        met.append(unit)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(verifying, "difference", slow)
+
+    def interrupted(count):
+        raise KeyboardInterrupt
+
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(verifying.differences(source, source, 0, 2, interrupted))
+    assert time.monotonic() - begin < 0.4 and len(met) <= 4
+
+
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+def test_progress_counts_every_byte_of_both(capsys, tmp_path, monkeypatch, name):
+    shown = {}
+
+    @contextlib.contextmanager
+    def bar(title, total):
+        shown[title] = [total, 0]
+        yield lambda count: shown[title].__setitem__(1, shown[title][1] + count)
+
+    for module in (verifying, comparing_logits):
+        monkeypatch.setattr(module, "progress_bar", bar)
+    full, half = written(tmp_path / "full", name, "fp32"), written(tmp_path / "half", name)
+    assert verify(capsys, full, half, "--tolerance", "1")[0] == 0
+    size = sum(value.nbytes for dtype in ("fp32", "bf16") for value in tensors_of(name, dtype).values())
+    assert shown == {"comparing": [size, size], "logits": [size, size]}
+
+
 # --- logits ---------------------------------------------------------------------------------------------------
 
 
@@ -192,23 +283,86 @@ def test_logits_on_text_say_where_they_part(capsys, tmp_path):
     assert code == 1 and re.match(r"logits: equal on \d+ tokens of text", lines[-1])
 
 
+def test_logits_in_the_report(capsys, tmp_path):
+    full, half = written(tmp_path / "full", "tiny-dense", "fp32"), written(tmp_path / "half", "tiny-dense", "bf16")
+    code, lines, report = verify(capsys, full, full)
+    found = report["logits"]
+    assert code == 0 and found["compared"] and found["equal"] and found["largest"] == 0 and found["reach"] > 0.1
+    assert found["first_position"] is None and found["on"] in lines[1]
+    # rounded weights give other logits, which is what a tolerance is for
+    code, lines, report = verify(capsys, full, half, "--tolerance", "0.002")
+    found = report["logits"]
+    assert code == 0 and report["equal"] and not found["equal"] and found["largest"] > 0.002
+    assert found["first_position"] == 0 and f"by up to {found['largest']:.3g}, first at position 0" in lines[1]
+    assert lines[2] == "equal within the tolerance for tensors, by which this is judged; the logits are not"
+    code, lines, report = verify(capsys, full, half)
+    assert code == 1 and not report["equal"] and not report["logits"]["equal"] and "they differ" in lines[-1]
+    assert verify(capsys, full, half, "--no-logits")[2]["logits"] is None
+
+
+@pytest.mark.parametrize("tolerance", ["0", "0.001"])
+def test_equal_tensors_with_other_logits_are_not_equal(capsys, tmp_path, monkeypatch, tolerance):
+    source = written(tmp_path / "source", "tiny-dense")
+    known = comparing_logits.logits
+    added = iter((0.0, 0.5))
+    monkeypatch.setattr(comparing_logits, "logits", lambda *args: known(*args) + next(added))
+    code, lines, report = verify(capsys, source, source, "--tolerance", tolerance)
+    assert code == 1 and not report["equal"] and report["differing"] == 0
+    assert report["logits"]["largest"] == pytest.approx(0.5, abs=1e-3)
+    assert lines[-1] == "not equal: the same tensors give other logits"
+
+
+def test_logits_that_are_no_numbers_are_json(capsys, tmp_path):
+    name = "model.transformer.ln_f.weight"
+    nan = altered(tmp_path / "nan", "tiny-dense", name, lambda tensor: tensor * torch.nan)
+    code, lines, report = verify(capsys, nan, nan)
+    assert code == 0 and report["logits"]["equal"] and "NaN" not in json.dumps(report)
+    code, lines, report = verify(capsys, nan, written(tmp_path / "source", "tiny-dense"))
+    assert code == 1 and report["logits"]["largest"] is None and "differ by up to nan, first at position 0" in lines[-1]
+    assert "NaN" not in json.dumps(report)
+
+
 def test_a_tokenizer_of_another_model_is_not_used(capsys, tmp_path):
     source = with_tokenizer(written(tmp_path / "source", "tiny-dense"), " ".join(map(str, range(300))) + " the was of")
-    code, lines, _ = verify(capsys, source, source)
-    assert code == 0 and "64 tokens drawn from the vocabulary" in lines[1]
+    other = written(tmp_path / "other", "tiny-dense")
+    ways = [f"(the tokenizer of {source} gives id 306, beyond the vocabulary of 256)"]
+    (tmp_path / "text").write_text("299 298")
+    for words in ((source, source), (source, other), (other, source)):
+        code, lines, report = verify(capsys, *words)
+        assert code == 0 and f"64 tokens drawn from the vocabulary {ways[0]}" in lines[1]
+        assert report["logits"]["on"] in lines[1]
+    (other / "tokenizer.json").write_text("{}")
+    _, lines, _ = verify(capsys, source, other, "--text", str(tmp_path / "text"))
+    assert (
+        "vocabulary, not of --text, (the tokenizer of " in lines[1] and "; the tokenizer cannot be used: " in lines[1]
+    )
+    assert str(other) in lines[1]
+    (tmp_path / "text").write_text(" ")
+    _, lines, _ = verify(capsys, with_tokenizer(other), other, "--text", str(tmp_path / "text"))
+    assert "finds no token in the text)" in lines[1]
 
 
 def test_text_that_is_none(capsys, tmp_path):
     source = written(tmp_path / "source", "tiny-dense")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    for name, message in (("absent", "No such file"), ("binary", "binary: not UTF-8 text")):
+    for name, message in (
+        ("absent", "absent: cannot be read (No such file or directory); name a file of text"),
+        ("binary", "binary: not UTF-8 text"),
+    ):
         code, lines, report = verify(capsys, source, source, "--text", str(tmp_path / name))
-        assert code == 1 and message in report["error"] and "defect" not in lines[-1]
+        assert code == 1 and message in report["error"] and "--text" in lines[-1] and "defect" not in lines[-1]
+
+
+@pytest.mark.parametrize("tolerance", ["nan", "inf", "-1"])
+def test_a_tolerance_that_is_none(capsys, tmp_path, tolerance):
+    code, _, report = verify(capsys, tmp_path, tmp_path, "--tolerance", tolerance)
+    assert code == 2 and report["error"] == f"--tolerance {float(tolerance)}: a number, 0 or more"
 
 
 def test_a_model_that_does_not_fit_in_memory(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(logits.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
     source = written(tmp_path / "source", "tiny-dense")
-    code, lines, _ = verify(capsys, source, source)
-    assert code == 0
+    code, lines, report = verify(capsys, source, source)
+    assert code == 0 and report["equal"] and report["logits"]["equal"] is None
+    assert report["logits"]["compared"] is False and report["logits"]["not_compared"] in lines[1]
     assert lines[1] == "logits: not compared: in float32 the model takes 0.0 GB and 0.0 GB of memory are free"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,9 @@ examples:
   llada convert export runs/mine published/mine --dtype bf16               the newest checkpoint of a run
   llada convert verify checkpoints/llada-8b published/llada-8b             tensor by tensor, then logits
   llada convert inspect LLaDA-MoE-7B-A1B-Base/                             what is in it, what is missing"""
-ANY_KIND = "a Hugging Face directory, a run's directory, or one of its step-… directories"
+ANY_KIND = "a Hugging Face directory, a run's directory, or a step-… directory"
 DTYPES = ("bf16", "fp32")
-GIGABYTE = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     write.add_argument("--shard-size", default="5GB", metavar="SIZE", help="most bytes per file (default: 5GB)")
     write.add_argument("--tokenizer", metavar="PATH", help="where the checkpoint's tokenizer is, if it has moved")
     compare = names.add_parser("verify", help="whether two checkpoints of any two kinds hold the same model")
-    compare.add_argument(
-        "source", metavar="A", help="a Hugging Face directory, a run's directory, or a step-… directory"
-    )
+    compare.add_argument("source", metavar="A", help=ANY_KIND)
     compare.add_argument("target", metavar="B", help="likewise")
     compare.add_argument(
         "--tolerance", type=float, default=0.0, metavar="X", help="largest difference of a weight (default: same bits)"
@@ -48,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_argument("--text", metavar="FILE", help="compare the logits on this text (default: a few sentences)")
     compare.add_argument("--no-logits", action="store_true", help="compare the tensors only")
     look = names.add_parser("inspect", help="family, sizes, parameters, dtypes, what is missing or too much")
-    look.add_argument(
-        "source", metavar="DIR", help="a Hugging Face directory, a run's directory, or a step-… directory"
-    )
+    look.add_argument("source", metavar="DIR", help=ANY_KIND)
     for direction in (read, write):
         direction.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: as stored)")
     for action in (read, write, compare):
@@ -67,9 +64,9 @@ def run(args: argparse.Namespace) -> int:
 def parse_size(text: str) -> int:
     """`5GB`, `500MB`, `2GiB` in bytes. Raises ConfigError."""
     word = text.strip().upper()
-    unit = next((unit for unit in sorted(GIGABYTE, key=len, reverse=True) if word.endswith(unit)), "")
+    unit = next((unit for unit in sorted(SIZE_UNITS, key=len, reverse=True) if word.endswith(unit)), "")
     try:
-        size = int(float(word.removesuffix(unit)) * GIGABYTE.get(unit, 1))
+        size = int(float(word.removesuffix(unit)) * SIZE_UNITS.get(unit, 1))
     except (ValueError, OverflowError):
         size = 0
     if size < 1:
@@ -127,8 +124,8 @@ def _verify(args: argparse.Namespace) -> int:
     from llada_megatron.tools.convert.tasks import default_workers
     from llada_megatron.tools.convert.verifying import verify
 
-    if args.tolerance < 0:
-        raise ConfigError(f"--tolerance {args.tolerance}: 0 or more")
+    if not 0 <= args.tolerance < math.inf:
+        raise ConfigError(f"--tolerance {args.tolerance}: a number, 0 or more")
     text = _text(args.text) if args.text else None
     a, b = open_source(Path(args.source)), open_source(Path(args.target))
     try:
@@ -145,6 +142,8 @@ def _verify(args: argparse.Namespace) -> int:
 def _text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--text {path}: cannot be read ({error.strerror}); name a file of text") from None
     except UnicodeDecodeError as error:
         raise DataError(f"--text {path}: not UTF-8 text ({error.reason} at byte {error.start:,})") from None
 

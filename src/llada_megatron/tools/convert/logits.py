@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import psutil
 import torch
 
 from llada_megatron.llada_moe.config.schema import ModelConfig, ObjectiveConfig
 from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
-from llada_megatron.llada_moe.errors import DataError
+from llada_megatron.llada_moe.errors import LladaError
 from llada_megatron.llada_moe.huggingface.weights import Unit, units
 from llada_megatron.llada_moe.model.parameters import count_parameters
 from llada_megatron.parallel import device
-from llada_megatron.tools.convert.opening import Source
+from llada_megatron.tools.convert.opening import Source, unit_bytes
 
 TEXT = """\
 It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. \
@@ -30,8 +33,12 @@ def missing_memory(model: ModelConfig) -> str | None:
     return None
 
 
-def token_ids(a: Source, b: Source, text: str) -> tuple[torch.Tensor, str]:
-    """`[1, seq]` ids of the text, every sixth masked for a model of masks; and how they were made."""
+def token_ids(a: Source, b: Source, text: str | None) -> tuple[torch.Tensor, str]:
+    """`[1, seq]` ids of the text, every sixth masked for a model of masks; and what they are.
+
+    Args:
+        text: None = a few sentences.
+    """
     ids, how = _encode(a, b, text)
     tokens = torch.tensor([ids[: min(_LONGEST, a.model.max_sequence_length)]])
     if a.objective.kind == "diffusion":
@@ -39,8 +46,14 @@ def token_ids(a: Source, b: Source, text: str) -> tuple[torch.Tensor, str]:
     return tokens, how
 
 
-def logits(source: Source, objective: ObjectiveConfig, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits `[seq, vocab]` of `tokens` `[1, seq]`, float32, with the attention of `objective`."""
+def logits(
+    source: Source, objective: ObjectiveConfig, tokens: torch.Tensor, show: Callable[[int], object]
+) -> torch.Tensor:
+    """Logits `[seq, vocab]` of `tokens` `[1, seq]`, float32, with the attention of `objective`.
+
+    Args:
+        show: told how many bytes of weights were read.
+    """
     device.install()
     from llada_megatron.parallel.inference import open_weights
 
@@ -48,8 +61,13 @@ def logits(source: Source, objective: ObjectiveConfig, tokens: torch.Tensor) -> 
     for unit in units(source.model):
         by_place[unit.weight.key, unit.index].append(unit)
 
+    met: set[tuple[str, tuple[int, ...]]] = set()
+
     def read(key: str, index: tuple[int, ...]) -> torch.Tensor:
         blocks: list[Unit] = by_place[key, index]
+        if (key, index) not in met:  # gate and up are asked for one after the other
+            met.add((key, index))
+            show(sum(unit_bytes(source, unit) for unit in blocks))
         return torch.cat([source.read(unit, torch.float32) for unit in blocks])
 
     with open_weights(source.model, objective, read) as model:
@@ -59,14 +77,29 @@ def logits(source: Source, objective: ObjectiveConfig, tokens: torch.Tensor) -> 
             return model(tokens, boundaries, rows=rows).float()
 
 
-def _encode(a: Source, b: Source, text: str) -> tuple[list[int], str]:
+def _encode(a: Source, b: Source, text: str | None) -> tuple[list[int], str]:
+    """Ids, and in words what they are."""
+    obstacles = []
     for source in (a, b):
         if source.tokenizer is not None:
-            try:
-                ids = load_tokenizer(source.tokenizer).encode(text)
-            except DataError:
-                continue
-            if ids and max(ids) < a.model.vocab_size:
-                return ids, f"{len(ids)} tokens of text"
+            found = _ids(source.tokenizer, text or TEXT, a.model.vocab_size)
+            if isinstance(found, list):
+                return found, f"{len(found)} tokens of text"
+            obstacles.append(found)
     drawn = torch.randint(a.model.vocab_size, (64,), generator=torch.Generator().manual_seed(0)).tolist()
-    return drawn, f"{len(drawn)} tokens drawn from the vocabulary (neither has a tokenizer)"
+    why = "; ".join(dict.fromkeys(obstacles)) or "neither has a tokenizer"
+    instead = "" if text is None else ", not of --text,"
+    return drawn, f"{len(drawn)} tokens drawn from the vocabulary{instead} ({why})"
+
+
+def _ids(tokenizer: Path, text: str, vocabulary: int) -> list[int] | str:
+    """Of the text, or why there are none."""
+    try:
+        ids = load_tokenizer(tokenizer).encode(text)
+    except LladaError as error:
+        return f"the tokenizer cannot be used: {error}"
+    if not ids:
+        return f"the tokenizer of {tokenizer} finds no token in the text"
+    if max(ids) >= vocabulary:
+        return f"the tokenizer of {tokenizer} gives id {max(ids)}, beyond the vocabulary of {vocabulary}"
+    return ids

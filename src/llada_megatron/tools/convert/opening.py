@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ import torch
 from llada_megatron.llada_moe.config.schema import ModelConfig, ObjectiveConfig
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.huggingface.safetensors_reader import pickles
-from llada_megatron.llada_moe.huggingface.weights import Unit
+from llada_megatron.llada_moe.huggingface.weights import Unit, units
 from llada_megatron.parallel.checkpoint_search import find_checkpoints
 from llada_megatron.tools.convert.findings import Findings
 from llada_megatron.tools.convert.huggingface import CONFIG, HuggingFaceSource
@@ -69,6 +70,16 @@ def open_source(path: Path) -> Source:
     if published or (pickles(path) and not _is_sharded(path)):
         return HuggingFaceSource(path, require_mask=False)
     return ShardedSource(path)
+
+
+def unit_bytes(source: Source, unit: Unit) -> int:
+    """Of a unit's tensor, as stored."""
+    return math.prod(unit.shape) * source.dtype(unit).itemsize
+
+
+def stored_bytes(source: Source) -> int:
+    """Of all that its model consists of."""
+    return sum(unit_bytes(source, unit) for unit in units(source.model))
 
 
 def _is_sharded(path: Path) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,13 +13,14 @@ import torch
 from llada_megatron.llada_moe.config.architecture import architecture
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.huggingface.weights import Unit, units
-from llada_megatron.tools.convert.opening import Source
+from llada_megatron.tools.convert.opening import Source, stored_bytes, unit_bytes
+from llada_megatron.tools.convert.tasks import progress_bar
 
 _SHOWN = 5
+_CHUNK = 4 * 2**20
+"""Elements compared at once: what is calculated with them takes ten times their memory."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _AHEAD = 4  # units compared beyond the one that is waited for, per worker
-ROUNDING = 1e-6
-"""Of the largest logit: a float32 product of equal matrices may differ by it, with where they lie in memory."""
 NOT_COMPARED = ("family", "mask_token_id", "eos_token_id", "max_sequence_length")
 """Keys of a model that say nothing of how a text becomes logits."""
 
@@ -36,6 +37,8 @@ class Difference:
     largest: float
     """Absolute difference over the unit; not a number where only one of two values is a number."""
     dtypes: tuple[torch.dtype, torch.dtype]
+    tolerated: bool = False
+    """Not equal, but nowhere by more than the tolerance."""
 
     def __str__(self) -> str:
         a, b = self.values
@@ -61,7 +64,8 @@ def verify(a: Source, b: Source, tolerance: float, workers: int, text: str | Non
         logits: whether to compare those as well.
 
     Returns:
-        JSON values: whether they are `equal`, `tensors` compared and `differing`, and `lines` that say it to people.
+        JSON values: whether they are `equal`; the number of `tensors` compared, of `differing` and `identical` ones;
+        of the `logits` what `compare_logits` says, or null; and `lines` that say it to people.
 
     Raises:
         CheckpointError: one is not whole, or they are of different models.
@@ -69,73 +73,93 @@ def verify(a: Source, b: Source, tolerance: float, workers: int, text: str | Non
     require_same_architecture(a, b)
     for source in (a, b):
         source.require_whole()
-    found = list(differences(a, b, tolerance, workers))
-    differing = [each for each in found if each is not None]
-    measure = "bit for bit" if tolerance == 0 else f"within {tolerance:g}"
-    lines = [f"tensors: {len(found) - len(differing):,} of {len(found):,} are equal {measure}"]
-    if differing:
-        lines += [f"first difference: {differing[0]}", *(f"then: {each}" for each in differing[1:_SHOWN])]
-    result = {"equal": not differing, "tensors": len(found), "differing": len(differing), "lines": lines}
+    with progress_bar("comparing", stored_bytes(a) + stored_bytes(b)) as show:
+        found = list(differences(a, b, tolerance, workers, show))
+    differing = [each for each in found if each is not None and not each.tolerated]
+    identical = found.count(None)
+    result = {
+        "equal": not differing,
+        "tensors": len(found),
+        "differing": len(differing),
+        "identical": identical,
+        "logits": None,
+        "lines": list(_lines(len(found), identical, differing, tolerance)),
+    }
     if logits:
-        lines.append(_logits_line(a, b, text, tolerance))
+        _add_logits(result, a, b, text, tolerance)
     return result
 
 
-def _logits_line(a: Source, b: Source, text: str | None, tolerance: float) -> str:
-    """How the logits of both compare."""
-    from llada_megatron.tools.convert.logits import TEXT, logits, missing_memory, token_ids
+def _add_logits(result: dict[str, Any], a: Source, b: Source, text: str | None, tolerance: float) -> None:
+    """Compare the logits as well: different ones count where no difference of the tensors explains them."""
+    from llada_megatron.tools.convert.comparing_logits import as_line, compare_logits
 
-    obstacle = missing_memory(a.model)
-    if obstacle:
-        return f"logits: not compared: {obstacle}"
-    tokens, how = token_ids(a, b, text or TEXT)
-    if (a.objective.kind, a.objective.block_size) != (b.objective.kind, b.objective.block_size):
-        how += f", both with the attention of {a.directory}"
-    one, other = (logits(source, a.objective, tokens) for source in (a, b))
-    apart, reach = (one - other).abs().amax(dim=1), float(one.abs().max())
-    differing = (~(apart <= max(tolerance, ROUNDING * reach))).nonzero()
-    if len(differing) == 0:
-        return f"logits: equal on {how} (largest difference {float(apart.max()):.2g}, logits reach {reach:.3g})"
-    first = int(differing[0])
-    return (
-        f"logits: on {how} they differ by up to {float(apart.max()):.3g}, first at position {first} (token "
-        f"{int(tokens[0, first])}, by {float(apart[first]):.3g}); logits reach {reach:.3g}"
-    )
+    found = result["logits"] = compare_logits(a, b, text, tolerance)
+    result["lines"].append(as_line(found))
+    if found["equal"] is not False:
+        return
+    if result["identical"] == result["tensors"]:
+        result["equal"] = False
+        result["lines"].append("not equal: the same tensors give other logits")
+    elif result["equal"]:
+        result["lines"].append("equal within the tolerance for tensors, by which this is judged; the logits are not")
 
 
-def differences(a: Source, b: Source, tolerance: float, workers: int) -> Iterator[Difference | None]:
-    """For every unit in the order of the forward pass: how it differs, or None where it does not.
+def _lines(count: int, identical: int, differing: list[Difference], tolerance: float) -> Iterator[str]:
+    """How the tensors compare, for people."""
+    measure = "bit for bit" if tolerance == 0 else f"within {tolerance:g} ({identical:,} bit for bit)"
+    yield f"tensors: {count - len(differing):,} of {count:,} are equal {measure}"
+    for words, each in zip(("first difference", *["then"] * (_SHOWN - 1)), differing, strict=False):
+        yield f"{words}: {each}"
+
+
+def differences(
+    a: Source, b: Source, tolerance: float, workers: int, show: Callable[[int], object] = lambda count: None
+) -> Iterator[Difference | None]:
+    """For every unit in the order of the forward pass: how it differs, or None where it is the same bits.
 
     Args:
         tolerance: largest absolute difference that counts as equal; 0 asks for equal dtypes and equal bits.
+        show: told how many bytes were compared.
     """
     waiting = iter(units(a.model))
-    with ThreadPoolExecutor(max_workers=workers) as pool:
+    pool = ThreadPoolExecutor(max_workers=workers)
 
-        def start(unit: Unit) -> Any:
-            return pool.submit(difference, a, b, unit, tolerance)
+    def start(unit: Unit) -> Future[Difference | None]:
+        return pool.submit(difference, a, b, unit, tolerance)
 
-        running = [start(unit) for unit in islice(waiting, _AHEAD * workers)]
+    try:
+        running = [(unit, start(unit)) for unit in islice(waiting, _AHEAD * workers)]
         while running:
-            yield running.pop(0).result()
-            running += [start(unit) for unit in islice(waiting, 1)]
+            unit, compared = running.pop(0)
+            yield compared.result()
+            show(unit_bytes(a, unit) + unit_bytes(b, unit))
+            running += [(unit, start(unit)) for unit in islice(waiting, 1)]
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error or an interruption none of those that wait is compared
 
 
 def difference(a: Source, b: Source, unit: Unit, tolerance: float) -> Difference | None:
     """How one unit differs, or None."""
-    one, other = a.read(unit), b.read(unit)
-    if tolerance == 0 and one.dtype == other.dtype:
-        bits = _BITS[one.itemsize]
-        differing = one.view(bits) != other.view(bits)
-    elif tolerance == 0:
-        differing = torch.ones_like(one, dtype=torch.bool)
-    else:
-        differing = ~((one.double() - other.double()).abs() <= tolerance)
-    if not differing.any():
+    one, other = a.read(unit).reshape(-1), b.read(unit).reshape(-1)
+    same_dtype = one.dtype == other.dtype
+    largest, beyond, unequal = torch.tensor(0.0, dtype=torch.float64), None, None
+    for start, x, y in zip(range(0, len(one), _CHUNK), one.split(_CHUNK), other.split(_CHUNK), strict=True):
+        differing = x.view(_BITS[x.itemsize]) != y.view(_BITS[y.itemsize]) if same_dtype else torch.ones_like(x).bool()
+        if not differing.any():
+            continue
+        x, y = x.double(), y.double()
+        apart = torch.where((x == y) | (x.isnan() & y.isnan()), 0.0, (x - y).abs_())
+        largest = torch.maximum(largest, apart.max())  # of a number and none it is none
+        if unequal is None:
+            unequal = start + int(differing.int().argmax())
+        if beyond is None and (tolerance == 0 or not apart.max() <= tolerance):
+            beyond = start + int((differing if tolerance == 0 else ~(apart <= tolerance)).int().argmax())
+    if unequal is None:
         return None
-    first = int(differing.reshape(-1).int().argmax())
-    place = [int(index) for index in torch.unravel_index(torch.tensor(first), one.shape)]
+    first = unequal if beyond is None else beyond
+    place = [int(index) for index in torch.unravel_index(torch.tensor(first), unit.shape)]
     place[0] += unit.start
-    values = float(one.reshape(-1)[first]), float(other.reshape(-1)[first])
-    largest = float((one.double() - other.double()).abs().max())
-    return Difference(unit, (*unit.index, *place), values, largest, (one.dtype, other.dtype))
+    values = float(one[first]), float(other[first])
+    dtypes = one.dtype, other.dtype
+    return Difference(unit, (*unit.index, *place), values, float(largest), dtypes, tolerated=beyond is None)
