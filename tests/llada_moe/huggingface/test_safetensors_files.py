@@ -109,9 +109,9 @@ def test_data_is_aligned_in_the_announced_order_with_the_format_named(tmp_path):
 
 
 def test_shards_through_links_and_many_threads(tmp_path):
-    blobs, directory = tmp_path / "blobs", tmp_path / "snapshots" / "0f3a"
+    blobs, directory = tmp_path / "another disk", tmp_path / "snapshot"
     blobs.mkdir()
-    directory.mkdir(parents=True)
+    directory.mkdir()
     tensors = {f"w{number}": random_tensor(torch.float32, (50, 40), number) for number in range(12)}
     weight_map = {name: shard_name(1 + number % 3, 3) for number, name in enumerate(tensors)}
     for number in (1, 2, 3):

@@ -11,7 +11,6 @@ from types import TracebackType
 import torch
 
 from llada_megatron.llada_moe.errors import CheckpointError
-from llada_megatron.llada_moe.huggingface.hub_cache import require_own_file
 from llada_megatron.llada_moe.huggingface.safetensors_header import (
     AGAIN,
     MAX_JSON_BYTES,
@@ -52,7 +51,6 @@ class TensorDirectory:
         self.files = _single_file(self.directory) if weight_map is None else _shards(self.directory, weight_map)
         self.tensors = {}
         for path in self.files:
-            require_own_file(path, CheckpointError)
             for tensor in read_header(path):
                 other = self.tensors.setdefault(tensor.name, tensor)
                 if other is not tensor:
@@ -133,7 +131,6 @@ def _read_index(directory: Path) -> dict[str, str] | None:
     if not os.path.lexists(path):
         return None
     size = file_size(path)
-    require_own_file(path, CheckpointError)
     if size > MAX_JSON_BYTES:
         raise CheckpointError(f"{path} has {size:,} bytes, more than {MAX_JSON_BYTES:,}: not an index; {AGAIN}")
     try:

@@ -17,7 +17,6 @@ from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.formats import find_format
 from llada_megatron.llada_moe.huggingface.formats.table import Format, normalized, read_config
-from llada_megatron.llada_moe.huggingface.hub_cache import require_own_file
 from llada_megatron.llada_moe.huggingface.mapping import Mapping, mappings, merge
 from llada_megatron.llada_moe.huggingface.safetensors_reader import TensorDirectory, pickles
 from llada_megatron.llada_moe.huggingface.tokenizer_export import find_tokenizer_files
@@ -175,7 +174,6 @@ def _with_mask(model: ModelConfig, mask_token_id: int) -> ModelConfig:
 def _read_json(path: Path) -> tuple[dict[str, Any], str]:
     """The content of a JSON file, and the SHA-256 of its bytes."""
     try:
-        require_own_file(path, CheckpointError)
         data = path.read_bytes()
         content = json.loads(data)
     except FileNotFoundError:
