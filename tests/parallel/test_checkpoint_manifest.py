@@ -112,3 +112,10 @@ def test_inspection_needs_no_torch(tmp_path):
     assert found["path"].endswith("step-00000007") and found["bytes"] == 3 and found["facts"]["step"] == 7
     with pytest.raises(CheckpointError, match="there is no checkpoint at"):
         manifests.inspect_manifest(tmp_path / "absent")
+
+
+def test_hashing_tells_how_far_it_is(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(3 * 2**20 + 5))
+    counts = []
+    found = manifests.record(tmp_path / "file", counts.append)
+    assert sum(counts) == found.size == 3 * 2**20 + 5 and len(counts) == 4

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ SCHEMA = 1
 FILE_NAME = "manifest.json"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _MAX_DIFFERENCES = 12
+_BLOCK = 2**20
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -56,11 +57,15 @@ def steps(root: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), entry) for match, entry in named if match and entry.is_dir()), reverse=True)
 
 
-def record(path: Path) -> FileRecord:
-    """Size and SHA-256 of the file at `path`, as it can be read back now."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256")
-        return FileRecord(stream.tell(), digest.hexdigest())
+def record(path: Path, advance: Callable[[int], object] = lambda count: None) -> FileRecord:
+    """Size and SHA-256 of the file at `path`, as it is read back now; `advance` learns of bytes once they are read."""
+    digest, size, block = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(block):
+            digest.update(block[:count])
+            size += count
+            advance(count)
+    return FileRecord(size, digest.hexdigest())
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -135,10 +140,12 @@ def verify_sizes(directory: Path, manifest: Manifest) -> None:
         raise DamagedCheckpointError(f"{directory / extra[0]} is not in {FILE_NAME}: it was added after the save")
 
 
-def verify_digest(directory: Path, name: str, stated: FileRecord) -> str | None:
-    """Read one file whole; what is wrong with it, or None."""
+def verify_digest(
+    directory: Path, name: str, stated: FileRecord, advance: Callable[[int], object] = lambda count: None
+) -> str | None:
+    """Read one file whole, which `advance` follows; what is wrong with it, or None."""
     try:
-        found = record(directory / name)
+        found = record(directory / name, advance)
     except OSError as error:
         return f"{directory / name} cannot be read ({error.strerror})"
     if found.size != stated.size:

@@ -7,6 +7,7 @@ names are those of the manifest, and an entry is parsed with `weights_only`.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,18 @@ class ShardedReader:
             whole[part.inside(wanted)] = read_part(entry, part)
         return whole.reshape(wanted.sizes[lead:])
 
-    def verify(self, name: str) -> None:
-        """Compare the file `name`, one of `digests`, with its SHA-256.
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file."""
+        return {name: stated.size for name, stated in self._manifest.files.items()}
+
+    def verify(self, name: str, advance: Callable[[int], object] = lambda count: None) -> None:
+        """Compare the file `name`, one of `digests`, with its SHA-256; `advance` learns of bytes as they are read.
 
         Raises:
             DamagedCheckpointError: it does not hold the bytes that were written.
         """
-        fault = manifests.verify_digest(self.directory, name, self._manifest.files[name])
+        fault = manifests.verify_digest(self.directory, name, self._manifest.files[name], advance)
         if fault:
             raise DamagedCheckpointError(fault)
 
