@@ -173,9 +173,12 @@ def test_an_unfinished_shard_does_not_close_and_is_not_read(tmp_path):
         TensorDirectory(tmp_path)
 
 
-def test_an_error_inside_the_writer_is_not_hidden(tmp_path):
+def test_an_error_inside_the_writer_is_not_hidden_and_leaves_no_file(tmp_path):
     with pytest.raises(KeyError), ShardWriter(tmp_path / SINGLE_NAME, [("w", torch.float32, (4,))]):
         raise KeyError
+    with pytest.raises(CheckpointError), ShardWriter(tmp_path / SINGLE_NAME, [("w", torch.float32, (4,))]):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_announcements_that_cannot_be_written(tmp_path):

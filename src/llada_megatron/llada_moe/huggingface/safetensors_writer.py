@@ -31,7 +31,7 @@ class ShardWriter:
     """One .safetensors file: the header at once, then the tensors' bytes in the announced order as they come.
 
     The format allows no padding between tensors; announce wider dtypes first where a reader should find them aligned.
-    As a context manager it closes the file, and on an error leaves it cut, which a reader notices.
+    As a context manager it closes the file, and on an error removes it.
     """
 
     def __init__(
@@ -110,10 +110,15 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._stream.close()
+        whole = False
+        try:
+            if kind is None:
+                self.close()
+                whole = True
+        finally:
+            if not whole:
+                self._stream.close()
+                self.path.unlink(missing_ok=True)
 
     def _write(self, content: memoryview) -> None:
         """Write all of `content`; the system may take less at a time (2 GiB on Linux)."""
