@@ -1,4 +1,4 @@
-"""A conversion that is killed at any moment and started again ends in the same bytes; Ctrl-C; what does not go on."""
+"""A conversion that is killed at any moment and started again ends in the same bytes; Ctrl-C."""
 
 import itertools
 import json
@@ -17,19 +17,9 @@ import pytest
 
 from llada_megatron import cli
 from llada_megatron.llada_moe.config import load_model
-from llada_megatron.llada_moe.errors import ConfigError, ResourceError
+from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.tools.convert import importing
-from tests.tools.convert.checkpoints import (
-    WORDS,
-    config_of,
-    files_of,
-    tensors_of,
-    to_huggingface,
-    to_sharded,
-    with_tokenizer,
-    write,
-    written,
-)
+from tests.tools.convert.checkpoints import config_of, files_of, tensors_of, to_sharded, write
 
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree")
 """Audit events of CPython that come right before a change of the file system."""
@@ -92,7 +82,7 @@ class Conversion:
         code = next(found[0] for found in (self.run(**options) for options in (*attempts, {})) if found is not None)
         assert code == 0 or (code == 2 and self.target.exists())  # 2: it had ended but for an empty folder
         assert differing_files(self.target, expected) == []
-        assert code == 2 or [path.name for path in self.target.parent.iterdir()] == [self.target.name]
+        assert [path.name for path in self.target.parent.iterdir()] == [self.target.name]
         shutil.rmtree(self.target.parent)
 
 
@@ -138,7 +128,7 @@ def test_killed_before_any_change_of_the_file_system(small, seed):
     conversion.finish(expected, [{"event": moment} for moment in moments[1:]])
 
 
-@pytest.mark.parametrize("back", [1, 2, 7, 11, 16])
+@pytest.mark.parametrize("back", [1, 2, 3, 4, 5, 7, 9, 11, 13, 16])
 def test_killed_at_the_very_end(small, back):
     conversion, expected, events, _ = small
     assert conversion.run(event=events - back) is None
@@ -209,104 +199,3 @@ def test_control_c(large, capsys):
     assert f"continuing an interrupted conversion: {done} of " in captured.err
     assert json.loads(captured.out.splitlines()[-1])["directory"] == str(conversion.target)
     assert differing_files(conversion.target, expected) == []
-
-
-# --- what does not go on --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def begun(tmp_path, monkeypatch):
-    """The source of an import that was interrupted."""
-    source = written(tmp_path / "source", "tiny-moe", "fp32", files=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(importing, "finalize", _interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            to_sharded(source, tmp_path / "out", "tensor_parallel=2")
-    return source
-
-
-def _interrupt(*_):
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(
-    ("what", "options"),
-    [
-        ("--layout", {"layout": "tensor_parallel=4"}),
-        ("--dtype", {"dtype": tensors_of("tiny-moe")["lm_head.weight"].dtype}),
-        ("--mask-token-id", {"mask_token_id": 9}),
-    ],
-)
-def test_other_options_do_not_go_on(begun, what, options):
-    options = {"layout": "tensor_parallel=2"} | options
-    with pytest.raises(
-        ConfigError, match=f"unfinished conversion with another {what}: repeat that command to finish it"
-    ):
-        to_sharded(begun, begun.with_name("out"), **options)
-    to_sharded(begun, begun.with_name("out"), "tensor_parallel=2", workers=3)
-
-
-@pytest.mark.parametrize(
-    ("file", "what"),
-    [("model-00001-of-00002.safetensors", "source's files"), ("config.json", "source's configuration")],
-)
-def test_other_files_do_not_go_on(begun, file, what):
-    with (begun / file).open("r+b") as stream:
-        last = stream.seek(-1, os.SEEK_END)
-        byte = stream.read(1)
-        stream.seek(last)
-        stream.write(b"\x01" if file != "config.json" else byte + b"\n")
-    with pytest.raises(ConfigError, match=f"another {what}: .*or remove that directory to start anew"):
-        to_sharded(begun, begun.with_name("out"), "tensor_parallel=2")
-    shutil.rmtree(begun.with_name(".out.converting"))
-    to_sharded(begun, begun.with_name("out"), "tensor_parallel=2")
-
-
-def test_another_source_or_direction_does_not_go_on(begun, tmp_path):
-    shutil.copytree(begun, tmp_path / "copy")
-    with pytest.raises(ConfigError, match="another source: "):
-        to_sharded(tmp_path / "copy", tmp_path / "out", "tensor_parallel=2")
-    to_sharded(begun, tmp_path / "other")
-    with pytest.raises(ConfigError, match="another .*direction"):
-        to_huggingface(tmp_path / "other", tmp_path / "out")
-
-
-def test_other_options_of_an_export_do_not_go_on(tmp_path, monkeypatch):
-    from llada_megatron.tools.convert import exporting
-
-    to_sharded(written(tmp_path / "source", "tiny-dense"), tmp_path / "sharded")
-    with monkeypatch.context() as patch:
-        patch.setattr(exporting, "model_card", _interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            to_huggingface(tmp_path / "sharded", tmp_path / "out", shard_bytes=10**5)
-    with pytest.raises(ConfigError, match="another --shard-size: "):
-        to_huggingface(tmp_path / "sharded", tmp_path / "out", shard_bytes=10**6)
-    to_huggingface(tmp_path / "sharded", tmp_path / "out", shard_bytes=10**5)
-    to_huggingface(tmp_path / "sharded", tmp_path / "undisturbed", shard_bytes=10**5)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
-
-
-def test_an_export_goes_on_with_another_tokenizer(tmp_path, monkeypatch):
-    from llada_megatron.tools.convert import exporting
-
-    to_sharded(written(tmp_path / "source", "tiny-dense"), tmp_path / "sharded")
-    for name in ("wrong", "right"):
-        (tmp_path / name).mkdir()
-        with_tokenizer(tmp_path / name, f"{WORDS} {name}")
-    (tmp_path / "wrong/special_tokens_map.json").write_text("{}")
-    with monkeypatch.context() as patch:
-        patch.setattr(exporting, "model_card", _interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            to_huggingface(tmp_path / "sharded", tmp_path / "out", tokenizer=tmp_path / "wrong")
-    for name in ("out", "undisturbed"):
-        to_huggingface(tmp_path / "sharded", tmp_path / name, tokenizer=tmp_path / "right")
-    assert differing_files(tmp_path / "out", files_of(tmp_path / "undisturbed")) == []
-    assert not (tmp_path / "out/special_tokens_map.json").exists() and (tmp_path / "out/tokenizer.json").exists()
-
-
-def test_a_target_that_was_filled_meanwhile(begun, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/mine").write_text("")
-    with pytest.raises(ConfigError, match=r"out is not empty \(it holds 'mine'\)"):
-        to_sharded(begun, tmp_path / "out", "tensor_parallel=2")
-    assert (tmp_path / "out/mine").exists()

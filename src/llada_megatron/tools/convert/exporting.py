@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,23 @@ from typing import Any
 import torch
 
 from llada_megatron import __version__
+from llada_megatron.console import message
 from llada_megatron.llada_moe.data.tokenizer_files import require_tokenizer
 from llada_megatron.llada_moe.huggingface.card import generation_config, model_card
 from llada_megatron.llada_moe.huggingface.formats import export_format
 from llada_megatron.llada_moe.huggingface.formats.table import Format, write_config
-from llada_megatron.llada_moe.huggingface.mapping import Mapping, mappings, split, tensor_shapes
+from llada_megatron.llada_moe.huggingface.mapping import split, tensor_shapes
 from llada_megatron.llada_moe.huggingface.modeling_files import modeling_files
 from llada_megatron.llada_moe.huggingface.safetensors_reader import SINGLE_NAME
 from llada_megatron.llada_moe.huggingface.safetensors_writer import ShardWriter, shard_name, write_index
-from llada_megatron.llada_moe.huggingface.tokenizer_export import FILES as TOKENIZER_FILES
 from llada_megatron.llada_moe.huggingface.tokenizer_export import TokenizerFiles, tokenizer_files
 from llada_megatron.parallel.checkpoint_manifest import write_durably
+from llada_megatron.parallel.checkpoint_search import find_checkpoints
 from llada_megatron.tools.convert.huggingface import CONFIG
-from llada_megatron.tools.convert.importing import kept_dtype
 from llada_megatron.tools.convert.sharded import ShardedSource
-from llada_megatron.tools.convert.tasks import Progress, Task, run_tasks
-from llada_megatron.tools.convert.workspace import Workspace
+from llada_megatron.tools.convert.shards import Shard, plan_shards, size_notes
+from llada_megatron.tools.convert.tasks import Progress, Result, Task, run_tasks
+from llada_megatron.tools.convert.workspace import Workspace, begun_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +43,6 @@ class ExportOptions:
     workers: int = 1
 
 
-@dataclass
-class Shard:
-    """One file of the export: its tensors in order, and the units that fill them."""
-
-    mappings: list[Mapping] = field(default_factory=list)
-    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
-    size: int = 0
-
-
 def export_checkpoint(path: Path, target: Path, options: ExportOptions) -> dict[str, Any]:
     """Convert a sharded checkpoint to a Hugging Face directory `target`, with what is needed to load it there.
 
@@ -63,7 +55,7 @@ def export_checkpoint(path: Path, target: Path, options: ExportOptions) -> dict[
         DataError: its tokenizer is none, or that of another model.
         ResourceError: no space left; repeat the command once there is.
     """
-    source = ShardedSource(path)
+    source = ShardedSource(_begun(path, target) or path)
     table = export_format(source.model)
     config = write_config(table, source.model)
     notes = source.require_whole()
@@ -71,10 +63,11 @@ def export_checkpoint(path: Path, target: Path, options: ExportOptions) -> dict[
     notes += tokenizer.notes
     if not tokenizer.files:
         notes.append("the checkpoint's tokenizer is not there (--tokenizer PATH): the export has none")
-    shards = plan_shards(source, table, options)
+    shards = plan_shards(source, table, options.dtype, options.shard_bytes)
+    notes += size_notes(shards, options.shard_bytes)
     if source.run.objective.kind == "autoregressive":
         notes.append("these weights were trained with causal attention; the exported model attends in both directions")
-    with Workspace(target, _plan(source, options)) as workspace:
+    with Workspace(target, _plan(source, tokenizer, options)) as workspace:
         if not workspace.complete:
             _fill(workspace, source, shards, options.workers)
             config["torch_dtype"] = _main_dtype(shards)
@@ -98,40 +91,26 @@ def _tokenizer(source: ShardedSource, options: ExportOptions) -> TokenizerFiles:
     return tokenizer_files(path, source.model)
 
 
-def plan_shards(source: ShardedSource, table: Format, options: ExportOptions) -> list[Shard]:
-    """The files to write: tensors in the order of the forward pass, each whole in one file of at most `shard_bytes`."""
-    shards = [Shard()]
-    for group in _whole_tensors(table, source):
-        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for mapping in group:
-            dtype = kept_dtype(mapping.unit, source.dtype(mapping.unit), options.dtype)
-            tensors |= {part.name: (dtype, part.shape) for part in mapping.parts}
-        size = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in tensors.values())
-        if shards[-1].size and shards[-1].size + size > options.shard_bytes:
-            shards.append(Shard())
-        shards[-1].mappings += group
-        shards[-1].tensors |= tensors
-        shards[-1].size += size
-    return shards
+def _begun(path: Path, target: Path) -> Path | None:
+    """The checkpoint of the run `path` that an unfinished export to `target` is of; newer ones may have come since."""
+    plan = begun_plan(target)
+    if plan.get("direction") != "export":
+        return None
+    candidates = [candidate.absolute() for candidate in find_checkpoints(path)]
+    begun = next((candidate for candidate in candidates[1:] if str(candidate) == plan["checkpoint"]), None)
+    if begun is not None:
+        message(f"the unfinished export to {target} is of {begun.name}: this one too, though {path} has newer ones")
+    return begun
 
 
-def _whole_tensors(table: Format, source: ShardedSource) -> Iterator[list[Mapping]]:
-    """The mappings, those of one large tensor's blocks of rows together."""
-    group: list[Mapping] = []
-    for mapping in mappings(table, source.model):
-        if group and mapping.parts[0].start == 0:
-            yield group
-            group = []
-        group.append(mapping)
-    yield group
-
-
-def _plan(source: ShardedSource, options: ExportOptions) -> dict[str, Any]:
+def _plan(source: ShardedSource, tokenizer: TokenizerFiles, options: ExportOptions) -> dict[str, Any]:
     """What decides the bytes of the output."""
     return {
         "direction": "export",
         "checkpoint": str(source.directory),
         "checkpoint's files": source.reader.digests,
+        "checkpoint's facts": source.facts,
+        "tokenizer": {name: hashlib.sha256(data).hexdigest() for name, data in tokenizer.files.items()},
         "--dtype": str(options.dtype),
         "--shard-size": options.shard_bytes,
         "version of llada": __version__,
@@ -146,22 +125,23 @@ def _fill(workspace: Workspace, source: ShardedSource, shards: list[Shard], work
 
     def write(number: int) -> Task:
         path, shard = workspace.output / names[number], shards[number]
-        return Task(number, shard.size, lambda progress: _write_shard(path, shard, source, progress))
+        return Task(number, lambda progress: _write_shard(path, shard, source, progress), writes=shard.size)
 
     def check(number: int, name: str) -> Task:
-        return Task(len(shards) + number, 0, lambda progress: source.reader.verify(name))
+        reads = source.reader.sizes[name]
+        return Task(len(shards) + number, lambda progress: _check(name, source, progress), reads=reads)
 
     # the check runs beside the writing, which waits for the disk; nothing gets its name before both are done
     writes = [write(number) for number in range(len(shards))]
     checks = [check(number, name) for number, name in enumerate(source.reader.digests)]
     both = [task for pair in zip_longest(writes, checks) for task in pair if task is not None]
-    run_tasks(workspace, both, workers, "exporting")
+    run_tasks(workspace, both, workers, "checking and exporting")
     if len(shards) > 1:
         places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard.tensors}
         write_index(workspace.output, places, sum(shard.size for shard in shards))
 
 
-def _write_shard(path: Path, shard: Shard, source: ShardedSource, progress: Progress) -> str:
+def _write_shard(path: Path, shard: Shard, source: ShardedSource, progress: Progress) -> Result:
     """One task: one file."""
     listed = [(name, dtype, shape) for name, (dtype, shape) in shard.tensors.items()]
     with ShardWriter(path, listed) as writer:
@@ -170,7 +150,13 @@ def _write_shard(path: Path, shard: Shard, source: ShardedSource, progress: Prog
             for part in split(mapping, tensor, source.model):
                 writer.append(part)
             progress.advance(tensor.nbytes)
-    return path.name
+    return Result(files=(path,))
+
+
+def _check(name: str, source: ShardedSource, progress: Progress) -> Result:
+    """One task: one file of the checkpoint holds what was written."""
+    source.reader.verify(name, progress.advance)
+    return Result()
 
 
 def _main_dtype(shards: list[Shard]) -> str:
@@ -189,8 +175,6 @@ def _write_rest(
     assert table.exports is not None
     for file in modeling_files(table.exports.folder):
         write_durably(output / file.name, file.read_bytes())
-    for name in TOKENIZER_FILES:  # of an attempt that was interrupted, with another --tokenizer
-        (output / name).unlink(missing_ok=True)
     for name, data in tokenizer.files.items():
         write_durably(output / name, data)
     write_durably(output / "generation_config.json", _json(generation_config(source.model)))

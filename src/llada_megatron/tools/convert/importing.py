@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +10,6 @@ from typing import Any
 import torch
 
 from llada_megatron import __version__
-from llada_megatron.console import message
 from llada_megatron.llada_moe.config import dump_yaml, to_dict
 from llada_megatron.llada_moe.config.schema import (
     DataConfig,
@@ -23,19 +19,22 @@ from llada_megatron.llada_moe.config.schema import (
     RunConfig,
     TrainingConfig,
 )
-from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
-from llada_megatron.llada_moe.errors import CheckpointError, DataError
+from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.hub_cache import repository_name
-from llada_megatron.llada_moe.huggingface.tokenizer_export import code_notes, find_tokenizer_files
+from llada_megatron.llada_moe.huggingface.tokenizer_export import code_notes
 from llada_megatron.llada_moe.huggingface.weights import Unit
 from llada_megatron.parallel.checkpoint_manifest import step_name, write_durably
 from llada_megatron.parallel.checkpoint_placement import pieces
 from llada_megatron.parallel.checkpoint_tensors_writer import TaskWriter, finalize
 from llada_megatron.tools.convert.huggingface import USABLE_DTYPES, HuggingFaceSource
+from llada_megatron.tools.convert.kept_tokenizer import KeptTokenizer, keep_tokenizer
 from llada_megatron.tools.convert.layouts import require_layout
+from llada_megatron.tools.convert.open_files import workers_for_files
 from llada_megatron.tools.convert.sharded import TOKENIZER
-from llada_megatron.tools.convert.tasks import Progress, Task, run_tasks
+from llada_megatron.tools.convert.source_files import FILES, file_states, require_unchanged
+from llada_megatron.tools.convert.tasks import Progress, Result, Task, run_tasks
+from llada_megatron.tools.convert.units import batches, kept_dtype, unit_elements
 from llada_megatron.tools.convert.workspace import Workspace
 
 TASK_BYTES = 2**30
@@ -67,54 +66,30 @@ def import_checkpoint(directory: Path, target: Path, options: ImportOptions) -> 
         DataError: a file of its tokenizer is a link that leads out of it.
         ResourceError: no space left; repeat the command once there is.
     """
-    tokenizer = find_tokenizer_files(directory)
+    tokenizer = keep_tokenizer(directory)
     source = HuggingFaceSource(directory, options.mask_token_id)
     try:
         notes = source.require_whole()
         dtypes = _dtypes(source, options.dtype)
         run = _run(source, options.layout, dtypes)
         require_layout(run)
-        with Workspace(target, _plan(source, options)) as workspace:
+        with Workspace(target, _plan(source, tokenizer, options)) as workspace:
             if not workspace.complete:
-                _fill(workspace, source, run, dtypes, options.workers)
+                _fill(workspace, source, tokenizer, run, dtypes, options.workers)
             workspace.publish()
     finally:
         source.close()
     notes += code_notes(directory)
-    if not tokenizer:
+    if not tokenizer.files:
         notes.append("no tokenizer files in it: sampling and export will need one (--tokenizer)")
     return {
         "format": source.format.name,
         "checkpoint": str(target / STEP),
-        "tensors": len(source.tensors.tensors),
+        "tensors": len({part.name for mapping in source.mappings for part in mapping.parts}),
         "parameters": sum(unit_elements(unit) for unit in dtypes),
         "bytes": sum(unit_elements(unit) * dtype.itemsize for unit, dtype in dtypes.items()),
         "notes": notes,
     }
-
-
-def unit_elements(unit: Unit) -> int:
-    """Number of elements of its tensor."""
-    return torch.Size(unit.shape).numel()
-
-
-def kept_dtype(unit: Unit, stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """The dtype to write: the expert bias is in float32 in any case, in which it is published and updated."""
-    return stored if wanted is None else torch.float32 if unit.weight.pattern == weights.EXPERT_BIAS else wanted
-
-
-def batches(units: Iterable[Unit], dtypes: dict[Unit, torch.dtype], size: int) -> Iterator[tuple[list[Unit], int]]:
-    """Consecutive units of about `size` bytes together, with their bytes."""
-    batch: list[Unit] = []
-    total = 0
-    for unit in units:
-        batch.append(unit)
-        total += unit_elements(unit) * dtypes[unit].itemsize
-        if total >= size:
-            yield batch, total
-            batch, total = [], 0
-    if batch:
-        yield batch, total
 
 
 def _dtypes(source: HuggingFaceSource, wanted: torch.dtype | None) -> dict[Unit, torch.dtype]:
@@ -160,14 +135,14 @@ def _run(source: HuggingFaceSource, layout: LayoutConfig, dtypes: dict[Unit, tor
     )
 
 
-def _plan(source: HuggingFaceSource, options: ImportOptions) -> dict[str, Any]:
+def _plan(source: HuggingFaceSource, tokenizer: KeptTokenizer, options: ImportOptions) -> dict[str, Any]:
     """What decides the bytes of the output."""
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.tensors.files]
     return {
         "direction": "import",
         "source": str(source.directory.resolve()),
-        "source's files": [list(entry) for entry in files],
+        FILES: file_states(source.tensors.files),
         "source's configuration": source.config_sha256,
+        "source's tokenizer": tokenizer.digests,
         "--layout": to_dict(options.layout),
         "--dtype": str(options.dtype),
         "--mask-token-id": options.mask_token_id,
@@ -176,19 +151,27 @@ def _plan(source: HuggingFaceSource, options: ImportOptions) -> dict[str, Any]:
 
 
 def _fill(
-    workspace: Workspace, source: HuggingFaceSource, run: RunConfig, dtypes: dict[Unit, torch.dtype], workers: int
+    workspace: Workspace,
+    source: HuggingFaceSource,
+    tokenizer: KeptTokenizer,
+    run: RunConfig,
+    dtypes: dict[Unit, torch.dtype],
+    workers: int,
 ) -> None:
     """Everything the target holds."""
     step = workspace.output / STEP
     step.mkdir(parents=True, exist_ok=True)
 
     def task(number: int, batch: list[Unit], size: int) -> Task:
-        return Task(number, size, lambda progress: _convert(step, number, batch, source, run, dtypes, progress))
+        return Task(number, lambda progress: _convert(step, number, batch, source, run, dtypes, progress), writes=size)
 
+    workers = workers_for_files(workers, run.layout.world_size, len(source.tensors.files))
     tasks = [task(number, *batch) for number, batch in enumerate(batches(dtypes, dtypes, TASK_BYTES))]
     records = run_tasks(workspace, tasks, workers, "importing")
+    require_unchanged(workspace, source)
     write_durably(workspace.output / MODEL_FILE, dump_yaml(run.model).encode())
-    finalize(step, records, _facts(workspace, source, run))
+    tokenizer.write(workspace.output / TOKENIZER)
+    finalize(step, records, _facts(source, run) | {"tokenizer": tokenizer.facts(workspace.target / TOKENIZER)})
 
 
 def _convert(
@@ -199,7 +182,7 @@ def _convert(
     run: RunConfig,
     dtypes: dict[Unit, torch.dtype],
     progress: Progress,
-) -> dict[str, Any]:
+) -> Result:
     """One task: read each unit once and give each rank its part."""
     writer = TaskWriter(step, number)
     try:
@@ -210,13 +193,14 @@ def _convert(
             for piece in pieces(run.model, run.layout, weight.key, unit.index, unit.start, rows):
                 writer.append(piece.rank, weight.key, weight.global_shape, piece.offsets, tensor[piece.slices])
             progress.advance(tensor.nbytes)
-        return writer.close()
+        record = writer.close()
+        return Result(record, tuple(step / name for name in record["files"]))
     finally:
         writer.discard()
 
 
-def _facts(workspace: Workspace, source: HuggingFaceSource, run: RunConfig) -> dict[str, Any]:
-    """What the manifest says."""
+def _facts(source: HuggingFaceSource, run: RunConfig) -> dict[str, Any]:
+    """What the manifest says, but for the tokenizer."""
     return {
         "model": to_dict(run.model),
         "run": to_dict(run),
@@ -228,30 +212,9 @@ def _facts(workspace: Workspace, source: HuggingFaceSource, run: RunConfig) -> d
             "torch": torch.__version__,
             "megatron-core": metadata.version("megatron-core"),
         },
-        "tokenizer": _copy_tokenizer(source.directory, workspace),
         "imported": {
             "format": source.format.name,
             "from": repository_name(source.directory),
             "config_sha256": source.config_sha256,
         },
     }
-
-
-def _copy_tokenizer(directory: Path, workspace: Workspace) -> dict[str, Any] | None:
-    """Copy the tokenizer's files unchanged; what the checkpoint says of it, or None if there is none to load."""
-    files = find_tokenizer_files(directory)
-    if not files:
-        return None
-    folder = workspace.output / TOKENIZER
-    folder.mkdir(exist_ok=True)
-    for path in files:
-        shutil.copyfile(path, folder / path.name)
-        with (folder / path.name).open("rb") as stream:
-            os.fsync(stream.fileno())
-    try:
-        tokenizer = load_tokenizer(folder)
-    except DataError as error:
-        message(f"the tokenizer's files are kept but cannot be used: {str(error).replace(str(folder), str(directory))}")
-        return None
-    path = workspace.target / TOKENIZER / tokenizer.path.name
-    return {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "path": str(path)}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from llada_megatron.console import message
@@ -40,16 +43,37 @@ class Progress:
         """Make every task stop at its next unit."""
         self._stop.set()
 
+    @property
+    def stopping(self) -> bool:
+        """Whether the tasks have been told to stop."""
+        return self._stop.is_set()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a task has done."""
+
+    record: Any = None
+    """JSON values."""
+    files: tuple[Path, ...] = ()
+    """Written, and their contents on the storage."""
+
 
 @dataclass(frozen=True)
 class Task:
-    """A part of a conversion that is done as a whole or again."""
+    """A part of a conversion that is done as a whole or again. It tells its progress in bytes of both kinds."""
 
     number: int
-    size: int
+    run: Callable[[Progress], Result]
+    writes: int = 0
     """Bytes of tensors that it writes."""
-    run: Callable[[Progress], Any]
-    """Writes its files and returns a record of them (JSON values)."""
+    reads: int = 0
+    """Bytes that it goes through and writes nothing of."""
+
+    @property
+    def size(self) -> int:
+        """Its share of the work."""
+        return self.writes + self.reads
 
 
 def default_workers() -> int:
@@ -62,32 +86,66 @@ def run_tasks(workspace: Workspace, tasks: Sequence[Task], workers: int, title: 
 
     Raises:
         ResourceError: the disk cannot hold what is missing.
-        Any error of a task, once all have stopped; finished tasks stay done.
+        KeyboardInterrupt, or any error of a task, once all threads have ended; finished tasks stay done.
     """
-    records = workspace.finished()
+    records = workspace.resume()
     open_tasks = [task for task in tasks if task.number not in records]
     if records:
         message(f"continuing an interrupted conversion: {len(records)} of {len(tasks)} parts are done")
-    workspace.require_space(sum(task.size for task in open_tasks))
+    workspace.require_space(sum(task.writes for task in open_tasks))
     with progress_bar(title, sum(task.size for task in tasks)) as show:
         show(sum(task.size for task in tasks if task.number in records))
-        progress = Progress(show)
-        pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="convert")
 
-        def work(task: Task) -> None:
-            records[task.number] = task.run(progress)
-            workspace.finish(task.number, records[task.number])
+        def work(task: Task, progress: Progress) -> None:
+            progress.advance(0)  # a task that waited is not begun any more
+            result = task.run(progress)
+            workspace.finish(task.number, result.record, result.files)
+            records[task.number] = result.record
 
-        futures = [pool.submit(work, task) for task in open_tasks]
+        failures = _run(work, open_tasks, workers, Progress(show))
+    for failure in sorted(failures, key=lambda error: isinstance(error, StoppedError)):
+        raise failure
+    return [records[task.number] for task in tasks]
+
+
+def _run(
+    work: Callable[[Task, Progress], None], tasks: Sequence[Task], workers: int, progress: Progress
+) -> list[BaseException]:
+    """Work on the tasks in threads until all are done or one fails; what those raised that did."""
+    pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="convert")
+    with _postponed_interrupt(progress):
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
+            futures = [pool.submit(work, task, progress) for task in tasks]
+            if wait(futures, return_when=FIRST_EXCEPTION).not_done and not progress.stopping:
+                message("stopping …")
         finally:
             progress.stop()
             pool.shutdown(cancel_futures=True)
-        failures = [future.exception() for future in futures if not future.cancelled() and future.exception()]
-        for failure in sorted(failures, key=lambda error: isinstance(error, StoppedError)):
-            raise failure
-    return [records[task.number] for task in tasks]
+    return [failure for future in futures if not future.cancelled() and (failure := future.exception())]
+
+
+@contextlib.contextmanager
+def _postponed_interrupt(progress: Progress) -> Iterator[None]:
+    """Ctrl-C stops the tasks, and is raised when they have: until then the files and the lock on them are in use."""
+    seen = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        seen = True
+        progress.stop()
+        message("stopping …")
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if seen:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

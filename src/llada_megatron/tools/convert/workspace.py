@@ -1,8 +1,9 @@
 """Where a conversion's output grows: a hidden directory beside the target, which becomes the target when it is whole.
 
-    .NAME.converting/plan.json      what is converted, from which files, with which options
-    .NAME.converting/journal/       a record of each finished task
-    .NAME.converting/output/        what will be NAME
+    .NAME.converting/plan.json       what is converted, from which files, with which options
+    .NAME.converting/journal/        a record of each finished task, with the names and sizes of its files
+    .NAME.converting/output/         what will be NAME
+    .NAME.converting/published.json  the plan and the files of an output that gets its name, or has it
 
 A conversion that was interrupted continues after its last finished task; one of something else is not continued.
 """
@@ -10,19 +11,31 @@ A conversion that was interrupted continues after its last finished task; one of
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
-from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, ResourceError
+from llada_megatron.console import message
+from llada_megatron.llada_moe.errors import ConfigError, ResourceError
 from llada_megatron.parallel.checkpoint_manifest import sync_directory, write_durably
+from llada_megatron.tools.convert.plans import changes, read_json
+from llada_megatron.tools.convert.target import Lock, require_empty, resolve, work_directory
 
-_PLAN = "plan.json"
+_PLAN, _PUBLISHED = "plan.json", "published.json"
 _HEADROOM = 1.01  # headers and indices beside the tensors
+
+
+def begun_plan(target: Path) -> dict[str, Any]:
+    """The plan of a conversion to `target` that was begun and not ended; empty if there is none."""
+    root = work_directory(resolve(target))
+    if not os.path.isdir(root):
+        return {}
+    published = read_json(root / _PUBLISHED) or {}
+    return read_json(root / _PLAN) or published.get("plan") or {}
 
 
 class Workspace:
@@ -38,55 +51,75 @@ class Workspace:
         Raises:
             ConfigError: the target is not empty or a mount point, or an unfinished conversion of something else is in
                 the way.
+            CheckpointError: nothing can be made beside the target.
             ResourceError: another process is converting to the same target.
         """
-        self.target = Path(os.path.realpath(target))
-        self.root = self.target.with_name(f".{self.target.name}.converting")
+        self.target = resolve(target)
+        self.root = work_directory(self.target)
         self.output = self.root / "output"
         self._journal = self.root / "journal"
-        if not self.root.exists():
-            _require_empty(self.target)
-        self._lock = _locked(self.root)
+        self.plan: dict[str, Any] = json.loads(json.dumps(plan))
+        self._lock = Lock(self.root)
         try:
-            self.complete = self._start(plan)
+            self.complete = self._start()
         except BaseException:
-            self._lock.close()
+            self._lock.release()
             raise
 
-    def _start(self, plan: dict[str, Any]) -> bool:
+    def _start(self) -> bool:
         """Whether everything was done but the last cleaning up."""
-        text = json.dumps(plan, sort_keys=True, indent=1).encode()
-        before = self.root / _PLAN
-        known = before.read_bytes() if before.exists() else None
-        if known == text and not self.output.exists() and self.target.exists():
+        published = self._published()
+        if published == self.plan:
             return True
-        if known is not None and known != text:
-            changed = ", ".join(_changes(json.loads(known), plan))
+        if not self.output.exists():  # given away with its name, or never begun
+            self._clean()
+        known = read_json(self.root / _PLAN)
+        if known not in (None, self.plan):
             raise ConfigError(
-                f"{self.root} holds an unfinished conversion with another {changed}: repeat that command to finish it, "
-                f"or remove that directory to start anew"
+                f"{self.root} holds an unfinished conversion that differs in {changes(known, self.plan)}. Repeat that "
+                "command to finish it, or remove that directory to start anew"
             )
-        _require_empty(self.target)
-        if not self.output.exists():  # its records speak of files that have been given away
-            shutil.rmtree(self._journal, ignore_errors=True)
+        require_empty(self.target)
         self.output.mkdir(exist_ok=True)
         self._journal.mkdir(exist_ok=True)
         if known is None:
-            write_durably(before.with_suffix(".new"), text)
-            before.with_suffix(".new").rename(before)
-            sync_directory(self.root)
+            self._write(self.root / _PLAN, self.plan)
         return False
 
-    def finished(self) -> dict[int, Any]:
-        """The records of the tasks that are done."""
-        return {int(path.stem): json.loads(path.read_bytes()) for path in self._journal.glob("*.json")}
+    def _published(self) -> dict[str, Any] | None:
+        """The plan of the conversion that made the target, if all of its files are there."""
+        entry = read_json(self.root / _PUBLISHED)
+        if entry is None or self.output.exists() or entry["files"] != _sizes(self.target):
+            return None
+        plan: dict[str, Any] = entry["plan"]
+        return plan
 
-    def finish(self, task: int, record: Any) -> None:
-        """Remember that a task is done; its files are on the storage already."""
-        path = self._journal / f"{task}.new"
-        write_durably(path, json.dumps(record).encode())
-        path.rename(path.with_suffix(".json"))
-        sync_directory(self._journal)
+    def resume(self) -> dict[int, Any]:
+        """The records of the tasks that are done and whose files are there.
+
+        Everything else in the output is removed: its space may be needed, and nothing stale may stay.
+        """
+        found, records, kept = _sizes(self.output), {}, set()
+        journal = list(self._journal.glob("*.json"))
+        for path in journal:
+            entry = read_json(path)
+            if entry["files"].items() <= found.items():
+                records[int(path.stem)] = entry["record"]
+                kept |= entry["files"].keys()
+            else:
+                path.unlink()
+        if len(records) < len(journal):
+            message(f"files of {len(journal) - len(records)} finished parts are gone or cut: these are done again")
+        for name in found.keys() - kept:
+            (self.output / name).unlink()
+        return records
+
+    def finish(self, task: int, record: Any, files: Collection[Path]) -> None:
+        """Remember that a task is done, once the storage has the names of its files too; their contents it has."""
+        sizes = {str(path.relative_to(self.output)): path.stat().st_size for path in files}
+        for folder in {folder for path in files for folder in path.parents if folder.is_relative_to(self.root)}:
+            sync_directory(folder)
+        self._write(self._journal / f"{task}.json", {"files": sizes, "record": record})
 
     def require_space(self, needed: int) -> None:
         """Raises: ResourceError: the disk has fewer than `needed` bytes free, before any is written."""
@@ -103,12 +136,28 @@ class Workspace:
             for path in [*self.output.rglob("*"), self.output]:
                 if path.is_dir():
                     sync_directory(path)
+            self._write(self.root / _PUBLISHED, {"plan": self.plan, "files": _sizes(self.output)})
+            require_empty(self.target)
             if self.target.exists():
                 self.target.rmdir()  # empty, or the rename would fail
             self.output.rename(self.target)
             sync_directory(self.target.parent)
-        shutil.rmtree(self._journal, ignore_errors=True)  # before the plan: after a kill between, `_start` sees it done
-        shutil.rmtree(self.root, ignore_errors=True)
+            sync_directory(self.root)
+        self._clean()
+
+    def _clean(self) -> None:
+        """Remove what is in the directory; last of all what says that the target is finished."""
+        shutil.rmtree(self._journal, ignore_errors=True)
+        for name in (_PLAN, _PUBLISHED):
+            (self.root / name).with_suffix(".new").unlink(missing_ok=True)
+            (self.root / name).unlink(missing_ok=True)
+
+    def _write(self, path: Path, content: Any) -> None:
+        """Write a JSON file durably, all or nothing."""
+        new = path.with_suffix(".new")
+        write_durably(new, json.dumps(content, indent=1).encode())
+        new.rename(path)
+        sync_directory(path.parent)
 
     def __enter__(self) -> Workspace:
         return self
@@ -116,7 +165,7 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lock.close()
+        self._lock.release()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
                 f"no space left to write {self.target} ({error.strerror}): make room and repeat the command (what is "
@@ -124,32 +173,8 @@ class Workspace:
             ) from error
 
 
-def _require_empty(target: Path) -> None:
-    if target.is_mount():
-        raise ConfigError(f"{target} is a mount point, which cannot be replaced: name a new directory in it")
-    if target.is_dir():
-        inside = sorted(entry.name for entry in target.iterdir())
-        if inside:
-            raise ConfigError(f"{target} is not empty (it holds {inside[0]!r}): name a new directory, or empty it")
-    elif target.exists():
-        raise ConfigError(f"{target} is a file; name a new directory")
-
-
-def _locked(root: Path) -> TextIO:
-    """The workspace directory, made if need be, locked until the file is closed or the process ends."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{root} cannot be made ({error.strerror})") from error
-    lock = (root / "lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise ResourceError(f"another process is converting to the same place ({root}): wait for it") from None
-    return lock
-
-
-def _changes(known: dict[str, Any], plan: dict[str, Any]) -> list[str]:
-    """The keys in which two plans differ."""
-    return sorted(key for key in known.keys() | plan.keys() if known.get(key) != plan.get(key))
+def _sizes(directory: Path) -> dict[str, int]:
+    """Path in the directory and size of every file in it."""
+    return {
+        str(path.relative_to(directory)): path.lstat().st_size for path in directory.rglob("*") if not path.is_dir()
+    }
