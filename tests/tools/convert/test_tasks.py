@@ -15,21 +15,19 @@ from tests.tools.convert.checkpoints import to_huggingface, to_sharded, written
 
 
 def test_a_second_control_c_waits_for_the_threads(tmp_path, capsys):
-    working, ended = threading.Event(), threading.Event()
-    locked = []
+    working, locked = threading.Barrier(3, timeout=20), []
 
     def stubborn(progress):
-        working.set()
+        working.wait()
         time.sleep(0.5)  # as long as a sync can take
         try:
             Workspace(tmp_path / "out", {})
         except ResourceError:
             locked.append(True)
-        ended.set()
         progress.advance(1)
 
     def press():
-        working.wait(20)
+        working.wait()
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.05)
@@ -37,7 +35,7 @@ def test_a_second_control_c_waits_for_the_threads(tmp_path, capsys):
     threading.Thread(target=press).start()
     with pytest.raises(KeyboardInterrupt), Workspace(tmp_path / "out", {}) as work:
         run_tasks(work, [Task(number, stubborn) for number in range(4)], 2, "testing")
-    assert ended.is_set() and locked == [True, True]
+    assert locked == [True, True]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert "stopping …" in capsys.readouterr().err
 
