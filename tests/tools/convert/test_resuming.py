@@ -156,17 +156,29 @@ def test_a_finished_part_whose_file_is_gone_or_cut_is_done_again(begun, tmp_path
     assert found == {name: (tmp_path / "undisturbed" / importing.STEP / name).read_bytes() for name in found}
 
 
-def test_a_source_that_changes_meanwhile(tmp_path, monkeypatch):
+@pytest.mark.parametrize("module", [importing, exporting])
+@pytest.mark.parametrize("change", ["written", "removed"])
+def test_a_source_that_changes_meanwhile(tmp_path, monkeypatch, module, change):
     source = written(tmp_path / "source", "tiny-dense")
+    convert, file = to_sharded, source / "model.safetensors"
+    if module is exporting:
+        to_sharded(source, tmp_path / "run")
+        source, convert = tmp_path / "run", to_huggingface
+        file = source / importing.STEP / "__0_0.distcp"
+    run_tasks = module.run_tasks
 
-    run_tasks = importing.run_tasks
-
-    def run_and_touch(*arguments):
+    def run_and_change(*arguments):
         records = run_tasks(*arguments)
-        os.utime(source / "model.safetensors", (1, 1))
+        if change == "written":
+            os.utime(file, (1, 1))
+        else:
+            file.unlink()
         return records
 
-    monkeypatch.setattr(importing, "run_tasks", run_and_touch)
-    with pytest.raises(CheckpointError, match=r"source changed while it was imported \(model.safetensors: .*remove"):
-        to_sharded(source, tmp_path / "out")
+    monkeypatch.setattr(module, "run_tasks", run_and_change)
+    text = {"written": rf"changed while it was converted \({file.name}: .*remove", "removed": f"{file} went away"}[
+        change
+    ]
+    with pytest.raises(CheckpointError, match=text):
+        convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()

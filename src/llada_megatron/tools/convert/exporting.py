@@ -27,6 +27,7 @@ from llada_megatron.parallel.checkpoint_search import find_checkpoints
 from llada_megatron.tools.convert.huggingface import CONFIG
 from llada_megatron.tools.convert.sharded import ShardedSource
 from llada_megatron.tools.convert.shards import Shard, plan_shards, size_notes
+from llada_megatron.tools.convert.source_files import FILES, file_states, require_unchanged
 from llada_megatron.tools.convert.tasks import Progress, Result, Task, run_tasks
 from llada_megatron.tools.convert.workspace import Workspace, begun_plan
 
@@ -108,13 +109,18 @@ def _plan(source: ShardedSource, tokenizer: TokenizerFiles, options: ExportOptio
     return {
         "direction": "export",
         "checkpoint": str(source.directory),
-        "checkpoint's files": source.reader.digests,
+        FILES: file_states(_files(source)),
+        "checkpoint's digests": source.reader.digests,
         "checkpoint's facts": source.facts,
         "tokenizer": {name: hashlib.sha256(data).hexdigest() for name, data in tokenizer.files.items()},
         "--dtype": str(options.dtype),
         "--shard-size": options.shard_bytes,
         "version of llada": __version__,
     }
+
+
+def _files(source: ShardedSource) -> list[Path]:
+    return [source.directory / name for name in source.reader.digests]
 
 
 def _fill(workspace: Workspace, source: ShardedSource, shards: list[Shard], workers: int) -> None:
@@ -136,6 +142,7 @@ def _fill(workspace: Workspace, source: ShardedSource, shards: list[Shard], work
     checks = [check(number, name) for number, name in enumerate(source.reader.digests)]
     both = [task for pair in zip_longest(writes, checks) for task in pair if task is not None]
     run_tasks(workspace, both, workers, "checking and exporting")
+    require_unchanged(workspace, _files(source))
     if len(shards) > 1:
         places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard.tensors}
         write_index(workspace.output, places, sum(shard.size for shard in shards))

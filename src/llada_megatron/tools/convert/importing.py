@@ -168,7 +168,7 @@ def _fill(
     workers = workers_for_files(workers, run.layout.world_size, len(source.tensors.files))
     tasks = [task(number, *batch) for number, batch in enumerate(batches(dtypes, dtypes, TASK_BYTES))]
     records = run_tasks(workspace, tasks, workers, "importing")
-    require_unchanged(workspace, source)
+    require_unchanged(workspace, source.tensors.files)
     write_durably(workspace.output / MODEL_FILE, dump_yaml(run.model).encode())
     tokenizer.write(workspace.output / TOKENIZER)
     finalize(step, records, _facts(source, run) | {"tokenizer": tokenizer.facts(workspace.target / TOKENIZER)})

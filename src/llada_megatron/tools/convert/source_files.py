@@ -1,4 +1,4 @@
-"""Whether the files that are being imported stay as they are."""
+"""Whether the files that are being converted stay as they are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from llada_megatron.llada_moe.errors import CheckpointError
-from llada_megatron.tools.convert.huggingface import HuggingFaceSource
 from llada_megatron.tools.convert.plans import changes
 from llada_megatron.tools.convert.workspace import Workspace
 
@@ -26,15 +25,15 @@ def file_states(paths: Iterable[Path]) -> dict[str, str]:
     return states
 
 
-def require_unchanged(workspace: Workspace, source: HuggingFaceSource) -> None:
-    """Raises: CheckpointError: a file of the source was written since the import began."""
+def require_unchanged(workspace: Workspace, paths: Iterable[Path]) -> None:
+    """Raises: CheckpointError: one of the source's files was written since the conversion began."""
     try:
-        now = file_states(source.tensors.files)
+        now = file_states(paths)
     except OSError as error:
-        raise CheckpointError(f"{error.filename} went away while it was imported ({error.strerror})") from error
+        raise CheckpointError(f"{error.filename} went away while it was converted ({error.strerror})") from error
     before = workspace.plan[FILES]
     if before != now:
         raise CheckpointError(
-            f"{source.directory} changed while it was imported ({changes(before, now)}), and the output may be of "
-            f"either: wait until nothing writes there, remove {workspace.root}, and repeat the command"
+            f"the source changed while it was converted ({changes(before, now)}), and the output may be of either: "
+            f"wait until nothing writes there, remove {workspace.root}, and repeat the command"
         )
