@@ -41,6 +41,7 @@ def weights_to_start_from(run: RunConfig) -> Path | None:
     """
     if not run.checkpoint.load:
         return None
+
     def check(path: Path) -> Path:
         manifest = checkpoint_manifest.read(path)
         checkpoint_manifest.verify_sizes(path, manifest)
