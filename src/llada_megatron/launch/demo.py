@@ -126,7 +126,7 @@ def prepare(config: RunConfig, corpus: str, ledger: Ledger) -> None:
 def train(config: RunConfig, ledger: Ledger) -> int | None:
     """Train to the last step, unless that stands; the signal that stopped it early, else None."""
     from llada_megatron.launch.train import start
-    from llada_megatron.parallel.checkpoint_manifest import steps
+    from llada_megatron.parallel.checkpoint.manifest import steps
 
     found = steps(Path(config.output_dir) / "checkpoints")
     newest = found[0][0] if found else 0

@@ -10,8 +10,8 @@ import psutil
 from llada_megatron.launch.processes import available_cores
 from llada_megatron.llada_moe.errors import DataError, ResourceError
 from llada_megatron.llada_moe.model.parameters import rank_shares
-from llada_megatron.parallel import checkpoint_manifest
-from llada_megatron.parallel.checkpoint_search import weights_to_start_from
+from llada_megatron.parallel.checkpoint import manifest as checkpoint_manifest
+from llada_megatron.parallel.checkpoint.search import weights_to_start_from
 
 if TYPE_CHECKING:
     from llada_megatron.llada_moe.config.schema import RunConfig

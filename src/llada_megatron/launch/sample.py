@@ -134,7 +134,7 @@ def _layout(overrides: Sequence[str], checkpoint: str) -> LayoutConfig:
 def _check_layout(layout: LayoutConfig, checkpoint: str) -> None:
     """Refuse a layout that the checkpoint's model cannot be spread over."""
     from llada_megatron.llada_moe.config.validation_layout import check_layout
-    from llada_megatron.parallel.checkpoint_search import find_checkpoints, run_of
+    from llada_megatron.parallel.checkpoint.search import find_checkpoints, run_of
 
     run = run_of(find_checkpoints(checkpoint)[0])
     training_layout = replace(layout, sequence_parallel=layout.tensor_parallel > 1)  # which training alone needs

@@ -20,8 +20,8 @@ from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig, Ob
 from llada_megatron.llada_moe.data.batch import Batch
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer, transformer_config
 from llada_megatron.parallel import assembly, device, topology
-from llada_megatron.parallel.checkpoint import CheckpointStore
-from llada_megatron.parallel.checkpoint_search import find_checkpoints, first_whole, run_of
+from llada_megatron.parallel.checkpoint.search import find_checkpoints, first_whole, run_of
+from llada_megatron.parallel.checkpoint.store import CheckpointStore
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from llada_megatron.llada_moe.data.manifest import Manifest
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
 from llada_megatron.parallel.assembly import load_model_state, model_state
-from llada_megatron.parallel.checkpoint import CheckpointStore
-from llada_megatron.parallel.checkpoint_search import require_model
+from llada_megatron.parallel.checkpoint.search import require_model
+from llada_megatron.parallel.checkpoint.store import CheckpointStore
 from llada_megatron.parallel.optimizer import load_optimizer_state, optimizer_state
 
 FROZEN = (

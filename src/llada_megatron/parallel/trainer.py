@@ -15,8 +15,8 @@ from llada_megatron.llada_moe.data.loader import TrainingData
 from llada_megatron.llada_moe.errors import LladaError
 from llada_megatron.parallel import assembly
 from llada_megatron.parallel.agreement import on_rank_0
-from llada_megatron.parallel.checkpoint import CheckpointStore
-from llada_megatron.parallel.checkpoint_search import weights_to_start_from
+from llada_megatron.parallel.checkpoint.search import weights_to_start_from
+from llada_megatron.parallel.checkpoint.store import CheckpointStore
 from llada_megatron.parallel.optimizer import build_optimizer, set_learning_rate
 from llada_megatron.parallel.reporting import Reporter
 from llada_megatron.parallel.state import RunState

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from llada_megatron.llada_moe.config import to_dict
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.huggingface import weights as canonical
-from llada_megatron.parallel.checkpoint_search import run_of
-from llada_megatron.parallel.checkpoint_tensors import ShardedReader
+from llada_megatron.parallel.checkpoint.search import run_of
+from llada_megatron.parallel.checkpoint.tensors import ShardedReader
 from llada_megatron.tools.convert import importing
 from llada_megatron.tools.convert.layouts import parse_layout
-from tests.parallel import initial_weights
+from tests.parallel.checkpoint import initial_weights
 from tests.ranks import run_ranks
 from tests.tools.convert.checkpoints import (
     DTYPES,
@@ -157,7 +157,7 @@ def test_tokenizer_files_go_along_unchanged(tmp_path):
 def _train(run, root):
     """Save a run, optimizer included, after one step."""
     from llada_megatron.parallel import assembly, optimizer
-    from llada_megatron.parallel.checkpoint import CheckpointStore
+    from llada_megatron.parallel.checkpoint.store import CheckpointStore
     from llada_megatron.parallel.state import RunState
     from llada_megatron.parallel.step import TrainingStep
     from llada_megatron.tools.bench.parity import SyntheticData

@@ -258,7 +258,7 @@ def test_more_rows_than_padding_are_another_vocabulary(tmp_path):
 
 def test_a_padded_vocabulary_of_a_sharded_checkpoint_is_stripped_and_said(source, tmp_path, monkeypatch):
     """As others' Megatron writes them: here the model of the manifest gets a smaller vocabulary than the weights."""
-    from llada_megatron.parallel import checkpoint_manifest as manifests
+    from llada_megatron.parallel.checkpoint import manifest as manifests
 
     to_sharded(source, tmp_path / "out")
     step = tmp_path / "out/checkpoints/step-00000000"
@@ -524,7 +524,7 @@ def test_a_damaged_checkpoint_is_not_exported(sharded):
 
 
 def test_a_checkpoint_of_another_model_than_it_says(sharded):
-    from llada_megatron.parallel import checkpoint_manifest as manifests
+    from llada_megatron.parallel.checkpoint import manifest as manifests
 
     step = sharded / "checkpoints/step-00000000"
     manifest = manifests.read(step)
@@ -534,7 +534,7 @@ def test_a_checkpoint_of_another_model_than_it_says(sharded):
 
 
 def test_a_family_without_a_published_format(sharded):
-    from llada_megatron.parallel import checkpoint_manifest as manifests
+    from llada_megatron.parallel.checkpoint import manifest as manifests
 
     step = sharded / "checkpoints/step-00000000"
     manifest = manifests.read(step)

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from llada_megatron.llada_moe.errors import ResourceError
-from llada_megatron.parallel import checkpoint_manifest
+from llada_megatron.parallel.checkpoint import manifest as checkpoint_manifest
 from llada_megatron.tools.convert.tasks import Result, StoppedError, Task, run_tasks
 from llada_megatron.tools.convert.workspace import Workspace
 from tests.tools.convert.checkpoints import to_huggingface, to_sharded, written

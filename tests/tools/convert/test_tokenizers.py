@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from llada_megatron.llada_moe.errors import CheckpointError, DataError
-from llada_megatron.parallel.checkpoint_tensors import ShardedReader
+from llada_megatron.parallel.checkpoint.tensors import ShardedReader
 from llada_megatron.tools.convert.importing import STEP
 from tests.tools.convert.checkpoints import (
     WORDS,

@@ -22,8 +22,8 @@ from llada_megatron.llada_moe.huggingface.modeling_files import modeling_files
 from llada_megatron.llada_moe.huggingface.safetensors_reader import SINGLE_NAME
 from llada_megatron.llada_moe.huggingface.safetensors_writer import ShardWriter, shard_name, write_index
 from llada_megatron.llada_moe.huggingface.tokenizer_export import TokenizerFiles, tokenizer_files
-from llada_megatron.parallel.checkpoint_manifest import write_durably
-from llada_megatron.parallel.checkpoint_search import find_checkpoints
+from llada_megatron.parallel.checkpoint.manifest import write_durably
+from llada_megatron.parallel.checkpoint.search import find_checkpoints
 from llada_megatron.tools.convert.huggingface import CONFIG
 from llada_megatron.tools.convert.sharded import ShardedSource
 from llada_megatron.tools.convert.shards import Shard, plan_shards, size_notes

@@ -24,9 +24,9 @@ from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.hub_cache import repository_name
 from llada_megatron.llada_moe.huggingface.tokenizer_export import code_notes
 from llada_megatron.llada_moe.huggingface.weights import Unit
-from llada_megatron.parallel.checkpoint_manifest import step_name, write_durably
-from llada_megatron.parallel.checkpoint_placement import pieces
-from llada_megatron.parallel.checkpoint_tensors_writer import TaskWriter, finalize
+from llada_megatron.parallel.checkpoint.manifest import step_name, write_durably
+from llada_megatron.parallel.checkpoint.placement import pieces
+from llada_megatron.parallel.checkpoint.tensors_writer import TaskWriter, finalize
 from llada_megatron.tools.convert.huggingface import USABLE_DTYPES, HuggingFaceSource
 from llada_megatron.tools.convert.kept_tokenizer import KeptTokenizer, keep_tokenizer
 from llada_megatron.tools.convert.layouts import require_layout

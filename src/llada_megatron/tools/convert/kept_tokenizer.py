@@ -12,7 +12,7 @@ from llada_megatron.llada_moe.data.tokenizer import Tokenizer
 from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 from llada_megatron.llada_moe.errors import DataError
 from llada_megatron.llada_moe.huggingface.tokenizer_export import find_tokenizer_files
-from llada_megatron.parallel.checkpoint_manifest import sync_directory, write_durably
+from llada_megatron.parallel.checkpoint.manifest import sync_directory, write_durably
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from llada_megatron.llada_moe.config.schema import ModelConfig, ObjectiveConfig
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.huggingface.safetensors_reader import pickles
 from llada_megatron.llada_moe.huggingface.weights import Unit, units
-from llada_megatron.parallel.checkpoint_search import find_checkpoints
+from llada_megatron.parallel.checkpoint.search import find_checkpoints
 from llada_megatron.tools.convert.findings import Findings
 from llada_megatron.tools.convert.huggingface import CONFIG, HuggingFaceSource
 from llada_megatron.tools.convert.sharded import ShardedSource

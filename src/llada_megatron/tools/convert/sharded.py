@@ -14,8 +14,8 @@ from llada_megatron.llada_moe.config.schema import ModelConfig, ObjectiveConfig,
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.weights import Unit, canonical_weights
-from llada_megatron.parallel.checkpoint_search import find_checkpoints, first_whole
-from llada_megatron.parallel.checkpoint_tensors import ShardedReader
+from llada_megatron.parallel.checkpoint.search import find_checkpoints, first_whole
+from llada_megatron.parallel.checkpoint.tensors import ShardedReader
 from llada_megatron.tools.convert.findings import Findings, is_padding
 
 TOKENIZER = "tokenizer"

@@ -21,7 +21,7 @@ from typing import Any
 
 from llada_megatron.console import message
 from llada_megatron.llada_moe.errors import ConfigError, ResourceError
-from llada_megatron.parallel.checkpoint_manifest import sync_directory, write_durably
+from llada_megatron.parallel.checkpoint.manifest import sync_directory, write_durably
 from llada_megatron.tools.convert.plans import changes, read_json
 from llada_megatron.tools.convert.target import Lock, require_empty, resolve, work_directory
 

@@ -61,7 +61,7 @@ def _train(run, step, numbers):
 def _begin(run, root, asynchronous):
     """Two steps, a checkpoint, two more steps: their losses and gradient norms."""
     from llada_megatron.llada_moe.config import to_dict
-    from llada_megatron.parallel.checkpoint import CheckpointStore
+    from llada_megatron.parallel.checkpoint.store import CheckpointStore
 
     chunks, step = _parts(run)
     store = CheckpointStore(root, asynchronous=asynchronous)
@@ -77,7 +77,7 @@ def _go_on(run, root):
     """The same two steps from the checkpoint."""
     from llada_megatron.llada_moe.config import to_dict
     from llada_megatron.parallel import assembly
-    from llada_megatron.parallel.checkpoint import CheckpointStore
+    from llada_megatron.parallel.checkpoint.store import CheckpointStore
     from llada_megatron.parallel.optimizer import load_optimizer_state
 
     chunks, step = _parts(dataclasses.replace(run, training=dataclasses.replace(run.training, seed=99)))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.config.schema import LayoutConfig
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.parallel.checkpoint_placement import pieces
+from llada_megatron.parallel.checkpoint.placement import pieces
 
 MODELS = [
     ("tiny-dense", []),
@@ -27,8 +27,8 @@ MODELS = [
 @pytest.fixture(scope="module")
 def asked():
     """What each rank of a case asks for, from models built in one other process."""
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "tests.parallel.sharded_builds"]
+    root = Path(__file__).parents[3]
+    command = [sys.executable, "-m", "tests.parallel.checkpoint.sharded_builds"]
     with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
         def ask(model, overrides, layout):

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from llada_megatron.llada_moe.errors import CheckpointError
-from llada_megatron.parallel.checkpoint_tiling import Box
+from llada_megatron.parallel.checkpoint.tiling import Box
 
 
 class Entry(NamedTuple):

@@ -14,8 +14,8 @@ from torch import distributed as dist
 from torch.distributed.checkpoint import filesystem, metadata
 
 from llada_megatron.llada_moe.errors import CheckpointError
-from llada_megatron.parallel import checkpoint_manifest as manifests
-from llada_megatron.parallel import checkpoint_safety as safety
+from llada_megatron.parallel.checkpoint import manifest as manifests
+from llada_megatron.parallel.checkpoint import safety
 from tests.ranks import run_ranks
 
 OBJECT = "layer._extra_state/shard_0_1"
@@ -43,13 +43,13 @@ def _state():
 
 
 def _save(root):
-    from llada_megatron.parallel.checkpoint import CheckpointStore
+    from llada_megatron.parallel.checkpoint.store import CheckpointStore
 
     CheckpointStore(root).save(3, _state(), {"step": 3})
 
 
 def _load_each(paths):
-    from llada_megatron.parallel.checkpoint import CheckpointStore
+    from llada_megatron.parallel.checkpoint.store import CheckpointStore
 
     store = CheckpointStore(Path(paths[0]).parent / "run")
     outcomes = []

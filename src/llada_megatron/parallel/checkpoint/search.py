@@ -10,7 +10,7 @@ from llada_megatron.llada_moe.config import from_dict, to_dict
 from llada_megatron.llada_moe.config.architecture import architecture
 from llada_megatron.llada_moe.config.schema import ModelConfig, RunConfig
 from llada_megatron.llada_moe.errors import CheckpointError
-from llada_megatron.parallel import checkpoint_manifest
+from llada_megatron.parallel.checkpoint import manifest as checkpoint_manifest
 
 T = TypeVar("T")
 

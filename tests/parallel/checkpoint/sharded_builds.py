@@ -1,4 +1,4 @@
-"""A program for test_checkpoint_placement.py: which boxes of which weights each rank of a layout asks for.
+"""A program for test_placement.py: which boxes of which weights each rank of a layout asks for.
 
 Cases (model, overrides, layout) come as JSON, one a line; the models are built on the meta device.
 """

@@ -14,8 +14,8 @@ from llada_megatron.llada_moe.config.schema import (
     TrainingConfig,
 )
 from llada_megatron.llada_moe.errors import CheckpointError
-from llada_megatron.parallel import checkpoint_manifest as manifests
-from llada_megatron.parallel.checkpoint_search import require_model, weights_to_start_from
+from llada_megatron.parallel.checkpoint import manifest as manifests
+from llada_megatron.parallel.checkpoint.search import require_model, weights_to_start_from
 
 MODEL = load_model("tiny-moe-softmax")
 

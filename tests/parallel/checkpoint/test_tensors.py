@@ -11,11 +11,11 @@ import torch
 
 from llada_megatron.llada_moe.config import to_dict
 from llada_megatron.llada_moe.errors import CheckpointError
-from llada_megatron.parallel import checkpoint_manifest as manifests
-from llada_megatron.parallel import checkpoint_safety as safety
-from llada_megatron.parallel.checkpoint_manifest import DamagedCheckpointError
-from llada_megatron.parallel.checkpoint_tensors import ShardedReader
-from tests.parallel.initial_weights import chunks_of, run_of, weights
+from llada_megatron.parallel.checkpoint import manifest as manifests
+from llada_megatron.parallel.checkpoint import safety
+from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
+from llada_megatron.parallel.checkpoint.tensors import ShardedReader
+from tests.parallel.checkpoint.initial_weights import chunks_of, run_of, weights
 from tests.ranks import run_ranks
 
 MODELS = ("tiny-dense", "tiny-moe", "tiny-moe-softmax")
@@ -30,7 +30,7 @@ CASES = [
 def _save(run, root):
     """Save the initial weights, which are the same under every layout."""
     from llada_megatron.parallel import assembly
-    from llada_megatron.parallel.checkpoint import CheckpointStore
+    from llada_megatron.parallel.checkpoint.store import CheckpointStore
 
     state = assembly.model_state(chunks_of(run)) | {"optimizer": {"updates": 3}}
     CheckpointStore(root).save(1, state, {"step": 1, "model": to_dict(run.model)})
@@ -102,7 +102,7 @@ def _save_transposed(root):
     """A tensor that is not contiguous in the file: Megatron makes tensors contiguous, other writers need not."""
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    from llada_megatron.parallel.checkpoint import CheckpointStore
+    from llada_megatron.parallel.checkpoint.store import CheckpointStore
 
     CheckpointStore(root).save(1, {"w": ShardedTensor.from_rank_offsets("w", torch.zeros(4, 3))}, {"step": 1})
     directory = root / "step-00000001"

@@ -27,11 +27,11 @@ from megatron.core import dist_checkpointing
 from torch import distributed as dist
 
 from llada_megatron.llada_moe.errors import CheckpointError, LladaError, ResourceError
-from llada_megatron.parallel import checkpoint_manifest as manifests
-from llada_megatron.parallel import checkpoint_safety as safety
-from llada_megatron.parallel import checkpoint_writer as writing
 from llada_megatron.parallel.agreement import agree, as_error, explain, on_rank_0, try_together
-from llada_megatron.parallel.checkpoint_manifest import DamagedCheckpointError, Manifest
+from llada_megatron.parallel.checkpoint import manifest as manifests
+from llada_megatron.parallel.checkpoint import safety
+from llada_megatron.parallel.checkpoint import writer as writing
+from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError, Manifest
 
 LATEST = "latest"
 _PARTIAL = ".partial-"

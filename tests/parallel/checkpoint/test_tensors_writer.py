@@ -7,13 +7,13 @@ import torch
 
 from llada_megatron.llada_moe.config import load_model, to_dict
 from llada_megatron.llada_moe.errors import CheckpointError
-from llada_megatron.parallel import checkpoint_manifest as manifests
-from llada_megatron.parallel import checkpoint_safety as safety
-from llada_megatron.parallel.checkpoint_placement import pieces
-from llada_megatron.parallel.checkpoint_tensors import ShardedReader
-from llada_megatron.parallel.checkpoint_tensors_writer import TaskWriter, finalize
+from llada_megatron.parallel.checkpoint import manifest as manifests
+from llada_megatron.parallel.checkpoint import safety
+from llada_megatron.parallel.checkpoint.placement import pieces
+from llada_megatron.parallel.checkpoint.tensors import ShardedReader
+from llada_megatron.parallel.checkpoint.tensors_writer import TaskWriter, finalize
 from llada_megatron.parallel.inference import open_checkpoint
-from tests.parallel.initial_weights import LAYOUTS, run_of, weights
+from tests.parallel.checkpoint.initial_weights import LAYOUTS, run_of, weights
 from tests.ranks import run_ranks
 
 TASKS = 3
@@ -45,7 +45,7 @@ def _load(run, path):
     """Save again what `load_checkpoint` gives."""
     from llada_megatron.parallel import topology
     from llada_megatron.parallel.assembly import model_state
-    from llada_megatron.parallel.checkpoint import CheckpointStore
+    from llada_megatron.parallel.checkpoint.store import CheckpointStore
     from llada_megatron.parallel.inference import load_checkpoint
 
     topology.initialize(run.layout, 7)

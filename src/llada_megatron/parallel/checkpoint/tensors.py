@@ -15,11 +15,11 @@ import torch
 from torch.distributed.checkpoint import metadata
 
 from llada_megatron.llada_moe.errors import CheckpointError
-from llada_megatron.parallel import checkpoint_manifest as manifests
-from llada_megatron.parallel import checkpoint_safety as safety
-from llada_megatron.parallel.checkpoint_entry import Entry, read_part
-from llada_megatron.parallel.checkpoint_manifest import DamagedCheckpointError
-from llada_megatron.parallel.checkpoint_tiling import Box, tiling_fault
+from llada_megatron.parallel.checkpoint import manifest as manifests
+from llada_megatron.parallel.checkpoint import safety
+from llada_megatron.parallel.checkpoint.entry import Entry, read_part
+from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
+from llada_megatron.parallel.checkpoint.tiling import Box, tiling_fault
 
 OPTIMIZER_PREFIX = "optimizer."
 

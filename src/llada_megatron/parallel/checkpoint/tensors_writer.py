@@ -22,10 +22,10 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.storage import Writeback
-from llada_megatron.parallel import checkpoint_manifest as manifests
-from llada_megatron.parallel import checkpoint_safety as safety
-from llada_megatron.parallel.checkpoint_manifest import FileRecord, Manifest
-from llada_megatron.parallel.checkpoint_tiling import Box, tiling_fault
+from llada_megatron.parallel.checkpoint import manifest as manifests
+from llada_megatron.parallel.checkpoint import safety
+from llada_megatron.parallel.checkpoint.manifest import FileRecord, Manifest
+from llada_megatron.parallel.checkpoint.tiling import Box, tiling_fault
 
 _PICKLE_PROTOCOL = 4  # Python's default has changed; the bytes must not
 

@@ -38,7 +38,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from llada_megatron.parallel.agreement import explain
-from llada_megatron.parallel.checkpoint_manifest import FileRecord, record
+from llada_megatron.parallel.checkpoint.manifest import FileRecord, record
 from llada_megatron.parallel.lifetime import die_with_parent
 
 

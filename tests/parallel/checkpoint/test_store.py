@@ -15,7 +15,7 @@ import torch
 from torch import distributed as dist
 
 from llada_megatron.llada_moe.errors import CheckpointError, LladaError, ResourceError
-from llada_megatron.parallel import checkpoint_manifest as manifests
+from llada_megatron.parallel.checkpoint import manifest as manifests
 from tests.ranks import RankFailure, run_ranks
 
 SIZE = 1 << 16
@@ -37,7 +37,7 @@ def _state(value, size=SIZE):
 
 
 def _store(root, **options):
-    from llada_megatron.parallel.checkpoint import CheckpointStore
+    from llada_megatron.parallel.checkpoint.store import CheckpointStore
 
     return CheckpointStore(root, **options)
 
@@ -169,12 +169,12 @@ def test_a_checkpoint_that_cannot_be_loaded_is_refused_on_all_ranks(tmp_path):
 # --- killed -------------------------------------------------------------------------------------------------
 
 KILL_AT = (
-    "checkpoint_writer.write",
-    "checkpoint_writer.record",
-    "checkpoint_manifest.write",
-    "checkpoint_manifest.verify_sizes",
-    "checkpoint._give_name",
-    "checkpoint._remove",
+    "writer.write",
+    "writer.record",
+    "manifest.write",
+    "manifest.verify_sizes",
+    "store._give_name",
+    "store._remove",
 )
 
 
@@ -184,7 +184,7 @@ def _kill_at(root, place, after):
 
     _save(root, [1], 1)
     module, name = place.split(".")
-    module = importlib.import_module(f"llada_megatron.parallel.{module}")
+    module = importlib.import_module(f"llada_megatron.parallel.checkpoint.{module}")
     real = getattr(module, name)
 
     def killed(*arguments, **options):
@@ -203,7 +203,7 @@ def test_a_killed_save_leaves_the_earlier_checkpoint(tmp_path, place, after):
         run_ranks(_kill_at, 1, tmp_path, place, after)
     ((step, said),) = run_ranks(_resume, 1, tmp_path)
     assert step in (1, 2) and said == []
-    assert step == (2 if (place, after) == ("checkpoint._give_name", True) or place == "checkpoint._remove" else 1)
+    assert step == (2 if (place, after) == ("store._give_name", True) or place == "store._remove" else 1)
     run_ranks(_save, 1, tmp_path, [3], 1)
     assert names(tmp_path) == ["latest", "step-00000003"]
 
@@ -239,7 +239,7 @@ def test_a_background_save_holds_the_state_of_its_step(tmp_path):
 
 
 def _kill_the_writer(root):
-    from llada_megatron.parallel import checkpoint_writer
+    from llada_megatron.parallel.checkpoint import writer as checkpoint_writer
 
     _save(root, [1])
     checkpoint_writer.write = lambda *_: time.sleep(60)
@@ -260,7 +260,7 @@ def test_a_killed_writer_fails_the_save_on_all_ranks(tmp_path):
 
 
 def _die_while_writing(root):
-    from llada_megatron.parallel import checkpoint_writer
+    from llada_megatron.parallel.checkpoint import writer as checkpoint_writer
 
     checkpoint_writer.write = lambda *_: time.sleep(60)
     _store(root, asynchronous=True).save(1, _state(1), {"step": 1})
@@ -279,7 +279,7 @@ def test_a_writer_does_not_outlive_its_trainer(tmp_path):
 
 
 def _ask_without_fork(root):
-    from llada_megatron.parallel import checkpoint_writer
+    from llada_megatron.parallel.checkpoint import writer as checkpoint_writer
 
     checkpoint_writer.multiprocessing.get_all_start_methods = lambda: ["spawn"]
     said = []
@@ -351,7 +351,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(small_disk, believe):
 
 def _fill_completely(root, name):
     """The tensors fit; the last small files that only rank 0 writes do not."""
-    from llada_megatron.parallel import checkpoint
+    from llada_megatron.parallel.checkpoint import store
 
     _save(root, [1])
 
@@ -359,9 +359,9 @@ def _fill_completely(root, name):
         raise OSError(28, "No space left on device", name)
 
     if name == ".metadata":
-        checkpoint.writing.FileSystemWriterAsync.finish = full
+        store.writing.FileSystemWriterAsync.finish = full
     else:
-        checkpoint.manifests.write_durably = full
+        store.manifests.write_durably = full
     return _fails(root, lambda _: _store(root).save(2, _state(2), {"step": 2}))
 
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from llada_megatron.llada_moe.errors import CheckpointError
-from llada_megatron.parallel import checkpoint_manifest as manifests
-from llada_megatron.parallel.checkpoint_manifest import DamagedCheckpointError, FileRecord, Manifest
+from llada_megatron.parallel.checkpoint import manifest as manifests
+from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError, FileRecord, Manifest
 
 MODEL = {"hidden_size": 64, "moe": {"num_experts": 8, "top_k": 2}, "tie_embeddings": False}
 
@@ -102,7 +102,7 @@ def test_inspection_needs_no_torch(tmp_path):
     make(tmp_path / "step-00000007")
     (make(tmp_path / "step-00000009") / "a.distcp").unlink()
     program = (
-        "import sys, json; from llada_megatron.parallel.checkpoint_manifest import inspect_manifest; "
+        "import sys, json; from llada_megatron.parallel.checkpoint.manifest import inspect_manifest; "
         "print(json.dumps(inspect_manifest(sys.argv[1]))); assert 'torch' not in sys.modules"
     )
     done = subprocess.run(
