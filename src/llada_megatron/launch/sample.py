@@ -14,6 +14,7 @@ from typing import Any
 from llada_megatron.console import emit_json, message
 from llada_megatron.launch.sampling import Report, Request, Sample, sample_all
 from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config.validation_layout import check_layout, data_parallel_for_experts
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, DataError
 
 EXAMPLES = """\
@@ -125,15 +126,14 @@ def _layout(overrides: Sequence[str], checkpoint: str) -> LayoutConfig:
         axes[name] = int(value)
     if not axes:
         return LayoutConfig()
-    experts = axes.get("expert_parallel", 1) * axes.get("expert_tensor_parallel", 1)
-    layout = LayoutConfig(**{"data_parallel": -(-experts // max(1, axes.get("tensor_parallel", 1)))} | axes)
+    cut = [axes.get(name, 1) for name in ("tensor_parallel", "expert_parallel", "expert_tensor_parallel")]
+    layout = LayoutConfig(**{"data_parallel": data_parallel_for_experts(*cut)} | axes)
     _check_layout(layout, checkpoint)
     return layout
 
 
 def _check_layout(layout: LayoutConfig, checkpoint: str) -> None:
     """Refuse a layout that the checkpoint's model cannot be spread over."""
-    from llada_megatron.llada_moe.config.validation_layout import check_layout
     from llada_megatron.parallel.checkpoint.search import find_checkpoints, run_of
 
     run = run_of(find_checkpoints(checkpoint)[0])

@@ -123,14 +123,13 @@ def split_gaps(text: str, word: str) -> list[str | int]:
 def checkpoint_tokenizer(loaded: LoadedModel, path: str | None = None) -> Tokenizer:
     """The tokenizer of the checkpoint's data. Raises DataError if it is not there, or another one."""
     from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer, require_tokenizer
+    from llada_megatron.parallel.checkpoint.search import tokenizer_place
 
-    facts = loaded.facts.get("tokenizer") or {}
-    beside = loaded.path.parent.parent / "tokenizer"  # of an imported checkpoint, which may have been moved
-    file = path or (beside if beside.is_dir() else facts.get("path"))
+    file = path or tokenizer_place(loaded.path, loaded.facts)
     if file is None or not Path(file).exists():
         where = f"is not at {file}" if file else "is not known (it was imported without one)"
         raise DataError(f"the checkpoint's tokenizer {where}; say where it is with --tokenizer FILE")
-    require_tokenizer(file, facts, loaded.path)
+    require_tokenizer(file, loaded.facts.get("tokenizer"), loaded.path)
     tokenizer = load_tokenizer(file)
     tokenizer.eos_id, tokenizer.mask_id = loaded.run.model.eos_token_id, loaded.run.model.mask_token_id
     return tokenizer

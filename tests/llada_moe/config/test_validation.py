@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from llada_megatron.llada_moe.config import from_dict, load_model, load_run, to_dict, validate_run
 from llada_megatron.llada_moe.config.schema import LayoutConfig, RunConfig
+from llada_megatron.llada_moe.config.validation_layout import data_parallel_for_experts
 from llada_megatron.llada_moe.errors import ConfigError
 
 RUN = """\
@@ -324,3 +325,9 @@ def _leaves(value, path=()):
     if isinstance(value, dict):
         return list(itertools.chain.from_iterable(_leaves(child, (*path, key)) for key, child in value.items()))
     return [(path, value)]
+
+
+@pytest.mark.parametrize(("tensor", "expert", "expert_tensor"), [(1, 1, 1), (4, 2, 1), (4, 6, 1), (4, 3, 1), (2, 4, 2)])
+def test_fewest_data_parallel_ranks_that_the_experts_need(tensor, expert, expert_tensor):
+    fitting = (data for data in range(1, 100) if tensor * data % (expert * expert_tensor) == 0)
+    assert data_parallel_for_experts(tensor, expert, expert_tensor) == next(fitting)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Iterator
 
 from llada_megatron.parallel import device
 
@@ -21,7 +22,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from llada_megatron.llada_moe.config import load_model  # noqa: E402
 from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig  # noqa: E402
-from llada_megatron.llada_moe.model.transformer import build_model, transformer_config  # noqa: E402
+from llada_megatron.llada_moe.model.transformer import (  # noqa: E402
+    DiffusionTransformer,
+    build_model,
+    transformer_config,
+)
 
 
 def join(layout: LayoutConfig, rank: int) -> None:
@@ -41,11 +46,10 @@ def join(layout: LayoutConfig, rank: int) -> None:
     model_parallel_cuda_manual_seed(0)
 
 
-def count(model: ModelConfig, layout: LayoutConfig) -> dict[str, object]:
-    """Parameters, expert-bias values and layer numbers (from 0) of this rank's chunks."""
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    chunks, last = layout.pipeline_chunks_per_rank, layout.pipeline_parallel - 1
-    found = {"parameters": 0, "expert_bias": 0, "layers": [], "expert": parallel_state.get_expert_model_parallel_rank()}
+def parts_of_rank(model: ModelConfig, layout: LayoutConfig) -> Iterator[DiffusionTransformer]:
+    """This rank's chunks, built on the meta device."""
+    stage, last = parallel_state.get_pipeline_model_parallel_rank(), layout.pipeline_parallel - 1
+    chunks = layout.pipeline_chunks_per_rank
     for chunk in range(chunks):
         with device.on_meta():
             part = build_model(
@@ -56,6 +60,13 @@ def count(model: ModelConfig, layout: LayoutConfig) -> dict[str, object]:
                 post_process=stage == last and chunk == chunks - 1,
                 vp_stage=chunk if chunks > 1 else None,
             )
+        yield part
+
+
+def count(model: ModelConfig, layout: LayoutConfig) -> dict[str, object]:
+    """Parameters, expert-bias values and layer numbers (from 0) of this rank's chunks."""
+    found = {"parameters": 0, "expert_bias": 0, "layers": [], "expert": parallel_state.get_expert_model_parallel_rank()}
+    for part in parts_of_rank(model, layout):
         found["parameters"] += sum(parameter.numel() for parameter in part.parameters())
         found["expert_bias"] += sum(
             value.numel() for name, value in part.named_buffers() if name.endswith("expert_bias")

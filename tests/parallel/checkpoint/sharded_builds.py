@@ -17,25 +17,13 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values  # isort: 
 
 from llada_megatron.llada_moe.config import load_model  # isort: skip
 from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig  # isort: skip
-from llada_megatron.llada_moe.model.transformer import build_model, transformer_config  # isort: skip
-from llada_megatron.parallel import assembly, device  # isort: skip
+from llada_megatron.parallel import assembly  # isort: skip
 
 
 def boxes(model: ModelConfig, layout: LayoutConfig) -> list[tuple[str, list[int], list[int], list[int]]]:
     """Key, global shape, offsets and sizes of all that this rank's chunks are loaded from."""
-    stage, last = parallel_state.get_pipeline_model_parallel_rank(), layout.pipeline_parallel - 1
-    chunks = layout.pipeline_chunks_per_rank
     found = []
-    for chunk in range(chunks):
-        with device.on_meta():
-            part = build_model(
-                model,
-                transformer_config(model, layout),
-                attention="full",
-                pre_process=stage == 0 and chunk == 0,
-                post_process=stage == last and chunk == chunks - 1,
-                vp_stage=chunk if chunks > 1 else None,
-            )
+    for part in meta_builds.parts_of_rank(model, layout):
         for entry in nested_values(assembly.apply_factories_copy(part)):
             sizes = (1,) * entry.prepend_axis_num + tuple(entry.local_shape)
             found.append((entry.key, list(entry.global_shape), list(entry.global_offset), list(sizes)))

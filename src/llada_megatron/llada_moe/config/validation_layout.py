@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig, RunConfig
@@ -12,6 +13,12 @@ Refuse = Callable[[str, str], None]
 def divisors(number: int) -> list[int]:
     """Every positive divisor of `number`, ascending."""
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def data_parallel_for_experts(tensor: int, expert: int, expert_tensor: int) -> int:
+    """The fewest data-parallel ranks with which these axes can be laid out: the expert axes divide tensor x data."""
+    experts = expert * expert_tensor
+    return experts // max(1, math.gcd(experts, tensor))
 
 
 def check_layout(run: RunConfig, refuse: Refuse) -> None:

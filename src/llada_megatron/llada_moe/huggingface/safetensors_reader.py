@@ -19,6 +19,7 @@ from llada_megatron.llada_moe.huggingface.safetensors_header import (
     parse_json,
     read_header,
 )
+from llada_megatron.llada_moe.storage import read_into
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -98,20 +99,16 @@ class TensorDirectory:
         """Read the file from `offset` on straight into the memory of `target`."""
         if target.numel() == 0:
             return
-        memory = memoryview(target.reshape(-1).view(torch.uint8).numpy())
         descriptor = self._descriptor(info)
-        done = 0
-        while done < len(memory):
-            try:
-                count = os.preadv(descriptor, [memory[done:]], offset + done)
-            except OSError as error:
-                raise CheckpointError(f"{info.file}: tensor {info.name!r} cannot be read ({error.strerror})") from error
-            if count == 0:
-                raise CheckpointError(
-                    f"{info.file} was truncated while in use: it ends at byte {offset + done:,}, tensor {info.name!r} "
-                    f"reaches to {info.offset + info.size:,}; {AGAIN}"
-                )
-            done += count
+        try:
+            done = read_into(descriptor, offset, target)
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: tensor {info.name!r} cannot be read ({error.strerror})") from error
+        if done < target.nbytes:
+            raise CheckpointError(
+                f"{info.file} was truncated while in use: it ends at byte {offset + done:,}, tensor {info.name!r} "
+                f"reaches to {info.offset + info.size:,}; {AGAIN}"
+            )
 
     def _descriptor(self, info: TensorInfo) -> int:
         with self._lock:

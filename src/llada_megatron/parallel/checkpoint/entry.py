@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.llada_moe.storage import read_into
 from llada_megatron.parallel.checkpoint.tiling import Box
 
 
@@ -83,17 +84,10 @@ def _read_rows(stream: BinaryIO, entry: Entry, start: int, slices: tuple[slice, 
     values = torch.empty((*(1,) * lead, rows, *sizes[lead + 1 :]), dtype=entry.dtype)
     if start < 0 or start + values.nbytes > entry.length:
         raise CheckpointError(f"{entry.path}: the tensor at {entry.offset:,} reaches beyond its entry")
-    _fill(stream.fileno(), entry.offset + start, values, entry.path)
+    done = read_into(stream.fileno(), entry.offset + start, values)
+    if done < values.nbytes:
+        raise CheckpointError(f"{entry.path} ends at {entry.offset + start + done:,}, in the middle of a tensor")
     return values[(*(slice(None),) * (lead + 1), *slices[lead + 1 :])].contiguous()
-
-
-def _fill(descriptor: int, position: int, values: torch.Tensor, path: Path) -> None:
-    target = memoryview(values.reshape(-1).view(torch.uint8).numpy())
-    while target:
-        count = os.preadv(descriptor, [target], position)
-        if count == 0:
-            raise CheckpointError(f"{path} ends at {position:,}, in the middle of a tensor")
-        target, position = target[count:], position + count
 
 
 class _View(io.RawIOBase):

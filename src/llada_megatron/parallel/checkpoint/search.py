@@ -13,6 +13,8 @@ from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.parallel.checkpoint import manifest as checkpoint_manifest
 
 T = TypeVar("T")
+TOKENIZER = "tokenizer"
+"""Folder of an imported checkpoint's tokenizer files, beside `checkpoints`."""
 
 
 def find_checkpoints(path: str | Path) -> list[Path]:
@@ -80,6 +82,18 @@ def require_model(path: Path, facts: dict[str, Any], model: ModelConfig, weights
     view = architecture if weights_only else to_dict
     found = from_dict(ModelConfig, facts["model"])
     checkpoint_manifest.require_model(path, {"model": view(found)}, view(model))
+
+
+def tokenizer_place(step: Path, facts: dict[str, Any]) -> Path | None:
+    """Where the tokenizer of a step directory should be; None where its facts name none.
+
+    An import keeps it in a folder beside the checkpoints, also after a move; a training run names the file it used.
+    """
+    folder = step.parent.parent / TOKENIZER
+    if folder.is_dir():
+        return folder
+    path = (facts.get("tokenizer") or {}).get("path")
+    return Path(path) if path else None
 
 
 def run_of(path: Path) -> RunConfig:

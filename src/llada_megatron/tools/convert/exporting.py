@@ -17,13 +17,14 @@ from llada_megatron.llada_moe.data.tokenizer_files import require_tokenizer
 from llada_megatron.llada_moe.huggingface.card import generation_config, model_card
 from llada_megatron.llada_moe.huggingface.formats import export_format
 from llada_megatron.llada_moe.huggingface.formats.table import Format, write_config
-from llada_megatron.llada_moe.huggingface.mapping import split, tensor_shapes
+from llada_megatron.llada_moe.huggingface.mapping import split
 from llada_megatron.llada_moe.huggingface.modeling_files import modeling_files
 from llada_megatron.llada_moe.huggingface.safetensors_reader import SINGLE_NAME
 from llada_megatron.llada_moe.huggingface.safetensors_writer import ShardWriter, shard_name, write_index
 from llada_megatron.llada_moe.huggingface.tokenizer_export import TokenizerFiles, tokenizer_files
 from llada_megatron.parallel.checkpoint.manifest import write_durably
 from llada_megatron.parallel.checkpoint.search import find_checkpoints
+from llada_megatron.tools.convert.findings import parameters_by_dtype
 from llada_megatron.tools.convert.huggingface import CONFIG
 from llada_megatron.tools.convert.sharded import ShardedSource
 from llada_megatron.tools.convert.shards import Shard, plan_shards, size_notes
@@ -77,7 +78,7 @@ def export_checkpoint(path: Path, target: Path, options: ExportOptions) -> dict[
     return {
         "format": table.name,
         "directory": str(target),
-        "tensors": len(tensor_shapes(table, source.model)),
+        "tensors": sum(len(shard.tensors) for shard in shards),
         "parameters": sum(torch.Size(shape).numel() for shard in shards for _, shape in shard.tensors.values()),
         "bytes": sum(shard.size for shard in shards),
         "notes": notes,
@@ -168,11 +169,8 @@ def _check(name: str, source: ShardedSource, progress: Progress) -> Result:
 
 def _main_dtype(shards: list[Shard]) -> str:
     """The dtype of most parameters, as `config.json` names it."""
-    counts: dict[torch.dtype, int] = {}
-    for shard in shards:
-        for dtype, shape in shard.tensors.values():
-            counts[dtype] = counts.get(dtype, 0) + torch.Size(shape).numel()
-    return str(max(counts, key=lambda dtype: counts[dtype])).removeprefix("torch.")
+    counts = parameters_by_dtype(entry for shard in shards for entry in shard.tensors.values())
+    return max(counts, key=lambda dtype: counts[dtype])
 
 
 def _write_rest(

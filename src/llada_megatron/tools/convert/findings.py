@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from llada_megatron.llada_moe.config.schema import ModelConfig
 from llada_megatron.llada_moe.errors import CheckpointError
@@ -47,6 +51,14 @@ class Findings:
         if faults:
             raise CheckpointError(f"{directory} does not hold {what}: {'; '.join(faults)}")
         return self.notes
+
+
+def parameters_by_dtype(tensors: Iterable[tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, int]:
+    """How many numbers of each dtype, as torch names it, tensors of these dtypes and shapes hold."""
+    counts: Counter[str] = Counter()
+    for dtype, shape in tensors:
+        counts[str(dtype).removeprefix("torch.")] += math.prod(shape)
+    return dict(counts)
 
 
 def is_padding(expected: tuple[int, ...], found: tuple[int, ...]) -> bool:

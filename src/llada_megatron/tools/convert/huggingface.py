@@ -21,7 +21,7 @@ from llada_megatron.llada_moe.huggingface.mapping import Mapping, mappings, merg
 from llada_megatron.llada_moe.huggingface.safetensors_reader import TensorDirectory, pickles
 from llada_megatron.llada_moe.huggingface.tokenizer_export import find_tokenizer_files
 from llada_megatron.llada_moe.huggingface.weights import Unit
-from llada_megatron.tools.convert.findings import Findings, is_padding, require_comparable
+from llada_megatron.tools.convert.findings import Findings, is_padding, parameters_by_dtype, require_comparable
 
 CONFIG = "config.json"
 USABLE_DTYPES = (torch.bfloat16, torch.float32)
@@ -118,11 +118,7 @@ class HuggingFaceSource:
 
     def dtypes(self) -> dict[str, int]:
         """Parameters by dtype, as torch names it."""
-        counts: dict[str, int] = {}
-        for info in self.tensors.tensors.values():
-            name = str(info.dtype).removeprefix("torch.")
-            counts[name] = counts.get(name, 0) + math.prod(info.shape)
-        return counts
+        return parameters_by_dtype((info.dtype, info.shape) for info in self.tensors.tensors.values())
 
     def dtype(self, unit: Unit) -> torch.dtype:
         """As stored."""

@@ -26,12 +26,12 @@ from llada_megatron.llada_moe.huggingface.tokenizer_export import code_notes
 from llada_megatron.llada_moe.huggingface.weights import Unit
 from llada_megatron.parallel.checkpoint.manifest import step_name, write_durably
 from llada_megatron.parallel.checkpoint.placement import pieces
+from llada_megatron.parallel.checkpoint.search import TOKENIZER
 from llada_megatron.parallel.checkpoint.tensors_writer import TaskWriter, finalize
 from llada_megatron.tools.convert.huggingface import USABLE_DTYPES, HuggingFaceSource
 from llada_megatron.tools.convert.kept_tokenizer import KeptTokenizer, keep_tokenizer
 from llada_megatron.tools.convert.layouts import require_layout
 from llada_megatron.tools.convert.open_files import workers_for_files
-from llada_megatron.tools.convert.sharded import TOKENIZER
 from llada_megatron.tools.convert.source_files import FILES, file_states, require_unchanged
 from llada_megatron.tools.convert.tasks import Progress, Result, Task, run_tasks
 from llada_megatron.tools.convert.units import batches, kept_dtype, unit_elements

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 from llada_megatron.llada_moe.config.schema import LayoutConfig, RunConfig
-from llada_megatron.llada_moe.config.validation_layout import check_layout
+from llada_megatron.llada_moe.config.validation_layout import check_layout, data_parallel_for_experts
 from llada_megatron.llada_moe.errors import ConfigError
 
 AXES = ("tensor_parallel", "pipeline_parallel", "pipeline_chunks_per_rank", "expert_parallel", "expert_tensor_parallel")
@@ -27,8 +25,8 @@ def parse_layout(text: str | None) -> LayoutConfig:
             raise ConfigError(f"--layout {text}: {name} twice")
         axes[name] = int(value)
     tensor = axes.get("tensor_parallel", 1)
-    experts = axes.get("expert_parallel", 1) * axes.get("expert_tensor_parallel", 1)
-    return LayoutConfig(**axes, data_parallel=experts // math.gcd(experts, tensor), sequence_parallel=tensor > 1)
+    data = data_parallel_for_experts(tensor, axes.get("expert_parallel", 1), axes.get("expert_tensor_parallel", 1))
+    return LayoutConfig(**axes, data_parallel=data, sequence_parallel=tensor > 1)
 
 
 def require_layout(run: RunConfig) -> None:

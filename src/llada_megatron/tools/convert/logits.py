@@ -57,14 +57,13 @@ def logits(
     device.install()
     from llada_megatron.parallel.inference import open_weights
 
-    by_place = {(unit.weight.key, unit.index): [] for unit in units(source.model)}
+    by_place: dict[tuple[str, tuple[int, ...]], list[Unit]] = {}
     for unit in units(source.model):
-        by_place[unit.weight.key, unit.index].append(unit)
-
+        by_place.setdefault((unit.weight.key, unit.index), []).append(unit)
     met: set[tuple[str, tuple[int, ...]]] = set()
 
     def read(key: str, index: tuple[int, ...]) -> torch.Tensor:
-        blocks: list[Unit] = by_place[key, index]
+        blocks = by_place[key, index]
         if (key, index) not in met:  # gate and up are asked for one after the other
             met.add((key, index))
             show(sum(unit_bytes(source, unit) for unit in blocks))

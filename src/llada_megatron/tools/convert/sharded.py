@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,9 @@ from llada_megatron.llada_moe.config.schema import ModelConfig, ObjectiveConfig,
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.weights import Unit, canonical_weights
-from llada_megatron.parallel.checkpoint.search import find_checkpoints, first_whole
+from llada_megatron.parallel.checkpoint.search import find_checkpoints, first_whole, tokenizer_place
 from llada_megatron.parallel.checkpoint.tensors import ShardedReader
-from llada_megatron.tools.convert.findings import Findings, is_padding
-
-TOKENIZER = "tokenizer"
-"""Folder of an imported checkpoint's tokenizer files, beside `checkpoints`."""
+from llada_megatron.tools.convert.findings import Findings, is_padding, parameters_by_dtype
 
 
 class ShardedSource:
@@ -57,11 +53,8 @@ class ShardedSource:
     @property
     def tokenizer(self) -> Path | None:
         """The folder that an import keeps beside the checkpoints, or the file that the training used."""
-        folder = self.directory.parent.parent / TOKENIZER
-        if folder.is_dir():
-            return folder
-        path = Path((self.facts.get("tokenizer") or {}).get("path") or "")
-        return path if path.is_file() else None
+        place = tokenizer_place(self.directory, self.facts)
+        return place if place is not None and place.exists() else None
 
     def details(self) -> dict[str, Any]:
         """Files, bytes and history."""
@@ -98,11 +91,7 @@ class ShardedSource:
 
     def dtypes(self) -> dict[str, int]:
         """Parameters by dtype, as torch names it."""
-        counts: dict[str, int] = {}
-        for dtype, shape in self.reader.tensors.values():
-            name = str(dtype).removeprefix("torch.")
-            counts[name] = counts.get(name, 0) + math.prod(shape)
-        return counts
+        return parameters_by_dtype(self.reader.tensors.values())
 
     def dtype(self, unit: Unit) -> torch.dtype:
         """As stored."""
