@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from llada_megatron.llada_moe.data.loader import TrainingData
 from llada_megatron.llada_moe.data.tokenizer import Tokenizer
 from llada_megatron.llada_moe.evaluation import infilling, likelihood
-from llada_megatron.llada_moe.sampling.canvas import Canvas, with_gaps
-from llada_megatron.llada_moe.sampling.loop import SamplingOptions, sample
-from llada_megatron.llada_moe.sampling.schedules import FixedSteps
+from llada_megatron.llada_moe.sampling.canvas import infilling as gaps_of
+from llada_megatron.llada_moe.sampling.loop import Group, Method, steps
+from llada_megatron.llada_moe.sampling.statistics import Reading
 from llada_megatron.parallel.expert_load import ExpertLoad
+from llada_megatron.parallel.sampling.engine import Engine
 
 if TYPE_CHECKING:
     from llada_megatron.parallel.inference import LoadedModel
@@ -103,10 +104,12 @@ def _example(loaded: LoadedModel, tokenizer: Tokenizer, held_out: TrainingData, 
     """One held-out window with 15 % of its tokens filled in, one a step, the most confident first."""
     window = held_out.batch([number]).labels
     gaps = infilling.choose_gaps((1, window.shape[1]), number, infilling.MASKED_SHARE, seed=1)
-    canvas: Canvas = with_gaps(window.tolist(), gaps.tolist(), tokenizer.mask_id)
-    options = SamplingOptions(mask_id=tokenizer.mask_id, excluded=[tokenizer.eos_id])
-    sample(loaded.logits, canvas, FixedSteps(int(gaps.sum())), options)
-    return _pieces(tokenizer, window[0].tolist(), canvas.tokens[0].tolist(), gaps[0].tolist())
+    draft = gaps_of(window[0].tolist(), gaps[0].tolist(), None)
+    method = Method(reading=Reading(excluded=[tokenizer.mask_id, tokenizer.eos_id]))
+    group = Group(method, 1, len(draft.tokens), 1, tokenizer.mask_id)
+    engine = Engine(loaded.model, method, 1, len(draft.tokens))
+    filled = [done.tokens for step in steps(group, [draft], engine.run) for done in step.finished]
+    return _pieces(tokenizer, draft.tokens, filled[0] if filled else draft.tokens, gaps[0].tolist())
 
 
 def _pieces(tokenizer: Tokenizer, original: list[int], filled: list[int], gaps: list[bool]) -> list[Piece]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor
 
 from llada_megatron.llada_moe.data.loader import TrainingData
 from llada_megatron.llada_moe.sampling import draws
-from llada_megatron.llada_moe.sampling.loop import Forward
+
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""forward(tokens [batch, seq], rows [batch, seq] bool, boundaries) -> logits [selected rows, vocab], in order of
+(sequence, position)."""
 
 MASKED_SHARE = 0.15
 
@@ -54,7 +57,7 @@ def measure(
     """Mask `share` of the tokens of held-out windows, and compare the model's most probable tokens with the real ones.
 
     Args:
-        forward: see `sampling.loop`.
+        forward: see `Forward`.
         data: a split's windows; their own noise is not used.
         mask_id: never predicted.
         numbers: samples to take.

@@ -12,6 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llada_megatron.llada_moe.model.patterns import Band, Segment, bands, segments
+from llada_megatron.llada_moe.model.windows import Window, Windows
 
 QUERIES_AT_ONCE = 256
 """Small blocks are attended to in bands of about this many queries; larger blocks one by one."""
@@ -41,6 +42,7 @@ class PatternAttention(MegatronModule):
         """`block`: positions that see one another whole (see `patterns.seen_at_once`); None = all of a segment."""
         super().__init__(config=config)
         self.block = block
+        self.layer_number = layer_number
         self.context_group = pg_collection.cp
         self.softmax_scale = softmax_scale
 
@@ -49,7 +51,7 @@ class PatternAttention(MegatronModule):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | Windows | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
@@ -59,7 +61,8 @@ class PatternAttention(MegatronModule):
         Args:
             query: `[seq, batch, heads, head_dim]`, this rank's positions.
             key: `[seq, batch, kv_heads, head_dim]`, likewise; `value` the same.
-            attention_mask: segment boundaries of the whole sequences (see `patterns`); None = whole sequences.
+            attention_mask: segment boundaries of the whole sequences (see `patterns`); None = whole sequences; or the
+                windows of a pass over parts of sequences.
 
         Returns:
             `[seq, batch, heads * head_dim]`.
@@ -71,7 +74,9 @@ class PatternAttention(MegatronModule):
             )
         first = self.context_group.rank() * query.size(0)
         q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
-        if attention_mask is None or attention_mask.numel() == q.size(0) + 1:
+        if isinstance(attention_mask, Windows):
+            out = self._attend_windows(q, k, v, attention_mask)
+        elif attention_mask is None or attention_mask.numel() == q.size(0) + 1:
             out = self._attend(q, k, v, first, 0)
         else:
             out = self._attend_segments(q, k, v, first, segments(attention_mask, k.size(2)))
@@ -93,6 +98,25 @@ class PatternAttention(MegatronModule):
                     )
                 )
         return torch.cat([torch.cat(row, dim=2) for row in rows])
+
+    def _attend_windows(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, windows: Windows) -> torch.Tensor:
+        """Window by window, each with the keys of its sequence; `[1, heads, total, head_dim]`."""
+        kept = None if windows.memory is None else windows.memory.layer(self.layer_number, k)
+        parts = []
+        for at, window in zip(windows.offsets, windows.windows, strict=False):
+            own = slice(at, at + window.width)
+            keys, values = k[:, :, own], v[:, :, own]
+            if kept is not None:
+                sequence = kept[:, window.slot : window.slot + 1]
+                place = slice(window.first, window.first + window.width)
+                sequence[0, :, :, place], sequence[1, :, :, place] = keys, values
+                keys, values = sequence[0, :, :, : window.keys], sequence[1, :, :, : window.keys]
+            parts.append(self._attend(q[:, :, own], keys, values, window.first, 0))
+            if window.shadows:
+                shadow = slice(own.stop, own.stop + window.shadows)
+                keys, values = torch.cat([keys, k[:, :, shadow]], 2), torch.cat([values, v[:, :, shadow]], 2)
+                parts.append(self._product(q[:, :, shadow], keys, values, attn_mask=shadow_mask(window, q.device)))
+        return torch.cat(parts, dim=2)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_start: int, k_start: int) -> torch.Tensor:
         """One segment's keys and the local part of its queries; the starts are positions in the sequence."""
@@ -121,6 +145,14 @@ def band_mask(band: Band, length: int, block: int, span: int, like: torch.Tensor
     past = max(1024, 1 << (length - 1).bit_length())  # few sizes, so that documents of any length share one mask
     mask = _widest_mask(block, span, past, like.dtype, like.device)
     return mask[band.start - band.first : band.stop - band.first, past - band.first : past - band.first + band.keys]
+
+
+def shadow_mask(window: Window, device: torch.device) -> torch.Tensor:
+    """What the shadows of a window see: bool `[shadows, keys + shadows]`, false at each one's own position."""
+    seen = torch.ones(window.shadows, window.keys + window.shadows, dtype=torch.bool, device=device)
+    own = torch.arange(window.shadows, device=device)
+    seen[own, window.shadow_first + own] = False
+    return seen
 
 
 @functools.lru_cache(maxsize=8)

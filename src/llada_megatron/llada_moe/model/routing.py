@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from llada_megatron.llada_moe.model.patterns import block_numbers, whole_sequences
+from llada_megatron.llada_moe.model.windows import Windows
 
 
 class BlockRouter(TopKRouter):
@@ -31,8 +32,8 @@ class BlockRouter(TopKRouter):
         super().__init__(config, *args, **kwargs)
         self.expert_capacity = expert_capacity
         self.block_size = block_size
-        self.boundaries: torch.Tensor | None = None
-        """Of the segments (see `patterns`); None = whole sequences."""
+        self.boundaries: torch.Tensor | Windows | None = None
+        """Of the segments (see `patterns`), or the windows of a pass; None = whole sequences."""
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -60,6 +61,8 @@ class BlockRouter(TopKRouter):
 
     def _blocks(self, seq: int, batch: int, device: torch.device) -> tuple[torch.Tensor, int]:
         """Block numbers of this rank's tokens `[seq * batch]`, and how many blocks all ranks have."""
+        if isinstance(self.boundaries, Windows):
+            return self.boundaries.block_numbers(self.block_size)
         parts, part = self.cp_group.size(), self.cp_group.rank()
         if self.config.sequence_parallel:
             parts, part = parts * self.tp_group.size(), part * self.tp_group.size() + self.tp_group.rank()
@@ -76,7 +79,7 @@ class BlockRoutedLayer(TransformerLayer):
     They are an argument of the layer, so that a layer that is run again in the backward pass sees its own.
     """
 
-    def forward(self, *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """As Megatron's; `attention_mask`: segment boundaries of the whole sequences (see `patterns`)."""
+    def forward(self, *args: Any, attention_mask: torch.Tensor | Windows | None = None, **kwargs: Any) -> Any:
+        """As Megatron's; `attention_mask`: segment boundaries of the whole sequences (see `patterns`), or windows."""
         self.mlp.router.boundaries = attention_mask
         return super().forward(*args, attention_mask=attention_mask, **kwargs)

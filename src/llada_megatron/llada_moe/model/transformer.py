@@ -15,15 +15,25 @@ from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig, Mo
 from llada_megatron.llada_moe.model.head import selected_logits, supervised_loss
 from llada_megatron.llada_moe.model.patterns import Kind, seen_at_once
 from llada_megatron.llada_moe.model.spec import block_spec, transformer_engine_active
+from llada_megatron.llada_moe.model.windows import Windows
 
 
 class ContiguousRotary(RotaryEmbedding):
-    """Rotary angles of this context rank's contiguous slice of the sequence (Megatron slices in zigzag order)."""
+    """Rotary angles of this context rank's contiguous slice of the sequence (Megatron slices in zigzag order), or of
+    the positions of a pass over windows."""
+
+    windows: Windows | None = None
+    """Of the pass under way; None = whole sequences."""
+    _table: torch.Tensor | None = None
 
     def forward(
         self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None
     ) -> torch.Tensor:
         """Angles `[seq / context_parallel, 1, 1, rotary_dim]`."""
+        if self.windows is not None:
+            if self._table is None or self._table.size(0) < self.windows.capacity:
+                self._table = self.get_emb(self.windows.capacity)
+            return self._table[self.windows.positions]
         angles = self.get_emb(max_seq_len, offset)
         group = self.cp_group
         return angles.chunk(group.size())[group.rank()] if group is not None and group.size() > 1 else angles
@@ -47,7 +57,7 @@ class DiffusionTransformer(GPTModel):
     def forward(
         self,
         inputs: torch.Tensor,
-        boundaries: torch.Tensor | None = None,
+        boundaries: torch.Tensor | Windows | None = None,
         labels: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
         rows: torch.Tensor | None = None,
@@ -56,7 +66,8 @@ class DiffusionTransformer(GPTModel):
 
         Args:
             inputs: token ids `[batch, seq]` (read by the first stage).
-            boundaries: segment boundaries (see `patterns`); None = every sequence is one segment.
+            boundaries: segment boundaries (see `patterns`); None = every sequence is one segment. Or the windows of a
+                pass, whose `inputs` are `[1, total]`.
             labels: `[batch, seq]`, with `weights`: return the loss of each sequence.
             weights: `[batch, seq]` float32; 0 = not supervised.
             rows: bool `[batch, seq]`: return the logits of these rows instead.
@@ -65,6 +76,7 @@ class DiffusionTransformer(GPTModel):
             On the last stage `[batch]` losses or `[rows, vocab / tensor_parallel]` logits; before it the hidden states.
         """
         selector = weights if labels is not None else rows
+        self.rotary_pos_emb.windows = boundaries if isinstance(boundaries, Windows) else None
         return super().forward(inputs, None, boundaries, labels=labels, loss_mask=selector)
 
     def _postprocess(

@@ -1,4 +1,4 @@
-"""What is being written: token rows of different lengths, their open positions, and the order of blocks."""
+"""What is being written: sequences of different lengths, their open positions, and the order of their blocks."""
 
 from __future__ import annotations
 
@@ -9,68 +9,129 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Draft:
+    """One sequence to be written, before it has a slot."""
+
+    tokens: Sequence[int]
+    """What stands at the open positions is ignored."""
+    gaps: Sequence[bool]
+    """True = open: to be written. A mask token elsewhere is text like any other."""
+    blocks: Sequence[tuple[int, int]]
+    """Extents [start, end) that are written one after another; every gap lies in one of them."""
+    stream: int
+    """Which random draws it uses: its number among all sequences, whatever it runs beside."""
+    length: int | None = None
+    """Positions of the result; those behind it fill up the last block and are cut off. None = all."""
+
+
 @dataclass
 class Canvas:
-    """Rows padded on the right to one length; padding is a segment of its own that no text attends to.
+    """The slots of a group: each holds one sequence, padded on the right with mask tokens that nothing attends to.
 
-    `open` alone says whether a position is to be filled: a mask token where it is false is text like any other.
+    All tensors are on the host.
     """
 
     tokens: Tensor
-    """[batch, seq] int64; the mask token where open."""
+    """[slots, seq] int64; the mask token where open."""
     open: Tensor
-    """[batch, seq] bool: still to be filled."""
+    """[slots, seq] bool: still to be written."""
+    given: Tensor
+    """[slots, seq] bool: not to be changed (the prompt, and what lies behind the sequence)."""
     lengths: Tensor
-    """[batch] int64: positions of each row that are not padding."""
-    block: Tensor
-    """[batch, seq] int64: number of the block that an open position belongs to, -1 elsewhere."""
+    """[slots] int64: positions of each sequence."""
+    starts: Tensor
+    """[slots, blocks] int64: where each block begins; 0 behind the last one."""
+    ends: Tensor
+    """[slots, blocks] int64."""
+    blocks: Tensor
+    """[slots] int64: number of blocks."""
     stream: Tensor
-    """[batch] int64: which random draws a row uses; a row sampled alone with the same number draws the same."""
+    """[slots] int64: which random draws a sequence uses."""
+    mask_id: int
 
-    @property
-    def blocks(self) -> Tensor:
-        """Number of blocks of each row `[batch]`."""
-        return self.block.amax(1) + 1
+    @classmethod
+    def empty(cls, slots: int, seq: int, blocks: int, mask_id: int) -> Canvas:
+        """Slots for sequences of up to `seq` positions in up to `blocks` blocks."""
+        zeros = torch.zeros(slots, dtype=torch.int64)
+        return cls(
+            tokens=torch.full((slots, seq), mask_id, dtype=torch.int64),
+            open=torch.zeros(slots, seq, dtype=torch.bool),
+            given=torch.ones(slots, seq, dtype=torch.bool),
+            lengths=zeros.clone(),
+            starts=torch.zeros(slots, blocks, dtype=torch.int64),
+            ends=torch.zeros(slots, blocks, dtype=torch.int64),
+            blocks=zeros.clone(),
+            stream=zeros.clone(),
+            mask_id=mask_id,
+        )
 
-    def boundaries(self, rows: Tensor) -> Tensor:
-        """Attention segments `[segments + 1]` int32 of the batch made of these rows (see `model.patterns`)."""
-        seq = self.tokens.shape[1]
-        starts = torch.arange(len(rows)) * seq
-        ends = starts + self.lengths[rows].cpu()
-        return torch.cat([starts, ends, torch.tensor([len(rows) * seq])]).unique(sorted=True).to(torch.int32)
+    def put(self, slot: int, draft: Draft) -> None:
+        """Replace what a slot holds.
 
-    def current(self) -> Tensor:
-        """Open positions of the first unfinished block of each row: bool `[batch, seq]`."""
-        number = self.block.masked_fill(~self.open, torch.iinfo(torch.int64).max)
-        return self.open & (number == number.amin(1, keepdim=True))
+        Raises:
+            ValueError: the draft does not fit, or a gap lies outside of its blocks.
+        """
+        length, gaps = len(draft.tokens), torch.tensor(draft.gaps, dtype=torch.bool)
+        if length > self.tokens.shape[1] or len(draft.blocks) > self.starts.shape[1] or len(gaps) != length:
+            raise ValueError(f"a draft of {length} positions in {len(draft.blocks)} blocks does not fit the canvas")
+        covered = torch.zeros(length, dtype=torch.bool)
+        self.starts[slot], self.ends[slot] = 0, 0
+        for number, (start, end) in enumerate(draft.blocks):
+            covered[start:end] = True
+            self.starts[slot, number], self.ends[slot, number] = start, end
+        if bool((gaps & ~covered).any()):
+            raise ValueError("a gap lies outside of the draft's blocks")
+        self.tokens[slot] = self.mask_id
+        self.tokens[slot, :length] = torch.tensor(draft.tokens, dtype=torch.int64).masked_fill(gaps, self.mask_id)
+        self.open[slot], self.given[slot] = False, True
+        self.open[slot, :length], self.given[slot, :length] = gaps, ~gaps
+        self.lengths[slot], self.blocks[slot], self.stream[slot] = length, len(draft.blocks), draft.stream
 
 
-def with_gaps(
-    rows: Sequence[Sequence[int]], gaps: Sequence[Sequence[bool]], mask_id: int, block_length: int | None = None
-) -> Canvas:
-    """A canvas of rows whose positions with a true `gaps` are to be filled.
+def continuation(
+    prompt: Sequence[int], new_tokens: int, block_length: int | None, stream: int = 0, grid: int | None = None
+) -> Draft:
+    """A prompt to be continued by `new_tokens`.
 
-    Blocks hold `block_length` gaps each, left to right; None makes all gaps of a row one block.
+    Args:
+        prompt: may be empty.
+        new_tokens: at least one.
+        block_length: of blocks counted from the prompt's end, as LLaDA has them; None = one block of all.
+        stream: see `Draft`.
+        grid: block size of a block-causal model: blocks lie on its grid, counted from position 0, and the last one is
+            filled up (LLaDA2); `block_length` does not count then.
     """
-    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-    seq = max(1, int(lengths.max())) if len(rows) else 1
-    tokens = torch.full((len(rows), seq), mask_id, dtype=torch.int64)
-    is_open = torch.zeros((len(rows), seq), dtype=torch.bool)
-    for i, (row, gap) in enumerate(zip(rows, gaps, strict=True)):
-        if len(row) != len(gap):
-            raise ValueError(f"row {i}: {len(row)} tokens, but {len(gap)} gap flags")
-        tokens[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
-        is_open[i, : len(row)] = torch.tensor(gap, dtype=torch.bool)
-    tokens[is_open] = mask_id
-    rank = is_open.cumsum(1) - 1
-    block = (rank // (block_length or seq)).masked_fill(~is_open, -1)
-    return Canvas(tokens, is_open, lengths, block, torch.arange(len(rows)))
+    start, length = len(prompt), len(prompt) + new_tokens
+    if grid is None:
+        size = block_length or new_tokens
+        blocks = [(at, min(at + size, length)) for at in range(start, length, size)]
+    else:
+        blocks = [(at, at + grid) for at in range(start // grid * grid, length, grid)]
+    total = blocks[-1][1]
+    gaps = [False] * start + [True] * (total - start)
+    return Draft([*prompt, *[0] * (total - start)], gaps, blocks, stream, length)
 
 
-def after_prompts(
-    prompts: Sequence[Sequence[int]], new_tokens: int, mask_id: int, block_length: int | None = None
-) -> Canvas:
-    """A canvas that continues each prompt by `new_tokens` open positions, in blocks counted from the prompt's end."""
-    rows = [[*prompt, *[mask_id] * new_tokens] for prompt in prompts]
-    gaps = [[False] * len(prompt) + [True] * new_tokens for prompt in prompts]
-    return with_gaps(rows, gaps, mask_id, block_length)
+def infilling(
+    tokens: Sequence[int], gaps: Sequence[bool], block_length: int | None, stream: int = 0, grid: int | None = None
+) -> Draft:
+    """A text whose positions with a true `gaps` are to be filled, wherever they are.
+
+    Args:
+        tokens: those at the gaps are ignored.
+        gaps: as long as `tokens`.
+        block_length: gaps of one block, left to right; None = all are one block, written in any order.
+        stream: see `Draft`.
+        grid: block size of a block-causal model: blocks are those of its grid that hold a gap. The text is not filled
+            up: what lies behind a block is not seen.
+    """
+    places = [i for i, gap in enumerate(gaps) if gap]
+    if grid is None:
+        size = block_length or max(1, len(places))
+        parts = [places[i : i + size] for i in range(0, len(places), size)]
+        blocks = [(part[0], part[-1] + 1) for part in parts]
+    else:
+        numbers = sorted({place // grid for place in places})
+        blocks = [(number * grid, min((number + 1) * grid, len(tokens))) for number in numbers]
+    return Draft(list(tokens), list(gaps), blocks, stream)

@@ -1,123 +1,267 @@
-"""The sampling loop: run the model, look at the open positions of each row's block, commit some, until none is open."""
+"""The sampling loop over a group of sequences: plan a pass, read its statistics, commit, until nothing is open.
+
+The loop runs no model. `Group.plan` says what is to be run and `Group.apply` takes what came of it, so that a caller
+decides where it runs and what runs meanwhile. Sequences proceed independently, each through its own blocks; one that is
+finished makes room for the next.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from llada_megatron.llada_moe.sampling.canvas import Canvas
-from llada_megatron.llada_moe.sampling.schedules import Progress, Schedule
-from llada_megatron.llada_moe.sampling.statistics import RowNames, row_statistics
-
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""forward(tokens [batch, seq], rows [batch, seq] bool, boundaries) -> logits [selected rows, vocab], in order of
-(sequence, position)."""
+from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, Cache, NoCache, Plan
+from llada_megatron.llada_moe.sampling.canvas import Canvas, Draft
+from llada_megatron.llada_moe.sampling.editors import Editor, NoEditor, Revision
+from llada_megatron.llada_moe.sampling.passes import Pass, pack
+from llada_megatron.llada_moe.sampling.schedules import FixedSteps, Schedule
+from llada_megatron.llada_moe.sampling.statistics import Reading, Statistics
+from llada_megatron.llada_moe.sampling.view import View
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
-    """How tokens are drawn, whatever the schedule."""
+class Method:
+    """A sampling method is three choices, and how tokens are read."""
 
-    mask_id: int
-    excluded: Sequence[int] = ()
-    """Ids that are never written, besides the mask."""
+    schedule: Schedule = field(default_factory=FixedSteps)
+    cache: Cache = field(default_factory=NoCache)
+    editor: Editor = field(default_factory=NoEditor)
+    reading: Reading = field(default_factory=Reading)
     stop_id: int | None = None
-    """A row ends at this token, once nothing before it is open; the rest of the row is filled with it."""
-    temperature: float = 0.0
-    guidance: float = 0.0
-    """Classifier-free guidance w: logits + w * (logits - logits without the given text); 0 = off."""
-    seed: int = 0
+    """A sequence ends at this token, once nothing before it is open; the rest of it is filled with it."""
+    grid: int | None = None
+    """Block size of a block-causal model."""
 
 
-@torch.no_grad()
-def sample(forward: Forward, canvas: Canvas, schedule: Schedule, options: SamplingOptions) -> int:
-    """Fill the open positions of `canvas` in place; returns the number of forward passes.
+@dataclass(frozen=True)
+class Finished:
+    """A sequence as it was left, and what it took."""
 
-    Rows proceed independently: each through its own blocks, and a finished row is not run again.
+    stream: int
+    tokens: list[int]
+    given: list[bool]
+    """Positions that were not to be written."""
+    passes: int
+    """Forward passes that it took part in."""
+    positions_run: int
+    rows_read: int
+    """Rows of logits that were read for it."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass changed."""
+
+    view: View
+    """Before it."""
+    statistics: Statistics
+    """`[rows, columns]`."""
+    revision: Revision
+    changed: Tensor
+    """[rows, columns] bool: positions that hold another token than before, or became open."""
+    finished: list[Finished]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A pass that was planned and has not been applied."""
+
+    view: View
+    plan: Plan
+    work: Pass
+    prefilling: Tensor
+    """[rows] bool: rows that only run a piece of their prompt."""
+
+
+class Group:
+    """Sequences that are written together."""
+
+    def __init__(self, method: Method, slots: int, seq: int, blocks: int, mask_id: int) -> None:
+        """Room for `slots` sequences of up to `seq` positions in up to `blocks` blocks."""
+        self.method = method
+        self.canvas = Canvas.empty(slots, seq, blocks, mask_id)
+        self.passes = 0
+        """Forward passes of the group."""
+        self._schedule = method.schedule.start(slots, seq)
+        self._editor = method.editor.start(slots, seq)
+        zeros = torch.zeros(slots, dtype=torch.int64)
+        self._active = torch.zeros(slots, dtype=torch.bool)
+        self._block, self._step, self._step_in_block = zeros.clone(), zeros.clone(), zeros.clone()
+        self._masks, self._valid = zeros.clone(), zeros.clone()
+        self._kept = zeros.clone()  # positions of the result
+        self._taken = torch.zeros(slots, 3, dtype=torch.int64)  # passes, positions run, rows read
+        self._pending: _Pending | None = None
+
+    @property
+    def free(self) -> list[int]:
+        """Slots that hold nothing unfinished."""
+        return (~self._active).nonzero().flatten().tolist()
+
+    def admit(self, slot: int, draft: Draft) -> None:
+        """Begin a sequence in a free slot.
+
+        Raises:
+            ValueError: it has no gap, or does not fit.
+        """
+        if not any(draft.gaps):
+            raise ValueError("a draft without a gap: there is nothing to write")
+        self.canvas.put(slot, draft)
+        self._kept[slot] = len(draft.tokens) if draft.length is None else draft.length
+        self._active[slot] = True
+        for counter in (self._block, self._step, self._step_in_block, self._masks, self._valid):
+            counter[slot] = 0
+        self._taken[slot] = 0
+
+    def plan(self) -> Pass | None:
+        """What is to be run next; None = nothing is unfinished."""
+        if not self._active.any():
+            return None
+        view = self._view()
+        plan = self.method.cache.plan(view, self._valid[view.slot])
+        reach = self._schedule.reach(view)
+        if reach is not None:
+            plan = Plan(plan.low, torch.minimum(plan.high, reach), torch.minimum(plan.keys, reach))
+        plan, prefilling = self._in_pieces(plan, view)
+        ask = view.masked | view.editable if self.method.editor.edits else view.masked
+        position = view.first[:, None] + torch.arange(ask.shape[1])
+        ask = ask & (position < plan.high[:, None]) & ~prefilling[:, None]
+        work = pack(self.canvas, view, plan, ask, self.method.editor.shadow, bool(self.method.reading.guidance))
+        self._taken[view.slot] += torch.stack([torch.ones_like(view.slot), plan.high - plan.low, ask.sum(1)], 1)
+        self.passes += 1
+        self._pending = _Pending(view, plan, work, prefilling)
+        return work
+
+    def apply(self, statistics: Statistics) -> Step:
+        """Take the statistics `[rows]` of the pass that was planned last."""
+        if self._pending is None:
+            raise RuntimeError("there is no planned pass to apply statistics to")
+        view, plan, work, prefilling = (getattr(self._pending, name) for name in _Pending.__slots__)
+        self._pending = None
+        placed = statistics.placed(work.place, tuple(view.masked.shape))
+        chosen = self._schedule.select(placed, view) & view.masked & ~prefilling[:, None]
+        revision = self._editor.revise(placed, view, chosen)
+        changed = self._write(view, revision, ~prefilling)
+        self._account(view, plan, revision, changed, ~prefilling)
+        return Step(view, placed, revision, changed, self._finished(view))
+
+    def _view(self) -> View:
+        """The stretches of the active sequences that can change now."""
+        canvas, slot = self.canvas, self._active.nonzero().flatten()
+        block = self._block[slot]
+        start, end = canvas.starts[slot, block], canvas.ends[slot, block]
+        first = canvas.starts[slot, (block - self.method.editor.reach).clamp(min=0)]
+        position = first[:, None] + torch.arange(int((end - first).max()))
+        inside = position < end[:, None]
+        position = position.clamp(max=canvas.tokens.shape[1] - 1)
+        is_open = canvas.open[slot[:, None], position] & inside
+        new = self._step_in_block[slot] == 0
+        self._masks[slot] = torch.where(new, is_open.sum(1), self._masks[slot])
+        return View(
+            slot=slot,
+            stream=canvas.stream[slot],
+            first=first,
+            start=start,
+            end=end,
+            length=canvas.lengths[slot],
+            tokens=canvas.tokens[slot[:, None], position],
+            masked=is_open,
+            editable=inside & ~is_open & ~canvas.given[slot[:, None], position],
+            step=self._step[slot],
+            step_in_block=self._step_in_block[slot],
+            block=block,
+            blocks=canvas.blocks[slot],
+            masks=self._masks[slot],
+        )
+
+    def _in_pieces(self, plan: Plan, view: View) -> tuple[Plan, Tensor]:
+        """Cut plans with a long way to the view short: those rows run a piece of their prompt and ask for nothing."""
+        cache, grid = self.method.cache, self.method.grid
+        if not isinstance(cache, BlockCausalCache) or grid is None:
+            return plan, torch.zeros_like(view.slot, dtype=torch.bool)
+        piece = max(grid, cache.prefill // grid * grid)
+        long = view.first - plan.low > piece
+        high = torch.where(long, plan.low + piece, plan.high)
+        return Plan(plan.low, high, high), long
+
+    def _write(self, view: View, revision: Revision, live: Tensor) -> Tensor:
+        """Put a revised view into the canvas; returns the changed positions `[rows, columns]`."""
+        masked = revision.masked & live[:, None]
+        tokens = revision.tokens.masked_fill(masked, self.canvas.mask_id)
+        free = (view.masked | view.editable) & live[:, None]
+        changed = free & ((tokens != view.tokens) | (masked != view.masked))
+        row, column = changed.nonzero(as_tuple=True)
+        slot, position = view.slot[row], view.first[row] + column
+        self.canvas.tokens[slot, position] = tokens[row, column]
+        self.canvas.open[slot, position] = masked[row, column]
+        return changed
+
+    def _account(self, view: View, plan: Plan, revision: Revision, changed: Tensor, live: Tensor) -> None:
+        """Advance the counters, go on to the next block where one is done, and end what met its stop token."""
+        slot, done = view.slot, revision.done & live
+        self._step[slot] += live.long()
+        self._step_in_block[slot] = torch.where(done, 0, view.step_in_block + live.long())
+        self._block[slot] = view.block + done.long()
+        self._valid[slot] = self._still_valid(view, plan, changed | (view.masked & ~live[:, None]) | revision.masked)
+        stopped = self._stop(view, done | (live & (not self.method.editor.edits)))
+        self._active[slot] = ~stopped & (self._block[slot] < view.blocks)
+
+    def _still_valid(self, view: View, plan: Plan, loose: Tensor) -> Tensor:
+        """Below which position the kept keys are those of the tokens that stand there, int64 `[rows]`.
+
+        A pass makes the keys of what it runs; those of a block with a token that changed since, or is still open, are
+        not those of its final tokens, nor are those of any block behind it, which saw them.
+        """
+        if self.method.grid is None:
+            return torch.zeros_like(view.slot)
+        column = torch.where(loose.any(1), loose.long().argmax(1), plan.high - view.first)
+        return torch.minimum((view.first + column) // self.method.grid * self.method.grid, plan.high)
+
+    def _stop(self, view: View, settled: Tensor) -> Tensor:
+        """End the settled rows whose block holds a written stop token with nothing open before it: bool `[rows]`.
+
+        The rest of what they were to write becomes that token.
+        """
+        stop, canvas = self.method.stop_id, self.canvas
+        if stop is None or not settled.any():
+            return torch.zeros_like(settled)
+        position = view.first[:, None] + torch.arange(view.masked.shape[1])
+        inside = position < view.end[:, None]
+        position = position.clamp(max=canvas.tokens.shape[1] - 1)
+        tokens = canvas.tokens[view.slot[:, None], position]
+        still_open = canvas.open[view.slot[:, None], position] & inside
+        written = (view.masked | view.editable) & ~still_open & (tokens == stop)
+        found = written & (still_open.cumsum(1) == 0) & settled[:, None]
+        for row in found.any(1).nonzero().flatten().tolist():
+            slot, after = int(view.slot[row]), int(view.first[row] + found[row].long().argmax())
+            rest = slice(after, int(view.length[row]))
+            free = ~canvas.given[slot, rest]
+            canvas.tokens[slot, rest][free] = stop
+            canvas.open[slot, rest] = False
+        return found.any(1)
+
+    def _finished(self, view: View) -> list[Finished]:
+        """The sequences of a view that are no longer active."""
+        finished = []
+        for slot in view.slot[~self._active[view.slot]].tolist():
+            kept = int(self._kept[slot])
+            tokens, given = self.canvas.tokens[slot, :kept].tolist(), self.canvas.given[slot, :kept].tolist()
+            finished.append(Finished(int(self.canvas.stream[slot]), tokens, given, *self._taken[slot].tolist()))
+        return finished
+
+
+def steps(group: Group, drafts: Iterable[Draft], run: Callable[[Pass], Statistics]) -> Iterator[Step]:
+    """Write all drafts, as many at a time as the group has slots, and yield what each pass changed.
+
+    `run` runs the model over a pass and reads the rows that it asks for.
     """
-    state = _State.of(canvas)
-    given = ~canvas.open
-    passes = 0
-    while canvas.open.any():
-        rows = canvas.open.any(1).nonzero().flatten()
-        candidates = canvas.current()[rows]
-        progress = state.progress(canvas, candidates, rows)
-        logits = _logits(forward, canvas, rows, candidates, given, options)
-        row, position = candidates.nonzero(as_tuple=True)
-        names = RowNames(progress.stream[row], progress.step[row], position)
-        statistics = row_statistics(
-            logits, [options.mask_id, *options.excluded], options.temperature, options.seed, names
-        )
-        commit = schedule.select(statistics, candidates, progress)
-        _write(canvas, rows, candidates, commit, statistics.token)
-        if options.stop_id is not None:
-            _stop(canvas, given, options.stop_id)
-        passes += 1
-    return passes
-
-
-@dataclass
-class _State:
-    """What the loop remembers of each row `[batch]`."""
-
-    step: Tensor
-    step_in_block: Tensor
-    block: Tensor
-    masks: Tensor
-    blocks: Tensor
-
-    @classmethod
-    def of(cls, canvas: Canvas) -> _State:
-        zeros = torch.zeros_like(canvas.lengths)
-        return cls(zeros.clone(), zeros.clone(), zeros - 1, zeros.clone(), canvas.blocks)
-
-    def progress(self, canvas: Canvas, candidates: Tensor, rows: Tensor) -> Progress:
-        """Account for the step that these rows are about to take."""
-        block = canvas.block[rows].masked_fill(~candidates, -1).amax(1)
-        same = block == self.block[rows]
-        self.step_in_block[rows] = torch.where(same, self.step_in_block[rows] + 1, 0)
-        self.masks[rows] = torch.where(same, self.masks[rows], candidates.sum(1))
-        self.block[rows] = block
-        self.step[rows] += 1
-        return Progress(
-            canvas.stream[rows],
-            self.step[rows] - 1,
-            self.step_in_block[rows],
-            block,
-            self.blocks[rows],
-            self.masks[rows],
-        )
-
-
-def _logits(
-    forward: Forward, canvas: Canvas, rows: Tensor, candidates: Tensor, given: Tensor, options: SamplingOptions
-) -> Tensor:
-    """Logits of the candidates `[candidates, vocab]`, guided if asked for."""
-    tokens = canvas.tokens[rows]
-    if not options.guidance:
-        return forward(tokens, candidates, canvas.boundaries(rows))
-    blank = tokens.masked_fill(given[rows], options.mask_id)
-    both = forward(torch.cat([tokens, blank]), candidates.repeat(2, 1), canvas.boundaries(rows.repeat(2)))
-    conditional, unconditional = both.chunk(2)
-    return unconditional + (1.0 + options.guidance) * (conditional - unconditional)
-
-
-def _write(canvas: Canvas, rows: Tensor, candidates: Tensor, commit: Tensor, token: Tensor) -> None:
-    """Put the chosen tokens at the committed positions."""
-    tokens = canvas.tokens[rows]
-    predicted = tokens.masked_scatter(candidates, token)
-    canvas.tokens[rows] = torch.where(commit, predicted, tokens)
-    canvas.open[rows] = canvas.open[rows] & ~commit
-
-
-def _stop(canvas: Canvas, given: Tensor, stop_id: int) -> None:
-    """End the rows that wrote `stop_id` with nothing open before it: the rest of what they were to write becomes it."""
-    written = (canvas.tokens == stop_id) & ~given & ~canvas.open
-    settled = canvas.open.cumsum(1) == 0  # nothing open up to here
-    after = (written & settled).cumsum(1) > 0
-    rest = after & ~given & (torch.arange(after.shape[1], device=after.device) < canvas.lengths[:, None])
-    canvas.tokens[rest] = stop_id
-    canvas.open &= ~after
+    waiting = iter(drafts)
+    while True:
+        for slot, draft in zip(group.free, waiting, strict=False):
+            group.admit(slot, draft)
+        work = group.plan()
+        if work is None:
+            return
+        yield group.apply(run(work))

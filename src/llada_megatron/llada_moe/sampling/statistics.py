@@ -1,56 +1,176 @@
-"""What a sampler needs to know of a row of logits: a token, and how sure the model is of it."""
+"""What a sampler needs to know of a row of logits, read from shards of the vocabulary that never meet.
+
+Each shard says a few numbers of a row (a packet); the packets of all shards make the row's statistics. Ties go to the
+lowest token id, as torch.argmax has it. Ids travel as float32, exact below 2^24.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from llada_megatron.llada_moe.sampling import draws
 
+Need = Literal["entropy", "current"]
+"""What a schedule or an editor may ask for beside token and confidence."""
+Gather = Callable[[Tensor], Tensor]
+"""Packets `[rows, numbers]` of this shard -> those of all shards in order `[shards, rows, numbers]` (collective)."""
+
 
 @dataclass(frozen=True)
 class Statistics:
-    """Per row."""
+    """Of each row, or of each position of a view (then `[rows, columns]`); on the host."""
 
     token: Tensor
-    """[rows] int64: the most probable token, or the one drawn at a temperature."""
+    """int64: the most probable token, or the one drawn at a temperature."""
     confidence: Tensor
-    """[rows] float32: its probability under the model (without temperature)."""
+    """float32: its probability under the model (without temperature). 0 where a position was not asked for."""
+    entropy: Tensor | None = None
+    """float32, nats."""
+    current: Tensor | None = None
+    """float32: probability of the token that stands there."""
+
+    def packed(self) -> Tensor:
+        """`[rows, fields]` float32, for another rank."""
+        present = [getattr(self, field.name) for field in fields(self)]
+        return torch.stack([value.float() for value in present if value is not None], dim=-1)
+
+    @classmethod
+    def unpacked(cls, packed: Tensor, needs: Collection[Need]) -> Statistics:
+        """From `packed`, of statistics read with these `needs`."""
+        columns = iter(packed.unbind(-1))
+        token, confidence = next(columns).long(), next(columns)
+        return cls(token, confidence, *[next(columns) if name in needs else None for name in ("entropy", "current")])
+
+    def placed(self, place: Tensor, shape: tuple[int, int]) -> Statistics:
+        """Rows put at the offsets `place` `[rows]` of a flattened view of this shape; zeros elsewhere."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Statistics(
+            **{
+                name: None
+                if value is None
+                else value.new_zeros(shape[0] * shape[1]).index_copy_(0, place, value).view(shape)
+                for name, value in values.items()
+            }
+        )
 
 
 @dataclass(frozen=True)
-class RowNames:
-    """Who the rows are, for their random draws; each int64 `[rows]`."""
+class Rows:
+    """Which rows of logits are read; each int64 `[rows]`, on the host."""
 
+    slot: Tensor
+    position: Tensor
     stream: Tensor
     step: Tensor
-    position: Tensor
+    """Steps that the sequence has taken: with `stream` and `position` the name of a random draw."""
+    current: Tensor
+    """The token that stands there."""
 
 
-def row_statistics(
-    logits: Tensor, excluded: Sequence[int], temperature: float, seed: int, names: RowNames
-) -> Statistics:
-    """Choose a token for each row and say its probability.
+@dataclass(frozen=True)
+class Reading:
+    """How logits are read, the same for every row of a run."""
 
-    Args:
-        logits: `[rows, vocab]`.
-        excluded: ids that are never chosen and take no probability (the mask token; end of text when infilling).
-        temperature: 0 = the most probable token, the lowest id among equals; above 0 Gumbel-max sampling, in float64.
-        seed: of the draws.
-        names: coordinates of the draws.
-    """
-    logits = logits.float().clone()
-    logits[:, list(excluded)] = -torch.inf
-    scores: Tensor = logits
-    if temperature > 0:
-        ids = torch.arange(logits.shape[1], device=logits.device)
-        noise = draws.gumbel(
-            seed, draws.TOKEN, names.stream[:, None], names.step[:, None], names.position[:, None], ids
-        )
-        scores = logits.double() + temperature * noise
-    token = scores.argmax(-1)
-    chosen = logits.gather(1, token[:, None]).squeeze(1)
-    return Statistics(token, (chosen - logits.logsumexp(-1)).exp())
+    needs: frozenset[Need] = frozenset()
+    excluded: Sequence[int] = ()
+    """Ids that are never chosen and take no probability: the mask token, ids without a token, end of text in gaps."""
+    temperature: float = 0.0
+    """0 = the most probable token; above it Gumbel-max sampling in float64."""
+    guidance: float = 0.0
+    """Classifier-free guidance w: logits + w * (logits - logits without the given text); 0 = off."""
+    seed: int = 0
+
+
+class Reader:
+    """Reads one shard of the logits together with the other shards."""
+
+    def __init__(self, reading: Reading, first_id: int, gather: Gather) -> None:
+        """`first_id`: of this shard of the vocabulary; `gather`: see `Gather`."""
+        self.reading = reading
+        self.packet_bytes = 0
+        """Bytes of a row that left this shard in the last reading."""
+        self._first = first_id
+        self._gather = gather
+
+    def read(self, logits: Tensor, rows: Rows) -> Statistics:
+        """Statistics of the rows (collective over the shards).
+
+        Args:
+            logits: `[rows, vocab / shards]`; with guidance `[2 * rows, ...]`, those without the given text behind.
+            rows: names of the rows.
+        """
+        logits = logits.float()
+        if self.reading.guidance:
+            given, blank = logits.chunk(2)
+            logits = blank + (1.0 + self.reading.guidance) * (given - blank)
+        logits = self._without_excluded(logits)
+        packet = torch.stack(self._packet(logits, rows), dim=-1)
+        self.packet_bytes = packet[:1].nbytes
+        return self._merge(self._gather(packet).cpu())
+
+    def _without_excluded(self, logits: Tensor) -> Tensor:
+        own = [i - self._first for i in self.reading.excluded if 0 <= i - self._first < logits.shape[1]]
+        return logits.index_fill(1, torch.tensor(own, device=logits.device), -torch.inf) if own else logits
+
+    def _packet(self, logits: Tensor, rows: Rows) -> list[Tensor]:
+        """This shard's numbers of each row, each float32 `[rows]`; `_merge` reads them in this order."""
+        best, choice = logits.max(-1)
+        shift = best.clamp(min=torch.finfo(torch.float32).min)  # a shard of excluded ids alone
+        weights = (logits - shift[:, None]).exp()
+        packet = [shift, weights.sum(-1)]
+        if self.reading.temperature:
+            packet += self._drawn(logits, rows)
+        else:
+            packet += [(choice + self._first).float()]
+        if "entropy" in self.reading.needs:
+            packet += [(weights * (logits - shift[:, None]).clamp(min=-1e4)).sum(-1)]
+        if "current" in self.reading.needs:
+            own = rows.current.to(logits.device) - self._first
+            inside = (own >= 0) & (own < logits.shape[1])
+            there = logits.gather(1, own.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
+            packet += [there.masked_fill(~inside, -torch.inf)]
+        return packet
+
+    def _drawn(self, logits: Tensor, rows: Rows) -> list[Tensor]:
+        """The best perturbed score (a float64 as the sum of two float32), its token, and its logit."""
+        ids = torch.arange(self._first, self._first + logits.shape[1], device=logits.device)
+        names = [n.to(logits.device)[:, None] for n in (rows.stream, rows.step, rows.position)]
+        noise = draws.gumbel(self.reading.seed, draws.TOKEN, *names, ids)
+        score, choice = (logits.double() + self.reading.temperature * noise).max(-1)
+        high = score.float()
+        low = (score - high.double()).nan_to_num(0.0).float()
+        return [(choice + self._first).float(), high, low, logits.gather(1, choice[:, None]).squeeze(1)]
+
+    def _merge(self, packets: Tensor) -> Statistics:
+        """The statistics of whole rows from the packets `[shards, rows, numbers]`."""
+        columns = iter(packets.unbind(-1))
+        best, total = next(columns), next(columns)
+        top = best.amax(0)
+        scale = (best - top).exp()
+        whole = (total * scale).sum(0)
+        token = next(columns)
+        if self.reading.temperature:
+            score = next(columns).double() + next(columns).double()
+            token, logit = _of_the_best(score, token, next(columns))
+            confidence = (logit - top).exp() / whole
+        else:
+            token, _ = _of_the_best(best, token, best)
+            confidence = 1.0 / whole
+        entropy = current = None
+        if "entropy" in self.reading.needs:
+            moment = (scale * (next(columns) + (best - top) * total)).sum(0)
+            entropy = (whole.log() - moment / whole).clamp(min=0.0)
+        if "current" in self.reading.needs:
+            current = (next(columns).amax(0) - top).exp() / whole
+        return Statistics(token.long(), confidence, entropy, current)
+
+
+def _of_the_best(score: Tensor, token: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Token and value of the shard with the best score, the lowest token among equals; `[shards, rows]` -> `[rows]`."""
+    first = torch.where(score == score.amax(0), token, torch.inf).argmin(0, keepdim=True)
+    return token.gather(0, first).squeeze(0), value.gather(0, first).squeeze(0)

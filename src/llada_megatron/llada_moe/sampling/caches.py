@@ -1,0 +1,139 @@
+"""What is run in a step, and whose keys and values from earlier passes are trusted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llada_megatron.llada_moe.sampling.view import View
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of each row, int64 `[rows]`: run positions [low, high), each seeing the keys [0, keys)."""
+
+    low: Tensor
+    high: Tensor
+    keys: Tensor
+
+
+class Cache(Protocol):
+    """Settings of a rule. A row whose plan has low 0 and high = keys is run whole and trusts nothing kept."""
+
+    keeps: bool
+    """Whether keys and values are kept at all."""
+    causal: bool
+    """For block-causal models (True), whose keys never depend on what lies behind their block; or for the others."""
+
+    def plan(self, view: View, valid: Tensor) -> Plan:
+        """What to run. It must cover [view.first, view.end) of each row.
+
+        Args:
+            view: the rows.
+            valid: int64 `[rows]`; keys below it are those of the tokens that stand there (block-causal models only).
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class NoCache:
+    """Run the whole sequence in every step: exact."""
+
+    keeps = False
+    causal = False
+
+    def plan(self, view: View, valid: Tensor) -> Plan:
+        """See `Cache`."""
+        return _whole(view)
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """The same for a block-causal model: everything up to the end of the block, which is all it can see."""
+
+    keeps = False
+    causal = True
+
+    def plan(self, view: View, valid: Tensor) -> Plan:
+        """See `Cache`."""
+        return Plan(torch.zeros_like(view.end), view.end, view.end)
+
+
+@dataclass(frozen=True)
+class PrefixCache:
+    """Keys before the block are kept from its first step (Fast-dLLM, arXiv 2505.22618): approximate."""
+
+    keeps = True
+    causal = False
+    refresh_every: int | None = None
+    """Steps in a block after which the whole sequence is run again; None = at the block's first step only."""
+
+    def plan(self, view: View, valid: Tensor) -> Plan:
+        """See `Cache`."""
+        return _refreshed(Plan(view.first, view.length, view.length), view, self.refresh_every)
+
+
+@dataclass(frozen=True)
+class DualCache:
+    """Keys before and behind the block are kept from its first step (Fast-dLLM, arXiv 2505.22618): approximate.
+
+    With `before` and `behind` that many neighbours of the block are run too (vicinity refresh; dInfer, arXiv
+    2510.08666), and the first `warm_up` steps of a sequence run all of it.
+    """
+
+    keeps = True
+    causal = False
+    before: int = 0
+    behind: int = 0
+    warm_up: int = 0
+    refresh_every: int | None = None
+    """As for `PrefixCache`."""
+
+    def plan(self, view: View, valid: Tensor) -> Plan:
+        """See `Cache`."""
+        low = (view.first - self.before).clamp(min=0)
+        high = torch.minimum(view.end + self.behind, view.length)
+        plan = _refreshed(Plan(low, high, view.length), view, self.refresh_every)
+        return _where(view.step < self.warm_up, _whole(view), plan)
+
+
+@dataclass(frozen=True)
+class BlockCausalCache:
+    """The keys of finished blocks are kept: exact, for a block-causal model.
+
+    A block's keys are those of its final tokens only once it was run with them, which the first pass of the next block
+    does besides: a sequence takes no more passes than it has steps. A prompt longer than `prefill` positions is run in
+    pieces of at most that length before the first step.
+    """
+
+    keeps = True
+    causal = True
+    prefill: int = 8192
+
+    def plan(self, view: View, valid: Tensor) -> Plan:
+        """See `Cache`."""
+        low = torch.minimum(valid, view.first)
+        return Plan(low, view.end, view.end)
+
+
+def _whole(view: View) -> Plan:
+    return Plan(torch.zeros_like(view.length), view.length, view.length)
+
+
+def _refreshed(plan: Plan, view: View, every: int | None) -> Plan:
+    """The plan, but the whole sequence at the first step of a block and every so many steps of it."""
+    due = view.step_in_block == 0
+    if every is not None:
+        due = view.step_in_block % every == 0
+    return _where(due, _whole(view), plan)
+
+
+def _where(condition: Tensor, one: Plan, other: Plan) -> Plan:
+    return Plan(
+        torch.where(condition, one.low, other.low),
+        torch.where(condition, one.high, other.high),
+        torch.where(condition, one.keys, other.keys),
+    )

@@ -1,0 +1,1 @@
+"""Sampling with a model that is spread over ranks."""
