@@ -7,116 +7,76 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_megatron.llada_moe.sampling.canvas import Canvas, after_prompts, with_gaps
-from llada_megatron.llada_moe.sampling.loop import SamplingOptions, sample
-from llada_megatron.llada_moe.sampling.schedules import FixedSteps
+from llada_megatron.llada_moe.sampling.canvas import continuation, infilling
+from llada_megatron.llada_moe.sampling.loop import Group, Method
+from llada_megatron.llada_moe.sampling.schedules import FixedSteps, Threshold
+from llada_megatron.llada_moe.sampling.statistics import Reading
+from tests.llada_moe.sampling.toy import EOS, MASK, VOCAB, Toy, bidirectional, write
 
-VOCAB, MASK, EOS = 16, 3, 2
-OPTIONS = SamplingOptions(mask_id=MASK, seed=5)
-
-
-class Toy:
-    """Logits that depend on every token of the own segment and on the position, as a bidirectional model's do."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.table = torch.randn(VOCAB, VOCAB, generator=generator, dtype=torch.float64)
-        self.place = torch.randn(64, VOCAB, generator=generator, dtype=torch.float64)
-        self.seen: list[torch.Tensor] = []
-
-    def __call__(self, tokens: torch.Tensor, rows: torch.Tensor, boundaries: torch.Tensor) -> torch.Tensor:
-        self.seen.append(tokens.clone())
-        logits = torch.zeros(*tokens.shape, VOCAB, dtype=torch.float64)
-        flat, out = tokens.flatten(), logits.view(-1, VOCAB)
-        for a, b in pairwise(boundaries):
-            weight = torch.arange(1, b - a + 1, dtype=torch.float64)[:, None]
-            out[a:b] = (self.table[flat[a:b]] / weight).sum(0) * 2 + self.table[flat[a:b]] + self.place[: b - a]
-        return logits[rows]
-
-
-def run(canvas: Canvas, schedule: FixedSteps, options: SamplingOptions = OPTIONS) -> tuple[Toy, int]:
-    toy = Toy()
-    return toy, sample(toy, canvas, schedule, options)
+READING = Reading(excluded=[MASK], seed=5)
 
 
 def rows_with_gaps() -> st.SearchStrategy:
     token = st.integers(0, VOCAB - 1)
-    row = st.lists(st.tuples(token, st.booleans()), min_size=1, max_size=20)
-    return st.lists(row, min_size=1, max_size=4)
+    row = st.lists(st.tuples(token, st.booleans()), min_size=1, max_size=20).filter(lambda row: any(g for _, g in row))
+    return st.lists(row, min_size=1, max_size=5)
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(derandomize=True, deadline=None, max_examples=80)
 @given(
     rows=rows_with_gaps(),
     block=st.one_of(st.none(), st.integers(1, 8)),
-    steps=st.integers(1, 24),
-    remasking=st.sampled_from(["low_confidence", "random"]),
+    schedule=st.sampled_from([FixedSteps(), FixedSteps(3), FixedSteps(7, "random", 5), Threshold(0.4)]),
     temperature=st.sampled_from([0.0, 0.7]),
+    slots=st.integers(1, 5),
 )
-def test_fills_the_gaps_touches_nothing_else_and_each_row_is_as_alone(rows, block, steps, remasking, temperature):
-    tokens = [[t for t, _ in row] for row in rows]
-    gaps = [[g for _, g in row] for row in rows]
-    options = SamplingOptions(mask_id=MASK, seed=5, temperature=temperature)
-    schedule = FixedSteps(steps, remasking, seed=5)
-    together = with_gaps(tokens, gaps, MASK, block)
-    run(together, schedule, options)
-    assert not together.open.any()
-    for i, (row, gap) in enumerate(zip(tokens, gaps, strict=True)):
-        alone = with_gaps([row], [gap], MASK, block)
-        alone.stream[0] = i
-        run(alone, schedule, options)
-        written = together.tokens[i, : len(row)].tolist()
-        assert written == alone.tokens[0].tolist()
-        for before, after, is_gap in zip(row, written, gap, strict=True):
+def test_fills_the_gaps_touches_nothing_else_and_each_row_is_as_alone(rows, block, schedule, temperature, slots):
+    method = Method(schedule, reading=Reading(excluded=[MASK], temperature=temperature, seed=5))
+    drafts = [infilling([t for t, _ in row], [g for _, g in row], block, i) for i, row in enumerate(rows)]
+    together, _, _ = write(drafts, method, slots=slots)
+    assert [finished.stream for finished in together] == list(range(len(rows)))
+    for draft, finished in zip(drafts, together, strict=True):
+        alone, _, _ = write([draft], method)
+        assert finished == alone[0]
+        for before, after, is_gap in zip(draft.tokens, finished.tokens, draft.gaps, strict=True):
             assert (after != MASK) if is_gap else (after == before)
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(12, [1] * 12), (6, [2] * 6), (5, [2, 2, 2, 3, 3]), (1, [6, 6])])
 def test_commits_the_even_share_of_each_step(steps, expected):
-    canvas = after_prompts([[5, 6, 7]], 12, MASK, block_length=6)
-    toy, passes = run(canvas, FixedSteps(steps))
-    masks = [int((seen == MASK).sum()) for seen in toy.seen] + [0]
+    finished, toy, _ = write([continuation([5, 6, 7], 12, 6)], Method(FixedSteps(steps), reading=READING))
+    masks = [shown[0].count(MASK) for shown in toy.shown] + [0]
     assert [a - b for a, b in pairwise(masks)] == expected
-    assert passes == len(expected)
+    assert finished[0].passes == len(expected)
 
 
 def test_the_first_steps_take_one_more():
-    canvas = after_prompts([[5]], 7, MASK)
-    toy, _ = run(canvas, FixedSteps(3))
-    masks = [int((seen == MASK).sum()) for seen in toy.seen] + [0]
-    assert masks == [7, 4, 2, 0]
+    _, toy, _ = write([continuation([5], 7, None)], Method(FixedSteps(3), reading=READING))
+    assert [shown[0].count(MASK) for shown in toy.shown] == [7, 4, 2]
 
 
-def test_blocks_are_written_in_order():
-    canvas = after_prompts([[5, 6]], 8, MASK, block_length=4)
-    toy, _ = run(canvas, FixedSteps(8))
-    for seen in toy.seen[:4]:
-        assert (seen[0, 6:] == MASK).all()
-    assert (toy.seen[4][0, :6] != MASK).all()
+def test_blocks_are_written_in_order_and_only_their_masks_are_asked_for():
+    _, toy, _ = write([continuation([5, 6], 8, 4)], Method(FixedSteps(8), reading=READING))
+    for shown, asked in zip(toy.shown[:4], toy.asked[:4], strict=True):
+        assert shown[0][6:] == [MASK] * 4
+        assert asked[0] == [i for i in range(2, 6) if shown[0][i] == MASK]
+    assert MASK not in toy.shown[4][0][:6]
 
 
 def test_low_confidence_keeps_the_most_confident():
-    def forward(tokens, rows, boundaries):
-        sharpness = torch.arange(tokens.shape[1], dtype=torch.float32)[:, None] * torch.eye(VOCAB)[7]
-        return sharpness.expand(tokens.shape[0], -1, -1)[rows]
+    def logits(tokens):
+        return torch.arange(len(tokens), dtype=torch.float32)[:, None] * torch.eye(VOCAB)[7]
 
-    canvas = after_prompts([[5]], 4, MASK)
-    order = []
-
-    def recording(tokens, rows, boundaries):
-        order.append(rows[0].nonzero().flatten().tolist())
-        return forward(tokens, rows, boundaries)
-
-    sample(recording, canvas, FixedSteps(4), OPTIONS)
-    assert order == [[1, 2, 3, 4], [1, 2, 3], [1, 2], [1]]
-    assert canvas.tokens.tolist() == [[5, 7, 7, 7, 7]]
+    finished, toy, _ = write([continuation([5], 4, None)], Method(reading=READING), logits)
+    assert [asked[0] for asked in toy.asked] == [[1, 2, 3, 4], [1, 2, 3], [1, 2], [1]]
+    assert finished[0].tokens == [5, 7, 7, 7, 7]
 
 
 def test_seed_determines_the_sample_and_another_seed_draws_another():
     def text(seed: int) -> list[list[int]]:
-        canvas = after_prompts([[5, 6], [9]], 10, MASK)
-        run(canvas, FixedSteps(5, "random", seed), SamplingOptions(mask_id=MASK, temperature=3.0, seed=seed))
-        return canvas.tokens.tolist()
+        method = Method(FixedSteps(5, "random", seed), reading=Reading(excluded=[MASK], temperature=3.0, seed=seed))
+        finished, _, _ = write([continuation([5, 6], 10, None, 0), continuation([9], 10, None, 1)], method)
+        return [row.tokens for row in finished]
 
     assert text(1) == text(1)
     assert text(1) != text(2)
@@ -124,59 +84,84 @@ def test_seed_determines_the_sample_and_another_seed_draws_another():
 
 def test_temperature_draws_from_the_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0, 9.0])  # the last one is the mask and excluded
-    canvas = after_prompts([[0]] * 4000, 1, 3)
-    sample(
-        lambda t, rows, b: logits.expand(int(rows.sum()), -1),
-        canvas,
-        FixedSteps(1),
-        SamplingOptions(mask_id=3, temperature=2.0),
-    )
-    share = torch.bincount(canvas.tokens[:, 1], minlength=4) / 4000
+    method = Method(FixedSteps(1), reading=Reading(excluded=[MASK], temperature=2.0))
+    drafts = [continuation([0], 1, None, i) for i in range(4000)]
+    finished, _, _ = write(drafts, method, lambda tokens: logits.expand(len(tokens), -1), slots=500)
+    share = torch.bincount(torch.tensor([row.tokens[1] for row in finished]), minlength=4) / 4000
     torch.testing.assert_close(share[:3], (logits[:3] / 2).softmax(0), atol=0.03, rtol=0)
     assert share[3] == 0
 
 
 def test_stops_at_end_of_text_once_nothing_before_it_is_open():
-    def forward(tokens, rows, boundaries):
-        logits = torch.zeros(*tokens.shape, VOCAB)
-        logits[:, 2, EOS] = 5.0  # position 2 is the first to be committed, before position 1
-        logits[:, 1, 9] = 3.0
-        logits[:, 3:, 8] = 1.0
-        return logits[rows]
+    def logits(tokens):
+        rows = torch.zeros(len(tokens), VOCAB)
+        rows[2, EOS] = 5.0  # position 2 is the first to be committed, before position 1
+        rows[1, 9] = 3.0
+        rows[3:, 8] = 1.0
+        return rows
 
-    canvas = after_prompts([[5]], 6, MASK, block_length=3)
-    passes = sample(forward, canvas, FixedSteps(6), SamplingOptions(mask_id=MASK, stop_id=EOS))
-    assert canvas.tokens.tolist() == [[5, 9, EOS, EOS, EOS, EOS, EOS]]
-    assert passes == 2
+    method = Method(FixedSteps(6), reading=READING, stop_id=EOS)
+    finished, _, _ = write([continuation([5], 6, 3)], method, logits)
+    assert finished[0].tokens == [5, 9, EOS, EOS, EOS, EOS, EOS]
+    assert finished[0].passes == 2
 
 
 def test_an_end_of_text_in_the_prompt_does_not_stop():
-    canvas = after_prompts([[EOS, 5]], 4, MASK)
-    run(canvas, FixedSteps(4), SamplingOptions(mask_id=MASK, stop_id=EOS, excluded=[EOS]))
-    assert (canvas.tokens[0, 2:] != EOS).all()
+    method = Method(reading=Reading(excluded=[MASK, EOS]), stop_id=EOS)
+    finished, _, _ = write([continuation([EOS, 5], 4, None)], method)
+    assert EOS not in finished[0].tokens[2:] and finished[0].passes == 4
+
+
+def test_a_mask_token_in_the_prompt_is_text():
+    finished, toy, _ = write([continuation([MASK, 5, MASK], 4, None)], Method(reading=READING))
+    assert finished[0].tokens[:3] == [MASK, 5, MASK]
+    assert toy.asked[0][0] == [3, 4, 5, 6]
+    assert MASK not in finished[0].tokens[3:]
 
 
 def test_guidance_moves_away_from_the_unconditional_prediction():
-    def forward(tokens, rows, boundaries):
-        given = (tokens[:, :1] == 5).float()[..., None]
-        logits = torch.zeros(*tokens.shape, VOCAB)
-        logits[..., 8] = 1.0
-        logits[..., 9:10] = 0.9 * given.expand(*tokens.shape, 1)
-        return logits[rows]
+    def logits(tokens):
+        rows = torch.zeros(len(tokens), VOCAB)
+        rows[:, 8] = 1.0
+        rows[:, 9] = 0.9 * float(tokens[0] == 5)
+        return rows
 
     for guidance, token in ((0.0, 8), (1.0, 9)):
-        canvas = after_prompts([[5]], 2, MASK)
-        sample(forward, canvas, FixedSteps(1), SamplingOptions(mask_id=MASK, guidance=guidance))
-        assert canvas.tokens[0, 1:].tolist() == [token, token]
+        method = Method(FixedSteps(1), reading=Reading(excluded=[MASK], guidance=guidance))
+        finished, _, _ = write([continuation([5], 2, None)], method, logits)
+        assert finished[0].tokens[1:] == [token, token]
 
 
-def test_padding_is_a_segment_of_its_own():
-    canvas = with_gaps([[5, 6, 7], [8]], [[False, True, False], [True]], MASK)
-    assert canvas.boundaries(torch.tensor([0, 1])).tolist() == [0, 3, 4, 6]
-    assert canvas.boundaries(torch.tensor([1])).tolist() == [0, 1, 3]
+def test_a_slot_is_filled_again_as_soon_as_it_is_free():
+    drafts = [continuation([5], new, None, i) for i, new in enumerate([2, 9, 3, 4])]
+    _, toy, steps = write(drafts, Method(reading=READING), slots=2)
+    assert [len(shown) for shown in toy.shown] == [2] * 9
+    assert [[done.stream for done in step.finished] for step in steps] == [[], [0], [], [], [2], [], [], [], [3, 1]]
 
 
-def test_nothing_to_fill_needs_no_pass():
-    canvas = with_gaps([[5, MASK]], [[False, False]], MASK)
-    assert sample(Toy(), canvas, FixedSteps(3), OPTIONS) == 0
-    assert canvas.tokens.tolist() == [[5, MASK]]
+def test_steps_tell_what_changed():
+    _, toy, steps = write([continuation([5, 6], 6, 3)], Method(FixedSteps(4), reading=READING))
+    tokens = toy.shown[0][0]
+    for step, after in zip(steps, [*toy.shown[1:], None], strict=True):
+        row, column = step.changed.nonzero(as_tuple=True)
+        for position, token in zip(
+            (step.view.first[row] + column).tolist(), step.revision.tokens[row, column].tolist()
+        ):
+            tokens[position] = token
+        assert after is None or tokens == after[0]
+
+
+def test_a_draft_without_a_gap_is_refused():
+    group = Group(Method(reading=READING), 1, 4, 1, MASK)
+    with pytest.raises(ValueError, match="without a gap"):
+        group.admit(0, infilling([5, MASK], [False, False], None))
+
+
+def test_statistics_need_a_plan():
+    group = Group(Method(reading=READING), 1, 4, 1, MASK)
+    group.admit(0, continuation([5], 3, None))
+    work = group.plan()
+    statistics = Toy(bidirectional(), READING)(work)
+    group.apply(statistics)
+    with pytest.raises(RuntimeError, match="no planned pass"):
+        group.apply(statistics)

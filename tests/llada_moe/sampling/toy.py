@@ -1,0 +1,70 @@
+"""A stand-in for the model: logits as any function of a whole sequence, run pass by pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from llada_megatron.llada_moe.sampling.canvas import Draft
+from llada_megatron.llada_moe.sampling.loop import Finished, Group, Method, Step, steps
+from llada_megatron.llada_moe.sampling.passes import Pass
+from llada_megatron.llada_moe.sampling.statistics import Reader, Reading, Statistics
+
+VOCAB, MASK, EOS = 16, 3, 2
+Logits = Callable[[Tensor], Tensor]
+"""[seq] tokens -> [seq, vocab]."""
+
+
+def bidirectional(seed: int = 0, sharpness: float = 2.0) -> Logits:
+    """Logits that depend on every token and on the position, as a bidirectional model's do."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(VOCAB, VOCAB, generator=generator, dtype=torch.float64)
+    place = torch.randn(128, VOCAB, generator=generator, dtype=torch.float64)
+
+    def logits(tokens: Tensor) -> Tensor:
+        weight = torch.arange(1, len(tokens) + 1, dtype=torch.float64)[:, None]
+        mixed = (table[tokens] / weight).sum(0) * 2 + table[tokens] + place[: len(tokens)]
+        return mixed * sharpness / 2
+
+    return logits
+
+
+class Toy:
+    """Runs passes over whole sequences (no cache) and remembers what it was shown."""
+
+    def __init__(self, logits: Logits, reading: Reading) -> None:
+        self.logits = logits
+        self.reader = Reader(reading, 0, lambda packet: packet[None])
+        self.shown: list[list[list[int]]] = []
+        """Of each pass, the tokens of each window."""
+        self.asked: list[list[list[int]]] = []
+        """Of each pass, the positions asked for of each window."""
+
+    def __call__(self, work: Pass) -> Statistics:
+        """One pass."""
+        rows, shown, asked, at = [], [], [], 0
+        for window in work.windows:
+            assert window.first == 0 and window.width == window.keys, "the toy keeps nothing"
+            tokens, wanted = work.tokens[at : at + window.width], work.asked[at : at + window.width]
+            rows.append(self.logits(tokens)[wanted])
+            shown.append(tokens.tolist())
+            asked.append(wanted.nonzero().flatten().tolist())
+            at += window.total
+        self.shown.append(shown)
+        self.asked.append(asked)
+        return self.reader.read(torch.cat(rows), work.rows)
+
+
+def write(
+    drafts: Sequence[Draft], method: Method, logits: Logits | None = None, slots: int | None = None
+) -> tuple[list[Finished], Toy, list[Step]]:
+    """Write all drafts; returns the results in order of their streams, the toy, and the steps."""
+    toy = Toy(logits or bidirectional(), method.reading)
+    seq = max(len(draft.tokens) for draft in drafts)
+    blocks = max(len(draft.blocks) for draft in drafts)
+    group = Group(method, slots or len(drafts), seq, blocks, MASK)
+    taken = list(steps(group, drafts, toy))
+    done = [finished for step in taken for finished in step.finished]
+    return sorted(done, key=lambda finished: finished.stream), toy, taken
