@@ -144,9 +144,8 @@ def test_steps_tell_what_changed():
     tokens = toy.shown[0][0]
     for step, after in zip(steps, [*toy.shown[1:], None], strict=True):
         row, column = step.changed.nonzero(as_tuple=True)
-        for position, token in zip(
-            (step.view.first[row] + column).tolist(), step.revision.tokens[row, column].tolist()
-        ):
+        positions, written = step.view.first[row] + column, step.revision.tokens[row, column]
+        for position, token in zip(positions.tolist(), written.tolist(), strict=True):
             tokens[position] = token
         assert after is None or tokens == after[0]
 

@@ -100,23 +100,29 @@ class PatternAttention(MegatronModule):
         return torch.cat([torch.cat(row, dim=2) for row in rows])
 
     def _attend_windows(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, windows: Windows) -> torch.Tensor:
-        """Window by window, each with the keys of its sequence; `[1, heads, total, head_dim]`."""
+        """Each window with the keys of its sequence; `[1, heads, total, head_dim]`."""
         kept = None if windows.memory is None else windows.memory.layer(self.layer_number, k)
+        if kept is not None:
+            windows.keep(kept, k, v)
         parts = []
-        for at, window in zip(windows.offsets, windows.windows, strict=False):
-            own = slice(at, at + window.width)
-            keys, values = k[:, :, own], v[:, :, own]
-            if kept is not None:
-                sequence = kept[:, window.slot : window.slot + 1]
-                place = slice(window.first, window.first + window.width)
-                sequence[0, :, :, place], sequence[1, :, :, place] = keys, values
-                keys, values = sequence[0, :, :, : window.keys], sequence[1, :, :, : window.keys]
-            parts.append(self._attend(q[:, :, own], keys, values, window.first, 0))
+        for run in windows.runs(self.block):
+            window, count = run.windows[0], len(run.windows)
+            own = slice(run.offset, run.offset + window.width * count)
+            if kept is None:
+                keys, values = k[:, :, own], v[:, :, own]
+            else:
+                keys, values = kept[:, window.slot : window.slot + count, :, : run.keys]
+            if count == 1:
+                parts.append(self._attend(q[:, :, own], keys, values, window.first, 0))
+            else:
+                together = q[0, :, own].unflatten(1, (count, window.width)).transpose(0, 1)
+                out = self._product(together, keys, values, attn_mask=run.mask)
+                parts.append(out.transpose(0, 1).flatten(1, 2)[None])
             if window.shadows:
                 shadow = slice(own.stop, own.stop + window.shadows)
                 keys, values = torch.cat([keys, k[:, :, shadow]], 2), torch.cat([values, v[:, :, shadow]], 2)
                 parts.append(self._product(q[:, :, shadow], keys, values, attn_mask=shadow_mask(window, q.device)))
-        return torch.cat(parts, dim=2)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_start: int, k_start: int) -> torch.Tensor:
         """One segment's keys and the local part of its queries; the starts are positions in the sequence."""

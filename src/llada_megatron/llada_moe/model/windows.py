@@ -70,6 +70,19 @@ class KeyValues:
 
 
 @dataclass(frozen=True)
+class Run:
+    """Windows whose queries meet their keys in one product: equally wide, their memory side by side."""
+
+    windows: Sequence[Window]
+    offset: int
+    """Where the first one begins in the packed pass."""
+    keys: int
+    """The most that one of them sees."""
+    mask: torch.Tensor | None
+    """bool `[windows, 1, 1, keys]`: which keys each sees; None = all of them, or a pattern within the one window."""
+
+
+@dataclass(frozen=True)
 class Windows:
     """The windows of one pass; stands where whole sequences have their segment boundaries."""
 
@@ -89,6 +102,56 @@ class Windows:
             offsets.append(offsets[-1] + window.total)
         return offsets
 
+    def runs(self, block: int | None) -> list[Run]:
+        """The windows, cut into stretches that one product serves, under attention in blocks of `block`."""
+        if block not in self._runs:
+            self._runs[block] = [self._run(first, count, block) for first, count in self._stretches(block)]
+        return self._runs[block]
+
+    def keep(self, kept: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write the windows' keys and values `[1, kv_heads, total, head_dim]` into a layer's memory."""
+        if len(self.windows) == 1:
+            window = self.windows[0]
+            place = kept[:, window.slot, :, window.first : window.first + window.width]
+            place[0], place[1] = keys[0, :, : window.width], values[0, :, : window.width]
+            return
+        slot, position, index = self._kept_tokens
+        kept[0][slot, :, position] = keys[0, :, index].transpose(0, 1)
+        kept[1][slot, :, position] = values[0, :, index].transpose(0, 1)
+
+    @cached_property
+    def _runs(self) -> dict[int | None, list[Run]]:
+        return {}
+
+    def _run(self, first: int, count: int, block: int | None) -> Run:
+        windows = self.windows[first : first + count]
+        if count == 1:
+            return Run(windows, self.offsets[first], windows[0].keys, None)
+        keys = torch.tensor([_keys_of_block(window, block) for window in windows])
+        most = int(keys.max())
+        seen = torch.arange(most) < keys[:, None, None, None]
+        return Run(windows, self.offsets[first], most, None if bool(seen.all()) else seen.to(self.positions.device))
+
+    def _stretches(self, block: int | None) -> list[tuple[int, int]]:
+        """(first, count) of consecutive windows that are alike."""
+        found: list[tuple[int, int]] = []
+        for number, window in enumerate(self.windows):
+            before = self.windows[number - 1] if number else None
+            if before is not None and self.memory is not None and _alike(before, window, block):
+                found[-1] = (found[-1][0], found[-1][1] + 1)
+            else:
+                found.append((number, 1))
+        return found
+
+    @cached_property
+    def _kept_tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Slot, position and place in the pass of the tokens whose keys are kept: all but the shadows."""
+        where = self.positions.device
+        slot = torch.cat([torch.full((window.width,), window.slot) for window in self.windows])
+        index = torch.cat([at + torch.arange(w.width) for at, w in zip(self.offsets, self.windows, strict=False)])
+        index = index.to(where)
+        return slot.to(where), self.positions[index], index
+
     def block_numbers(self, size: int) -> tuple[torch.Tensor, int]:
         """Number the blocks of `size` positions, counted from the start of each sequence; shadows have their own.
 
@@ -104,3 +167,18 @@ class Windows:
                     numbers.append(part - part[0] + count)
                     count += int(part[-1] - part[0]) + 1
         return torch.cat(numbers).to(self.positions.device), count
+
+
+def _alike(one: Window, other: Window, block: int | None) -> bool:
+    """Whether two windows are equally wide, their memory lies side by side, and all queries of each see the same."""
+    beside = (one.width, one.slot) == (other.width, other.slot - 1) and not (one.shadows or other.shadows)
+    return beside and _in_one_block(one, block) and _in_one_block(other, block)
+
+
+def _in_one_block(window: Window, block: int | None) -> bool:
+    return block is None or window.first // block == (window.first + window.width - 1) // block
+
+
+def _keys_of_block(window: Window, block: int | None) -> int:
+    """Keys that a window inside one block sees."""
+    return window.keys if block is None else min(window.keys, (window.first // block + 1) * block)
