@@ -15,6 +15,8 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.nn.functional import silu
 
+from llada_megatron.llada_moe.model.linear import unrecorded
+
 _silu_backward = torch.ops.aten.silu_backward
 
 
@@ -37,10 +39,25 @@ class PermutedExperts(SequentialMLP):
         Returns:
             `[tokens, hidden]` (under expert-tensor parallelism this rank's summand), and no bias.
         """
+        counts = tokens_per_expert.tolist()
+        if unrecorded(self):
+            return self._unrecorded(permuted_local_hidden_states, permuted_probs, counts), None
         first = [expert.linear_fc1.weight for expert in self.local_experts]
         second = [expert.linear_fc2.weight for expert in self.local_experts]
-        counts = tokens_per_expert.tolist()
         return _Experts.apply(permuted_local_hidden_states, permuted_probs, counts, *first, *second), None
+
+    def _unrecorded(self, x: torch.Tensor, probs: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """The same, with the activation of all experts at once and only the weights of those that have tokens."""
+        experts = list(self.local_experts)
+        both = x.new_empty(x.size(0), experts[0].linear_fc1.weight.size(0))
+        for e, (x_e, both_e) in _by_expert(counts, x, both):
+            torch.mm(x_e, experts[e].linear_fc1.weight.t(), out=both_e)
+        gate, up = both.chunk(2, dim=-1)
+        product = silu(gate).mul_(up).mul_(probs.unsqueeze(-1).to(x.dtype))
+        y = torch.empty_like(x)
+        for e, (product_e, y_e) in _by_expert(counts, product, y):
+            torch.mm(product_e, experts[e].linear_fc2.weight.t(), out=y_e)
+        return y
 
 
 class _Experts(torch.autograd.Function):

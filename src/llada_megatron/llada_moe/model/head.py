@@ -13,6 +13,8 @@ import torch
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from llada_megatron.llada_moe.model.linear import plain
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -82,6 +84,8 @@ def selected_logits(model: Any, hidden: torch.Tensor, selected: torch.Tensor) ->
     Returns:
         `[rows, vocab / tensor_parallel]`.
     """
+    if not model.config.sequence_parallel:
+        return _logits(model, hidden.transpose(0, 1)[selected])
     rows = _rows(model, selected.t())
     logits = _logits(model, _flat(hidden).index_select(0, rows.index))
     position = rows.position[rows.real]
@@ -101,6 +105,8 @@ def _flat(hidden: torch.Tensor) -> torch.Tensor:
 
 def _logits(model: Any, rows: torch.Tensor) -> torch.Tensor:
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+    if plain(model.output_layer):
+        return torch.nn.functional.linear(rows, model.output_layer.weight if weight is None else weight)
     logits, _ = model.output_layer(rows.unsqueeze(1), weight=weight)
     return logits.squeeze(1)
 

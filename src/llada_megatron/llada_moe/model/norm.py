@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from llada_megatron.llada_moe.model.linear import unrecorded
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm that tells Megatron to sum its gradient over the tensor ranks under sequence parallelism.
@@ -23,9 +25,17 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise `[..., hidden]`."""
-        if x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
-            return _Normalize.apply(x, self.weight, self.eps)
-        return super().forward(x)
+        if x.device.type != "cpu" or not x.dtype == self.weight.dtype == torch.float32:
+            return super().forward(x)
+        if unrecorded(self):
+            return x.mul(_scale(x, self.eps)).mul_(self.weight)
+        return _Normalize.apply(x, self.weight, self.eps)
+
+
+def _scale(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / sqrt(mean(x^2) + eps): `[..., 1]`."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
 
 
 class _Normalize(torch.autograd.Function):
@@ -33,8 +43,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        scale = _scale(x, eps)
         normalized = x * scale
         ctx.save_for_backward(normalized, weight, scale)
         return normalized * weight

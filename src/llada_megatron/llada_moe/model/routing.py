@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from llada_megatron.llada_moe.model.layer import DirectLayer
 from llada_megatron.llada_moe.model.patterns import block_numbers, whole_sequences
 from llada_megatron.llada_moe.model.windows import Windows
 
@@ -73,7 +73,7 @@ class BlockRouter(TopKRouter):
         return block_numbers(boundaries, self.block_size, positions.flatten())
 
 
-class BlockRoutedLayer(TransformerLayer):
+class BlockRoutedLayer(DirectLayer):
     """A layer whose router knows the segments.
 
     They are an argument of the layer, so that a layer that is run again in the backward pass sees its own.

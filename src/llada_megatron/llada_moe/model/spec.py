@@ -13,6 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_bac
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,12 +26,24 @@ from megatron.core.transformer.transformer_layer import (
 from llada_megatron.llada_moe.config.schema import MoEConfig
 from llada_megatron.llada_moe.model.attention import PatternAttention
 from llada_megatron.llada_moe.model.experts import PermutedExperts
+from llada_megatron.llada_moe.model.layer import DirectAttention, DirectExperts, DirectLayer
+from llada_megatron.llada_moe.model.linear import ColumnLinear, RowLinear
 from llada_megatron.llada_moe.model.norm import RMSNorm
 from llada_megatron.llada_moe.model.routing import BlockRoutedLayer, BlockRouter
 
 
 class LocalProvider(LocalSpecProvider):
-    """Megatron's own parallel layers with our norm and attention."""
+    """Megatron's own parallel layers, with short ways in evaluation, with our norm and attention."""
+
+    layer, attention, mixture = DirectLayer, DirectAttention, DirectExperts
+
+    def column_parallel_linear(self) -> type:
+        """A plain product in evaluation."""
+        return ColumnLinear
+
+    def row_parallel_linear(self) -> type:
+        """A plain product in evaluation."""
+        return RowLinear
 
     def layer_norm(self, *_: Any, **__: Any) -> type:
         """RMSNorm everywhere."""
@@ -62,6 +75,8 @@ def provider() -> Any:
     class TransformerEngineProvider(TESpecProvider):
         """Transformer Engine's linear layers, norms and grouped experts, with our attention."""
 
+        layer, attention, mixture = TransformerLayer, SelfAttention, MoELayer
+
         def core_attention(self) -> type:
             return PatternAttention
 
@@ -83,23 +98,32 @@ def _layer(config: TransformerConfig, backend: Any, moe: bool, block: int | None
     )
     mask = AttnMaskType.causal if block == 1 else AttnMaskType.no_mask
     return ModuleSpec(
-        module=TransformerLayer,
+        module=backend.layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=attention),
+            self_attention=ModuleSpec(module=backend.attention, params={"attn_mask_type": mask}, submodules=attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=get_mlp_module_spec_for_backend(
-                backend, num_experts=config.num_moe_experts if moe else None, moe_grouped_gemm=config.moe_grouped_gemm
-            ),
+            mlp=_mixture(config, backend) if moe else get_mlp_module_spec_for_backend(backend),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
+def _mixture(config: TransformerConfig, backend: Any) -> Any:
+    """Routed experts: a ModuleSpec before megatron-core 0.19, then a partial."""
+    spec = get_mlp_module_spec_for_backend(
+        backend, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+    )
+    if isinstance(spec, functools.partial):
+        return functools.partial(backend.mixture, *spec.args, **spec.keywords)
+    spec.module = backend.mixture
+    return spec
+
+
 def _route_by_blocks(layer: ModuleSpec, moe: MoEConfig) -> None:
     """Replace the router of a MoE layer, and the layer by one that tells it the segments."""
-    mlp = layer.submodules.mlp  # a ModuleSpec before megatron-core 0.19, then a partial
+    mlp = layer.submodules.mlp
     submodules = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
     submodules.router = functools.partial(
         BlockRouter, expert_capacity=moe.expert_capacity, block_size=moe.routing_block_size

@@ -1,0 +1,99 @@
+"""Megatron's Transformer layer, attention and mixture of experts, whose parts are called directly in evaluation.
+
+Modules, parameters, their names and the path that training takes are Megatron's own. Between the modules Megatron
+prepares for recomputation, offloading, CUDA graphs and caches of its own, computes the cosines of a layer twice, and
+exchanges tokens even where a rank holds all experts; a pass over a few positions would spend more time on that than on
+its products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from llada_megatron.llada_moe.model.linear import unrecorded
+
+
+class DirectLayer(TransformerLayer):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor, None]:
+        """As Megatron's.
+
+        Args:
+            hidden_states: `[seq, batch, hidden]`.
+            arguments: `attention_mask` and `rotary_pos_emb` for the attention; of the others our model gives none.
+
+        Returns:
+            `[seq, batch, hidden]`, and no context.
+        """
+        if not unrecorded(self):
+            return super().forward(hidden_states, **arguments)
+        attended, _ = self.self_attention(
+            self.input_layernorm(hidden_states), arguments["attention_mask"], rotary_pos_emb=arguments["rotary_pos_emb"]
+        )
+        hidden_states = hidden_states + attended
+        computed, _ = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        return hidden_states + computed, None
+
+
+class DirectAttention(SelfAttention):
+    """Projections, norms of queries and keys, rotation, core attention, projection."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: Any, *, rotary_pos_emb: torch.Tensor, **arguments: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As Megatron's.
+
+        Args:
+            hidden_states: `[seq, batch, hidden]`.
+            attention_mask: what the core attention takes.
+            rotary_pos_emb: angles `[seq, 1, 1, rotary_dim]`.
+            arguments: Megatron's others, of which our model gives none.
+
+        Returns:
+            `[seq, batch, hidden]`, and no bias.
+        """
+        if not unrecorded(self):
+            return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **arguments)
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        cosine, sine = turns(rotary_pos_emb, query.dtype)
+        out = self.core_attention(rotate(query, cosine, sine), rotate(key, cosine, sine), value, attention_mask)
+        return self.linear_proj(out)
+
+
+class DirectExperts(MoELayer):
+    """Routed experts, and the shared one, on a rank that holds them whole; with others, Megatron exchanges tokens."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **arguments: Any) -> tuple[torch.Tensor, None]:
+        """As Megatron's; `hidden_states` `[seq, batch, hidden]`."""
+        if not unrecorded(self) or self.token_dispatcher.tp_ep_group.size() > 1:
+            return super().forward(hidden_states, *args, **arguments)
+        weights, chosen = (part.t() for part in self.router(hidden_states))
+        tokens = hidden_states.flatten(0, 1)
+        token = chosen.nonzero()[:, 1]  # by expert, as the experts take them
+        computed, _ = self.experts(tokens.index_select(0, token), chosen.sum(dim=1), weights[chosen])
+        out = torch.zeros_like(tokens).index_add_(0, token, computed).view_as(hidden_states)
+        return out if self.shared_experts is None else out.add_(self.shared_experts(hidden_states)), None
+
+
+def turns(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines, and sines that are negative in the first half, of `angles` `[seq, 1, 1, rotary_dim]`."""
+    sine = angles.sin()
+    sine[..., : angles.size(-1) // 2].neg_()
+    return angles.cos().to(dtype), sine.to(dtype)
+
+
+def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Rotate feature i of `x` `[seq, batch, heads, head_dim]` with feature i + rotary_dim / 2; those above stay.
+
+    `cosine` and `sine` are those of `turns`. Source: RoPE (arXiv 2104.09864), with halves instead of neighbours.
+    """
+    width = cosine.size(-1)
+    part = x if width == x.size(-1) else x[..., :width]
+    turned = (part * cosine).add_(part.roll(width // 2, -1).mul_(sine))
+    return turned if width == x.size(-1) else torch.cat([turned, x[..., width:]], dim=-1)
