@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from llada_megatron.llada_moe.sampling import draws
 
-Need = Literal["entropy", "current"]
+Need = Literal["entropy", "current", "text"]
 """What a schedule or an editor may ask for beside token and confidence."""
 Gather = Callable[[Tensor], Tensor]
 """Packets `[rows, numbers]` of this shard -> those of all shards in order `[shards, rows, numbers]` (collective)."""
@@ -33,6 +33,8 @@ class Statistics:
     """float32, nats."""
     current: Tensor | None = None
     """float32: probability of the token that stands there."""
+    text: Tensor | None = None
+    """int64: as `token`, the best that is none of `Reading.operations`."""
 
     def packed(self) -> Tensor:
         """`[rows, fields]` float32, for another rank."""
@@ -44,7 +46,8 @@ class Statistics:
         """From `packed`, of statistics read with these `needs`."""
         columns = iter(packed.unbind(-1))
         token, confidence = next(columns).long(), next(columns)
-        return cls(token, confidence, *[next(columns) if name in needs else None for name in ("entropy", "current")])
+        entropy, current, text = (next(columns) if name in needs else None for name in get_args(Need))
+        return cls(token, confidence, entropy, current, None if text is None else text.long())
 
     def placed(self, place: Tensor, shape: tuple[int, int]) -> Statistics:
         """Rows put at the offsets `place` `[rows]` of a flattened view of this shape; zeros elsewhere."""
@@ -79,6 +82,8 @@ class Reading:
     needs: frozenset[Need] = frozenset()
     excluded: Sequence[int] = ()
     """Ids that are never chosen and take no probability: the mask token, ids without a token, end of text in gaps."""
+    operations: Sequence[int] = ()
+    """Ids that an editor carries out instead of writing them (delete, insert)."""
     temperature: float = 0.0
     """0 = the most probable token; above it Gumbel-max sampling in float64."""
     guidance: float = 0.0
@@ -108,13 +113,13 @@ class Reader:
         if self.reading.guidance:
             given, blank = logits.chunk(2)
             logits = blank + (1.0 + self.reading.guidance) * (given - blank)
-        logits = self._without_excluded(logits)
+        logits = self._without(logits, self.reading.excluded)
         packet = torch.stack(self._packet(logits, rows), dim=-1)
         self.packet_bytes = packet[:1].nbytes
         return self._merge(self._gather(packet).cpu())
 
-    def _without_excluded(self, logits: Tensor) -> Tensor:
-        own = [i - self._first for i in self.reading.excluded if 0 <= i - self._first < logits.shape[1]]
+    def _without(self, logits: Tensor, ids: Sequence[int]) -> Tensor:
+        own = [i - self._first for i in ids if 0 <= i - self._first < logits.shape[1]]
         return logits.index_fill(1, torch.tensor(own, device=logits.device), -torch.inf) if own else logits
 
     def _packet(self, logits: Tensor, rows: Rows) -> list[Tensor]:
@@ -134,7 +139,17 @@ class Reader:
             inside = (own >= 0) & (own < logits.shape[1])
             there = logits.gather(1, own.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
             packet += [there.masked_fill(~inside, -torch.inf)]
+        if "text" in self.reading.needs:
+            packet += self._text(logits, rows)
         return packet
+
+    def _text(self, logits: Tensor, rows: Rows) -> list[Tensor]:
+        """The best token that is no operation, and its score: as one float32, or as two of a perturbed one."""
+        logits = self._without(logits, self.reading.operations)
+        if self.reading.temperature:
+            return self._drawn(logits, rows)[:3]
+        best, choice = logits.max(-1)
+        return [(choice + self._first).float(), best]
 
     def _drawn(self, logits: Tensor, rows: Rows) -> list[Tensor]:
         """The best perturbed score (a float64 as the sum of two float32), its token, and its logit."""
@@ -161,13 +176,18 @@ class Reader:
         else:
             token, _ = _of_the_best(best, token, best)
             confidence = 1.0 / whole
-        entropy = current = None
+        entropy = current = text = None
         if "entropy" in self.reading.needs:
             moment = (scale * (next(columns) + (best - top) * total)).sum(0)
             entropy = (whole.log() - moment / whole).clamp(min=0.0)
         if "current" in self.reading.needs:
             current = (next(columns).amax(0) - top).exp() / whole
-        return Statistics(token.long(), confidence, entropy, current)
+        if "text" in self.reading.needs:
+            text, score = next(columns), next(columns).double()
+            if self.reading.temperature:
+                score = score + next(columns).double()
+            text = _of_the_best(score, text, score)[0].long()
+        return Statistics(token.long(), confidence, entropy, current, text)
 
 
 def _of_the_best(score: Tensor, token: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from llada_megatron.llada_moe.config.schema import ModelConfig, ObjectiveConfig
+from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.sampling.statistics import Need, Statistics
 from llada_megatron.llada_moe.sampling.view import View
 
@@ -30,7 +32,8 @@ class Revising(Protocol):
     def revise(self, statistics: Statistics, view: View, chosen: Tensor) -> Revision:
         """What becomes of a view whose schedule chose to commit `chosen` `[rows, columns]`.
 
-        It must make progress: every row ends its block after finitely many steps.
+        It must make progress: every row ends its block after finitely many steps. A row with masks of which none is
+        chosen was only prefilled: it stays as it is.
         """
         ...
 
@@ -58,6 +61,11 @@ class Editor(Protocol):
         """Whether written positions are judged by their shadows (see `model.windows`): masks put in their place."""
         ...
 
+    @property
+    def operations(self) -> Collection[int]:
+        """Ids that are not text but operations on it: chosen like tokens, carried out, never written."""
+        ...
+
     def start(self, slots: int, seq: int) -> Revising:
         """The rule at work; see `Schedule.start`."""
         ...
@@ -67,10 +75,11 @@ class Editor(Protocol):
 class NoEditor:
     """What is written stays."""
 
-    needs: frozenset[Need] = frozenset()
-    edits: bool = False
-    reach: int = 0
-    shadow: bool = False
+    needs = frozenset[Need]()
+    edits = False
+    reach = 0
+    shadow = False
+    operations = ()
 
     def start(self, slots: int, seq: int) -> Revising:
         """See `Editor`."""
@@ -85,3 +94,22 @@ class NoEditor:
 def commit(statistics: Statistics, view: View, chosen: Tensor) -> Tensor:
     """The view's tokens with the chosen predictions written: `[rows, columns]`."""
     return statistics.token.where(chosen, view.tokens)
+
+
+def require_in_range(edit_threshold: float, max_post_steps: int) -> None:
+    """Raises: ConfigError: a setting that editors share is out of range."""
+    if not 0 <= edit_threshold <= 1:
+        raise ConfigError(f"editor.edit_threshold: {edit_threshold} must lie between 0 and 1; it is a probability")
+    if max_post_steps < 0:
+        raise ConfigError(f"editor.max_post_steps: {max_post_steps} must not be negative")
+
+
+def never_written(model: ModelConfig, editor: Editor) -> tuple[int, ...]:
+    """Ids that a reader must leave out: the mask token, and the model's operations where the editor knows none."""
+    operations = {model.delete_token_id, model.insert_token_id} - {None} - set(editor.operations)
+    return (model.mask_token_id, *sorted(operations))
+
+
+def trained_for_editing(objective: ObjectiveConfig) -> bool:
+    """Whether a model learnt to correct written tokens. One that did not says nothing sensible at those positions."""
+    return objective.replace_ratio > 0

@@ -1,0 +1,28 @@
+"""Rules for what may still change of the tokens that were written."""
+
+from llada_megatron.llada_moe.sampling.editors.base import (
+    Editor,
+    NoEditor,
+    Revising,
+    Revision,
+    commit,
+    never_written,
+    trained_for_editing,
+)
+from llada_megatron.llada_moe.sampling.editors.levenshtein import Levenshtein
+from llada_megatron.llada_moe.sampling.editors.tokens import TokenEditing
+from llada_megatron.llada_moe.sampling.editors.wino import WideIn, Wino
+
+__all__ = [
+    "Editor",
+    "Levenshtein",
+    "NoEditor",
+    "Revising",
+    "Revision",
+    "TokenEditing",
+    "WideIn",
+    "Wino",
+    "commit",
+    "never_written",
+    "trained_for_editing",
+]
