@@ -14,8 +14,11 @@ from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.parallel import device
 from llada_megatron.parallel.coordinates import Coordinates
 
+TIME_LIMIT_S = 600.0
+"""A collective that takes longer fails: a rank is gone or hangs."""
 
-def join(rank: int, world_size: int, init_method: str = "env://", timeout_s: float = 600.0) -> None:
+
+def join(rank: int, world_size: int, init_method: str = "env://", timeout_s: float = TIME_LIMIT_S) -> None:
     """Join the world process group: NCCL on this process's GPU, or gloo."""
     if device.cuda_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
