@@ -28,25 +28,13 @@ class FixedData:
     """Stands in for `TrainingData`: the batch that was put into it, whatever samples are asked for."""
 
     def __init__(self) -> None:
-        self.current: MaskedBatch | None = None
+        self.current: Batch | None = None
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """The current batch with the diffusion weight 1/p at the masked positions (p = 1/2)."""
+        """The current batch."""
         if self.current is None or len(numbers) != self.current.inputs.size(0):
             raise ValueError("put a batch of the step's size into `current` first")
-        masked = self.current.masked
-        sequences, length = masked.shape
-        live = torch.full((sequences,), length, dtype=torch.int64)
-        ratio = masked.float().mean(dim=1)
-        return Batch(
-            inputs=self.current.inputs,
-            labels=self.current.labels,
-            weights=masked.float() / ratio[:, None],
-            boundaries=whole_sequences(sequences, length),
-            mask_ratio=ratio,
-            live=live,
-            answer=live.clone(),
-        )
+        return self.current
 
 
 class Ours:
@@ -57,15 +45,37 @@ class Ours:
         chunks = build_run_chunks(run)
         models = wrap(run, chunks)
         self.chunk = chunks[0]
-        self._step = TrainingStep(run, models, build_optimizer(run, models), self._data)
+        self.optimizer = build_optimizer(run, models)
+        self._step = TrainingStep(run, models, self.optimizer, self._data)
         self._number = 0
 
     def step(self, batch: MaskedBatch) -> float:
         """One training step; returns the loss."""
+        return self.step_on(training_batch(batch))
+
+    def step_on(self, batch: Batch) -> float:
+        """The same on any batch of the run's size."""
         self._data.current = batch
         result = self._step(self._number)
         self._number += 1
         return float(result.losses.loss)
+
+
+def training_batch(batch: MaskedBatch) -> Batch:
+    """The batch with the diffusion weight 1/p at the masked positions (p = 1/2)."""
+    masked = batch.masked
+    sequences, length = masked.shape
+    live = torch.full((sequences,), length, dtype=torch.int64)
+    ratio = masked.float().mean(dim=1)
+    return Batch(
+        inputs=batch.inputs,
+        labels=batch.labels,
+        weights=masked.float() / ratio[:, None],
+        boundaries=whole_sequences(sequences, length),
+        mask_ratio=ratio,
+        live=live,
+        answer=live.clone(),
+    )
 
 
 def run_config(model: ModelConfig, sequences: int, length: int, learning_rate: float, clip: float) -> RunConfig:

@@ -1,0 +1,189 @@
+"""Small models that have learnt the small language, trained once by the product's own step and then found again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llada_megatron import __version__
+from llada_megatron.console import message
+from llada_megatron.llada_moe.config import dump_yaml, to_dict
+from llada_megatron.llada_moe.config.schema import (
+    DataConfig,
+    LearningRateConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+)
+from llada_megatron.parallel.checkpoint.manifest import steps, write_durably
+from llada_megatron.tools.bench.sampling.language import Language
+from llada_megatron.tools.bench.sampling.lessons import Lessons
+from llada_megatron.tools.bench.single import single_process
+
+MODEL_FILE = "model.yaml"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the weights of a small model."""
+
+    steps: int
+    learning_rate: float
+    block_size: int | None = None
+    """Positions of a block of block-causal attention, counted from the start of the sequence; None = full attention."""
+    parent: Recipe | None = None
+    """Start from its weights."""
+    language: Language = field(default_factory=Language)
+    new_tokens: int = 128
+    """Positions of a response, filled up with end-of-text tokens."""
+    num_layers: int = 6
+    hidden_size: int = 256
+    ffn_hidden_size: int = 768
+    heads: int = 8
+    sequences: int = 8
+    """Of a step."""
+    edited_sequences: float = 0.5
+    edited_tokens: float = 0.1
+    """See `Lessons`."""
+    warmup_steps: int = 50
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """What its directory is called: another recipe has another name."""
+        kind = "full" if self.block_size is None else f"block-causal-{self.block_size}"
+        content = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+    @property
+    def model(self) -> ModelConfig:
+        """A dense LLaDA."""
+        return ModelConfig(
+            family="llada",
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            head_dim=self.hidden_size // self.heads,
+            vocab_size=self.language.vocab_size,
+            max_sequence_length=1024,
+            mask_token_id=self.language.mask_id,
+            eos_token_id=self.language.eos_id,
+            rope_theta=10000.0,
+        )
+
+    @property
+    def length(self) -> int:
+        """Positions of a training sequence: the longest prompt and its response, in whole blocks."""
+        block = self.block_size or 1
+        return -(-(self.language.longest_prompt + self.new_tokens) // block) * block
+
+    @property
+    def lessons(self) -> Lessons:
+        """Under block-causal attention a response is filled up to the end of its last block, and further: what stands
+        behind a block does not reach it."""
+        return Lessons(
+            self.language,
+            self.sequences,
+            self.length,
+            self.new_tokens if self.block_size is None else None,
+            self.edited_sequences,
+            self.edited_tokens,
+            self.seed,
+        )
+
+    @property
+    def run(self) -> RunConfig:
+        """The run of its training, in fp32 on one rank."""
+        from llada_megatron.tools.bench.ours import run_config
+
+        run = run_config(self.model, self.sequences, self.length, self.learning_rate, clip=1.0)
+        rate = LearningRateConfig(
+            peak=self.learning_rate, warmup_steps=self.warmup_steps, decay_steps=self.steps // 2, decay_shape="cosine"
+        )
+        return dataclasses.replace(
+            run,
+            training=dataclasses.replace(run.training, steps=self.steps, seed=self.seed),
+            objective=ObjectiveConfig(block_size=self.block_size, normalization="answer_length"),
+            data=DataConfig(sets=[]),
+            optimizer=OptimizerConfig(learning_rate=rate),
+            output_dir="",
+        )
+
+
+FULL = Recipe(steps=900, learning_rate=1e-3)
+BLOCK_CAUSAL = Recipe(steps=300, learning_rate=5e-4, block_size=32, parent=FULL, seed=1)
+
+
+def train_or_find(directory: Path, recipe: Recipe, threads: int = 1) -> Path:
+    """The run directory of the recipe's model below `directory`; trained now unless it was before.
+
+    Args:
+        threads: of the CPU, for the training.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    target = Path(directory) / recipe.name
+    if steps(target / "checkpoints"):
+        return target
+    parent = train_or_find(directory, recipe.parent, threads) if recipe.parent is not None else None
+    message(f"training a small model for {recipe.steps} steps, once; it stays in {target}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with single_process(recipe.seed):
+            _train(target, recipe, parent)
+    finally:
+        torch.set_num_threads(before)
+    return target
+
+
+def _train(target: Path, recipe: Recipe, parent: Path | None) -> None:
+    from llada_megatron.parallel.assembly import load_model_state, model_state
+    from llada_megatron.parallel.checkpoint.search import find_checkpoints
+    from llada_megatron.parallel.checkpoint.store import CheckpointStore
+    from llada_megatron.parallel.optimizer import set_learning_rate
+    from llada_megatron.parallel.progress import Progress
+    from llada_megatron.tools.bench.ours import Ours
+
+    run, lessons, store = recipe.run, recipe.lessons, CheckpointStore(target / "checkpoints")
+    ours = Ours(run)
+    if parent is not None:
+        state, _ = store.load(find_checkpoints(parent)[0], model_state([ours.chunk]))
+        load_model_state([ours.chunk], state)
+        ours.optimizer.reload_model_params()
+    with Progress(recipe.steps, line_seconds=20.0) as progress:
+        for step in range(recipe.steps):
+            set_learning_rate(run, ours.optimizer, step)
+            loss = ours.step_on(lessons.batch(step))
+            progress.update(step + 1, loss)
+    target.mkdir(parents=True, exist_ok=True)
+    write_durably(target / MODEL_FILE, dump_yaml(run.model).encode())
+    store.save(recipe.steps, model_state([ours.chunk]), _facts(run))
+
+
+def _facts(run: RunConfig) -> dict[str, Any]:
+    """What the manifest says."""
+    return {
+        "model": to_dict(run.model),
+        "run": to_dict(run),
+        "step": run.training.steps,
+        "consumed_samples": run.training.steps * run.training.global_batch_size,
+        "layout": to_dict(run.layout),
+        "versions": {
+            "llada-megatron": __version__,
+            "torch": torch.__version__,
+            "megatron-core": metadata.version("megatron-core"),
+        },
+        "tokenizer": None,
+    }
