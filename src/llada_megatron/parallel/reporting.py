@@ -47,7 +47,7 @@ class Reporter:
         torch.distributed.all_reduce(peak)
         diffusion = self.run.objective.kind == "diffusion"
         objective = self.run.objective
-        mean_ratio = (objective.mask_ratio_min + objective.mask_ratio_max) / 2
+        mean_ratio = 1.0 if objective.replace_ratio else (objective.mask_ratio_min + objective.mask_ratio_max) / 2
         work = flops_per_token(
             self.run.model,
             self.run.training.sequence_length,

@@ -62,6 +62,10 @@ class ModelConfig:
     max_sequence_length: int
     mask_token_id: int
     eos_token_id: int
+    delete_token_id: int | None = None
+    """Predicted where a token is to be deleted (LLaDA2.2: 156930); null = the model was not trained to."""
+    insert_token_id: int | None = None
+    """Predicted where one is to be inserted before a token (LLaDA2.2: 156931, published as `split_token_id`)."""
     rms_norm_eps: float = 1e-5
     rope_theta: float = 500000.0
     rotary_fraction: float = 1.0
@@ -91,7 +95,11 @@ class ObjectiveConfig:
     random_length_probability: float = 0.01
     """Share of sequences cut to a length drawn from U{1..sequence_length} (P8B: 1 %)."""
     normalization: Literal["all_tokens", "answer_length", "masked_tokens"] = "all_tokens"
-    """What the weighted cross-entropy is divided by (P8B: all tokens of the batch)."""
+    """What the weighted cross-entropy is divided by (P8B: all tokens of the batch); masked_tokens = the supervised."""
+    replace_ratio: float = 0.0
+    """Training for editing, as LLaDA2.1 has it: this share of the tokens that are not masked is shown as another,
+    random token, and all that are not masked are supervised too, with weight 1: which are wrong, and what they should
+    be. 0 = off. LLaDA2.1's own rate is not published."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,14 +79,7 @@ def check_model(model: ModelConfig, refuse: Refuse) -> None:
             f"head_dim {model.head_dim} x rotary_fraction {model.rotary_fraction} = {rotated:g} must be an even "
             "number of features, at most head_dim",
         )
-    for key in ("mask_token_id", "eos_token_id"):
-        if not 0 <= getattr(model, key) < model.vocab_size:
-            refuse(
-                key,
-                f"{getattr(model, key)} is outside the vocabulary of {model.vocab_size} (0 to {model.vocab_size - 1})",
-            )
-    if model.mask_token_id == model.eos_token_id:
-        refuse("mask_token_id", f"{model.mask_token_id} is also eos_token_id; text that ends would look masked")
+    check_special_tokens(model, refuse)
     families = DENSE_FAMILIES if model.moe is None else MOE_FAMILIES
     if model.family not in families:
         kind = "a dense model" if model.moe is None else "a MoE model"
@@ -94,6 +87,23 @@ def check_model(model: ModelConfig, refuse: Refuse) -> None:
         refuse("family", f"{model.family} cannot hold {kind} (no published checkpoint does); use {usable}")
     if model.moe is not None:
         check_moe(model.moe, model.num_layers, lambda key, message: refuse(f"moe.{key}", message))
+
+
+def check_special_tokens(model: ModelConfig, refuse: Refuse) -> None:
+    """Ids of the vocabulary that each mean one thing."""
+    keys = ("mask_token_id", "eos_token_id", "delete_token_id", "insert_token_id")
+    ids = {key: getattr(model, key) for key in keys if getattr(model, key) is not None}
+    for key, value in ids.items():
+        if not 0 <= value < model.vocab_size:
+            refuse(key, f"{value} is outside the vocabulary of {model.vocab_size} (0 to {model.vocab_size - 1})")
+    if model.mask_token_id == model.eos_token_id:
+        refuse("mask_token_id", f"{model.mask_token_id} is also eos_token_id; text that ends would look masked")
+    if (model.delete_token_id is None) != (model.insert_token_id is None):
+        refuse("insert_token_id", "a model has delete_token_id and insert_token_id, or neither; give both")
+    for key in keys[2:]:
+        same = [other for other, value in ids.items() if value == ids.get(key) and keys.index(other) < keys.index(key)]
+        if key in ids and same:
+            refuse(key, f"{ids[key]} is also {same[0]}; it could not be told from it")
 
 
 def check_moe(moe: MoEConfig, num_layers: int, refuse: Refuse) -> None:
@@ -179,6 +189,13 @@ def check_objective(objective: ObjectiveConfig, refuse: Refuse) -> None:
         )
     elif block is not None and block <= 0:
         refuse("objective.block_size", f"{block} must be greater than 0; null is full attention")
+    if not 0 <= objective.replace_ratio < 1:
+        refuse("objective.replace_ratio", f"{objective.replace_ratio} must be at least 0 and less than 1")
+    elif objective.replace_ratio > 0 and objective.kind != "diffusion":
+        refuse(
+            "objective.replace_ratio",
+            f"{objective.replace_ratio} with kind {objective.kind}, which has no noise; remove the replace ratio",
+        )
     low, high = objective.mask_ratio_min, objective.mask_ratio_max
     if not 0 <= low < high <= 1:
         refuse(

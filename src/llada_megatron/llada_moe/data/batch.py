@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llada_megatron.llada_moe.diffusion.noise import Corruption
+from llada_megatron.llada_moe.diffusion.noise import Corruption, Words
 
 
 @dataclass
@@ -18,11 +18,12 @@ class Batch:
     """Sequences of one forward pass, on the CPU."""
 
     inputs: Tensor
-    """[batch, seq] int64: tokens, some of them masked."""
+    """[batch, seq] int64: tokens, some of them masked or replaced."""
     labels: Tensor
     """[batch, seq] int64: what each position should predict (read where weights > 0)."""
     weights: Tensor
-    """[batch, seq] float32: 0 = not supervised; diffusion: 1/p where masked; autoregressive: 1 before a next token."""
+    """[batch, seq] float32: 0 = not supervised; diffusion: 1/p where masked, and 1 elsewhere when tokens are replaced;
+    autoregressive: 1 before a next token."""
     boundaries: Tensor
     """[segments + 1] int32: ascending offsets into the flattened [batch * seq] between which attention stays; 0 first,
     batch * seq last, every sequence start among them."""
@@ -46,13 +47,26 @@ class Row:
     live: int
 
 
-def diffusion_row(tokens: NDArray[np.int64], boundaries: NDArray[np.int32], noise: Corruption, mask_id: int) -> Row:
+def diffusion_row(
+    tokens: NDArray[np.int64],
+    boundaries: NDArray[np.int32],
+    noise: Corruption,
+    mask_id: int,
+    words: Words | None = None,
+) -> Row:
     """A masked sequence [seq]: its own tokens are the labels (no shift), weighted 1/p where masked.
 
-    A cut makes the tail a segment of its own, which nothing live attends to.
+    A cut makes the tail a segment of its own, which nothing live attends to. Where the noise replaces tokens, by some
+    of `words`, all others that are live are weighted 1, also those shown as they are: a model that is only ever asked
+    about wrong tokens would learn that what it sees is wrong.
     """
     inputs = np.where(noise.mask, mask_id, tokens)
     weights = noise.mask * np.float32(1.0 / noise.ratio if noise.ratio > 0 else 0.0)
+    if noise.replacement is not None:
+        if words is None:
+            raise ValueError("noise that replaces tokens needs the words to replace them by")
+        inputs = np.where(noise.replacement.replaced, words.other(tokens, noise.replacement.choice), inputs)
+        weights[: noise.length] = np.where(noise.mask, weights, np.float32(1.0))[: noise.length]
     if noise.length < len(tokens) and noise.length not in boundaries:
         boundaries = np.sort(np.append(boundaries, np.int32(noise.length)))
     return Row(inputs, tokens, weights, boundaries, noise.ratio, noise.length)

@@ -9,7 +9,7 @@ from llada_megatron.llada_moe.data.batch import Batch, Row, autoregressive_row, 
 from llada_megatron.llada_moe.data.blend import Blend
 from llada_megatron.llada_moe.data.manifest import Manifest, read_manifest
 from llada_megatron.llada_moe.data.packing import PackedDataset, Split
-from llada_megatron.llada_moe.diffusion.noise import Coordinates, ForwardProcess
+from llada_megatron.llada_moe.diffusion.noise import Coordinates, ForwardProcess, Words
 from llada_megatron.llada_moe.errors import ConfigError, DataError
 
 
@@ -39,6 +39,9 @@ class TrainingData:
         self.blend = Blend([entry.weight for entry in data.sets])
         self._mask_id = run.model.mask_token_id
         self._noise: ForwardProcess | None = None
+        self._words: Words | None = None
+        if run.objective.replace_ratio:
+            self._words = Words(self.manifests[0].tokenizer.vocab_size, special_ids(run.model))
         if run.objective.kind == "diffusion":
             self._noise = ForwardProcess(run.objective, training.seed, training.global_batch_size, split)
 
@@ -62,7 +65,13 @@ class TrainingData:
         tokens, boundaries = self.sets[at.set].window(at.window)
         if self._noise is None:
             return autoregressive_row(tokens, boundaries)
-        return diffusion_row(tokens, boundaries, self._noise.corrupt(at, len(tokens)), self._mask_id)
+        return diffusion_row(tokens, boundaries, self._noise.corrupt(at, len(tokens)), self._mask_id, self._words)
+
+
+def special_ids(model: ModelConfig) -> set[int]:
+    """Ids of a model that are no text."""
+    ids = (model.mask_token_id, model.eos_token_id, model.delete_token_id, model.insert_token_id)
+    return {i for i in ids if i is not None}
 
 
 def check_manifests(run: RunConfig, manifests: Sequence[Manifest]) -> None:

@@ -7,6 +7,7 @@ therefore sees the same mask without a message, and a sequence's mask does not d
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from llada_megatron.llada_moe.config.schema import ObjectiveConfig
 from llada_megatron.llada_moe.data.permutation import permute
 
-_TIME, _MASK, _LENGTH, _STRATUM = range(4)
+_TIME, _MASK, _LENGTH, _STRATUM, _REPLACED, _SUBSTITUTE = range(6)
 """Purposes: streams that never share a draw."""
 _SPLITS = {"train": 0, "validation": 1}
 
@@ -33,6 +34,16 @@ class Coordinates:
 
 
 @dataclass(frozen=True)
+class Replacement:
+    """Which tokens of a sequence are shown as others."""
+
+    replaced: NDArray[np.bool_]
+    """[seq], True = another token is shown; none is masked."""
+    choice: NDArray[np.float64]
+    """[seq], draws of U[0, 1): which one (see `Words.other`)."""
+
+
+@dataclass(frozen=True)
 class Corruption:
     """One sequence's noise."""
 
@@ -42,6 +53,8 @@ class Corruption:
     """p, the probability with which each live position was masked."""
     length: int
     """Live positions; those from here on are cut off (neither masked nor supervised, not seen by the live ones)."""
+    replacement: Replacement | None = None
+    """None = every token that is not masked is shown as it is."""
 
 
 class ForwardProcess:
@@ -49,16 +62,18 @@ class ForwardProcess:
 
     Published form: P8B and its GUIDELINES (epsilon 1e-3, t over [0, 1), 1 % of the sequences cut to a length from
     U{1..seq}); the band on t is LLaDA2's. A sequence may come out without a masked token, as in the published code.
+    With a replace ratio, each live token that is not masked is replaced with that probability (T2T of LLaDA2.1).
     """
 
     def __init__(self, objective: ObjectiveConfig, seed: int, global_batch_size: int, split: str = "train") -> None:
-        """Validation measures the bound itself: the whole range of t, stratified, and nothing is cut."""
+        """Validation measures the bound itself: the whole range of t, stratified; nothing is cut or replaced."""
         self._epsilon = objective.epsilon
         self._seed, self._split = seed & (1 << 64) - 1, _SPLITS[split]
         training = split == "train"
         self._band = (objective.mask_ratio_min, objective.mask_ratio_max) if training else (0.0, 1.0)
         self._strata = 1 if training and objective.time_sampling == "uniform" else global_batch_size
         self._cut_probability = objective.random_length_probability if training else 0.0
+        self._replace_ratio = objective.replace_ratio if training else 0.0
 
     def corrupt(self, at: Coordinates, length: int) -> Corruption:
         """The noise of one sequence of `length` tokens."""
@@ -66,7 +81,7 @@ class ForwardProcess:
         live = self._length(at, length)
         mask = self._uniform(_MASK, at, length) < ratio
         mask[live:] = False
-        return Corruption(mask, ratio, live)
+        return Corruption(mask, ratio, live, self._replacement(at, mask, live))
 
     def mask_ratio(self, at: Coordinates) -> float:
         """p of one sequence."""
@@ -76,6 +91,13 @@ class ForwardProcess:
         low, high = self._band
         t = low + (high - low) * t
         return (1.0 - self._epsilon) * t + self._epsilon
+
+    def _replacement(self, at: Coordinates, mask: NDArray[np.bool_], live: int) -> Replacement | None:
+        if self._replace_ratio <= 0.0:
+            return None
+        replaced = (self._uniform(_REPLACED, at, len(mask)) < self._replace_ratio) & ~mask
+        replaced[live:] = False
+        return Replacement(replaced, self._uniform(_SUBSTITUTE, at, len(mask)))
 
     def _stratum(self, number: int) -> int:
         """Which stratum sample n takes: each of its global batch another one, in an order drawn per batch."""
@@ -96,3 +118,20 @@ class ForwardProcess:
         counter = np.array([0, stream, at.epoch, at.window], dtype=np.uint64)
         words = np.random.Philox(key=key, counter=counter).random_raw(count)
         return (words >> np.uint64(11)) * 2.0**-53
+
+
+class Words:
+    """The ids that stand for text: those that take another token's place."""
+
+    def __init__(self, size: int, special: Collection[int]) -> None:
+        """All ids below `size` but the special ones. Raises ValueError: fewer than two are left."""
+        self._ids = np.setdiff1d(np.arange(size, dtype=np.int64), np.array(sorted(special), dtype=np.int64))
+        if len(self._ids) < 2:
+            raise ValueError(f"a vocabulary of {size} with {len(special)} special ids has no two words")
+
+    def other(self, tokens: NDArray[np.int64], choice: NDArray[np.float64]) -> NDArray[np.int64]:
+        """A word other than each token `[seq]`, each equally likely for a `choice` `[seq]` drawn from U[0, 1)."""
+        place = np.searchsorted(self._ids, tokens)
+        is_word = self._ids[np.minimum(place, len(self._ids) - 1)] == tokens
+        number = (choice * (len(self._ids) - is_word)).astype(np.int64)
+        return self._ids[number + (is_word & (number >= place))]

@@ -32,7 +32,7 @@ class Counts:
 
 
 def count(batch: Batch) -> Counts:
-    """Counts of one batch: its sequences, live tokens and supervised (masked) tokens."""
+    """Counts of one batch: its sequences, live tokens and supervised tokens (the masked ones, if none is replaced)."""
     return Counts(batch.inputs.shape[0], int(batch.live.sum()), int((batch.weights > 0).sum()))
 
 
@@ -43,7 +43,7 @@ def normalizer(kind: str, counts: Counts, batch: Batch) -> Tensor:
 
     * all_tokens: sum_b S_b / live tokens (LLaDA pre-training: all tokens of the batch, cut-off tails excepted);
     * answer_length: mean over sequences of S_b / answer_b (LLaDA fine-tuning);
-    * masked_tokens: sum_b S_b / masked tokens.
+    * masked_tokens: sum_b S_b / supervised tokens (the masked ones, if none is replaced).
 
     `counts` are those of the whole global batch; `batch` may be any part of it. A zero count gives factor 0.
     """

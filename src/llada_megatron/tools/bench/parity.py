@@ -182,7 +182,8 @@ class SyntheticData:
         import numpy as np
 
         from llada_megatron.llada_moe.data.batch import autoregressive_row, diffusion_row
-        from llada_megatron.llada_moe.diffusion.noise import Coordinates
+        from llada_megatron.llada_moe.data.loader import special_ids
+        from llada_megatron.llada_moe.diffusion.noise import Coordinates, Words
 
         length = self.run.training.sequence_length
         generator = np.random.default_rng(number)
@@ -192,4 +193,5 @@ class SyntheticData:
         if self.noise is None:
             return autoregressive_row(tokens, boundaries)
         noise = self.noise.corrupt(Coordinates(number, 0, 0, number), length)
-        return diffusion_row(tokens, boundaries, noise, self.run.model.mask_token_id)
+        words = Words(self.run.model.vocab_size, special_ids(self.run.model))
+        return diffusion_row(tokens, boundaries, noise, self.run.model.mask_token_id, words)

@@ -21,7 +21,14 @@ _CHUNK = 4 * 2**20
 """Elements compared at once: what is calculated with them takes ten times their memory."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _AHEAD = 4  # units compared beyond the one that is waited for, per worker
-NOT_COMPARED = ("family", "mask_token_id", "eos_token_id", "max_sequence_length")
+NOT_COMPARED = (
+    "family",
+    "mask_token_id",
+    "eos_token_id",
+    "delete_token_id",
+    "insert_token_id",
+    "max_sequence_length",
+)
 """Keys of a model that say nothing of how a text becomes logits."""
 
 

@@ -3,8 +3,8 @@
 Source: the published configuration and modelling file, as dFactory carries them. Query, key and value are one tensor,
 all query heads above all key heads above all value heads; the expert bias is a float32 buffer. The mask token is not
 in the published configuration; the published samplers use 156895. LLaDA2.2 has the same tensors and routes by blocks:
-`expert_capacity` says so, and its configuration still lists groups, which its router does not read. The tokens that
-its sampler edits with, `delete_token_id` and `split_token_id`, are tokens like any other to the model.
+`expert_capacity` says so, and its configuration still lists groups, which its router does not read. Its
+configuration names the tokens that its sampler edits with, `delete_token_id` and `split_token_id` (insert).
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ def _shared_experts(model: ModelConfig) -> int:
 
 
 def _void(config: Config) -> tuple[str, ...]:
-    """Experts are limited by block (LLaDA2.2) or by group."""
-    return ("n_group", "topk_group") if config.get("expert_capacity") else ("expert_capacity", "block_size")
+    """Experts are limited by block (LLaDA2.2) or by group; a model that does not edit has no tokens for it."""
+    by = ("n_group", "topk_group") if config.get("expert_capacity") else ("expert_capacity", "block_size")
+    operations = ("delete_token_id", "split_token_id")
+    return by if any(config.get(key) is not None for key in operations) else (*by, *operations)
 
 
 def _other_group_score(model: ModelConfig) -> str | None:
@@ -79,6 +81,8 @@ FIELDS = (
     Field("max_position_embeddings", "max_sequence_length"),
     Field("mask_token_id", "mask_token_id", 156895),
     Field("eos_token_id", "eos_token_id", 156892),
+    Field("delete_token_id", "delete_token_id", None),
+    Field("split_token_id", "insert_token_id", None),
     Field("rms_norm_eps", "rms_norm_eps", 1e-6),
     Field("rope_theta", "rope_theta"),
     Field("partial_rotary_factor", "rotary_fraction", 1.0),
