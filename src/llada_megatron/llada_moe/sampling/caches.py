@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.sampling.view import View
 
 
@@ -71,6 +72,10 @@ class PrefixCache:
     refresh_every: int | None = None
     """Steps in a block after which the whole sequence is run again; None = at the block's first step only."""
 
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: a setting is out of range."""
+        _require(refresh_every=(self.refresh_every, 1))
+
     def plan(self, view: View, valid: Tensor) -> Plan:
         """See `Cache`."""
         return _refreshed(Plan(view.first, view.length, view.length), view, self.refresh_every)
@@ -92,12 +97,40 @@ class DualCache:
     refresh_every: int | None = None
     """As for `PrefixCache`."""
 
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: a setting is out of range."""
+        _require(
+            before=(self.before, 0),
+            behind=(self.behind, 0),
+            warm_up=(self.warm_up, 0),
+            refresh_every=(self.refresh_every, 1),
+        )
+
     def plan(self, view: View, valid: Tensor) -> Plan:
         """See `Cache`."""
         low = (view.first - self.before).clamp(min=0)
         high = torch.minimum(view.end + self.behind, view.length)
         plan = _refreshed(Plan(low, high, view.length), view, self.refresh_every)
         return _where(view.step < self.warm_up, _whole(view), plan)
+
+
+@dataclass(frozen=True)
+class VicinityCache(DualCache):
+    """The dual cache with dInfer's settings: 16 neighbours on either side, and a warm-up.
+
+    dInfer's 4 steps of warm-up keep nothing, and the one after them fills its cache: 5 in all that run the whole.
+    """
+
+    before: int = 16
+    behind: int = 16
+    warm_up: int = 5
+
+
+@dataclass(frozen=True)
+class RefreshedCache(DualCache):
+    """The dual cache, refreshed every so many steps besides (dKV-Cache, arXiv 2505.15781, has 4 to 16)."""
+
+    refresh_every: int | None = 8
 
 
 @dataclass(frozen=True)
@@ -112,6 +145,10 @@ class BlockCausalCache:
     keeps = True
     causal = True
     prefill: int = 8192
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: a setting is out of range."""
+        _require(prefill=(self.prefill, 1))
 
     def plan(self, view: View, valid: Tensor) -> Plan:
         """See `Cache`."""
@@ -137,3 +174,10 @@ def _where(condition: Tensor, one: Plan, other: Plan) -> Plan:
         torch.where(condition, one.high, other.high),
         torch.where(condition, one.keys, other.keys),
     )
+
+
+def _require(**settings: tuple[int | None, int]) -> None:
+    """Raises: ConfigError: a value (of each name the first) lies below the least one (the second); None passes."""
+    for name, (value, least) in settings.items():
+        if value is not None and value < least:
+            raise ConfigError(f"cache.{name}: at least {least}, found {value}")

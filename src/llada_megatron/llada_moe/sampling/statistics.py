@@ -14,11 +14,17 @@ import torch
 from torch import Tensor
 
 from llada_megatron.llada_moe.sampling import draws
+from llada_megatron.llada_moe.sampling.carried import Carried
+from llada_megatron.llada_moe.sampling.credit import Account, Credit
 
-Need = Literal["entropy", "current", "text"]
-"""What a schedule or an editor may ask for beside token and confidence."""
+Statistic = Literal["entropy", "current", "text", "divergence"]
+"""The fields of `Statistics` that are read where they are asked for."""
+Need = Statistic | Credit
+"""What a schedule or an editor may ask for beside token and confidence; credit changes what all of these say."""
 Gather = Callable[[Tensor], Tensor]
 """Packets `[rows, numbers]` of this shard -> those of all shards in order `[shards, rows, numbers]` (collective)."""
+_FAR = -1e4
+"""Below any logarithm of a probability that counts."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,14 @@ class Statistics:
     """float32: probability of the token that stands there."""
     text: Tensor | None = None
     """int64: as `token`, the best that is none of `Reading.operations`."""
+    divergence: Tensor | None = None
+    """float32, nats: Kullback-Leibler divergence of the distribution from the one of the sequence's step before; inf
+    where the position was not asked for then."""
+
+    @staticmethod
+    def width(needs: Collection[Need]) -> int:
+        """Numbers of a row in `packed`, of statistics read with these `needs`."""
+        return 2 + sum(name in needs for name in get_args(Statistic))
 
     def packed(self) -> Tensor:
         """`[rows, fields]` float32, for another rank."""
@@ -46,8 +60,10 @@ class Statistics:
         """From `packed`, of statistics read with these `needs`."""
         columns = iter(packed.unbind(-1))
         token, confidence = next(columns).long(), next(columns)
-        entropy, current, text = (next(columns) if name in needs else None for name in get_args(Need))
-        return cls(token, confidence, entropy, current, None if text is None else text.long())
+        values = {name: next(columns) for name in get_args(Statistic) if name in needs}
+        if "text" in values:
+            values["text"] = values["text"].long()
+        return cls(token, confidence, **values)
 
     def placed(self, place: Tensor, shape: tuple[int, int]) -> Statistics:
         """Rows put at the offsets `place` `[rows]` of a flattened view of this shape; zeros elsewhere."""
@@ -92,7 +108,10 @@ class Reading:
 
 
 class Reader:
-    """Reads one shard of the logits together with the other shards."""
+    """Reads one shard of the logits together with the other shards, step by step: one reader for one group.
+
+    A row is not followed over a reading that leaves it out: its divergence is unknown then, and its credit lost.
+    """
 
     def __init__(self, reading: Reading, first_id: int, gather: Gather) -> None:
         """`first_id`: of this shard of the vocabulary; `gather`: see `Gather`."""
@@ -101,6 +120,9 @@ class Reader:
         """Bytes of a row that left this shard in the last reading."""
         self._first = first_id
         self._gather = gather
+        credit = next((need for need in reading.needs if isinstance(need, Credit)), None)
+        self._account = None if credit is None else Account(credit)
+        self._before = Carried()  # logits, and the logarithms of their sums over all shards
 
     def read(self, logits: Tensor, rows: Rows) -> Statistics:
         """Statistics of the rows (collective over the shards).
@@ -114,26 +136,45 @@ class Reader:
             given, blank = logits.chunk(2)
             logits = blank + (1.0 + self.reading.guidance) * (given - blank)
         logits = self._without(logits, self.reading.excluded)
-        packet = torch.stack(self._packet(logits, rows), dim=-1)
-        self.packet_bytes = packet[:1].nbytes
-        return self._merge(self._gather(packet).cpu())
+        self.packet_bytes = 0
+        if self._account is not None:
+            top, whole, token = _merged_choice(self._gathered(self._choice(logits)[0]))
+            logits = self._account.raised(logits, self._first, rows, token.long(), 1.0 / whole)
+        found, before = self._before.recall(rows)
+        packets = self._gathered(self._packet(logits, rows, before))
+        if "divergence" in self.reading.needs and rows.slot.numel():
+            top, whole, _ = _merged_choice(packets)
+            self._before.remember(rows, logits, top + whole.log())
+        return self._merge(packets.cpu(), found)
+
+    def _gathered(self, packet: list[Tensor]) -> Tensor:
+        """The packets of all shards `[shards, rows, numbers]` (collective)."""
+        packed = torch.stack(packet, dim=-1)
+        self.packet_bytes += packed.shape[-1] * packed.itemsize
+        return self._gather(packed)
 
     def _without(self, logits: Tensor, ids: Sequence[int]) -> Tensor:
         own = [i - self._first for i in ids if 0 <= i - self._first < logits.shape[1]]
         return logits.index_fill(1, torch.tensor(own, device=logits.device), -torch.inf) if own else logits
 
-    def _packet(self, logits: Tensor, rows: Rows) -> list[Tensor]:
-        """This shard's numbers of each row, each float32 `[rows]`; `_merge` reads them in this order."""
+    def _choice(self, logits: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The largest logit, the sum of exponentials relative to it, the token; and these exponentials."""
         best, choice = logits.max(-1)
         shift = best.clamp(min=torch.finfo(torch.float32).min)  # a shard of excluded ids alone
         weights = (logits - shift[:, None]).exp()
-        packet = [shift, weights.sum(-1)]
+        return [shift, weights.sum(-1), (choice + self._first).float()], weights
+
+    def _packet(self, logits: Tensor, rows: Rows, before: list[Tensor]) -> list[Tensor]:
+        """This shard's numbers of each row, each float32 `[rows]`; `_merge` reads them in this order.
+
+        `before`: logits and normalizers of the step before, if there are any.
+        """
+        packet, weights = self._choice(logits)
+        shift = packet[0]
         if self.reading.temperature:
-            packet += self._drawn(logits, rows)
-        else:
-            packet += [(choice + self._first).float()]
+            packet[2:] = self._drawn(logits, rows)
         if "entropy" in self.reading.needs:
-            packet += [(weights * (logits - shift[:, None]).clamp(min=-1e4)).sum(-1)]
+            packet += [(weights * (logits - shift[:, None]).clamp(min=_FAR)).sum(-1)]
         if "current" in self.reading.needs:
             own = rows.current.to(logits.device) - self._first
             inside = (own >= 0) & (own < logits.shape[1])
@@ -141,6 +182,11 @@ class Reader:
             packet += [there.masked_fill(~inside, -torch.inf)]
         if "text" in self.reading.needs:
             packet += self._text(logits, rows)
+        if "divergence" in self.reading.needs:
+            change = (logits - shift[:, None]).clamp(min=_FAR)
+            if before:
+                change -= (before[0] - before[1][:, None]).clamp(min=_FAR)
+            packet += [(weights * change).sum(-1)]
         return packet
 
     def _text(self, logits: Tensor, rows: Rows) -> list[Tensor]:
@@ -161,8 +207,11 @@ class Reader:
         low = (score - high.double()).nan_to_num(0.0).float()
         return [(choice + self._first).float(), high, low, logits.gather(1, choice[:, None]).squeeze(1)]
 
-    def _merge(self, packets: Tensor) -> Statistics:
-        """The statistics of whole rows from the packets `[shards, rows, numbers]`."""
+    def _merge(self, packets: Tensor, found: Tensor) -> Statistics:
+        """The statistics of whole rows from the packets `[shards, rows, numbers]`.
+
+        `found`: bool `[rows]`, rows that were read in the step before.
+        """
         columns = iter(packets.unbind(-1))
         best, total = next(columns), next(columns)
         top = best.amax(0)
@@ -176,7 +225,7 @@ class Reader:
         else:
             token, _ = _of_the_best(best, token, best)
             confidence = 1.0 / whole
-        entropy = current = text = None
+        entropy = current = text = divergence = None
         if "entropy" in self.reading.needs:
             moment = (scale * (next(columns) + (best - top) * total)).sum(0)
             entropy = (whole.log() - moment / whole).clamp(min=0.0)
@@ -187,7 +236,17 @@ class Reader:
             if self.reading.temperature:
                 score = score + next(columns).double()
             text = _of_the_best(score, text, score)[0].long()
-        return Statistics(token.long(), confidence, entropy, current, text)
+        if "divergence" in self.reading.needs:
+            moment = (scale * (next(columns) + (best - top) * total)).sum(0)
+            divergence = (moment / whole - whole.log()).clamp(min=0.0).masked_fill(~found, torch.inf)
+        return Statistics(token.long(), confidence, entropy, current, text, divergence)
+
+
+def _merged_choice(packets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of packets that begin as `_choice` has it: the largest logit of a row, the sum relative to it, the token."""
+    best, total, token = packets.unbind(-1)[:3]
+    top = best.amax(0)
+    return top, (total * (best - top).exp()).sum(0), _of_the_best(best, token, best)[0]
 
 
 def _of_the_best(score: Tensor, token: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ class Engine:
     @property
     def fields(self) -> int:
         """Numbers of a row's packed statistics."""
-        return 2 + len(self.reader.reading.needs)
+        return Statistics.width(self.reader.reading.needs)
 
     def unpacked(self, packed: torch.Tensor) -> Statistics:
         """Statistics of another rank's engine, from `[rows, fields]`."""

@@ -1,0 +1,144 @@
+"""Commits by how confident the predictions are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llada_megatron.llada_moe.sampling.schedules.base import (
+    Stateless,
+    best,
+    comparable,
+    require_at_least,
+    require_share,
+    top,
+)
+from llada_megatron.llada_moe.sampling.statistics import Credit, Need, Statistics
+from llada_megatron.llada_moe.sampling.view import View
+
+
+@dataclass(frozen=True)
+class Threshold(Stateless):
+    """Commit every prediction at least this probable, and the most probable one (Fast-dLLM, arXiv 2505.22618)."""
+
+    threshold: float = 0.9
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: no probability."""
+        require_share("threshold", self.threshold)
+
+    def select(self, statistics: Statistics, view: View) -> Tensor:
+        """See `Running`."""
+        confident = view.masked & (statistics.confidence >= self.threshold)
+        return confident | top(statistics.confidence, view.masked)
+
+
+@dataclass(frozen=True)
+class FlooredThreshold(Stateless):
+    """Commit every prediction more probable than this, and so many of the best that `steps` finish a block (LLaDA2).
+
+    From the LLaDA2.0 report and its published sampler, where the positions of a block are shared evenly over the steps.
+    """
+
+    threshold: float = 0.95
+    steps: int = 32
+    """Of a block."""
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: no probability, or no step."""
+        require_share("threshold", self.threshold)
+        require_at_least("steps", self.steps, 1)
+
+    def select(self, statistics: Statistics, view: View) -> Tensor:
+        """See `Running`."""
+        size = view.end - view.start
+        floor = (size // self.steps + (view.step_in_block < size % self.steps)).clamp(min=1)
+        confident = view.masked & (statistics.confidence > self.threshold)
+        return confident | best(statistics.confidence, view.masked, floor)
+
+
+@dataclass(frozen=True)
+class Factor(Stateless):
+    """Commit the n most confident ones for the largest n with (n + 1) (1 - confidence of the n-th) < factor.
+
+    Fast-dLLM, arXiv 2505.22618, section 3.3. The published code also commits the last candidate where it is the first
+    to fail; this is the formula.
+    """
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: a factor below 0."""
+        require_at_least("factor", self.factor, 0)
+
+    def select(self, statistics: Statistics, view: View) -> Tensor:
+        """See `Running`."""
+        confidence = comparable(statistics.confidence, view.masked).sort(1, descending=True).values
+        number = torch.arange(1, confidence.shape[1] + 1)
+        passing = ((number + 1) * (1.0 - confidence) < self.factor).long().cumprod(1).sum(1)
+        return best(statistics.confidence, view.masked, passing.clamp(min=1))
+
+
+@dataclass(frozen=True)
+class Hierarchical(Stateless):
+    """Commit all above `high`, and of every run of masks the best if it is above `low` (dInfer, arXiv 2510.08666).
+
+    So a long run is divided by what is committed in its middle, and neighbours are rarely committed in one step. The
+    most confident one of all is always committed.
+    """
+
+    high: float = 0.92
+    low: float = 0.62
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: no probabilities."""
+        require_share("high", self.high)
+        require_share("low", self.low)
+
+    def select(self, statistics: Statistics, view: View) -> Tensor:
+        """See `Running`."""
+        confidence, masked = comparable(statistics.confidence, view.masked), view.masked
+        begins = masked.clone()
+        begins[:, 1:] &= ~masked[:, :-1]
+        run = begins.cumsum(1) * masked  # 0 = not masked
+        highest = torch.full_like(confidence, -torch.inf).scatter_reduce(1, run, confidence, "amax").gather(1, run)
+        column = torch.arange(masked.shape[1]).expand_as(run)
+        is_best = masked & (confidence == highest)
+        first = torch.full_like(run, masked.shape[1]).scatter_reduce(
+            1, run, column.masked_fill(~is_best, masked.shape[1]), "amin"
+        )
+        of_run = is_best & (column == first.gather(1, run)) & (confidence > self.low)
+        return of_run | (masked & (confidence > self.high)) | top(confidence, masked)
+
+
+@dataclass(frozen=True)
+class CreditThreshold(Stateless):
+    """A threshold on predictions that gain weight while the model keeps to them (credit; dInfer, arXiv 2510.08666).
+
+    Of each row and step the likeliest token gains its probability ** gamma of credit, all earlier credit fading by
+    beta; the logits then rise by alpha * log(1 + credit). See `statistics.Credit`.
+    """
+
+    threshold: float = 0.8
+    alpha: float = 0.7
+    beta: float = 0.8
+    gamma: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: a setting out of range."""
+        require_share("threshold", self.threshold)
+        require_share("beta", self.beta)
+        require_at_least("alpha", self.alpha, 0)
+        require_at_least("gamma", self.gamma, 0)
+
+    @property
+    def needs(self) -> Collection[Need]:  # type: ignore[override]
+        """See `Schedule`."""
+        return frozenset({Credit(self.alpha, self.beta, self.gamma)})
+
+    def select(self, statistics: Statistics, view: View) -> Tensor:
+        """See `Running`."""
+        return Threshold(self.threshold).select(statistics, view)
