@@ -71,6 +71,7 @@ def drawn_runs(draw) -> tuple[str, RunConfig, tuple[tuple[str, object], ...]]:
         ("seed", draw(strategies.integers(0, 3))),
         ("recompute", draw(power(["none", "full"]))),
         ("block_size", draw(power([None, 1, parity.BLOCK_SIZE]))),
+        ("replace_ratio", draw(power([0.0, 0.3]))),
     )
     run = parity_run(MODELS[model], layout, **dict(changes))
     normalization = draw(power(["all_tokens", "answer_length", "masked_tokens"]))

@@ -192,6 +192,22 @@ REFUSED = {
     ),
     "mask id": ("tiny-dense", "model.mask_token_id=256", "256 is outside the vocabulary of 256 (0 to 255)"),
     "mask is eos": ("tiny-dense", "model.mask_token_id=2", "2 is also eos_token_id"),
+    "half an editor": (
+        "tiny-dense model.delete_token_id=9",
+        "model.insert_token_id=null",
+        "delete_token_id and insert_token_id, or neither; give both",
+    ),
+    "insert outside": (
+        "tiny-dense model.delete_token_id=9",
+        "model.insert_token_id=256",
+        "256 is outside the vocabulary of 256 (0 to 255)",
+    ),
+    "insert is delete": (
+        "tiny-dense model.delete_token_id=9",
+        "model.insert_token_id=9",
+        "9 is also delete_token_id",
+    ),
+    "delete is eos": ("tiny-dense model.insert_token_id=9", "model.delete_token_id=2", "2 is also eos_token_id"),
     "band": (
         "tiny-dense objective.mask_ratio_max=0.3",
         "objective.mask_ratio_min=0.8",
@@ -203,6 +219,12 @@ REFUSED = {
         "tiny-dense objective.kind=autoregressive",
         "objective.block_size=32",
         "32 with kind autoregressive, whose attention is causal; remove the block size",
+    ),
+    "all replaced": ("tiny-dense", "objective.replace_ratio=1", "1.0 must be at least 0 and less than 1"),
+    "causal noise": (
+        "tiny-dense objective.kind=autoregressive",
+        "objective.replace_ratio=0.1",
+        "0.1 with kind autoregressive, which has no noise; remove the replace ratio",
     ),
     "random length": ("tiny-dense", "objective.random_length_probability=1.5", "1.5 must lie between 0 and 1"),
     "no data": ("tiny-dense", "data.sets=[]", "empty; name at least one prepared set"),

@@ -50,6 +50,36 @@ def test_diffusion_batch_holds_the_forward_process(two_sets, make_run):
     assert set(ends.tolist()) <= set(batch.boundaries.tolist())
 
 
+def test_replaced_tokens_are_other_words_and_all_that_is_shown_is_supervised(two_sets, make_run):
+    objective = {"random_length_probability": 0.5}
+    operations = {"delete_token_id": 6, "insert_token_id": 7}
+    plain = TrainingData(make_run(two_sets, objective=objective)).batch(range(256))
+    run = make_run(two_sets, objective=objective | {"replace_ratio": 0.2}, model=operations)
+    batch = TrainingData(run).batch(range(256))
+    masked = plain.weights > 0
+    for name in ("labels", "boundaries", "mask_ratio", "live", "answer"):
+        assert torch.equal(getattr(batch, name), getattr(plain, name)), name
+    assert torch.equal(batch.inputs[masked], plain.inputs[masked])
+    assert torch.equal(batch.weights[masked], plain.weights[masked])
+    live = torch.arange(64)[None] < batch.live[:, None]
+    assert (batch.weights[live & ~masked] == 1).all() and not batch.weights[~live].any()
+    replaced = ~masked & (batch.inputs != batch.labels)
+    assert not (replaced & ~live).any()
+    assert abs(int(replaced.sum()) / int((live & ~masked).sum()) - 0.2) < 0.02
+    assert not set(batch.inputs[replaced].tolist()) & {2, 3, 6, 7}
+    assert int(batch.inputs[replaced].max()) < 1000 and batch.inputs[replaced].unique().numel() > 500
+
+
+def test_replaced_tokens_do_not_depend_on_the_rest_of_the_batch_or_on_a_restart(two_sets, make_run):
+    run = make_run(two_sets, objective={"replace_ratio": 0.3})
+    whole = TrainingData(run).batch(range(40, 56))
+    again = TrainingData(run)
+    rows = [again.batch([n]) for n in reversed(range(40, 56))][::-1]
+    assert torch.equal(whole.inputs, torch.cat([row.inputs for row in rows]))
+    validation = [TrainingData(r, "validation").batch(range(8)) for r in (run, make_run(two_sets))]
+    assert equal(*validation)
+
+
 def test_same_numbers_same_batch(two_sets, make_run):
     run = make_run(two_sets, weights=[3, 1], objective={"time_sampling": "stratified"})
     whole = TrainingData(run).batch(range(40, 56))

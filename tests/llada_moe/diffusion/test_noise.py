@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llada_megatron.llada_moe.config.schema import ObjectiveConfig
-from llada_megatron.llada_moe.diffusion.noise import Coordinates, ForwardProcess
+from llada_megatron.llada_moe.diffusion.noise import Coordinates, ForwardProcess, Words
 
 PLAIN = ObjectiveConfig()
 
@@ -103,6 +103,62 @@ def test_random_length_rule():
         assert (c.mask[: c.length] == whole.mask[: c.length]).all()
     some = [process().corrupt(at(window=w), 4096).length < 4096 for w in range(3000)]
     assert abs(sum(some) - 30) < 4 * np.sqrt(30)
+
+
+def test_golden_replacements():
+    """As the masks: these draws must never change."""
+    one = process(seed=1234, replace_ratio=0.4).corrupt(at(7, set=2, epoch=3, window=49), 40)
+    assert "".join(".#"[int(r)] for r in one.replacement.replaced) == "##......#.......#.........#....#........"
+    assert one.replacement.choice[:2].tolist() == [0.9989475280253686, 0.7482920052621497]
+
+
+@given(st.integers(0, 2**32), st.integers(0, 10**6), st.integers(1, 200), st.floats(0.01, 0.99))
+def test_replacing_leaves_the_masks_alone(seed, window, length, ratio):
+    with_, without = process(seed, replace_ratio=ratio), process(seed)
+    one, other = with_.corrupt(at(window=window), length), without.corrupt(at(5, window=window), length)
+    assert (one.mask == other.mask).all() and (one.ratio, one.length) == (other.ratio, other.length)
+    assert other.replacement is None
+    assert not (one.replacement.replaced & one.mask).any() and not one.replacement.replaced[one.length :].any()
+
+
+def test_replacements_are_pure_position_by_position_and_differ_by_every_coordinate():
+    variants = [(0, at()), (1, at()), (0, at(set=1)), (0, at(epoch=1)), (0, at(window=1))]
+    seen = set()
+    for seed, where in variants:
+        noise = process(seed, random_length_probability=0.0, replace_ratio=0.3)
+        one, longer = noise.corrupt(where, 100).replacement, noise.corrupt(where, 150).replacement
+        assert (longer.replaced[:100] == one.replaced).all() and (longer.choice[:100] == one.choice).all()
+        seen |= {one.replaced.tobytes(), one.choice.tobytes()}
+    assert len(seen) == 2 * len(variants)
+
+
+def test_replaced_share_of_the_unmasked_tokens():
+    noise = process(random_length_probability=0.0, replace_ratio=0.15)
+    draws = [noise.corrupt(at(window=w), 500) for w in range(200)]
+    shown = sum(int((~d.mask).sum()) for d in draws)
+    replaced = sum(int(d.replacement.replaced.sum()) for d in draws)
+    assert abs(replaced - 0.15 * shown) < 4 * np.sqrt(0.15 * 0.85 * shown)
+    assert process(split="validation", replace_ratio=0.15).corrupt(at(), 50).replacement is None
+
+
+@given(st.integers(2, 30), st.sets(st.integers(0, 40)), st.floats(0, 1, exclude_max=True), st.data())
+def test_another_word(size, special, choice, data):
+    words = [i for i in range(size) if i not in special]
+    if len(words) < 2:
+        with pytest.raises(ValueError, match="no two words"):
+            Words(size, special)
+        return
+    token = data.draw(st.integers(0, size + 5))
+    (other,) = Words(size, special).other(np.array([token]), np.array([choice]))
+    assert other in words and other != token
+
+
+def test_all_other_words_are_equally_likely():
+    words, choice = Words(10, {2, 3, 30}), (np.arange(8400) + 0.5) / 8400
+    for token in (0, 4, 9, 3):
+        found = np.bincount(words.other(np.full(8400, token), choice), minlength=10)
+        others = [i for i in range(10) if i not in (2, 3, token)]
+        assert (found[others] == 8400 // len(others)).all() and found.sum() == 8400
 
 
 @pytest.mark.parametrize("seed", [-1, 2**70])

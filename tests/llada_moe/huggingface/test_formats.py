@@ -400,6 +400,18 @@ def test_either_groups_or_blocks_are_written():
     assert read_config(LLADA2, listed, "config.json") == grouped
 
 
+def test_tokens_of_operations_are_written_where_there_are_any_and_refused_where_they_cannot_be():
+    model = load_model("llada2.2-mini")
+    written = write_config(LLADA2, model)
+    assert (written["delete_token_id"], written["split_token_id"]) == (156930, 156931)
+    assert not {"delete_token_id", "split_token_id"} & write_config(LLADA2, load_model("llada2-mini")).keys()
+    with pytest.raises(CheckpointError, match="and insert_token_id, or neither"):
+        read_config(LLADA2, {**written, "split_token_id": None}, "config.json")
+    dense = dataclasses.replace(load_model("llada-8b"), delete_token_id=7, insert_token_id=8)
+    with pytest.raises(CheckpointError, match=r"cannot hold.*delete_token_id 7 \(it would be read as None\)"):
+        write_config(LLADA, dense)
+
+
 def test_groups_that_the_published_router_would_score_otherwise_are_not_exported():
     model = load_model("tiny-moe", ["moe.expert_groups_top_k=4"])
     with pytest.raises(CheckpointError, match=r"moe.top_k 4 is not 2 x moe.expert_groups_top_k 4"):

@@ -125,13 +125,19 @@ def parity_run(
     *,
     objective: str = "diffusion",
     block_size: int | None = None,
+    replace_ratio: float = 0.0,
     recompute: str = "none",
     **training: object,
 ) -> RunConfig:
     """A small run of `model` under `layout`; the same loss and gradients as under any other."""
     return RunConfig(
         model=model,
-        objective=ObjectiveConfig(kind=objective, block_size=block_size, random_length_probability=0.25),  # type: ignore[arg-type]
+        objective=ObjectiveConfig(
+            kind=objective,  # type: ignore[arg-type]
+            block_size=block_size,
+            random_length_probability=0.25,
+            replace_ratio=replace_ratio,
+        ),
         training=TrainingConfig(
             **{
                 "steps": 8,
