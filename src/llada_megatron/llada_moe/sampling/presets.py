@@ -1,4 +1,4 @@
-"""Sampling methods by name: published ones with their published settings, and any other choice of the three parts."""
+"""A sampling method for a model: a published one by its name, or any choice of the three parts."""
 
 from __future__ import annotations
 
@@ -13,47 +13,18 @@ from llada_megatron.llada_moe.config import source
 from llada_megatron.llada_moe.config.parsing import closest, fields_of, parse
 from llada_megatron.llada_moe.config.schema import ModelConfig, ObjectiveConfig
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.llada_moe.sampling.caches import (
-    BlockCausalCache,
-    Cache,
-    DualCache,
-    NoCache,
-    PrefixCache,
-    Recompute,
-)
-from llada_megatron.llada_moe.sampling.editors import Editor, NoEditor
+from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, Cache, NoCache, Recompute
+from llada_megatron.llada_moe.sampling.editors import Editor, Levenshtein, TokenEditing
+from llada_megatron.llada_moe.sampling.editors import trained_for_editing as learnt_editing
 from llada_megatron.llada_moe.sampling.loop import Method
-from llada_megatron.llada_moe.sampling.schedules import FixedSteps, Schedule, Threshold
+from llada_megatron.llada_moe.sampling.names import CACHES, EDITORS, PARTS, SCHEDULES, in_words, name_of, settings_of
+from llada_megatron.llada_moe.sampling.published import PRESETS, Preset, describe, table
+from llada_megatron.llada_moe.sampling.schedules import FixedSteps, Schedule
 from llada_megatron.llada_moe.sampling.statistics import Reading
 
-SCHEDULES: dict[str, type] = {"steps": FixedSteps, "threshold": Threshold}
-CACHES: dict[str, type] = {
-    "none": NoCache,
-    "recompute": Recompute,
-    "prefix": PrefixCache,
-    "dual": DualCache,
-    "block-causal": BlockCausalCache,
-}
-EDITORS: dict[str, type] = {"none": NoEditor}
-_PARTS = {"schedule": SCHEDULES, "cache": CACHES, "editor": EDITORS}
+__all__ = ["CACHES", "EDITORS", "PRESETS", "SCHEDULES", "Choice", "Preset", "choose", "describe", "table"]
 
-
-@dataclass(frozen=True)
-class Preset:
-    """A published method."""
-
-    does: str
-    """What it does, in a few words."""
-    source: str
-    """Where the method and its settings were published."""
-    schedule: Schedule
-    cache: Cache | None = None
-    """None = the exact one of the model: the block-causal cache, or none."""
-    editor: Editor = dataclasses.field(default_factory=NoEditor)
-    block_length: int | None = None
-    """Published length of a block on a bidirectional model; None = one block of all."""
-    causal: bool | None = None
-    """For block-causal models (True), for bidirectional ones (False), or for both."""
+_DEFAULT = Preset("", "", FixedSteps())
 
 
 @dataclass(frozen=True)
@@ -68,6 +39,10 @@ class Choice:
     grid: int | None
     """Block size of a block-causal model; None for a bidirectional one."""
 
+    def __str__(self) -> str:
+        """The parts and their settings in one line."""
+        return in_words(self.schedule, self.cache, self.editor)
+
     def method(
         self,
         *,
@@ -81,42 +56,15 @@ class Choice:
         schedule = self.schedule
         if "seed" in fields_of(type(schedule)):
             schedule = dataclasses.replace(schedule, seed=seed)  # type: ignore[type-var]
-        needs = frozenset(schedule.needs) | frozenset(self.editor.needs)
-        reading = Reading(needs, tuple(excluded), temperature, guidance, seed)
+        reading = Reading(
+            needs=frozenset(schedule.needs) | frozenset(self.editor.needs),
+            excluded=tuple(excluded),
+            operations=tuple(self.editor.operations),
+            temperature=temperature,
+            guidance=guidance,
+            seed=seed,
+        )
         return Method(schedule, self.cache, self.editor, reading, stop_id, self.grid)
-
-
-PRESETS: dict[str, Preset] = {
-    "llada": Preset(
-        "one token per step, the most confident first (fewer steps: schedule.steps)",
-        "LLaDA, arXiv 2502.09992; settings of its generate.py",
-        FixedSteps(),
-        block_length=32,
-    ),
-    "fast-dllm": Preset(
-        "every token at least 0.9 probable, and the most probable one",
-        "Fast-dLLM, arXiv 2505.22618; settings of its scripts",
-        Threshold(0.9),
-        block_length=32,
-    ),
-    "fast-dllm-prefix": Preset(
-        "the same, with the keys before the block kept from its first step",
-        "Fast-dLLM, arXiv 2505.22618; settings of its scripts",
-        Threshold(0.9),
-        PrefixCache(),
-        block_length=32,
-        causal=False,
-    ),
-    "fast-dllm-dual": Preset(
-        "the same, with the keys before and behind the block kept from its first step",
-        "Fast-dLLM, arXiv 2505.22618; settings of its scripts",
-        Threshold(0.9),
-        DualCache(),
-        block_length=32,
-        causal=False,
-    ),
-}
-_DEFAULT = Preset("", "", FixedSteps())
 
 
 def choose(
@@ -152,74 +100,26 @@ def choose(
     """
     base = PRESETS[_known("preset", preset, PRESETS)] if preset is not None else _DEFAULT
     grid = objective.block_size
-    _fits_kind(preset, base, cache, grid)
+    _require_kind(preset, base, cache, grid)
     parts: dict[str, Any] = {"schedule": base.schedule, "cache": base.cache, "editor": base.editor}
     for kind, name in (("schedule", schedule), ("cache", cache), ("editor", editor)):
         if name is not None:
-            parts[kind] = _PARTS[kind][_known(kind, name, _PARTS[kind])]()
+            parts[kind] = PARTS[kind][_known(kind, name, PARTS[kind])]()
     if parts["cache"] is None:
         parts["cache"] = NoCache() if grid is None else BlockCausalCache()
     elif cache == "none" and grid is not None:
         parts["cache"] = Recompute()
     parts = _overridden(parts, overrides)
-    _fits_attention(parts["cache"], grid)
+    _require_attention(parts["cache"], grid)
+    parts["editor"] = _editing(parts["editor"], model, trained_for_editing or learnt_editing(objective))
     length = _block_length(block_length, base.block_length, grid)
     return Choice(parts["schedule"], parts["cache"], parts["editor"], length, grid)
-
-
-def name_of(part: Any) -> str:
-    """The name of a schedule, cache or editor."""
-    return next(name for kinds in _PARTS.values() for name, kind in kinds.items() if type(part) is kind)
-
-
-def settings_of(part: Any) -> dict[str, Any]:
-    """Its settings that can be overridden."""
-    return {name: getattr(part, name) for name in _settable(part)}
-
-
-def describe() -> list[dict[str, str]]:
-    """Every preset: its name, what it does, its settings, the models it is for, its source."""
-    return [
-        {
-            "name": name,
-            "does": preset.does,
-            "settings": _settings_text(preset),
-            "models": {True: "block-causal", False: "bidirectional", None: "all"}[preset.causal],
-            "source": preset.source,
-        }
-        for name, preset in PRESETS.items()
-    ]
-
-
-def table() -> str:
-    """The presets as text, for a terminal."""
-    lines = []
-    for row in describe():
-        lines += [f"{row['name']}: {row['does']}"]
-        lines += [f"    {row['settings']}", f"    for {row['models']} models; {row['source']}"]
-    return "\n".join(lines)
-
-
-def _settings_text(preset: Preset) -> str:
-    parts = [("schedule", preset.schedule), ("cache", preset.cache), ("editor", preset.editor)]
-    texts = []
-    for kind, part in parts:
-        if part is not None and not isinstance(part, NoEditor):
-            settings = [f"{key}={value}" for key, value in settings_of(part).items() if value is not None]
-            texts.append(" ".join([kind, name_of(part), *settings]))
-    if preset.block_length is not None and preset.causal is not True:
-        texts.append(f"block length {preset.block_length}")
-    return "; ".join(texts)
 
 
 def _known(kind: str, name: str, names: Iterable[str]) -> str:
     if name not in names:
         raise ConfigError(f"--{kind}: no {kind} {name!r}{closest(name, names)}; there are {', '.join(names)}")
     return name
-
-
-def _settable(part: Any) -> list[str]:
-    return [] if isinstance(part, NoEditor) else [name for name in fields_of(type(part)) if name != "seed"]
 
 
 def _overridden(parts: dict[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
@@ -229,14 +129,14 @@ def _overridden(parts: dict[str, Any], overrides: Mapping[str, str]) -> dict[str
         kind, _, setting = key.partition(".")
         if kind not in parts:
             raise ConfigError(f"override {key}={text}: settings begin with {', '.join(f'{k}.' for k in parts)}")
-        _, node = source.parse_override(f"{key}={text}")
-        names = _settable(parts[kind])
+        names = list(settings_of(parts[kind]))
         if setting not in names:
-            known = f"its settings are {', '.join(names)}" if names else "it has no settings"
+            known = f"its settings are {', '.join(names)}" if names else "it has none"
             raise ConfigError(
                 f"override {key}={text}: the {kind} {name_of(parts[kind])!r} has no setting {setting!r}"
                 f"{closest(setting, names)}; {known}"
             )
+        _, node = source.parse_override(f"{key}={text}")
         nodes[kind].append((yaml.ScalarNode(source.STRING_TAG, setting, node.start_mark, node.end_mark), node))
     return {kind: _with(part, nodes[kind]) for kind, part in parts.items()}
 
@@ -248,7 +148,7 @@ def _with(part: Any, values: list[tuple[yaml.Node, yaml.Node]]) -> Any:
     return dataclasses.replace(part, **{key.value: getattr(parsed, key.value) for key, _ in values})
 
 
-def _fits_kind(preset: str | None, base: Preset, cache: str | None, grid: int | None) -> None:
+def _require_kind(preset: str | None, base: Preset, cache: str | None, grid: int | None) -> None:
     """Whether a preset is for models of this kind of attention; one that only its cache excludes may name another."""
     if base.causal is None or base.causal == (grid is not None) or (base.causal is False and cache is not None):
         return
@@ -260,15 +160,36 @@ def _fits_kind(preset: str | None, base: Preset, cache: str | None, grid: int | 
     raise ConfigError(f"--preset {preset}: {why}; presets for this model: {others}")
 
 
-def _fits_attention(cache: Cache, grid: int | None) -> None:
+def _require_attention(cache: Cache, grid: int | None) -> None:
     if cache.causal == (grid is not None):
         return
-    fitting = ", ".join(name for name, kind in CACHES.items() if kind.causal == (grid is not None))
+    fitting = ", ".join(name for name, kind in CACHES.items() if name == "none" or kind.causal == (grid is not None))
     if grid is None:
         why = "is exact for block-causal models only; this model's attention is full: every key depends on all tokens"
     else:
         why = f"is an approximation for bidirectional models; this one is block-causal (block size {grid})"
     raise ConfigError(f"--cache {name_of(cache)}: the cache {why}; use one of {fitting}, or leave --cache out")
+
+
+def _editing(editor: Editor, model: ModelConfig, trained: bool) -> Editor:
+    """The editor with the model's ids of operations, if the model can be edited with it."""
+    if not isinstance(editor, TokenEditing | Levenshtein):
+        return editor
+    if not trained:
+        raise ConfigError(
+            f"editor {name_of(editor)}: this model was not trained for editing (objective.replace_ratio 0): what it "
+            "predicts where a token stands was never learnt, and editing would destroy the text; use a model trained "
+            "with objective.replace_ratio > 0, or the editor wino, which needs no training; if this model was trained "
+            "for it elsewhere, say so with --trained-for-editing"
+        )
+    if isinstance(editor, Levenshtein):
+        if model.delete_token_id is None or model.insert_token_id is None:
+            raise ConfigError(
+                "editor levenshtein: the model names no model.delete_token_id and model.insert_token_id, the tokens "
+                "that LLaDA2.2 predicts to delete and insert; use the editor token-editing"
+            )
+        return dataclasses.replace(editor, delete_id=model.delete_token_id, insert_id=model.insert_token_id)
+    return editor
 
 
 def _block_length(wanted: int | None, published: int | None, grid: int | None) -> int | None:

@@ -41,11 +41,12 @@ class FlooredThreshold(Stateless):
     """Commit every prediction more probable than this, and so many of the best that `steps` finish a block (LLaDA2).
 
     From the LLaDA2.0 report and its published sampler, where the positions of a block are shared evenly over the steps.
+    LLaDA2.1 has no such number: at least the best one is committed.
     """
 
     threshold: float = 0.95
-    steps: int = 32
-    """Of a block."""
+    steps: int | None = 32
+    """Of a block; None = as many as it takes."""
 
     def __post_init__(self) -> None:
         """Raises: ConfigError: no probability, or no step."""
@@ -54,9 +55,11 @@ class FlooredThreshold(Stateless):
 
     def select(self, statistics: Statistics, view: View) -> Tensor:
         """See `Running`."""
+        confident = view.masked & (statistics.confidence > self.threshold)
+        if self.steps is None:
+            return confident | top(statistics.confidence, view.masked)
         size = view.end - view.start
         floor = (size // self.steps + (view.step_in_block < size % self.steps)).clamp(min=1)
-        confident = view.masked & (statistics.confidence > self.threshold)
         return confident | best(statistics.confidence, view.masked, floor)
 
 
