@@ -1,0 +1,129 @@
+"""With the exact cache every logit is that of a run over the whole sequence, whatever an editor changed before."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llada_megatron.llada_moe.model.windows import Window
+from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, Recompute
+from llada_megatron.llada_moe.sampling.canvas import Draft, continuation, infilling
+from llada_megatron.llada_moe.sampling.editors import Editor, Levenshtein, NoEditor, TokenEditing, WideIn, Wino
+from llada_megatron.llada_moe.sampling.loop import Finished, Group, steps
+from llada_megatron.llada_moe.sampling.passes import Pass
+from llada_megatron.llada_moe.sampling.schedules import Threshold
+from llada_megatron.llada_moe.sampling.statistics import Reader, Statistics
+from tests.llada_moe.sampling.editors.rows import DELETE, INSERT, MASK, VOCAB, method
+
+GRID, SIZE = 4, 6
+EDITORS = [
+    NoEditor(),
+    TokenEditing(0.3, 4),
+    TokenEditing(0.3, 4, reach=1),
+    TokenEditing(0.2, 2, reach=2),
+    Wino(0.6),
+    Levenshtein(0.2, 4, DELETE, INSERT),
+]
+
+
+class BlockCausal:
+    """Two layers over kept features, each position seeing its block and what is before: stale features show."""
+
+    def __init__(self, slots: int, seq: int, seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.embedding = torch.randn(VOCAB, SIZE, generator=draw, dtype=torch.float64)
+        self.place = torch.randn(seq, SIZE, generator=draw, dtype=torch.float64)
+        self.output = 3 * torch.randn(SIZE, VOCAB, generator=draw, dtype=torch.float64)
+        self.kept = [torch.full((slots, seq, SIZE), torch.nan, dtype=torch.float64) for _ in range(2)]
+
+    def __call__(self, tokens: Tensor, window: Window) -> Tensor:
+        """Logits `[total, vocab]` of a window's positions and shadows; keeps the features of the positions."""
+        position = window.positions
+        seen = torch.arange(window.keys)
+        visible = seen // GRID <= position[:, None] // GRID
+        visible[window.width :] &= seen != position[window.width :, None]
+        shadow = position[window.width :]
+        among = torch.zeros(len(position), window.shadows, dtype=torch.bool)
+        among[window.width :] = True
+        visible = torch.cat([visible, among], 1)
+        where = torch.cat([seen, shadow])
+        weight = visible.double() / (1.0 + (position[:, None] - where).abs())
+        features = self.embedding[tokens] + self.place[position]
+        for kept in self.kept:
+            kept[window.slot, window.first : window.first + window.width] = features[: window.width]
+            keys = torch.cat([kept[window.slot, : window.keys], features[window.width :]])
+            features = features.tanh() + weight @ keys / weight.sum(1, keepdim=True)
+        return features @ self.output
+
+
+class Compared:
+    """Runs passes with kept features, and beside them whole sequences without."""
+
+    def __init__(self, group: Group, model: BlockCausal, fresh: BlockCausal) -> None:
+        self.group, self.model, self.fresh = group, model, fresh
+        self.reader = Reader(group.method.reading, 0, lambda packet: packet[None])
+        self.largest, self.positions = 0.0, 0
+
+    def __call__(self, work: Pass) -> Statistics:
+        rows, at = [], 0
+        for window in work.windows:
+            tokens, asked = work.tokens[at : at + window.total], work.asked[at : at + window.total]
+            logits = self.model(tokens, window)[asked]
+            whole = dataclasses.replace(window, first=0, width=window.keys)
+            text = torch.cat([self.group.canvas.tokens[window.slot, : window.keys], tokens[window.width :]])
+            expected = self.fresh(text, whole)[window.first :][asked]
+            self.largest = max(self.largest, float((logits - expected).abs().max()) if len(logits) else 0.0)
+            self.positions += window.total
+            rows.append(logits)
+            at += window.total
+        assert not torch.cat(rows).isnan().any()
+        return self.reader.read(torch.cat(rows), work.rows)
+
+
+def run(drafts: list[Draft], editor: Editor, cache, seed: int, slots: int) -> tuple[list[Finished], Compared]:
+    schedule = WideIn(0.3) if isinstance(editor, Wino) else Threshold(0.4)
+    how = dataclasses.replace(method(schedule, editor, stop_id=12, grid=GRID), cache=cache)
+    size = max(len(draft.tokens) for draft in drafts), max(len(draft.blocks) for draft in drafts)
+    group = Group(how, slots, *size, MASK)
+    compared = Compared(group, *(BlockCausal(slots, size[0], seed) for _ in range(2)))
+    finished = [done for step in steps(group, drafts, compared) for done in step.finished]
+    return sorted(finished, key=lambda row: row.stream), compared
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 25), st.integers(1, 16)), min_size=1, max_size=4),
+    gaps=st.lists(st.booleans(), min_size=1, max_size=24).filter(any),
+    editor=st.sampled_from(EDITORS),
+    prefill=st.sampled_from([1, 8, 8192]),
+    slots=st.integers(1, 5),
+    seed=st.integers(0, 1000),
+)
+def test_logits_and_results_are_those_of_recomputation(lengths, gaps, editor, prefill, slots, seed):
+    drafts = [continuation([9] * given, new, None, i, GRID) for i, (given, new) in enumerate(lengths)]
+    drafts.append(infilling([8] * len(gaps), gaps, None, len(drafts), GRID))
+    kept, compared = run(drafts, editor, BlockCausalCache(prefill), seed, slots)
+    assert compared.largest <= 1e-9
+    plain, _ = run(drafts, editor, Recompute(), seed, slots)
+    assert [row.tokens for row in kept] == [row.tokens for row in plain]
+
+
+def test_edits_of_earlier_blocks_happen_and_cost_runs():
+    drafts = [continuation([9] * 8, 24, None, i, GRID) for i in range(8)]
+    positions = {}
+    for reach in (0, 1, 2):
+        finished, compared = run(drafts, TokenEditing(0.2, 4, reach), BlockCausalCache(), 5, 8)
+        assert compared.largest <= 1e-9
+        positions[reach] = compared.positions / sum(row.passes for row in finished)
+    assert positions[0] < positions[1] < positions[2]
+
+
+def test_a_block_that_nothing_changes_in_its_last_step_is_not_run_again():
+    """The step that confirms a block ran it with its final tokens, so the next one starts from kept features."""
+    drafts = [continuation([9] * 4, 16, None, 0, GRID)]
+    finished, compared = run(drafts, TokenEditing(1.0, 4), BlockCausalCache(), 3, 1)
+    assert compared.positions == 4 + GRID * finished[0].passes
