@@ -1,0 +1,64 @@
+"""Edits of what was written leave the cache of a block-causal model exact."""
+
+from __future__ import annotations
+
+import pytest
+
+from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, Cache, Recompute
+from llada_megatron.llada_moe.sampling.canvas import Draft
+from llada_megatron.llada_moe.sampling.editors import Editor, Levenshtein, TokenEditing, WideIn, Wino
+from llada_megatron.llada_moe.sampling.loop import Group, Method
+from llada_megatron.llada_moe.sampling.schedules import Threshold
+from llada_megatron.llada_moe.sampling.statistics import Reading
+from tests.parallel.sampling.spread import GRID, MASK, MODELS, drafts, load
+from tests.ranks import run_ranks
+
+EDITORS = {
+    "token editing": TokenEditing(0.0, 3),
+    "two blocks": TokenEditing(0.0, 2, reach=1),
+    "three blocks": TokenEditing(0.0, 2, reach=2),
+    "wino": Wino(0.5),
+    "levenshtein": Levenshtein(0.0, 4, 6, 7),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "editor"),
+    [("dense", name) for name in EDITORS] + [("experts", "two blocks"), ("routed by blocks", "wino")],
+)
+def test_logits_and_tokens_are_those_of_a_full_recomputation(model, editor):
+    error, edits, results = run_ranks(compare, 1, model, EDITORS[editor], drafts(4, GRID))[0]
+    assert error <= 1e-5
+    assert edits > 0
+    assert results[0] == results[1] and len(results[0]) == 4
+
+
+def compare(model: str, editor: Editor, texts: list[Draft]) -> tuple[float, int, list[list[tuple[int, list[int]]]]]:
+    """On a rank: largest relative error of the logits, changes of written tokens, and the results of either cache."""
+    from llada_megatron.parallel import topology
+    from llada_megatron.parallel.sampling.engine import Engine
+
+    topology.initialize(LayoutConfig(), 0)
+    stage = load(MODELS[model], LayoutConfig(), GRID).model
+    methods = [_method(editor, cache) for cache in (BlockCausalCache(), Recompute())]
+    groups = [Group(method, len(texts), 64, 8, MASK) for method in methods]
+    engines = [Engine(stage, method, len(texts), 64) for method in methods]
+    for group in groups:
+        for slot, draft in enumerate(texts):
+            group.admit(slot, draft)
+    worst, edits, results = 0.0, 0, [[], []]
+    while (works := [group.plan() for group in groups])[0] is not None:
+        outputs = [engine.forward(work) for engine, work in zip(engines, works, strict=True)]
+        worst = max(worst, float((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()))
+        for group, engine, work, output, result in zip(groups, engines, works, outputs, results, strict=True):
+            step = group.apply(engine.read(work, output))
+            edits += int((step.changed & step.view.editable).sum())
+            result += [(done.stream, done.tokens) for done in step.finished]
+    return worst, edits, results
+
+
+def _method(editor: Editor, cache: Cache) -> Method:
+    schedule = WideIn(0.1, least=2, most=4) if isinstance(editor, Wino) else Threshold(0.2)
+    reading = Reading(frozenset(editor.needs), [MASK], editor.operations)
+    return Method(schedule, cache, editor, reading, grid=GRID)
