@@ -14,7 +14,7 @@ import pytest
 
 from llada_megatron.launch import demo_report
 from llada_megatron.launch.assessment import Assessment, Piece
-from llada_megatron.launch.sampling import split_gaps
+from llada_megatron.launch.sampling.prompts import Gap, split_gaps
 
 RUN = """
 model: {base: tiny-moe-softmax, vocab_size: 400}
@@ -69,7 +69,10 @@ def sampled(folder: Path, *arguments: str, run: str = "out", stdin: str = "") ->
     done = llada("sample", run, *arguments, "--json", cwd=folder, stdin=stdin)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
-    return json.loads(done.stdout)
+    values = json.loads(done.stdout)
+    for sample in values["samples"]:
+        assert sample.pop("seconds") > 0
+    return values
 
 
 def test_the_demo_leaves_a_report(folder):
@@ -159,7 +162,7 @@ def test_sampling_under_another_layout_gives_the_same_text(folder, layout):
     ]
     alone, spread = sampled(folder, *arguments), sampled(folder, *(f"layout.{axis}" for axis in layout), *arguments)
     assert alone["samples"] == spread["samples"]
-    assert alone["forward_passes"] == spread["forward_passes"]
+    assert alone["forwards"] == spread["forwards"]
 
 
 def test_several_prompts_and_seeds(folder):
@@ -173,10 +176,10 @@ def test_several_prompts_and_seeds(folder):
 
 def test_fewer_steps_write_several_tokens_a_pass(folder):
     done = sampled(folder, "--max-new-tokens", "16", "--steps", "4", "--block-length", "8", stdin="abc")
-    assert done["forward_passes"] <= 4
+    assert done["forwards"] <= 4
     assert done["new_tokens"] <= 16
     done = sampled(folder, "--infill", "--block-length", "4", "--prompt", "a <mask:10> b")
-    assert done["forward_passes"] == done["new_tokens"] == 10
+    assert done["forwards"] == done["new_tokens"] == 10
 
 
 def test_infilling_keeps_the_text_around_the_gaps(folder):
@@ -200,11 +203,11 @@ def test_the_gap_word_is_ordinary_text_when_not_infilling(folder):
         (["nowhere", "--prompt", "a"], 1, "there is no checkpoint at nowhere"),
         (["texts", "--prompt", "a"], 1, "no checkpoint in texts"),
         (["out", "--prompt", "a", "--infill"], 2, "no <mask> to fill in 'a'"),
-        (["out", "--prompt", "a", "--max-new-tokens", "4000"], 2, "the model takes 128"),
+        (["out", "--prompt", "a", "--max-new-tokens", "4000"], 2, "the model takes 128, that is"),
         (["out", "--prompt", "a", "--steps", "0"], 2, "--steps 0: at least 1"),
         (["out", "--prompt", "a", "--tokenizer", "other.model"], 1, "not at other.model"),
         (["out", "--prompt", "a", "layout.tensor_parallel=3"], 2, "3 does not divide num_attention_heads 4"),
-        (["out", "--prompt", "a", "layout.context_parallel=2"], 2, "sampling takes layout.tensor_parallel=N"),
+        (["out", "--prompt", "a", "layout.context_parallel=2"], 2, "layout.context_parallel=2: sampling takes"),
         (["out", "--prompt", "a", "--infill", "layout.tensor_parallel=2"], 2, "no <mask> to fill in 'a'"),
     ],
 )
@@ -227,8 +230,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder):
 
 
 def test_split_gaps():
-    assert split_gaps("a<mask>b <mask:3>", "mask") == ["a", 1, "b ", 3]
-    assert split_gaps("<gap:2><mask>", "gap") == [2, "<mask>"]
+    assert split_gaps("a<mask>b <mask:3>", "mask") == ["a", Gap(1), "b ", Gap(3)]
+    assert split_gaps("<gap:2><mask>", "gap") == [Gap(2), "<mask>"]
     assert split_gaps("nothing", "mask") == ["nothing"]
 
 

@@ -167,7 +167,7 @@ def evaluate(directory: Path, sequences: int) -> tuple[Assessment, str]:
 
     device.install()
     from llada_megatron.launch.assessment import assess
-    from llada_megatron.launch.sampling import checkpoint_tokenizer
+    from llada_megatron.launch.sampling.tokenizers import checkpoint_tokenizer
     from llada_megatron.parallel.inference import open_checkpoint
 
     with open_checkpoint(directory) as loaded:

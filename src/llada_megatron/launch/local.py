@@ -57,18 +57,23 @@ def python_program(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
-def run_local(program: Sequence[str], layout: LayoutConfig, log_dir: Path) -> Outcome:
+def run_local(
+    program: Sequence[str],
+    layout: LayoutConfig,
+    log_dir: Path,
+    stopping: str = "stopping after this step, with a checkpoint; once more stops at once",
+) -> Outcome:
     """Run `program` once per rank of `layout` on this machine and wait for the end.
 
     Each process finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment and ends through
     `rank.run_local_rank`. The first Ctrl-C (or SIGTERM, SIGHUP) asks the ranks to finish their step, the second ends
-    them.
+    them. `stopping` is said at the first.
 
     Raises:
         LladaError: a rank's own error, or a RankError that names the rank.
         Stopped: ended by a signal before the ranks could finish a step.
     """
-    with tempfile.TemporaryDirectory(prefix="llada-") as reports, _Signals() as signals:
+    with tempfile.TemporaryDirectory(prefix="llada-") as reports, _Signals(stopping) as signals:
         variables = {
             REPORTS_VARIABLE: reports,
             PARENT_VARIABLE: str(os.getpid()),
@@ -95,8 +100,9 @@ class _Signals:
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    def __init__(self) -> None:
+    def __init__(self, stopping: str) -> None:
         self.first: int | None = None
+        self._stopping = stopping
         self._again = False
         self._told: set[int] = set()
 
@@ -111,7 +117,7 @@ class _Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.first is None:
             self.first = number
-            print("\nstopping after this step, with a checkpoint; once more stops at once", file=sys.stderr, flush=True)
+            print(f"\n{self._stopping}", file=sys.stderr, flush=True)
         else:
             self._again = True
 

@@ -36,6 +36,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.mask_was_added = mask is None
         self.mask_id = size if mask is None else vocabulary[mask]
         self.vocab_size = size + self.mask_was_added
+        self.unused_ids = sorted(set(range(self.vocab_size)) - set(vocabulary.values()))
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids = {token.content: id for id, token in added.items() if token.special}
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without the tokens that the file's template would add around it."""

@@ -49,6 +49,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.mask_was_added = mask is None
         self.mask_id = size if mask is None else control[mask]
         self.vocab_size = size + self.mask_was_added
+        unused = [i for i in range(size) if self._processor.is_unused(i)]
+        self.unused_ids = [*unused, *([self.mask_id] if self.mask_was_added else [])]
+        self.special_ids = control
 
     def _find_eos(self, control: dict[str, int], wanted: str | None) -> int:
         """The end-of-text id: the named token, else the model's own, else a known name."""

@@ -7,6 +7,7 @@ as ordinary text.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +33,10 @@ class Tokenizer(Protocol):
     sha256: str
     """Of the tokenizer file, in hexadecimal."""
     path: Path
+    unused_ids: Sequence[int]
+    """Ids below vocab_size that stand for nothing; of an added mask token its own."""
+    special_ids: Mapping[str, int]
+    """Tokens by their name that no text can produce."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin, end or mask tokens."""

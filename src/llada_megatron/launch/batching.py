@@ -1,0 +1,154 @@
+"""`llada sample --output FILE`: a batch that can be interrupted, on this machine or in a job of torchrun or srun."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llada_megatron.console import emit_json, message
+from llada_megatron.launch.sampling.batch import (
+    Batch,
+    Outcome,
+    rank_work,
+    write_here,
+    write_in_ranks,
+)
+from llada_megatron.launch.sampling.journal import Journal, request_of
+from llada_megatron.launch.sampling.tally import Counts
+from llada_megatron.llada_moe.errors import ConfigError, LladaError
+
+if TYPE_CHECKING:
+    from llada_megatron.launch.joining import Place
+    from llada_megatron.launch.sampling.settings import Settings
+    from llada_megatron.launch.sampling.sources import Source
+
+
+def run_batch(settings: Settings, source: Source, args: argparse.Namespace) -> int:
+    """Write what is not finished yet, then put all results into the output; returns the exit code.
+
+    Raises:
+        LladaError: before anything is written, or the error of the rank that failed first.
+    """
+    from llada_megatron.launch.joining import find_place
+
+    place = None if args.local else find_place()
+    if place is not None:
+        return _run_as_rank(settings, source, place, args)
+    journal = Journal(Path(args.output))
+    with journal.locked():
+        batch = _begin(journal, settings, source, args.overwrite)
+        outcome = None
+        try:
+            if batch.prompts:
+                outcome = _write(batch)
+        except KeyboardInterrupt as stopped:
+            done = journal.count()
+            message(
+                f"interrupted: {done:,} of {batch.finished + len(batch.prompts):,} prompts are finished and on disk; "
+                "the same command goes on with the others"
+            )
+            return getattr(stopped, "exit_code", 130)
+        return _end(journal, batch, outcome, source, args.json)
+
+
+def _write(batch: Batch) -> Outcome:
+    """Write here, or with ranks, whose logs stay beside the output where one of them fails."""
+    if batch.settings.layout.world_size == 1:
+        return write_here(batch)
+    logs = _logs(batch.base)
+    outcome = write_in_ranks(batch, logs)
+    shutil.rmtree(logs, ignore_errors=True)
+    return outcome
+
+
+def _logs(output: Path) -> Path:
+    return output.with_name(output.name + ".logs")
+
+
+def _begin(journal: Journal, settings: Settings, source: Source, overwrite: bool) -> Batch:
+    """What is left of the batch."""
+    from llada_megatron.parallel.checkpoint.search import find_checkpoints
+
+    for text in source.broken:
+        message(f"passed over: {text}")
+    request = request_of(settings, find_checkpoints(settings.checkpoint)[0].resolve())
+    finished = journal.begin(request, source.prompts, overwrite)
+    left = [prompt for prompt in source.prompts if prompt.number not in finished]
+    if finished:
+        message(
+            f"{len(finished):,} prompts are finished; {len(left):,} are left" if left else "all prompts are finished"
+        )
+    return Batch(settings, left, journal.output, source.tolerant, finished=len(finished))
+
+
+def _end(journal: Journal, batch: Batch, outcome: Outcome | None, source: Source, as_json: bool) -> int:
+    """Merge and report."""
+    counts, now = Counts(), Counts()
+    written = {prompt.number for prompt in batch.prompts}
+    for record in journal.merge():
+        counts.add(record)
+        if record["number"] in written:
+            now.add(record)
+    refused = outcome.refused if outcome else []
+    seconds = outcome.seconds if outcome else 0.0
+    facts: dict[str, Any] = {
+        "output": str(journal.output),
+        "checkpoint": outcome.checkpoint if outcome else None,
+        "prompts": counts.prompts,
+        "written_now": now.prompts,
+        "passed_over": len(refused) + len(source.broken),
+        "new_tokens": counts.new_tokens,
+        "forwards": counts.forwards,
+        "tokens_per_forward": round(counts.tokens_per_forward, 4),
+        "positions_per_token": round(counts.positions_per_token, 2),
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(now.new_tokens / seconds, 2) if now.prompts else None,
+    }
+    if as_json:
+        emit_json(facts)
+    else:
+        for name, value in facts.items():
+            if value is not None:
+                print(
+                    f"{name.replace('_', ' '):<20} {value:,}"
+                    if isinstance(value, int)
+                    else f"{name.replace('_', ' '):<20} {value}"
+                )
+    return 1 if facts["passed_over"] else 0
+
+
+def _run_as_rank(settings: Settings, source: Source, place: Place, args: argparse.Namespace) -> int:
+    """This process as a rank of a job that was started; rank 0 begins and ends the batch."""
+    from llada_megatron.launch.joining import check_world
+    from llada_megatron.launch.rank import run_joined_rank
+
+    try:
+        check_world(place, settings.layout)
+        if args.prompts in (None, "-") and not args.prompt and not args.file:
+            raise ConfigError("the ranks of a job cannot share standard input: give --prompts FILE, --prompt or --file")
+    except LladaError as error:
+        if place.rank != 0:  # every rank finds the same; rank 0 says it
+            return error.exit_code
+        raise
+    os.environ.update(place.environment())
+    os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+    journal, begun = Journal(Path(args.output)), []
+    with contextlib.ExitStack() as held:
+
+        def begin() -> Batch:
+            from llada_megatron.parallel.agreement import on_rank_0
+
+            def first() -> Batch:
+                held.enter_context(journal.locked())
+                return _begin(journal, settings, source, args.overwrite)
+
+            begun.append(on_rank_0(first))
+            return begun[0]
+
+        facts, _ = run_joined_rank(rank_work(settings, begin), settings.layout, _logs(journal.output), place.rank)
+        code = 1 if facts["refused"] or source.broken else 0
+        return _end(journal, begun[0], Outcome(**facts), source, args.json) if place.rank == 0 else code

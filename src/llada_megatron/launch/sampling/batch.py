@@ -1,0 +1,179 @@
+"""Many prompts: written by this process or by the ranks of a layout, every result on disk as soon as it is finished."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from llada_megatron.console import message
+from llada_megatron.launch.processes import PARENT_VARIABLE, StopRequest
+from llada_megatron.launch.rank import Work, run_local_rank
+from llada_megatron.launch.sampling.parts import PartFile, part_path
+from llada_megatron.launch.sampling.prompts import Prompt
+from llada_megatron.launch.sampling.settings import Settings
+from llada_megatron.launch.sampling.tally import ProgressLine, Tally
+from llada_megatron.parallel.lifetime import die_with_parent
+
+if TYPE_CHECKING:
+    from llada_megatron.launch.sampling.session import Session
+    from llada_megatron.llada_moe.sampling.canvas import Draft
+
+_MOST_REFUSALS = 20
+"""Messages about single prompts that are said."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts whose results go to part files."""
+
+    settings: Settings
+    prompts: Sequence[Prompt]
+    base: Path
+    """The parts are BASE.part-0, BASE.part-1, …: one for each replica of the model."""
+    tolerant: bool
+    """Whether a prompt that cannot be written is passed over; otherwise nothing is written."""
+    finished: int = 0
+    """Prompts that were finished before."""
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of a batch did."""
+
+    checkpoint: str
+    refused: list[str]
+    """A message for each prompt that could not be written."""
+    seconds: float
+    """Of writing, without the loading."""
+
+
+def write_here(batch: Batch) -> Outcome:
+    """Write a batch in this process. Raises what `Sampler.open` does."""
+    from llada_megatron.launch.sampling.sampler import open_sampler
+
+    with open_sampler(batch.settings) as sampler:
+        return write(sampler.session, batch)
+
+
+def write_in_ranks(batch: Batch, logs: Path) -> Outcome:
+    """Write a batch with one process per rank of its layout, on this machine; their output goes to the folder `logs`.
+
+    Raises:
+        LladaError: a rank's own error, or a RankError that names the rank.
+        Stopped: it was interrupted; what is finished is in the parts.
+    """
+    from llada_megatron.launch.local import python_program, run_local
+
+    message(f"sampling with {batch.settings.layout.world_size} processes")
+    with tempfile.TemporaryDirectory(prefix="llada-") as scratch:
+        path = Path(scratch) / "batch"
+        path.write_bytes(pickle.dumps(batch))
+        program = python_program("llada_megatron.launch.sampling.batch", str(path), str(logs))
+        return Outcome(**run_local(program, batch.settings.layout, logs, stopping="stopping").facts)
+
+
+def rank_work(settings: Settings, begin: Callable[[], Batch]) -> Work:
+    """What a rank does; its place is in the environment. All ranks call `begin` once they have joined."""
+
+    def work(_: StopRequest) -> dict[str, Any]:
+        signal.signal(signal.SIGINT, _leave)
+        from llada_megatron.parallel import device
+
+        device.install()
+        from megatron.core import parallel_state
+
+        from llada_megatron.launch.sampling.session import Session
+        from llada_megatron.parallel import topology
+        from llada_megatron.parallel.inference import load_checkpoint
+
+        topology.join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        topology.initialize(settings.layout, settings.seed)
+        batch = begin()
+        session = Session(load_checkpoint(settings.checkpoint, settings.layout), settings)
+        here = topology.coordinates()
+        keeps = here.tensor == 0 and here.pipeline == 0
+        replicas = parallel_state.get_data_parallel_world_size()
+        outcome = write(session, batch, here.data, replicas, keeps, shows=here.rank == 0)
+        topology.leave()
+        return vars(outcome)
+
+    return work
+
+
+def _leave(number: int, _: FrameType | None) -> None:
+    """End at once: nothing is lost, every finished result is on disk."""
+    os._exit(128 + number)
+
+
+def write(
+    session: Session, batch: Batch, replica: int = 0, replicas: int = 1, keeps: bool = True, shows: bool = True
+) -> Outcome:
+    """Write this replica's share of a batch (collective over all ranks).
+
+    Args:
+        session: the model.
+        batch: the same on all ranks.
+        replica: which one this is.
+        replicas: how many there are.
+        keeps: whether this rank puts down the results of its replica.
+        shows: whether it says how far all replicas are.
+    """
+    jobs, refused = session.sorted_jobs(batch.prompts) if batch.tolerant else (session.jobs(batch.prompts), [])
+    for text in refused[:_MOST_REFUSALS]:
+        message(f"passed over: {text}")
+    if len(refused) > _MOST_REFUSALS:
+        message(f"and {len(refused) - _MOST_REFUSALS} more prompts that were passed over")
+    part = PartFile(part_path(batch.base, replica)) if keeps else None
+    _all_here()
+    progress = (
+        ProgressLine(Tally(batch.base), batch.finished, batch.finished + len(jobs))
+        if shows and batch.progress
+        else None
+    )
+    _all_here()
+    began = time.perf_counter()
+
+    def share(drafts: list[Draft]) -> list[Draft]:
+        return drafts[replica::replicas]
+
+    for happened in session.run(jobs, share):
+        if part is not None:
+            for result in happened.results:
+                part.append(result)
+        if progress is not None:
+            progress.show()
+    if part is not None:
+        part.close()
+    _all_here()
+    if progress is not None:
+        progress.show(last=True)
+    return Outcome(str(session.loaded.path), refused, time.perf_counter() - began)
+
+
+def _all_here() -> None:
+    """Wait for all ranks: a part is counted from where it stands before anyone appends to it."""
+    import torch
+
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.barrier()
+
+
+def main(path: str, logs: str) -> int:
+    """Work on the batch in the file `path` as the rank that the environment names."""
+    die_with_parent(int(os.environ[PARENT_VARIABLE]))
+    batch: Batch = pickle.loads(Path(path).read_bytes())
+    return run_local_rank(rank_work(batch.settings, lambda: batch), batch.settings.layout, Path(logs))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

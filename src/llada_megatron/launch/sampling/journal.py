@@ -1,0 +1,145 @@
+"""The output file of a batch that may be interrupted: what it was asked for, what is finished, what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llada_megatron.launch.sampling.parts import part_paths, records
+from llada_megatron.launch.sampling.prompts import Prompt
+from llada_megatron.launch.sampling.settings import Settings
+from llada_megatron.llada_moe.errors import DataError
+
+_FREE = ("layout", "batch_size")
+"""Settings that may change between a run and its continuation: they do not change what is written."""
+
+
+class Journal:
+    """Results in OUTPUT, while they come in OUTPUT.part-N, and what they are results of in OUTPUT.run.json."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self._request = output.with_name(output.name + ".run.json")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Alone with these files. Raises DataError where another process is."""
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        path = self.output.with_name(self.output.name + ".lock")
+        with path.open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(
+                    f"another process is writing {self.output}; wait for it, or choose another --output"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+
+    def begin(self, request: Mapping[str, Any], prompts: Sequence[Prompt], overwrite: bool) -> set[int]:
+        """Take up the batch where it stands; returns the numbers of the prompts that are finished.
+
+        Raises:
+            DataError: the files there are not results of this request, or of other prompts.
+        """
+        if overwrite:
+            for path in (self.output, self._request, *part_paths(self.output)):
+                path.unlink(missing_ok=True)
+        digests = {str(prompt.number): prompt.digest for prompt in prompts}
+        finished = {record["number"] for record in self._records()}
+        before = self._read_request()
+        if before is None:
+            if self.output.exists() or part_paths(self.output):
+                raise DataError(
+                    f"{self.output} exists, and {self._request.name} beside it, which would tell what it holds, does "
+                    "not; choose another --output, or give --overwrite"
+                )
+        else:
+            self._require_same(before, request, digests, finished)
+            digests = before["prompts"] | digests
+        _replace(self._request, json.dumps({"request": request, "prompts": digests}, indent=1))
+        return finished
+
+    def merge(self) -> list[dict[str, Any]]:
+        """Put all that is finished into the output, in the prompts' order; returns the records."""
+        found = {record["number"]: record for record in self._records()}
+        ordered = [found[number] for number in sorted(found)]
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in ordered)
+        _replace(self.output, lines)
+        for part in part_paths(self.output):
+            part.unlink()
+        return ordered
+
+    def count(self) -> int:
+        """Prompts that are finished."""
+        return len({record["number"] for record in self._records()})
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        for path in (self.output, *part_paths(self.output)):
+            if path.exists():
+                for record, _ in records(path):
+                    yield record
+
+    def _read_request(self) -> dict[str, Any] | None:
+        try:
+            content = json.loads(self._request.read_text("utf-8"))
+            return {"request": dict(content["request"]), "prompts": dict(content["prompts"])}
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self._request} cannot be read ({error}); give --overwrite to begin anew") from error
+
+    def _require_same(
+        self, before: dict[str, Any], request: Mapping[str, Any], digests: Mapping[str, str], finished: set[int]
+    ) -> None:
+        if not finished:
+            return
+        then = before["request"]
+        names = [name for name in {**then, **request} if name != "checkpoint" and then.get(name) != request.get(name)]
+        shown = ["checkpoint" if name == "checkpoint_sha256" else name for name in names]
+        differences = [f"{name} {then.get(name)!r} then, {request.get(name)!r} now" for name in shown]
+        known = before["prompts"]
+        changed = sorted(number for number in finished if digests.get(str(number)) != known.get(str(number)))
+        if changed:
+            numbers = ", ".join(map(str, changed[:5])) + (" …" if len(changed) > 5 else "")
+            differences.append(f"prompt {numbers} is not the same")
+        if differences:
+            raise DataError(
+                f"{self.output} holds {len(finished)} results of another request: {'; '.join(differences)}. "
+                "Choose another --output, or give --overwrite"
+            )
+
+
+def request_of(settings: Settings, checkpoint: Path) -> dict[str, Any]:
+    """What decides over the results, beside the prompts."""
+    values = {name: value for name, value in settings.to_json().items() if name not in _FREE}
+    manifest = checkpoint / "manifest.json"
+    return values | {
+        "checkpoint": str(checkpoint),
+        "checkpoint_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest(),
+    }
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that it is the old one or the new one at every moment."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8", errors="surrogatepass") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

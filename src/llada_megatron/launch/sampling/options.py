@@ -1,0 +1,133 @@
+"""The part of a command line that sampling, watching and chatting share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llada_megatron.launch.sampling.settings import Settings
+from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config.validation_layout import check_layout, data_parallel_for_experts
+from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
+
+_PARTS = ("schedule", "cache", "editor")
+_AXES = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "expert_tensor_parallel", "data_parallel")
+
+
+def add_model(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    """CHECKPOINT and the overrides."""
+    text = "a run's output directory, or one of its checkpoints"
+    if optional:
+        parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help=text)
+    else:
+        parser.add_argument("checkpoint", metavar="CHECKPOINT", help=text)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="schedule.…, cache.…, editor.…, layout.…")
+    parser.add_argument("--tokenizer", metavar="FILE", help="where the checkpoint's tokenizer is now, if it was moved")
+
+
+def add_method(parser: argparse.ArgumentParser, temperature: float = 0.0, batched: bool = True) -> None:
+    """How it is written."""
+    group = parser.add_argument_group("how it is written")
+    group.add_argument("--preset", metavar="NAME", help="a published method (llada sample --list-presets)")
+    group.add_argument(
+        "--schedule", metavar="NAME", help="which tokens a step writes, in the place of the preset's rule"
+    )
+    group.add_argument("--cache", metavar="NAME", help="whose keys are kept from earlier passes")
+    group.add_argument("--editor", metavar="NAME", help="what may change that was written")
+    group.add_argument("--trained-for-editing", action="store_true", help="the model was, though it does not say so")
+    group.add_argument("--steps", type=int, metavar="N", help="forward passes per text (default: one per token)")
+    group.add_argument("--block-length", type=int, metavar="N", help="write in blocks of N tokens, left to right")
+    group.add_argument("--remasking", choices=["low_confidence", "random"], help="what fixed steps keep")
+    group.add_argument("--temperature", type=float, default=temperature, metavar="T", help="0 = the likeliest token")
+    group.add_argument("--guidance", type=float, default=0.0, metavar="W", help="classifier-free guidance (0 = off)")
+    group.add_argument("--seed", type=int, default=0, help="of the random draws")
+    if batched:
+        group.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts that run together")
+
+
+def settings_of(args: argparse.Namespace, default_tokens: int = 64) -> Settings:
+    """The command line, checked as far as that needs no model.
+
+    Raises:
+        ConfigError: a number or an override that cannot be.
+        CheckpointError: there is no such directory.
+    """
+    for name in ("max_new_tokens", "steps", "block_length", "batch_size"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: at least 1")
+    if args.temperature < 0:
+        raise ConfigError(f"--temperature {args.temperature}: 0 or more")
+    if args.checkpoint is None:
+        raise ConfigError("which CHECKPOINT? Give a run's output directory, or one of its checkpoints")
+    if not Path(args.checkpoint).is_dir():
+        raise CheckpointError(f"there is no checkpoint at {args.checkpoint}")
+    method, axes = _split(args.overrides)
+    for name in ("steps", "remasking"):
+        if getattr(args, name) is not None:
+            method[f"schedule.{name}"] = str(getattr(args, name))
+    return Settings(
+        checkpoint=args.checkpoint,
+        tokenizer=args.tokenizer,
+        preset=args.preset,
+        schedule=args.schedule,
+        cache=args.cache,
+        editor=args.editor,
+        overrides=method,
+        block_length=args.block_length,
+        trained_for_editing=args.trained_for_editing,
+        max_new_tokens=args.max_new_tokens or default_tokens,
+        temperature=args.temperature,
+        guidance=args.guidance,
+        seed=args.seed,
+        batch_size=getattr(args, "batch_size", 1),
+        layout=_layout(axes, args.checkpoint),
+    )
+
+
+def _split(overrides: Sequence[str]) -> tuple[dict[str, str], dict[str, int]]:
+    """Settings of the method, and axes of the layout. Raises ConfigError for anything else."""
+    method: dict[str, str] = {}
+    axes: dict[str, int] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        part, _, name = key.partition(".")
+        if part in _PARTS and name and equals:
+            method[key] = value
+        elif part == "layout" and name in _AXES and value.isdecimal():
+            axes[name] = int(value)
+        else:
+            usable = [*(f"{part}.KEY=VALUE" for part in _PARTS), *(f"layout.{axis}=N" for axis in _AXES)]
+            raise ConfigError(f"{text}: sampling takes {', '.join(usable)}")
+    return method, axes
+
+
+def _layout(axes: dict[str, int], checkpoint: str) -> LayoutConfig:
+    """The layout to sample under; data-parallel ranks are added as its expert parallelism needs them.
+
+    Raises:
+        ConfigError: an axis that does not fit the model.
+    """
+    if not axes:
+        return LayoutConfig()
+    cut = [axes.get(name, 1) for name in ("tensor_parallel", "expert_parallel", "expert_tensor_parallel")]
+    values: dict[str, Any] = {"data_parallel": data_parallel_for_experts(*cut)} | axes
+    layout = LayoutConfig(**values)
+    _check_layout(layout, checkpoint)
+    return layout
+
+
+def _check_layout(layout: LayoutConfig, checkpoint: str) -> None:
+    """Refuse a layout that the checkpoint's model cannot be spread over."""
+    from llada_megatron.parallel.checkpoint.search import find_checkpoints, run_of
+
+    run = run_of(find_checkpoints(checkpoint)[0])
+    training_layout = replace(layout, sequence_parallel=layout.tensor_parallel > 1)  # which training alone needs
+
+    def refuse(key: str, reason: str) -> None:
+        raise ConfigError(f"{key}: {reason}")
+
+    check_layout(replace(run, layout=training_layout), refuse)
