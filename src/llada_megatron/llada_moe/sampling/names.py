@@ -37,8 +37,8 @@ EDITORS: dict[str, type] = {
     "wino": Wino,
 }
 PARTS = {"schedule": SCHEDULES, "cache": CACHES, "editor": EDITORS}
-_GIVEN_ELSEWHERE = {"seed", "delete_id", "insert_id", "needs"}
-"""Fields that a run's seed, the model or the rule itself decides."""
+_GIVEN_ELSEWHERE = {"seed", "delete_id", "insert_id"}
+"""Fields that a run's seed or the model decides."""
 
 
 def name_of(part: Any) -> str:

@@ -107,11 +107,12 @@ class Hierarchical(Stateless):
         begins = masked.clone()
         begins[:, 1:] &= ~masked[:, :-1]
         run = begins.cumsum(1) * masked  # 0 = not masked
-        highest = torch.full_like(confidence, -torch.inf).scatter_reduce(1, run, confidence, "amax").gather(1, run)
-        column = torch.arange(masked.shape[1]).expand_as(run)
-        is_best = masked & (confidence == highest)
-        first = torch.full_like(run, masked.shape[1]).scatter_reduce(
-            1, run, column.masked_fill(~is_best, masked.shape[1]), "amin"
+        rows, columns = masked.shape  # at most as many runs, and number 0
+        highest = confidence.new_full((rows, columns + 1), -torch.inf).scatter_reduce(1, run, confidence, "amax")
+        is_best = masked & (confidence == highest.gather(1, run))
+        column = torch.arange(columns).expand_as(run)
+        first = run.new_full((rows, columns + 1), columns).scatter_reduce(
+            1, run, column.masked_fill(~is_best, columns), "amin"
         )
         of_run = is_best & (column == first.gather(1, run)) & (confidence > self.low)
         return of_run | (masked & (confidence > self.high)) | top(confidence, masked)

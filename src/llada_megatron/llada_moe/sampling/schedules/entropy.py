@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +24,7 @@ class EntropyBound(Stateless):
     """Nats."""
     order: Literal["entropy", "confidence"] = "entropy"
     """What makes a prediction a good one: low entropy, or high confidence."""
-    needs: Collection[Need] = frozenset({"entropy"})
+    needs = frozenset[Need]({"entropy"})
 
     def __post_init__(self) -> None:
         """Raises: ConfigError: a bound below 0."""
@@ -36,7 +35,7 @@ class EntropyBound(Stateless):
         entropy = statistics.entropy
         assert entropy is not None
         priority = -entropy if self.order == "entropy" else statistics.confidence
-        ranked = comparable(priority, view.masked).argsort(1, descending=True, stable=True)
+        ranked = comparable(priority, view.masked).argsort(dim=1, descending=True, stable=True)
         sums = entropy.double().nan_to_num(nan=1e30).gather(1, ranked)
         within = (sums.cumsum(1) - sums.cummax(1).values) <= self.gamma
         return best(priority, view.masked, within.long().cumprod(1).sum(1).clamp(min=1))
