@@ -18,6 +18,8 @@ from functools import cached_property
 
 SURE, OPEN = (0.97, 0.01, 0.01, 0.01), (0.4, 0.3, 0.2, 0.1)
 """Probabilities of the four successors of a head."""
+_HELD_OUT = 10**9
+"""Seeds from here on belong to no training (see `lessons`)."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,10 @@ class Language:
             part = prompt if number >= after else response
             part += [head, *self.tails[head], self.number(number)]
         return Example(prompt, [*response, self.eos_id])
+
+    def held_out(self, number: int) -> Example:
+        """A text that no model was trained on, but by chance."""
+        return self.example(_HELD_OUT + number)
 
     def score(self, prompt: Sequence[int], response: Sequence[int]) -> Score:
         """Judge a response (without its prompt) of any length.

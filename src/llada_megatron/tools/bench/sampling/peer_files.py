@@ -44,6 +44,7 @@ def import_peers(clones: Path) -> PeerFiles:
     with _without_compilation():
         fast_package = _package(f"{_PACKAGE}.fast_dllm", fast)
         modeling = _import(f"{fast_package}.model.modeling_llada")
+        _import("transformers").logging.set_verbosity_error()  # their model uses names that version 5 warns of
         with _also_known_as({"model": f"{fast_package}.model", "model.modeling_llada": modeling.__name__}):
             fast_dllm = _import(f"{fast_package}.generate")
         return PeerFiles(_import(f"{_package(f'{_PACKAGE}.llada', llada)}.generate"), fast_dllm, modeling)
