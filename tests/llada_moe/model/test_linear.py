@@ -28,6 +28,7 @@ def outcomes(layout: LayoutConfig, bias: bool) -> dict[str, bool]:
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     from llada_megatron.llada_moe.model.linear import ColumnLinear, RowLinear
+    from llada_megatron.llada_moe.model.product import torchs_own
     from llada_megatron.llada_moe.model.transformer import transformer_config
     from llada_megatron.parallel import topology
 
@@ -47,7 +48,7 @@ def outcomes(layout: LayoutConfig, bias: bool) -> dict[str, bool]:
         x = torch.randn(6, 2, width)
         if options.get("input_is_parallel") is None and not layout.sequence_parallel and layout.tensor_parallel > 1:
             torch.distributed.broadcast(x, src=0)
-        with torch.inference_mode():
+        with torch.inference_mode(), torchs_own():
             results["equal"] &= torch.equal(mine(x)[0], reference(x)[0])
     return results
 
@@ -58,6 +59,7 @@ def test_weight_given_at_call():
 
 def with_given_weight() -> bool:
     from llada_megatron.llada_moe.model.linear import ColumnLinear
+    from llada_megatron.llada_moe.model.product import torchs_own
     from llada_megatron.llada_moe.model.transformer import transformer_config
     from llada_megatron.parallel import topology
 
@@ -71,5 +73,5 @@ def with_given_weight() -> bool:
         skip_weight_param_allocation=True,
     ).eval()
     x, weight = torch.randn(3, 8), torch.randn(4, 8)
-    with torch.inference_mode():
+    with torch.inference_mode(), torchs_own():
         return torch.equal(layer(x, weight)[0], x @ weight.t())

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from llada_megatron.llada_moe.model.linear import plain
+from llada_megatron.llada_moe.model.product import product
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _flat(hidden: torch.Tensor) -> torch.Tensor:
 def _logits(model: Any, rows: torch.Tensor) -> torch.Tensor:
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     if plain(model.output_layer):
-        return torch.nn.functional.linear(rows, model.output_layer.weight if weight is None else weight)
+        return product(rows, model.output_layer.weight if weight is None else weight)
     logits, _ = model.output_layer(rows.unsqueeze(1), weight=weight)
     return logits.squeeze(1)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
+from llada_megatron.llada_moe.model.product import product
+
 
 class ColumnLinear(ColumnParallelLinear):
     """Y_i = X W_i^T: every tensor rank holds rows of the weight and gives columns of the output."""
@@ -27,7 +29,7 @@ class ColumnLinear(ColumnParallelLinear):
         """
         if not plain(self) or self.gather_output or runtime_gather_output:
             return super().forward(input_, weight, runtime_gather_output)
-        return torch.nn.functional.linear(input_, self.weight if weight is None else weight), None
+        return product(input_, self.weight if weight is None else weight), None
 
 
 class RowLinear(RowParallelLinear):
@@ -45,7 +47,7 @@ class RowLinear(RowParallelLinear):
         """
         if not plain(self) or not self.input_is_parallel:
             return super().forward(input_)
-        output = torch.nn.functional.linear(input_, self.weight)
+        output = product(input_, self.weight)
         if self.tp_group.size() > 1:
             torch.distributed.all_reduce(output, group=self.tp_group)
         return output, None
