@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from llada_megatron.llada_moe.config.schema import LayoutConfig
@@ -14,6 +16,12 @@ from llada_megatron.llada_moe.sampling.statistics import Reading
 from tests.parallel.sampling.spread import GRID, MASK, MODELS, drafts, load
 from tests.ranks import run_ranks
 
+ROUTED = MODELS["routed by blocks"]
+ARCHITECTURES = {
+    "dense": MODELS["dense"],
+    "experts": MODELS["experts"],
+    "routed by blocks": dataclasses.replace(ROUTED, moe=dataclasses.replace(ROUTED.moe, routing_block_size=GRID // 2)),
+}
 EDITORS = {
     "token editing": TokenEditing(0.0, 3),
     "two blocks": TokenEditing(0.0, 2, reach=1),
@@ -25,7 +33,8 @@ EDITORS = {
 
 @pytest.mark.parametrize(
     ("model", "editor"),
-    [("dense", name) for name in EDITORS] + [("experts", "two blocks"), ("routed by blocks", "wino")],
+    [("dense", name) for name in EDITORS]
+    + [("experts", "two blocks"), ("routed by blocks", "wino"), ("routed by blocks", "two blocks")],
 )
 def test_logits_and_tokens_are_those_of_a_full_recomputation(model, editor):
     error, edits, results = run_ranks(compare, 1, model, EDITORS[editor], drafts(4, GRID))[0]
@@ -40,7 +49,7 @@ def compare(model: str, editor: Editor, texts: list[Draft]) -> tuple[float, int,
     from llada_megatron.parallel.sampling.engine import Engine
 
     topology.initialize(LayoutConfig(), 0)
-    stage = load(MODELS[model], LayoutConfig(), GRID).model
+    stage = load(ARCHITECTURES[model], LayoutConfig(), GRID).model
     methods = [_method(editor, cache) for cache in (BlockCausalCache(), Recompute())]
     groups = [Group(method, len(texts), 64, 8, MASK) for method in methods]
     engines = [Engine(stage, method, len(texts), 64) for method in methods]
