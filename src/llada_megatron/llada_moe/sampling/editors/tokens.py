@@ -26,7 +26,11 @@ class TokenEditing:
     max_post_steps: int = 16
     """Steps in a block that begin with no mask in it."""
     reach: int = 0
-    """Blocks before the current one that are edited too (multi-block editing). They are run again in every step."""
+    """Blocks before the current one that are edited too (multi-block editing). They are run again in every step.
+
+    Under block-causal attention a block does not see what comes behind it: it changes later only if its budget was
+    spent before it was settled. The report does not say how its model has it.
+    """
 
     needs = frozenset[Need]()
     edits = True
