@@ -60,8 +60,8 @@ class _Following:
         assert statistics.divergence is not None
         slot, position = view.slot[:, None], view.first[:, None] + torch.arange(view.masked.shape[1])
         position = position.clamp(max=self._calm.shape[1] - 1)
-        calm = self._calm[slot, position].masked_fill((view.step_in_block == 0)[:, None], 0)
-        calm = (calm + 1).masked_fill(~(statistics.divergence < self._settings.divergence), 0)
+        little = statistics.divergence < self._settings.divergence  # false where a block begins: inf
+        calm = (self._calm[slot, position] + 1) * little
         self._calm[slot, position] = calm
         ready = view.masked & (calm >= self._settings.history)
         ready &= statistics.confidence > self._settings.threshold
