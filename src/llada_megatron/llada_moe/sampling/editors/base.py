@@ -106,8 +106,8 @@ def require_in_range(edit_threshold: float, max_post_steps: int) -> None:
 
 def never_written(model: ModelConfig, editor: Editor) -> tuple[int, ...]:
     """Ids that a reader must leave out: the mask token, and the model's operations where the editor knows none."""
-    operations = {model.delete_token_id, model.insert_token_id} - {None} - set(editor.operations)
-    return (model.mask_token_id, *sorted(operations))
+    operations = [i for i in (model.delete_token_id, model.insert_token_id) if i is not None]
+    return (model.mask_token_id, *sorted(set(operations) - set(editor.operations)))
 
 
 def trained_for_editing(objective: ObjectiveConfig) -> bool:

@@ -119,6 +119,7 @@ class _Levenshtein:
 
     def _written(self, statistics: Statistics, view: View, row: int, at: Tensor, last: bool) -> dict[int, int]:
         """Column -> token or operation of what a row writes at the columns `at`."""
+        assert statistics.text is not None
         columns = at.nonzero().flatten().tolist()
         token = {c: int(statistics.token[row, c]) for c in columns}
         text = {c: int(statistics.text[row, c]) for c in columns}
