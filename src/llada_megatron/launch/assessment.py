@@ -9,6 +9,7 @@ from llada_megatron.llada_moe.data.loader import TrainingData
 from llada_megatron.llada_moe.data.tokenizer import Tokenizer
 from llada_megatron.llada_moe.evaluation import infilling, likelihood
 from llada_megatron.llada_moe.sampling.canvas import infilling as gaps_of
+from llada_megatron.llada_moe.sampling.editors import NoEditor, never_written
 from llada_megatron.llada_moe.sampling.loop import Group, Method, steps
 from llada_megatron.llada_moe.sampling.statistics import Reading
 from llada_megatron.parallel.expert_load import ExpertLoad
@@ -105,7 +106,8 @@ def _example(loaded: LoadedModel, tokenizer: Tokenizer, held_out: TrainingData, 
     window = held_out.batch([number]).labels
     gaps = infilling.choose_gaps((1, window.shape[1]), number, infilling.MASKED_SHARE, seed=1)
     draft = gaps_of(window[0].tolist(), gaps[0].tolist(), None)
-    method = Method(reading=Reading(excluded=[tokenizer.mask_id, tokenizer.eos_id]))
+    excluded = [*never_written(loaded.run.model, NoEditor()), tokenizer.eos_id]
+    method = Method(reading=Reading(excluded=excluded))
     group = Group(method, 1, len(draft.tokens), 1, tokenizer.mask_id)
     engine = Engine(loaded.model, method, 1, len(draft.tokens))
     filled = [done.tokens for step in steps(group, [draft], engine.run) for done in step.finished]
