@@ -50,7 +50,7 @@ def pack(canvas: Canvas, view: View, plan: Plan, ask: Tensor, shadow: bool, guid
         view: the rows.
         plan: what each of them runs.
         ask: bool `[rows, columns]`: positions whose statistics are wanted.
-        shadow: ask the written ones of them of their shadows (see `model.windows`); all of the block has shadows then.
+        shadow: ask the written ones of them of their shadows (see `model.windows`); all that runs of the block has one.
         guided: run every row a second time with the given text masked.
     """
     windows, tokens, blank = [], [], []
@@ -59,7 +59,8 @@ def pack(canvas: Canvas, view: View, plan: Plan, ask: Tensor, shadow: bool, guid
         view.slot.tolist(), plan.low.tolist(), plan.high.tolist(), plan.keys.tolist(), starts, ends, strict=True
     )
     for slot, low, high, keys, start, end in ranges:
-        window = Window(slot, low, high - low, keys, start if shadow else 0, end - start if shadow else 0)
+        shadowed = max(0, min(end, high) - start) if shadow else 0  # a piece of a prompt has none of the block
+        window = Window(slot, low, high - low, keys, start if shadowed else 0, shadowed)
         windows.append(window)
         shadows = torch.full((window.shadows,), canvas.mask_id)
         tokens += [canvas.tokens[slot, low:high], shadows]
