@@ -108,6 +108,7 @@ def write(cases: Sequence[Case], layout: LayoutConfig) -> list[Written]:
         after = loaded.model.state_dict()
         unchanged = all(torch.equal(value, after[name]) for name, value in before.items())
         results.append(Written(finished, writer.report, unchanged))
+    torch.distributed.barrier()  # a rank that ends at once closes connections that others are still making
     return results
 
 

@@ -163,7 +163,7 @@ def drawn_cases(draw) -> tuple[LayoutConfig, Case]:
     return LayoutConfig(**LAYOUTS[layout]), case
 
 
-@hypothesis.settings(max_examples=6)
+@hypothesis.settings(max_examples=6, phases=[hypothesis.Phase.generate])  # an example takes seconds
 @hypothesis.given(drawn_cases())
 def test_any_layout_and_batch_write_what_each_sequence_alone_becomes(drawn):
     layout, case = drawn
