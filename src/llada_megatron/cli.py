@@ -27,6 +27,8 @@ COMMANDS = {
         "train the run in a YAML file, with as many processes as its layout asks for",
     ),
     "sample": ("llada_megatron.launch.sample", "generate or infill text with a checkpoint"),
+    "watch": ("llada_megatron.launch.watch", "show a text while it is unmasked, in the terminal or as a page"),
+    "chat": ("llada_megatron.launch.chat", "talk with an instruction model"),
     "convert": (
         "llada_megatron.tools.convert",
         "take checkpoints from and to the formats of Hugging Face, compare them, look into them",

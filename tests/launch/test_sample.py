@@ -14,7 +14,6 @@ import pytest
 
 from llada_megatron.launch import demo_report
 from llada_megatron.launch.assessment import Assessment, Piece
-from llada_megatron.launch.sampling.prompts import Gap, split_gaps
 
 RUN = """
 model: {base: tiny-moe-softmax, vocab_size: 400}
@@ -227,12 +226,6 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder):
     assert done.returncode == 0, done.stderr
     assert "passed over a damaged checkpoint" in done.stderr
     assert "step-00000002" in done.stderr
-
-
-def test_split_gaps():
-    assert split_gaps("a<mask>b <mask:3>", "mask") == ["a", Gap(1), "b ", Gap(3)]
-    assert split_gaps("<gap:2><mask>", "gap") == [Gap(2), "<mask>"]
-    assert split_gaps("nothing", "mask") == ["nothing"]
 
 
 def test_report_by_hand():

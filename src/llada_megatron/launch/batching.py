@@ -150,5 +150,7 @@ def _run_as_rank(settings: Settings, source: Source, place: Place, args: argpars
             return begun[0]
 
         facts, _ = run_joined_rank(rank_work(settings, begin), settings.layout, _logs(journal.output), place.rank)
-        code = 1 if facts["refused"] or source.broken else 0
-        return _end(journal, begun[0], Outcome(**facts), source, args.json) if place.rank == 0 else code
+        if place.rank != 0:
+            return 0
+        shutil.rmtree(_logs(journal.output), ignore_errors=True)
+        return _end(journal, begun[0], Outcome(**facts), source, args.json)

@@ -40,7 +40,11 @@ def add_method(parser: argparse.ArgumentParser, temperature: float = 0.0, batche
     group.add_argument("--trained-for-editing", action="store_true", help="the model was, though it does not say so")
     group.add_argument("--steps", type=int, metavar="N", help="forward passes per text (default: one per token)")
     group.add_argument("--block-length", type=int, metavar="N", help="write in blocks of N tokens, left to right")
-    group.add_argument("--remasking", choices=["low_confidence", "random"], help="what fixed steps keep")
+    group.add_argument(
+        "--remasking",
+        choices=["low_confidence", "random"],
+        help="what fixed steps keep: short for --schedule steps or random",
+    )
     group.add_argument("--temperature", type=float, default=temperature, metavar="T", help="0 = the likeliest token")
     group.add_argument("--guidance", type=float, default=0.0, metavar="W", help="classifier-free guidance (0 = off)")
     group.add_argument("--seed", type=int, default=0, help="of the random draws")
@@ -66,14 +70,13 @@ def settings_of(args: argparse.Namespace, default_tokens: int = 64) -> Settings:
     if not Path(args.checkpoint).is_dir():
         raise CheckpointError(f"there is no checkpoint at {args.checkpoint}")
     method, axes = _split(args.overrides)
-    for name in ("steps", "remasking"):
-        if getattr(args, name) is not None:
-            method[f"schedule.{name}"] = str(getattr(args, name))
+    if args.steps is not None:
+        method["schedule.steps"] = str(args.steps)
     return Settings(
         checkpoint=args.checkpoint,
         tokenizer=args.tokenizer,
         preset=args.preset,
-        schedule=args.schedule,
+        schedule=_schedule(args),
         cache=args.cache,
         editor=args.editor,
         overrides=method,
@@ -86,6 +89,16 @@ def settings_of(args: argparse.Namespace, default_tokens: int = 64) -> Settings:
         batch_size=getattr(args, "batch_size", 1),
         layout=_layout(axes, args.checkpoint),
     )
+
+
+def _schedule(args: argparse.Namespace) -> str | None:
+    """The schedule's name; `--remasking` is another way to say which of the two with fixed steps."""
+    if args.remasking is None:
+        return args.schedule
+    meant = {"low_confidence": "steps", "random": "random"}[args.remasking]
+    if args.schedule not in (None, meant):
+        raise ConfigError(f"--remasking {args.remasking} is --schedule {meant}; give one of them")
+    return meant
 
 
 def _split(overrides: Sequence[str]) -> tuple[dict[str, str], dict[str, int]]:

@@ -149,7 +149,7 @@ class Sampler:
             ConfigError: a prompt that is too long, or has nothing to write.
             DataError: a text for a checkpoint without a tokenizer.
         """
-        jobs = self._jobs(prompts, max_new_tokens)
+        jobs = self.jobs(prompts, max_new_tokens)
         results = [result for happened in self._session.run(jobs) for result in happened.results]
         return sorted(results, key=lambda result: result.number)
 
@@ -157,19 +157,27 @@ class Sampler:
         self, prompts: Sequence[AnyPrompt] | AnyPrompt, *, max_new_tokens: int | None = None
     ) -> Iterator[SampledStep]:
         """What each step writes, while it is written; see `generate`."""
-        jobs = self._jobs(prompts, max_new_tokens)
+        yield from self.steps_of(self.jobs(prompts, max_new_tokens))
+
+    def steps_of(self, jobs: Sequence[Job]) -> Iterator[SampledStep]:
+        """The same for prompts with their drafts."""
         lengths = {job.prompt.number: job.draft.length or len(job.draft.tokens) for job in jobs}
         for number, happened in enumerate(self._session.run(jobs), start=1):
             written = [one for one in self._written(happened) if one.position < lengths[one.prompt]]
             yield SampledStep(number, written, happened.results)
 
-    def _jobs(self, prompts: Sequence[AnyPrompt] | AnyPrompt, max_new_tokens: int | None) -> list[Job]:
+    def jobs(self, prompts: Sequence[AnyPrompt] | AnyPrompt, max_new_tokens: int | None = None) -> list[Job]:
+        """Prompts with what is to be written for each; see `generate`."""
         each = [Prompt.of(prompt, number) for number, prompt in enumerate(_several(prompts), start=1)]
         if max_new_tokens is not None:
             if max_new_tokens < 1:
                 raise ConfigError(f"max_new_tokens {max_new_tokens}: at least 1")
             each = [prompt.with_length(max_new_tokens) for prompt in each]
         return self._session.jobs(each)
+
+    def jobs_of(self, prompts: Sequence[Prompt]) -> list[Job]:
+        """The same for prompts that keep their numbers."""
+        return self._session.jobs(prompts)
 
     def _written(self, happened: Happened) -> list[Written]:
         """The changed positions of a step."""

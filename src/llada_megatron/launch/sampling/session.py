@@ -100,12 +100,14 @@ class Session:
 
     def jobs(self, prompts: Sequence[Prompt]) -> list[Job]:
         """Drafts of prompts. Raises ConfigError or DataError for one that cannot be written."""
-        self._require_tokenizer(prompts)
+        if any(prompt.textual for prompt in prompts):
+            self.require_tokenizer()
         return [Job(prompt, self.drafting.draft(prompt)) for prompt in prompts]
 
     def sorted_jobs(self, prompts: Sequence[Prompt]) -> tuple[list[Job], list[str]]:
         """The same, and a message for each prompt that cannot be written."""
-        self._require_tokenizer(prompts)
+        if any(prompt.textual for prompt in prompts):
+            self.require_tokenizer()
         jobs, refused = [], []
         for prompt in prompts:
             try:
@@ -134,9 +136,11 @@ class Session:
             self.totals.positions += writer.report.positions_run
             self.totals.seconds += writer.report.seconds
 
-    def _require_tokenizer(self, prompts: Sequence[Prompt]) -> None:
-        if self.tokenizer is None and any(prompt.textual for prompt in prompts):
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises DataError where there is none, with the reason."""
+        if self.tokenizer is None:
             raise DataError(self._missing)
+        return self.tokenizer
 
     def _method(self, infilling: bool) -> Method:
         """How tokens are read: an end of text ends a continuation, and has no place in a gap."""

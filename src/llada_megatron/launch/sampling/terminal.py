@@ -1,0 +1,77 @@
+"""Text that appears on a terminal while it is written, coloured by confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from llada_megatron.launch.sampling.picture import Cell, Picture
+
+SCALE = ((0.3, "red"), (0.6, "dark_orange"), (0.9, "yellow"), (1.01, "green"))
+"""Upper ends of confidence, and the colour below each."""
+MASK = "░"
+
+
+class Screen:
+    """A live view of a picture. It clears itself away at the end: the caller prints what is to stay."""
+
+    def __init__(self, console: Console, first: int = 0) -> None:
+        """`first`: position from which the picture is shown."""
+        self._console, self._first = console, first
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> Screen:
+        self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._live.stop()
+
+    def show(self, picture: Picture, step: int, status: str) -> None:
+        """Draw it; the part that does not fit on the screen is left out, around what this step wrote."""
+        width, height = self._console.width, max(3, self._console.height - 4)
+        cells = picture.cells[self._first :]
+        lines = coloured(cells, step).wrap(self._console, width, no_wrap=False)
+        place = _line_of_last(cells, step, width, self._console)
+        start = max(0, min(place - height // 2, len(lines) - height))
+        shown = Text("\n").join(lines[start : start + height])
+        self._live.update(Group(shown, Text(""), Text(status, style="dim")), refresh=True)
+
+
+def coloured(cells: Sequence[Cell], step: int = -1) -> Text:
+    """The cells as text; those that were written in `step` are underlined, masked ones are blocks."""
+    text = Text()
+    for cell in cells:
+        if cell.ended:
+            continue
+        if cell.token is None:
+            text.append(MASK, style="dim")
+        elif cell.given or cell.confidence is None:
+            text.append(cell.piece)
+        else:
+            text.append(cell.piece, style=colour_of(cell.confidence) + (" underline bold" if cell.step == step else ""))
+    return text
+
+
+def colour_of(confidence: float) -> str:
+    """The colour of a probability."""
+    return next(colour for end, colour in SCALE if confidence < end)
+
+
+def legend() -> Text:
+    """What the colours mean."""
+    text = Text("probability  ", style="dim")
+    low = 0.0
+    for end, colour in SCALE:
+        text.append(f"{low:.0%}–{min(end, 1.0):.0%} ", style=colour)
+        low = end
+    return text
+
+
+def _line_of_last(cells: Sequence[Cell], step: int, width: int, console: Console) -> int:
+    """The line of the last cell that this step wrote."""
+    last = max((i for i, cell in enumerate(cells) if cell.step == step and step > 0), default=len(cells) - 1)
+    return len(coloured(cells[: last + 1]).wrap(console, width)) - 1

@@ -1,0 +1,142 @@
+"""`llada watch`: a text while it is unmasked, in the terminal or as a page with a slider over the steps."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llada_megatron.console import emit_json, message
+from llada_megatron.launch.sampling.options import add_method, add_model, settings_of
+from llada_megatron.launch.sampling.prompts import GAP_WORD, Extent
+from llada_megatron.launch.sampling.sources import Asked, read_texts
+from llada_megatron.llada_moe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llada_megatron.launch.sampling.prompts import Prompt
+    from llada_megatron.launch.sampling.results import Result
+    from llada_megatron.launch.sampling.sampler import SampledStep, Sampler
+
+EXAMPLES = """\
+examples:
+  llada watch runs/demo --prompt 'def main('
+  llada watch runs/demo --infill --prompt 'for i in <mask:2>(10):' --pause 0.2
+  llada watch runs/demo --preset fast-dllm --prompt 'import ' --html steps.html
+
+Colours are probabilities: red is unsure, green is sure; what the step has just written is underlined. Where standard
+output is no terminal, the finished text goes there and a line per step to standard error."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `llada watch`."""
+    add_model(parser)
+    texts = parser.add_argument_group("what is written")
+    texts.add_argument("--prompt", metavar="TEXT", help="a text; standard input where there is none")
+    texts.add_argument("--file", metavar="FILE", help="a file with a text")
+    texts.add_argument("--infill", action="store_true", help="fill the gaps of the text instead of continuing it")
+    texts.add_argument("--gap-word", default=GAP_WORD, metavar="WORD", help="gaps are <WORD>, <WORD:N> (default: mask)")
+    texts.add_argument("--edit", metavar="START:END", help="write these characters anew")
+    texts.add_argument("--max-new-tokens", type=int, metavar="N", help="length of a continuation (64)")
+    add_method(parser, batched=False)
+    output = parser.add_argument_group("output")
+    output.add_argument("--html", metavar="FILE", help="a page with all steps, for any browser, without a network")
+    output.add_argument("--pause", type=float, default=0.0, metavar="S", help="seconds to wait after each step")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write one text and show how; raises ConfigError, DataError or CheckpointError."""
+    from llada_megatron.launch.sampling.sampler import open_sampler
+
+    if args.pause < 0:
+        raise ConfigError(f"--pause {args.pause}: 0 or more")
+    settings = settings_of(args)
+    if settings.layout.world_size > 1:
+        raise ConfigError("llada watch runs in one process; leave layout.… out")
+    prompt = _prompt(args)
+    if args.html is not None and not Path(args.html).absolute().parent.is_dir():
+        raise ConfigError(f"--html {args.html}: there is no such folder")
+    with open_sampler(settings) as sampler:
+        steps, result = _watch(sampler, prompt, args)
+        checkpoint = str(sampler.session.loaded.path)
+    message(f"{checkpoint}: {result.new_tokens} tokens in {result.forwards} forward passes, {result.seconds:.1f} s")
+    if args.json:
+        written = [[asdict(one) for one in step.written] for step in steps]
+        emit_json({"checkpoint": checkpoint, "steps": written, "result": result.record()})
+    return 0
+
+
+def _watch(sampler: Sampler, prompt: Prompt, args: argparse.Namespace) -> tuple[list[SampledStep], Result]:
+    from rich.console import Console
+
+    from llada_megatron.launch.sampling.page import Recording
+    from llada_megatron.launch.sampling.picture import Picture
+    from llada_megatron.launch.sampling.terminal import Screen, coloured, legend
+
+    console = Console(highlight=False)
+    live = console.is_terminal and not console.is_dumb_terminal and not args.json
+    jobs = sampler.jobs([prompt])
+    picture = Picture.of(jobs[0].draft, sampler.tokenizer)
+    recording = Recording(picture)
+    screen = Screen(console) if live else None
+    if screen is not None:
+        screen.__enter__()
+    steps = []
+    try:
+        for step in sampler.steps_of(jobs):
+            steps.append(step)
+            recording.add(picture.apply(step))
+            status = _status(step, picture)
+            if screen is None:
+                message(status)
+            else:
+                screen.show(picture, step.number, status)
+            time.sleep(args.pause)
+    finally:
+        if screen is not None:
+            screen.__exit__()
+    result = steps[-1].finished[0]
+    if live:
+        console.print(coloured(picture.cells), legend(), sep="\n\n")
+    elif not args.json:
+        sys.stdout.write((_ids(result) if result.text is None else result.text) + "\n")
+    if args.html is not None:
+        Path(args.html).write_text(recording.html(_facts(sampler, result)), "utf-8")
+        message(f"the steps are in {args.html}")
+    return steps, result
+
+
+def _status(step: SampledStep, picture: Any) -> str:
+    sure = [one.confidence for one in step.written if one.token is not None]
+    mean = f", mean probability {sum(sure) / len(sure):.2f}" if sure else ""
+    again = sum(one.token is None for one in step.written)
+    masked = f", {again} masked again" if again else ""
+    return f"step {step.number}: {len(sure)} written{masked}{mean}; {picture.masked} to go"
+
+
+def _facts(sampler: Sampler, result: Result) -> dict[str, str]:
+    choice, settings = sampler.session.choice, sampler.session.settings
+    return {
+        "checkpoint": str(sampler.session.loaded.path),
+        "method": (f"{settings.preset}: " if settings.preset else "") + str(choice),
+        "temperature": f"{settings.temperature:g}",
+        "tokens per forward pass": f"{result.tokens_per_forward:.2f}",
+    }
+
+
+def _ids(result: Result) -> str:
+    return " ".join(map(str, result.tokens))
+
+
+def _prompt(args: argparse.Namespace) -> Prompt:
+    """The one text of the command line."""
+    if args.prompt is not None and args.file is not None:
+        raise ConfigError("--prompt and --file: one text is watched at a time")
+    if args.edit is not None and args.infill:
+        raise ConfigError("--edit and --infill: a text is edited at START:END, or its gaps are filled")
+    extent = None if args.edit is None else Extent.parse(args.edit)
+    asked = Asked(args.infill, args.gap_word, extent, args.max_new_tokens)
+    texts = [] if args.prompt is None else [args.prompt]
+    return read_texts(texts, [] if args.file is None else [args.file], asked).prompts[0]
