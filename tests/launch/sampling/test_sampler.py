@@ -8,6 +8,7 @@ import pytest
 from llada_megatron import Prompt, Sampler
 from llada_megatron.launch.sampling.prompts import Extent
 from llada_megatron.llada_moe.errors import ConfigError, DataError
+from llada_megatron.llada_moe.sampling.presets import PRESETS
 
 PROMPTS = ["abc", "", "a longer prompt than these", "ü€"]
 
@@ -45,10 +46,11 @@ def test_draws_depend_on_seed_and_number(dense):
         assert sampler.generate("abc")[0].tokens != one.tokens
 
 
-@pytest.mark.parametrize("editor", [None, "wino"])
-def test_steps_replayed_give_the_result(dense, editor):
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "llada2.2"])
+def test_steps_replayed_give_the_result(dense, causal, preset):
+    model = causal if PRESETS[preset].causal else dense
     prompts = ["abc", Prompt.with_gaps("x <mask:4> y <mask:2> z")]
-    with Sampler.open(dense, schedule="threshold", editor=editor, max_new_tokens=16, block_length=8) as sampler:
+    with Sampler.open(model, preset=preset, trained_for_editing=True, max_new_tokens=40) as sampler:
         sequences, results = {1: dict(enumerate(sampler.tokenizer.encode("abc")))}, {}
         for step in sampler.steps(prompts):
             for one in step.written:
@@ -60,6 +62,13 @@ def test_steps_replayed_give_the_result(dense, editor):
     for i, token in enumerate(results[1].tokens):
         assert sequences[1][i] == token
     assert [t for _, t in sorted(sequences[2].items())] == [t for run in results[2].written for t in run]
+
+
+def test_a_preset_of_another_kind_of_model(dense, causal):
+    with pytest.raises(ConfigError, match="names no model.delete_token_id"):
+        Sampler.open(causal, preset="llada2.2", trained_for_editing=True).__enter__()
+    with pytest.raises(ConfigError, match="presets for this model: llada, "):
+        Sampler.open(dense, preset="llada2").__enter__()
 
 
 def test_gaps_of_any_order_are_filled_and_the_rest_stays(dense):

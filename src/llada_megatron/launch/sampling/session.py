@@ -17,6 +17,7 @@ from llada_megatron.launch.sampling.tokenizers import checkpoint_tokenizer, ids_
 from llada_megatron.llada_moe.errors import ConfigError, DataError, LladaError
 from llada_megatron.llada_moe.sampling.editors import never_written
 from llada_megatron.llada_moe.sampling.presets import choose
+from llada_megatron.llada_moe.sampling.schedules import FixedSteps, RandomSteps
 from llada_megatron.parallel.sampling.writer import Writer
 
 if TYPE_CHECKING:
@@ -160,8 +161,8 @@ class Session:
 
     def _say_how(self, jobs: Sequence[Job]) -> None:
         """Tell where the steps that were asked for cannot be what is done."""
-        steps = getattr(self.choice.schedule, "steps", None)
-        if steps is None:
+        schedule = self.choice.schedule
+        if not isinstance(schedule, FixedSteps | RandomSteps) or (steps := schedule.steps) is None:
             return
         notes = [note for job in jobs if (note := steps_note(job.draft, steps))]
         if notes:
