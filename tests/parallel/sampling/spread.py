@@ -29,7 +29,9 @@ MODELS = {
     "dense": dataclasses.replace(DENSE, **_SIZES),
     "three layers": dataclasses.replace(DENSE, **_SIZES | {"num_layers": 3}),
     "experts": dataclasses.replace(SOFTMAX, moe=dataclasses.replace(SOFTMAX.moe, num_experts=4, top_k=2), **_SIZES),
-    "routed by blocks": dataclasses.replace(BLOCKS, **_SIZES),
+    "routed by blocks": dataclasses.replace(
+        BLOCKS, moe=dataclasses.replace(BLOCKS.moe, routing_block_size=GRID // 2), **_SIZES
+    ),
 }
 
 
@@ -56,7 +58,10 @@ class Written:
 
 
 def drafts(count: int, grid: int | None, seed: int = 0) -> list[Draft]:
-    """Texts of very different lengths to be continued, and one with gaps."""
+    """Texts of very different lengths to be continued, and one with gaps.
+
+    None begins with a mask: masks that see nothing else are all alike, and rounding decides which comes first.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(least: int, most: int) -> int:
@@ -64,10 +69,10 @@ def drafts(count: int, grid: int | None, seed: int = 0) -> list[Draft]:
 
     made = []
     for stream in range(count):
-        prompt = torch.randint(0, 120, (draw(0, 30),), generator=generator).tolist()
+        prompt = torch.randint(0, 120, (draw(1, 30),), generator=generator).tolist()
         if stream == 1:
             gaps = (torch.rand(len(prompt) + 6, generator=generator) < 0.4).tolist()
-            made.append(infilling([*prompt, *range(6)], [*gaps[:-1], True], 4, stream, grid))
+            made.append(infilling([*prompt, *range(6)], [False, *gaps[1:-1], True], 4, stream, grid))
         else:
             made.append(continuation(prompt, draw(1, 20), 6, stream, grid))
     return made

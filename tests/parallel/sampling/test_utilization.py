@@ -1,0 +1,57 @@
+"""With as many groups as stages, the stages of a pipeline work at the same time."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.sampling.canvas import continuation
+from llada_megatron.llada_moe.sampling.loop import Method
+from llada_megatron.llada_moe.sampling.schedules import FixedSteps
+from llada_megatron.llada_moe.sampling.statistics import Reading
+from llada_megatron.parallel.sampling.utilization import Load, stage_reports
+from llada_megatron.tools.bench.layouts import parity_run
+from tests.parallel.sampling.spread import MASK, MODELS, load
+from tests.ranks import run_ranks
+
+STAGE_SECONDS = 0.03
+METHOD = Method(FixedSteps(4), reading=Reading(excluded=[MASK]))
+DRAFTS = [continuation([1, 2, 3], 8, 8, stream) for stream in range(8)]
+
+
+def test_two_groups_keep_two_stages_busy():
+    one, two = (run_ranks(busy_share, 2, groups) for groups in (1, 2))
+    assert max(one) < 0.55
+    assert min(two) > 1.4 * max(one)
+
+
+def busy_share(groups: int) -> float:
+    """On a rank: the share of the time in which its stage works, of two stages that take much longer than messages."""
+    from llada_megatron.parallel import topology
+    from llada_megatron.parallel.sampling import writer as module
+    from llada_megatron.parallel.sampling.engine import Engine
+
+    class SlowEngine(Engine):
+        def forward(self, *args: torch.Tensor) -> torch.Tensor:
+            time.sleep(STAGE_SECONDS)
+            return super().forward(*args)
+
+    module.Engine = SlowEngine
+    layout = LayoutConfig(pipeline_parallel=2)
+    topology.initialize(layout, 0)
+    writer = module.Writer(load(MODELS["dense"], layout, None), METHOD, 2, groups)
+    assert len([done for step in writer.steps(DRAFTS) for done in step.finished]) == len(DRAFTS)
+    torch.distributed.barrier()
+    return writer.report.busy_share
+
+
+def test_a_report_for_every_number_of_groups_and_stage():
+    run = parity_run(MODELS["dense"], LayoutConfig(pipeline_parallel=2))
+    reports = stage_reports(Load(run, METHOD, DRAFTS, 2), [1, 2, 3], repeats=2, timeout=60.0)
+    assert sorted(reports) == [1, 2, 3]
+    for stages in reports.values():
+        assert len(stages) == 2
+        assert all(0 < stage.busy_seconds < stage.seconds for stage in stages)
+        assert stages[0].positions_run == stages[1].positions_run == 4 * 8 * 11
