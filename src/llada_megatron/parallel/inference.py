@@ -40,6 +40,7 @@ class LoadedModel:
     def logits(self, tokens: torch.Tensor, rows: torch.Tensor, boundaries: torch.Tensor) -> torch.Tensor:
         """Logits `[rows, vocab]` on the host of the selected rows of `tokens` `[batch, seq]`, equal on all ranks.
 
+        For evaluation and for comparing models; sampling reads statistics where the logits are (`parallel.sampling`).
         Every rank gives the same arguments (collective).
         """
         count = int(rows.sum())
@@ -131,7 +132,7 @@ def load_checkpoint(path: str | Path, layout: LayoutConfig) -> LoadedModel:
 def _equal_everywhere(shard: torch.Tensor | None, rows: int, vocab: int) -> torch.Tensor:
     """The whole logits `[rows, vocab]`, from the shards of the last stage's tensor ranks.
 
-    All ranks take those of one of them: data-parallel copies may differ in the last bit, and a sampler must not.
+    All ranks take those of one of them: data-parallel copies may differ in the last bit.
     """
     if shard is None:
         whole = torch.empty(rows, vocab, device=device.current())

@@ -25,8 +25,8 @@ class Report:
     rows_read: int = 0
     """Rows that met the output layer."""
     bytes_per_row: int = 0
-    """The most that left this rank for one such row: its packet to the other vocabulary shards, and the row's
-    statistics to the next pipeline stage."""
+    """The most that left this rank for one such row: its packet to the other vocabulary shards (counted where there is
+    one shard too), and the row's statistics to the next pipeline stage."""
     seconds: float = 0.0
     """Of wall time, while there was something to write."""
     busy_seconds: float = 0.0
