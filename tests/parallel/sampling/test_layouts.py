@@ -25,6 +25,7 @@ from llada_megatron.llada_moe.sampling.schedules import (
 )
 from llada_megatron.llada_moe.sampling.statistics import Reading
 from tests.parallel.sampling.spread import EOS, GRID, MASK, Case, Written, drafts, write_on_ranks
+from tests.ranks import RankFailure
 
 LAYOUTS = {
     "TP2": {"tensor_parallel": 2},
@@ -120,6 +121,20 @@ def test_statistics_go_round_more_than_two_stages():
     for finished, ranks in write_on_ranks(cases, LayoutConfig(pipeline_parallel=3)):
         assert finished == expected
         assert [rank.report.bytes_per_row for rank in ranks] == [8, 0, 20]  # token and confidence, and the packet
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"context_parallel": 2},
+        {"tensor_parallel": 2, "sequence_parallel": True},
+        {"data_parallel": 2, "expert_parallel": 2, "expert_dispatcher": "allgather"},
+    ],
+    ids=str,
+)
+def test_layouts_that_sampling_does_not_run_under_are_refused(axes):
+    with pytest.raises(RankFailure, match="sampling does not run under layout"):
+        write_on_ranks([CASES["few"]], LayoutConfig(**axes))
 
 
 @strategies.composite
