@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from llada_megatron.llada_moe.errors import ResourceError
-from llada_megatron.llada_moe.huggingface.modeling_files import modeling_files
 from llada_megatron.llada_moe.model.patterns import whole_sequences
 from llada_megatron.parallel.inference import open_checkpoint
 from llada_megatron.tools.bench.sampling.language import Language
 from llada_megatron.tools.bench.sampling.models import Recipe, train_or_find
 from llada_megatron.tools.bench.sampling.peer_files import import_peers
 from llada_megatron.tools.bench.sampling.peers import load_peers
+from tests.tools.bench.sampling.clones import write_clones
 
 RECIPE = Recipe(
     steps=1, learning_rate=1e-2, num_layers=2, hidden_size=64, ffn_hidden_size=96, heads=4, sequences=2, warmup_steps=0
@@ -24,36 +24,11 @@ RECIPE = Recipe(
 PROMPT = Language().example(0).prompt
 CLONES = os.environ.get("LLADA_PEERS", "")
 
-ONE_FORWARD = """
-import torch
-{imports}
-def {name}(model, prompt, steps=1, gen_length=128, block_length=32, mask_id=0{options}):
-    x = torch.cat([prompt, torch.full((1, gen_length), mask_id)], dim=1)
-    best = model(x).logits.argmax(-1)
-    model(x[:, :7])
-    x[:, prompt.shape[1]:] = best[:, prompt.shape[1]:]
-    return {result}
-"""
-
 
 @pytest.fixture
 def clones(tmp_path):
-    """Stand-ins for the clones, laid out alike: our own modelling file, and samplers of two forward passes."""
     pytest.importorskip("transformers")
-    fast = tmp_path / "Fast-dLLM" / "llada"
-    (fast / "model").mkdir(parents=True)
-    for file in modeling_files("llada"):
-        (fast / "model" / file.name).write_bytes(file.read_bytes())
-    imports, options = "from model.modeling_llada import LLaDAModelLM", ", threshold=None"
-    text = "".join(
-        ONE_FORWARD.format(imports=imports, name=name, options=options, result="x, 2")
-        for name in ("generate", "generate_with_prefix_cache", "generate_with_dual_cache")
-    )
-    (fast / "generate.py").write_text(text)
-    (tmp_path / "LLaDA").mkdir()
-    own = ONE_FORWARD.format(imports="", name="generate", options="", result="x")
-    (tmp_path / "LLaDA" / "generate.py").write_text(own)
-    return tmp_path
+    return write_clones(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -124,6 +124,13 @@ FULL = Recipe(steps=900, learning_rate=1e-3)
 """Takes about a second a step on one CPU core."""
 BLOCK_CAUSAL = Recipe(steps=300, learning_rate=5e-4, block_size=32, parent=FULL, seed=1)
 """As LLaDA2: full attention inside blocks, which are counted from the start of the sequence, causal between them."""
+RECIPES = {"bidirectional": FULL, "block-causal": BLOCK_CAUSAL}
+"""By their attention, in the order in which they are trained."""
+
+
+def is_trained(directory: Path, recipe: Recipe) -> bool:
+    """Whether `train_or_find` has nothing to train."""
+    return bool(steps(Path(directory) / recipe.name / "checkpoints"))
 
 
 def train_or_find(directory: Path, recipe: Recipe, threads: int = 1) -> Path:
@@ -136,7 +143,7 @@ def train_or_find(directory: Path, recipe: Recipe, threads: int = 1) -> Path:
         ResourceError: the disk is full.
     """
     target = Path(directory) / recipe.name
-    if steps(target / "checkpoints"):
+    if is_trained(directory, recipe):
         return target
     parent = train_or_find(directory, recipe.parent, threads) if recipe.parent is not None else None
     message(f"training a small model for {recipe.steps} steps, once; it stays in {target}")
