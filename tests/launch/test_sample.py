@@ -164,45 +164,12 @@ def test_sampling_under_another_layout_gives_the_same_text(folder, layout):
     assert alone["forwards"] == spread["forwards"]
 
 
-def test_several_prompts_and_seeds(folder):
-    arguments = ["--prompt", "ab", "--prompt", "a longer prompt {}", "--max-new-tokens", "8", "--temperature", "2"]
-    first = sampled(folder, *arguments, "--seed", "1", "--batch-size", "2")
-    assert first["samples"][0]["text"].startswith("ab")
-    assert first["samples"][1]["text"].startswith("a longer prompt {}")
-    assert first["samples"] == sampled(folder, *arguments, "--seed", "1", "--batch-size", "1")["samples"]
-    assert first["samples"] != sampled(folder, *arguments, "--seed", "2")["samples"]
-
-
-def test_fewer_steps_write_several_tokens_a_pass(folder):
-    done = sampled(folder, "--max-new-tokens", "16", "--steps", "4", "--block-length", "8", stdin="abc")
-    assert done["forwards"] <= 4
-    assert done["new_tokens"] <= 16
-    done = sampled(folder, "--infill", "--block-length", "4", "--prompt", "a <mask:10> b")
-    assert done["forwards"] == done["new_tokens"] == 10
-
-
-def test_infilling_keeps_the_text_around_the_gaps(folder):
-    text = "ab <mask:2> cd <mask> ef"
-    (sample,) = sampled(folder, "--infill", "--prompt", text)["samples"]
-    assert sample["text"].startswith("ab ")
-    assert " cd " in sample["text"]
-    assert sample["text"].endswith(" ef")
-    assert sample["new_tokens"] == 3
-    assert "<mask" not in sample["text"]
-
-
-def test_the_gap_word_is_ordinary_text_when_not_infilling(folder):
-    (sample,) = sampled(folder, "--prompt", "a <mask> b", "--max-new-tokens", "2")["samples"]
-    assert sample["text"].startswith("a <mask> b")
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
         (["nowhere", "--prompt", "a"], 1, "there is no checkpoint at nowhere"),
         (["texts", "--prompt", "a"], 1, "no checkpoint in texts"),
         (["out", "--prompt", "a", "--infill"], 2, "no <mask> to fill in 'a'"),
-        (["out", "--prompt", "a", "--max-new-tokens", "4000"], 2, "the model takes 128, that is"),
         (["out", "--prompt", "a", "--steps", "0"], 2, "--steps 0: at least 1"),
         (["out", "--prompt", "a", "--tokenizer", "other.model"], 1, "not at other.model"),
         (["out", "--prompt", "a", "layout.tensor_parallel=3"], 2, "3 does not divide num_attention_heads 4"),

@@ -101,10 +101,15 @@ def test_an_edit_leaves_the_rest_alone(dense):
     assert of_ids.new_tokens == 3
 
 
+def test_the_gap_word_is_ordinary_text_in_a_continuation(dense):
+    with Sampler.open(dense, max_new_tokens=2) as sampler:
+        assert sampler.generate("a <mask> b")[0].text.startswith("a <mask> b")
+
+
 def test_only_ids_with_a_token_are_written(dense):
     with Sampler.open(dense, temperature=5.0, max_new_tokens=100) as sampler:
         size = sampler.tokenizer.vocab_size
-        for result in sampler.generate(["a"] * 4):
+        for result in sampler.generate(["a"] * 2):
             assert 3 not in result.tokens
             assert max(result.tokens) < size
 
