@@ -10,7 +10,7 @@ from rich.console import Console
 
 from llada_megatron import Prompt, Sampler
 from llada_megatron.launch.sampling.page import Recording
-from llada_megatron.launch.sampling.picture import Picture
+from llada_megatron.launch.sampling.picture import Cell, Picture
 from llada_megatron.launch.sampling.terminal import MASK, Screen, colour_of, coloured
 from tests.launch.sampling.checkpoints import run_cli
 
@@ -109,6 +109,11 @@ def test_a_long_text_shows_where_it_is_written(dense):
             picture.apply(step)
             screen.show(picture, step.number, "")
     assert "END" in console.file.getvalue()
+
+
+def test_what_a_model_writes_moves_no_cursor():
+    cells = [Cell(True, 1, "a\x1b[2J\n"), Cell(False, 2, "\r\tb", 0.5, 1)]
+    assert coloured(cells).plain == "a␛[2J\n␍\tb"
 
 
 def test_colours():

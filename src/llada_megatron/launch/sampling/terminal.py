@@ -13,6 +13,8 @@ from llada_megatron.launch.sampling.picture import Cell, Picture
 SCALE = ((0.3, "red"), (0.6, "dark_orange"), (0.9, "yellow"), (1.01, "green"))
 """Upper ends of confidence, and the colour below each."""
 MASK = "░"
+_CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+"""Control characters as pictures of themselves: a model's output moves no cursor."""
 
 
 class Screen:
@@ -50,9 +52,12 @@ def coloured(cells: Sequence[Cell], step: int = -1) -> Text:
         if cell.token is None:
             text.append(MASK, style="dim")
         elif cell.given or cell.confidence is None:
-            text.append(cell.piece)
+            text.append(cell.piece.translate(_CONTROL))
         else:
-            text.append(cell.piece, style=colour_of(cell.confidence) + (" underline bold" if cell.step == step else ""))
+            text.append(
+                cell.piece.translate(_CONTROL),
+                style=colour_of(cell.confidence) + (" underline bold" if cell.step == step else ""),
+            )
     return text
 
 
