@@ -112,6 +112,20 @@ def test_a_deletion_and_an_insertion_that_chase_each_other_are_stopped_before_th
     assert finished[0].tokens == [5, 6, 7, 8] and finished[0].passes < 8
 
 
+def test_a_state_is_known_again_however_wide_the_batch_was():
+    def logits(tokens):
+        if len(tokens) > 4:
+            return says([9] * len(tokens))
+        if (tokens == MASK).any():
+            return says([5, 6, 7, 8])
+        return says([5, DELETE if tokens[1] == 6 else 6, 7, 8])
+
+    chased, wider = continuation([], 4, None), continuation([], 8, None, 1)
+    how = method(Threshold(0.5), EDITOR)
+    alone, together = write([chased], how, logits)[0], write([chased, wider], how, logits)[0]
+    assert together[1].passes < alone[0].passes == together[0].passes
+
+
 def test_while_first_masks_are_left_a_step_commits_more_than_came_in():
     def logits(tokens):
         begins = int((tokens == MASK).sum()) == 8

@@ -130,7 +130,8 @@ class _Levenshtein:
             dropped = [c for c in changes if token[c] in operations]
         else:
             seen = self._memory[int(view.slot[row])].seen
-            state = tuple(view.tokens[row].tolist())
+            own = int(view.end[row] - view.first[row])  # the view is as wide as the batch needs
+            state = tuple(view.tokens[row, :own].tolist())
             dropped = sorted(changes, key=lambda c: float(statistics.confidence[row, c]))[: seen[state]]
             seen[state] += 1
         return {c: text[c] if c in dropped else token[c] for c in columns if is_masked[c] or c not in dropped}
