@@ -11,6 +11,7 @@ from llada_megatron.llada_moe.sampling.canvas import Draft, continuation
 from llada_megatron.llada_moe.sampling.editors import WideIn, Wino
 from llada_megatron.llada_moe.sampling.loop import Finished, Group, Method, Step, steps
 from llada_megatron.llada_moe.sampling.passes import Pass
+from llada_megatron.llada_moe.sampling.schedules import Schedule, SlowFast
 from llada_megatron.llada_moe.sampling.statistics import Reader, Statistics
 from tests.llada_moe.sampling.editors.rows import MASK, method, probabilities, says
 from tests.llada_moe.sampling.toy import Logits, bidirectional
@@ -40,7 +41,7 @@ def masked(tokens: Tensor, at: int) -> Tensor:
     return tokens.index_fill(0, torch.tensor([at]), MASK)
 
 
-def run(drafts: list[Draft], schedule: WideIn, editor: Wino, logits: Logits) -> tuple[list[Finished], list[Step]]:
+def run(drafts: list[Draft], schedule: Schedule, editor: Wino, logits: Logits) -> tuple[list[Finished], list[Step]]:
     how = method(schedule, editor)
     size = max(len(draft.tokens) for draft in drafts), max(len(draft.blocks) for draft in drafts)
     taken = list(steps(Group(how, len(drafts), *size, MASK), drafts, Shadowed(logits, how)))
@@ -114,3 +115,14 @@ def test_the_cap_lies_between_its_bounds():
     for masks, expected in ((4, 4), (6, 5), (20, 14), (40, 20)):
         _, taken = run([continuation([], masks, None)], WideIn(), Wino(0.0), lambda t: says([7] * len(t)))
         assert int(taken[0].changed.sum()) == expected
+
+
+def test_what_the_model_did_not_look_at_is_not_taken_back():
+    """SlowFast cuts the text behind its cycle off, where some of it is written already."""
+    _, taken = run([continuation([5, 6], 24, None)], SlowFast(3, 0.15, 0.3), Wino(0.5), bidirectional(5, 1.0))
+    at_risk = 0
+    for step in taken:
+        unseen = step.view.editable & (step.statistics.confidence == 0)
+        at_risk += int(unseen.sum()) if int(step.changed.sum()) > 1 else 0
+        assert not bool((step.revision.masked & unseen).any())
+    assert at_risk

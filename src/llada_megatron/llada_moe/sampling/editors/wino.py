@@ -63,7 +63,8 @@ class _Wino:
             raise RuntimeError("WINO judges written tokens by their probabilities; the reading lacks 'current'")
         committed = chosen.sum(1)
         before = torch.where(view.step_in_block == 0, 0, self._committed[view.slot])
-        doubted = view.editable & (statistics.current < self._settings.threshold) & (committed > 1)[:, None]
+        judged = view.editable & (statistics.confidence > 0)  # a schedule may look at a part of the block only
+        doubted = judged & (statistics.current < self._settings.threshold) & (committed > 1)[:, None]
         revoked = best(-statistics.current, doubted, before - 1)
         self._committed[view.slot] = committed
         masked = (view.masked & ~chosen) | revoked
