@@ -61,7 +61,7 @@ def test_every_preset_and_peer_is_in_the_table_and_the_picture(arguments, tmp_pa
     pytest.importorskip("matplotlib")
     plot = tmp_path / "pareto.png"
     clones = write_clones(tmp_path)
-    claims = sample.run(arguments("--peers", clones, "--plot", plot, "--batch-size", 2))
+    claims = sample.run(arguments("--peers", clones, "--plot", plot, "--prompts", 1))
     said = capsys.readouterr()
     names = rows(said.out)
     cannot = {"llada2.2"}  # these models have no tokens to delete and insert
