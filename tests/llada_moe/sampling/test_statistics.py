@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_megatron.llada_moe.sampling.credit import Credit
+from llada_megatron.llada_moe.sampling.credit import Account, Credit
+from llada_megatron.llada_moe.sampling.names import EDITORS, SCHEDULES
 from llada_megatron.llada_moe.sampling.statistics import Reading, Statistics
 from tests.llada_moe.sampling.shards import Shards, make_rows
 
@@ -110,6 +111,27 @@ def test_credit_is_that_of_a_whole_matrix(case):
         torch.testing.assert_close(chosen, fused.amax(-1), atol=1e-6, rtol=0)
 
 
+def test_credit_keeps_one_number_for_a_token_that_gains_again_and_again():
+    account, token = Account(CREDIT), torch.tensor([4, 5])
+    for step in range(50):
+        account.raised(torch.zeros(2, VOCAB), 0, make_rows(2, step), token + (step % 2), torch.full((2,), 0.5))
+    _, (tokens, credits) = account._entries.recall(make_rows(2, 50))
+    assert tokens.shape == credits.shape == (2, 2)
+
+
+def test_a_sequence_without_numbers_takes_no_other_along():
+    """What a broken model said of one sequence is nothing to the next one in its slot."""
+    reading = Reading(ALL | {CREDIT})
+    logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(0))
+    broken, rows = Shards(reading, [10, 14]), make_rows(2, 0)
+    found = broken.read(torch.full((2, VOCAB), torch.nan), rows)[0]
+    assert found.confidence.isnan().all() and ((found.token >= 0) & (found.token < VOCAB)).all()
+    later = replace(rows, stream=rows.stream + 7)
+    seen, fresh = broken.read(logits, later)[0], Shards(reading, [10, 14]).read(logits, later)[0]
+    for field in fields(Statistics):
+        assert torch.equal(getattr(seen, field.name), getattr(fresh, field.name))
+
+
 def test_entropy_of_a_large_vocabulary_is_right():
     logits = torch.randn(8, 157184, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 12, 8)[:, None]
     found = Shards(Reading(frozenset({"entropy"})), [39296] * 4).read(logits, make_rows(8))[0]
@@ -126,6 +148,16 @@ def test_packets_are_at_most_64_bytes(temperature):
     plain = Shards(Reading(temperature=temperature), [12, 12])
     plain.read(torch.zeros(3, VOCAB), make_rows(3))
     assert plain.readers[0].packet_bytes == (24 if temperature else 12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("editor", EDITORS)
+def test_of_any_method_at_most_64_bytes_of_a_row_leave_a_rank(schedule, editor):
+    """Its packet to the other shards, and its statistics to the next pipeline stage."""
+    needs = frozenset(SCHEDULES[schedule]().needs) | frozenset(EDITORS[editor]().needs)
+    shards = Shards(Reading(needs, temperature=1.0), [12, 12])
+    shards.read(torch.zeros(3, VOCAB), make_rows(3))
+    assert shards.readers[0].packet_bytes + 4 * Statistics.width(needs) <= 64
 
 
 def test_what_a_sequence_left_in_a_slot_is_nobodys():

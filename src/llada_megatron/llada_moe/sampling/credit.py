@@ -29,8 +29,8 @@ class Credit:
 class Account:
     """The credits of the rows that are being read.
 
-    Of each row only the tokens that ever gained are kept, one for each step, and not one number per token of the
-    vocabulary. Every shard keeps all of them: they follow from what all shards learn of a row.
+    Of each row only the tokens that ever gained are kept, at most one for each step, and not one number per token of
+    the vocabulary. Every shard keeps all of them: they follow from what all shards learn of a row.
     """
 
     def __init__(self, settings: Credit) -> None:
@@ -53,15 +53,17 @@ class Account:
         tokens, credits = token[:, None], (probability**self._settings.gamma)[:, None]
         found, earlier = self._entries.recall(rows)
         if earlier:
-            old = earlier[1] * self._settings.beta * found.to(logits.device)[:, None]
-            used = old.any(0)
-            tokens = torch.cat([earlier[0][:, used], tokens], 1)
-            credits = torch.cat([old[:, used], credits], 1)
+            old = (earlier[1] * self._settings.beta).masked_fill(~found.to(logits.device)[:, None], 0.0)
+            again = (earlier[0] == tokens) & (old > 0)
+            once = again.any(1, keepdim=True)
+            credits = torch.cat([old + credits.where(again, 0.0), credits.masked_fill(once, 0.0)], 1)
+            tokens = torch.cat([earlier[0], tokens], 1)
+            used = credits.any(0)
+            tokens, credits = tokens[:, used], credits[:, used]
         self._entries.remember(rows, tokens, credits)
-        same = tokens[:, :, None] == tokens[:, None, :]
-        gain = self._settings.alpha * (same * credits[:, None, :]).sum(-1).log1p()
+        gain = self._settings.alpha * credits.log1p()
         own = tokens - first_id
         inside = (own >= 0) & (own < logits.shape[1])
         own = own.clamp(0, logits.shape[1] - 1)
         higher = (logits.gather(1, own) + gain).masked_fill(~inside, -torch.inf)
-        return logits.scatter_reduce(1, own, higher, "amax")  # a token may stand there twice, with the same value
+        return logits.scatter_reduce(1, own, higher, "amax")  # a token without credit may stand there twice
