@@ -135,6 +135,9 @@ def test_shadows_see_everything_but_the_draft_in_their_place_and_leave_no_trace(
 
 def test_routing_blocks_are_counted_from_each_sequences_start():
     windows = [Window(0, 4, 10, 40), Window(3, 0, 5, 40, shadow_first=2, shadows=3)]
-    numbers, count = Windows(windows, None, torch.zeros(18), SEQ).block_numbers(4)
+    numbered = Windows(windows, None, torch.zeros(18), SEQ)
+    numbers, count = numbered.block_numbers(4)
     assert numbers.tolist() == [0] * 4 + [1] * 4 + [2] * 2 + [3] * 4 + [4] + [5] * 2 + [6]
     assert count == 7
+    assert numbered.block_numbers(4)[0] is numbers  # of all layers of a pass, one counts
+    assert numbered.block_numbers(8)[1] == 4

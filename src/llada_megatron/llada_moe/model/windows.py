@@ -158,6 +158,15 @@ class Windows:
         Returns:
             The block of each position of the pass `[total]`, and how many there are.
         """
+        if size not in self._numbered:
+            self._numbered[size] = self._number(size)
+        return self._numbered[size]
+
+    @cached_property
+    def _numbered(self) -> dict[int, tuple[torch.Tensor, int]]:
+        return {}
+
+    def _number(self, size: int) -> tuple[torch.Tensor, int]:
         numbers, count = [], 0
         for window in self.windows:
             own = torch.arange(window.first, window.first + window.width) // size
