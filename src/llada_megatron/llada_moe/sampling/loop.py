@@ -31,7 +31,9 @@ class Method:
     editor: Editor = field(default_factory=NoEditor)
     reading: Reading = field(default_factory=Reading)
     stop_id: int | None = None
-    """A sequence ends at this token, once nothing before it is open; the rest of it is filled with it."""
+    """A sequence ends at this token, once nothing before it is open and its block is edited; the rest of it is filled
+    with it. What stands before it is what would stand there without an end, unless an editor reaches into earlier
+    blocks: no block behind the end is written to change what is before it."""
     grid: int | None = None
     """Block size of a block-causal model."""
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llada_megatron.llada_moe.model.windows import Window
-from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, Recompute
+from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, Cache, Recompute
 from llada_megatron.llada_moe.sampling.canvas import Draft, continuation, infilling
 from llada_megatron.llada_moe.sampling.editors import Editor, Levenshtein, NoEditor, TokenEditing, WideIn, Wino
 from llada_megatron.llada_moe.sampling.loop import Finished, Group, steps
@@ -84,9 +84,11 @@ class Compared:
         return self.reader.read(torch.cat(rows), work.rows)
 
 
-def run(drafts: list[Draft], editor: Editor, cache, seed: int, slots: int) -> tuple[list[Finished], Compared]:
+def run(
+    drafts: list[Draft], editor: Editor, cache: Cache, seed: int, slots: int, stop_id: int | None = 12
+) -> tuple[list[Finished], Compared]:
     schedule = WideIn(0.3) if isinstance(editor, Wino) else Threshold(0.4)
-    how = dataclasses.replace(method(schedule, editor, stop_id=12, grid=GRID), cache=cache)
+    how = dataclasses.replace(method(schedule, editor, stop_id, GRID), cache=cache)
     size = max(len(draft.tokens) for draft in drafts), max(len(draft.blocks) for draft in drafts)
     group = Group(how, slots, *size, MASK)
     compared = Compared(group, *(BlockCausal(slots, size[0], seed) for _ in range(2)))
@@ -127,3 +129,22 @@ def test_a_block_that_nothing_changes_in_its_last_step_is_not_run_again():
     drafts = [continuation([9] * 4, 16, None, 0, GRID)]
     finished, compared = run(drafts, TokenEditing(1.0, 4), BlockCausalCache(), 3, 1)
     assert compared.positions == 4 + GRID * finished[0].passes
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 24)), min_size=1, max_size=4),
+    editor=st.sampled_from([editor for editor in EDITORS if not editor.reach]),
+    cache=st.sampled_from([BlockCausalCache(), Recompute()]),
+    seed=st.integers(0, 1000),
+)
+def test_what_stands_before_an_end_is_what_would_stand_there_without_one(lengths, editor, cache, seed):
+    drafts = [continuation([9] * given, new, None, i, GRID) for i, (given, new) in enumerate(lengths)]
+    whole, _ = run(drafts, editor, cache, seed, 3, stop_id=None)
+    stop = whole[0].tokens[len(whole[0].tokens) * 2 // 3]
+    for before, row in zip(whole, run(drafts, editor, cache, seed, 3, stop_id=stop)[0], strict=True):
+        written = [i for i, is_given in enumerate(row.given) if not is_given]
+        end = next((i for i in written if before.tokens[i] == stop), len(row.tokens))
+        assert row.tokens[:end] == before.tokens[:end]
+        assert set(row.tokens[end:]) <= {stop}
+        assert row.passes <= before.passes
