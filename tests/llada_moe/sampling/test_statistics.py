@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llada_megatron.llada_moe.sampling import draws, statistics
 from llada_megatron.llada_moe.sampling.credit import Account, Credit
 from llada_megatron.llada_moe.sampling.names import EDITORS, SCHEDULES
 from llada_megatron.llada_moe.sampling.statistics import Reading, Statistics
@@ -137,6 +138,20 @@ def test_entropy_of_a_large_vocabulary_is_right():
     found = Shards(Reading(frozenset({"entropy"})), [39296] * 4).read(logits, make_rows(8))[0]
     logs = logits.double().log_softmax(-1)
     torch.testing.assert_close(found.entropy.double(), -(logs.exp() * logs).sum(-1), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 50, 72, 10**6])
+def test_noise_exists_for_some_rows_at_a_time(at_once, monkeypatch):
+    logits = torch.randn(7, VOCAB, generator=torch.Generator().manual_seed(0))
+    reading = Reading(frozenset({"text"}), [3], [5], temperature=1.0)
+    [expected] = Shards(reading, [VOCAB]).read(logits, make_rows(7))
+    sizes, gumbel = [], draws.gumbel
+    monkeypatch.setattr(statistics, "DRAWS_AT_ONCE", at_once)
+    monkeypatch.setattr(draws, "gumbel", lambda *names: sizes.append((noise := gumbel(*names)).numel()) or noise)
+    [found] = Shards(reading, [VOCAB]).read(logits, make_rows(7))
+    for field in ("token", "confidence", "text"):
+        assert torch.equal(getattr(found, field), getattr(expected, field))
+    assert max(sizes) <= max(VOCAB, at_once) and sum(sizes) == 2 * logits.numel()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

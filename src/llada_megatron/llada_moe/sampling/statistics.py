@@ -23,6 +23,8 @@ Need = Statistic | Credit
 """What a schedule or an editor may ask for beside token and confidence; credit changes what all of these say."""
 Gather = Callable[[Tensor], Tensor]
 """Packets `[rows, numbers]` of this shard -> those of all shards in order `[shards, rows, numbers]` (collective)."""
+DRAWS_AT_ONCE = 1 << 22
+"""Random numbers of a vocabulary's noise that exist at a time: in float64 they take more memory than the logits."""
 _FAR = -1e4
 """Below any logarithm of a probability that counts."""
 
@@ -201,8 +203,16 @@ class Reader:
         """The best perturbed score (a float64 as the sum of two float32), its token, and its logit."""
         ids = torch.arange(self._first, self._first + logits.shape[1], device=logits.device)
         names = [n.to(logits.device)[:, None] for n in (rows.stream, rows.step, rows.position)]
+        count = max(1, DRAWS_AT_ONCE // logits.shape[1])
+        parts = [
+            self._best_drawn(*some, ids=ids) for some in zip(*(x.split(count) for x in (logits, *names)), strict=True)
+        ]
+        return [torch.cat(values) for values in zip(*parts, strict=True)]
+
+    def _best_drawn(self, logits: Tensor, *names: Tensor, ids: Tensor) -> list[Tensor]:
+        """The same of some rows."""
         noise = draws.gumbel(self.reading.seed, draws.TOKEN, *names, ids)
-        score, choice = (logits.double() + self.reading.temperature * noise).max(-1)
+        score, choice = noise.mul_(self.reading.temperature).add_(logits).max(-1)
         high = score.float()
         low = (score - high.double()).nan_to_num(0.0).float()
         return [(choice + self._first).float(), high, low, logits.gather(1, choice[:, None]).squeeze(1)]
