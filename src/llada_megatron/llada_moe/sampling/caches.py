@@ -138,8 +138,9 @@ class BlockCausalCache:
     """The keys of finished blocks are kept: exact, for a block-causal model.
 
     A block's keys are those of its final tokens only once it was run with them, which the first pass of the next block
-    does besides: a sequence takes no more passes than it has steps. A prompt longer than `prefill` positions is run in
-    pieces of at most that length before the first step.
+    does besides: a sequence takes no more passes than it has steps. Text of more than `prefill` positions before a
+    block (a prompt, or what stands between two gaps) is run in pieces of that many, of whole blocks and at least one,
+    before its first step.
     """
 
     keeps = True
