@@ -1,5 +1,6 @@
 """Prompts: gaps, extents, lines of JSON."""
 
+import io
 import json
 
 import pytest
@@ -8,9 +9,9 @@ from hypothesis import strategies as st
 
 from llada_megatron.launch.sampling.pieces import token_pieces
 from llada_megatron.launch.sampling.prompts import Extent, Gap, Prompt, split_gaps
-from llada_megatron.launch.sampling.sources import Asked, parse_lines
+from llada_megatron.launch.sampling.sources import Asked, parse_lines, read_lines, read_texts
 from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
-from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.llada_moe.errors import ConfigError, DataError
 from tests.launch.sampling.checkpoints import tokenizer_in
 
 
@@ -20,6 +21,9 @@ def test_split_gaps():
     assert split_gaps("nothing") == ["nothing"]
     with pytest.raises(ConfigError, match="at least one token"):
         split_gaps("a <mask:0>")
+    assert split_gaps(f"<mask:{'9' * 5000}>")[0].tokens > 10**17
+    with pytest.raises(ConfigError, match="no extent"):
+        Extent.parse("9" * 5000 + ":")
 
 
 @given(st.text(min_size=1), st.data())
@@ -73,6 +77,9 @@ BROKEN = [
     ('{"tokens": [1, 2], "gaps": [[0, 1], [0, 1]]}', "come in order"),
     ("[" * 5000, "not JSON"),
     ('{"text": "\udcff"}', "not UTF-8"),
+    ('{"text": "a\\ud800"}', '"text": not UTF-8 text (character 1'),
+    ('{"text": "a", "id": ["\\ud800"]}', '"id": not UTF-8'),
+    ('{"text": "abc", "gaps": [[0, 1]]}', '"gaps" belong to "tokens"'),
 ]
 
 
@@ -90,6 +97,40 @@ def test_lines_to_be_filled():
     assert source.prompts == [Prompt(("a ", Gap(2)), 1)]
     assert "no <mask> to fill" in source.broken[0]
     assert '"gaps"' in source.broken[1]
+
+
+def test_lines_to_be_edited():
+    lines = ['{"tokens": [1, 2, 3], "max_new_tokens": 2}', '{"tokens": [1, 2, 3]}', '{"tokens": [1], "gaps": [[0, 1]]}']
+    source = parse_lines(lines, "f", Asked(edit=Extent(0, 1), new_tokens=5))
+    assert source.prompts == [Prompt((Gap(2), (2, 3)), 1), Prompt((Gap(5), (2, 3)), 2)]
+    assert '"gaps" and --edit' in source.broken[0]
+
+
+def test_files_are_read_to_the_letter(tmp_path):
+    (tmp_path / "text").write_bytes("a\r\nü\r".encode())
+    assert read_texts([], [str(tmp_path / "text")], Asked()).prompts == [Prompt(("a\r\nü\r",), 1)]
+    (tmp_path / "lines").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n\xff\n')
+    source = read_lines(str(tmp_path / "lines"), Asked())
+    assert source.prompts == [Prompt(("a",), 1), Prompt(("b",), 2)]
+    assert "line 3: not UTF-8" in source.broken[0]
+    for wrong in ("nowhere", "."):
+        with pytest.raises(DataError, match=f"{wrong}: "):
+            read_texts([], [str(tmp_path / wrong)], Asked())
+
+
+def test_standard_input_is_read_to_the_letter(monkeypatch):
+    def given_bytes(content):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), "utf-8"))
+
+    given_bytes(b"a\r\n")
+    assert read_texts([], [], Asked()).prompts == [Prompt(("a\r\n",), 1)]
+    given_bytes(b"\xff")
+    with pytest.raises(DataError, match="standard input: not UTF-8"):
+        read_texts([], [], Asked())
+    given_bytes(b'\xef\xbb\xbf{"text": "a"}\n\xff\n{"text": "b"}\n')
+    source = read_lines("-", Asked())
+    assert [prompt.number for prompt in source.prompts] == [1, 3]
+    assert "standard input, line 2: not UTF-8" in source.broken[0]
 
 
 def test_the_digest_is_of_what_is_asked_for():

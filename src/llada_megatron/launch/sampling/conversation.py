@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from llada_megatron.launch.sampling.chat_template import ChatTemplate
 from llada_megatron.launch.sampling.picture import Picture
-from llada_megatron.launch.sampling.prompts import Prompt
+from llada_megatron.launch.sampling.prompts import Prompt, require_text
 
 if TYPE_CHECKING:
     from llada_megatron.launch.sampling.results import Result
@@ -41,7 +41,8 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything but the system's message."""
+        """Forget everything but the system's message. Raises DataError where that is not UTF-8 text."""
+        require_text(self.system or "", "the system's message")
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def ask(self, text: str) -> Iterator[Answering]:
@@ -49,8 +50,9 @@ class Conversation:
 
         Raises:
             ConfigError: the conversation does not fit the model's context any more.
-            DataError: the template cannot be run.
+            DataError: the template cannot be run, or the message is not UTF-8 text.
         """
+        require_text(text, "the message")
         asked = [*self.messages, {"role": "user", "content": text}]
         ids = self.template.encode(asked)
         jobs = self.sampler.jobs_of([Prompt.of(ids, number=len(self.results) + 1)])

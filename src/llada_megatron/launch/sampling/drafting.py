@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llada_megatron.launch.sampling.prompts import Gap, Piece, Prompt
+from llada_megatron.launch.sampling.prompts import Gap, Piece, Prompt, require_text
 from llada_megatron.llada_moe.config.schema import ModelConfig
 from llada_megatron.llada_moe.data.tokenizer import Tokenizer, encode_long
 from llada_megatron.llada_moe.errors import ConfigError, DataError
@@ -31,37 +31,36 @@ class Drafting:
             ConfigError: it is too long for the model, or has an id that the model does not have.
             DataError: it is a text, and there is no tokenizer.
         """
-        tokens: list[int] = []
-        gaps: list[bool] = []
-        for piece in prompt.pieces:
-            ids = self._ids(piece, prompt)
-            tokens, gaps = tokens + ids, gaps + [isinstance(piece, Gap)] * len(ids)
+        pieces = [(self._ids(piece, prompt), isinstance(piece, Gap)) for piece in prompt.pieces]
         stream = prompt.number - 1
-        if any(gaps):
-            draft = infilling(tokens, gaps, self.block_length, stream, self.grid)
-        elif prompt.infilling:
-            raise ConfigError(f"{prompt}: there is nothing to fill, the text that is cut out has no tokens")
-        else:
+        if not prompt.infilling:
+            tokens = [token for ids, _ in pieces for token in ids]
             new = self.max_new_tokens if prompt.max_new_tokens is None else prompt.max_new_tokens
             self._require_room(len(tokens), new, prompt)
-            draft = continuation(tokens, new, self.block_length, stream, self.grid)
-        self._require_length(draft, prompt)
-        return draft
+            return continuation(tokens, new, self.block_length, stream, self.grid)
+        self._require_length(sum(len(ids) for ids, _ in pieces), prompt)
+        tokens = [token for ids, _ in pieces for token in ids]
+        gaps = [gap for ids, gap in pieces for _ in ids]
+        if not any(gaps):
+            raise ConfigError(f"{prompt}: there is nothing to fill, the text that is cut out has no tokens")
+        return infilling(tokens, gaps, self.block_length, stream, self.grid)
 
-    def _ids(self, piece: Piece, prompt: Prompt) -> list[int]:
+    def _ids(self, piece: Piece, prompt: Prompt) -> Sequence[int]:
+        """Token ids; of a gap as many numbers, which mean nothing."""
         if isinstance(piece, Gap) and piece.tokens is not None:
-            return [self.model.mask_token_id] * piece.tokens
+            return range(piece.tokens)  # however many: the length is looked at before there is a list
         if isinstance(piece, tuple):
             wrong = next((i for i in piece if not 0 <= i < self.model.vocab_size), None)
             if wrong is not None:
                 raise ConfigError(
                     f"{prompt}: the model has no token {wrong}, its ids are 0 to {self.model.vocab_size - 1}"
                 )
-            return list(piece)
+            return piece
         if self.tokenizer is None:
             raise DataError(f"{prompt}: a text needs a tokenizer")
-        ids = encode_long(self.tokenizer, piece.instead_of if isinstance(piece, Gap) else piece)
-        return [self.model.mask_token_id] * len(ids) if isinstance(piece, Gap) else ids
+        text = piece.instead_of if isinstance(piece, Gap) else piece
+        require_text(text, str(prompt))
+        return encode_long(self.tokenizer, text)
 
     def _require_room(self, given: int, new: int, prompt: Prompt) -> None:
         """A continuation fits the model's context, its last block filled up."""
@@ -69,7 +68,7 @@ class Drafting:
         length = -(-(given + new) // grid) * grid
         if length <= longest:
             return
-        filled = f" = {given + new}, in blocks of {grid} {length}" if length != given + new else f" = {length}"
+        filled = f" = {given + new}" + (f", in whole blocks of {grid} = {length}" if length != given + new else "")
         left = longest // grid * grid - given
         remedy = f"at most {left} new tokens fit" if left > 0 else f"shorten the prompt by {new - left} tokens"
         raise ConfigError(
@@ -77,8 +76,8 @@ class Drafting:
             f"that is {length - longest} too many: {remedy}"
         )
 
-    def _require_length(self, draft: Draft, prompt: Prompt) -> None:
-        length, longest = len(draft.tokens), self.model.max_sequence_length
+    def _require_length(self, length: int, prompt: Prompt) -> None:
+        longest = self.model.max_sequence_length
         if length > longest:
             raise ConfigError(
                 f"{prompt}: {length} tokens with the gaps; the model takes {longest}, "

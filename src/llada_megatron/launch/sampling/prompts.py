@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.llada_moe.errors import ConfigError, DataError
 
 GAP_WORD = "mask"
 """Gaps in a text are `<mask>` (one token) and `<mask:N>`."""
@@ -52,10 +53,7 @@ class Prompt:
             return replace(prompt, number=number)
         if isinstance(prompt, str):
             return cls((prompt,), number)
-        ids = list(prompt) if isinstance(prompt, Sequence) else None
-        if ids is None or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise ConfigError(f"a prompt is a text, a list of token ids or a Prompt, not {str(prompt)[:60]!r}")
-        return cls((tuple(ids),), number)
+        return cls((_ids(prompt),), number)
 
     @classmethod
     def with_gaps(cls, text: str, word: str = GAP_WORD, number: int = 1, id: Any = None) -> Prompt:
@@ -81,6 +79,7 @@ class Prompt:
         Raises:
             ConfigError: the extent does not lie in the text, or is empty and `tokens` is not given.
         """
+        text = text if isinstance(text, str) else _ids(text)
         start, end = extent.within(len(text))
         unit = "characters" if isinstance(text, str) else "tokens"
         if start == end and tokens is None:
@@ -93,7 +92,7 @@ class Prompt:
             pieces: list[Piece] = [text[:start], gap, text[end:]]
         else:
             gap = Gap(end - start if tokens is None else tokens)
-            pieces = [tuple(text[:start]), gap, tuple(text[end:])]
+            pieces = [text[:start], gap, text[end:]]
         return cls(tuple(piece for piece in pieces if piece), number)
 
     def with_length(self, max_new_tokens: int) -> Prompt:
@@ -120,7 +119,7 @@ class Prompt:
     def __str__(self) -> str:
         """How messages name it."""
         if self.id is not None:
-            return f"prompt {self.number} ({self.id})"
+            return f"prompt {self.number} ({_cut(str(self.id))})"
         first = next((piece for piece in self.pieces if not isinstance(piece, Gap)), "")
         if isinstance(first, str):
             return f"prompt {self.number} {shown(first)}"
@@ -138,7 +137,7 @@ class Extent:
     @classmethod
     def parse(cls, text: str) -> Extent:
         """From `START:END`. Raises ConfigError."""
-        match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", text.strip())
+        match = re.fullmatch(r"(-?\d{1,18})?:(-?\d{1,18})?", text.strip())
         if match is None:
             raise ConfigError(
                 f"{text!r} is no extent: give START:END, such as 10:25 (characters; tokens for token ids)"
@@ -159,7 +158,7 @@ def split_gaps(text: str, word: str = GAP_WORD) -> list[str | Gap]:
     pieces: list[str | Gap] = []
     position = 0
     for match in re.finditer(rf"<{re.escape(word)}(?::(\d+))?>", text):
-        count = int(match[1] or 1)
+        count = int((match[1] or "1")[:18])  # no model takes so many that more digits would tell
         if count == 0:
             raise ConfigError(f"{match[0]} in {shown(text)}: a gap has at least one token")
         pieces += [text[position : match.start()], Gap(count)]
@@ -169,4 +168,32 @@ def split_gaps(text: str, word: str = GAP_WORD) -> list[str | Gap]:
 
 def shown(text: str) -> str:
     """A text's beginning, for a message."""
-    return repr(text if len(text) <= 40 else text[:40] + "…")
+    return repr(_cut(text))
+
+
+def require_text(text: str, name: str) -> None:
+    """Refuse what no tokenizer takes. Raises DataError for bytes that were no UTF-8, and for halves of characters."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{name}: not UTF-8 text (character {error.start} is {text[error.start]!a}, half of a character or a byte "
+            "of another encoding)"
+        ) from None
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 40 else text[:40] + "…"
+
+
+def _ids(prompt: Any) -> tuple[int, ...]:
+    """Token ids of a sequence, an array or a tensor. Raises ConfigError for anything else."""
+    try:
+        if isinstance(prompt, bytes | bytearray | Mapping | Set):
+            raise TypeError
+        each = [i for i in prompt if not isinstance(i, bool)]
+        if len(each) != len(prompt):
+            raise TypeError
+        return tuple(map(operator.index, each))
+    except (TypeError, ValueError):
+        raise ConfigError(f"a prompt is a text, a list of token ids or a Prompt, not {str(prompt)[:60]!r}") from None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llada_megatron.launch.sampling.prompts import GAP_WORD, Extent, Gap, Prompt
+from llada_megatron.launch.sampling.prompts import GAP_WORD, Extent, Gap, Prompt, require_text
 from llada_megatron.llada_moe.errors import ConfigError, DataError, LladaError
 
 
@@ -59,7 +59,7 @@ def read_texts(texts: Sequence[str], files: Sequence[str], asked: Asked) -> Sour
                 "nothing to sample from: give --prompt TEXT, --file FILE, --prompts FILE.jsonl, "
                 "or a text on standard input"
             )
-        each = [sys.stdin.read()]
+        each = [_text(_standard_input(), "standard input")]
     return Source([asked.prompt(text, number) for number, text in enumerate(each, start=1)])
 
 
@@ -70,9 +70,10 @@ def read_lines(name: str, asked: Asked) -> Source:
     `max_new_tokens` are optional, and other keys are left alone. Its number is that of the line, blank ones counted.
     """
     if name == "-":
-        return parse_lines(sys.stdin, "standard input", asked)
+        lines = _standard_input().decode("utf-8-sig", "surrogateescape").split("\n")
+        return parse_lines(lines, "standard input", asked)
     try:
-        with open(name, encoding="utf-8", errors="surrogateescape") as stream:
+        with open(name, encoding="utf-8-sig", errors="surrogateescape") as stream:
             return parse_lines(stream, name, asked)
     except OSError as error:
         raise DataError(f"{name}: {error.strerror}") from error
@@ -97,16 +98,31 @@ def _line_prompt(line: str, number: int, asked: Asked) -> Prompt:
     length = values.get("max_new_tokens")
     if length is not None and (not _is_number(length) or length < 1):
         raise DataError(f"max_new_tokens {length!r} is no number of tokens")
-    if isinstance(values.get("text"), str) and "tokens" not in values:
-        prompt = asked.prompt(values["text"], number)
-    elif isinstance(values.get("tokens"), list) and "text" not in values:
-        if not all(map(_is_number, values["tokens"])):
-            raise DataError('"tokens" are not all token ids')
-        gaps = values.get("gaps")
-        prompt = asked.prompt(values["tokens"], number) if gaps is None else _gapped(values["tokens"], gaps, number)
+    require_text(json.dumps(values.get("id"), ensure_ascii=False), '"id"')
+    if asked.edit is not None and length is not None:
+        asked, length = replace(asked, new_tokens=length), None
+    content, gaps = _content(values), values.get("gaps")
+    if gaps is None:
+        prompt = asked.prompt(content, number)
+    elif isinstance(content, str):
+        raise DataError('"gaps" belong to "tokens"; in a text --infill fills its gap words, such as <mask:2>')
+    elif asked.edit is not None:
+        raise DataError('"gaps" and --edit: ids are edited at START:END, or their gaps are filled')
     else:
-        raise DataError('a prompt is {"text": "…"} or {"tokens": [ids]}')
+        prompt = _gapped(content, gaps, number)
     return replace(prompt, id=values.get("id"), max_new_tokens=length)
+
+
+def _content(values: dict[str, Any]) -> str | list[int]:
+    """The text or the token ids of a line. Raises DataError."""
+    content = values.get("text", values.get("tokens"))
+    if not isinstance(content, str if "text" in values else list) or {"text", "tokens"} <= values.keys():
+        raise DataError('a prompt is {"text": "…"} or {"tokens": [ids]}')
+    if isinstance(content, str):
+        require_text(content, '"text"')
+    elif not all(map(_is_number, content)):
+        raise DataError('"tokens" are not all token ids')
+    return content
 
 
 def _object(line: str) -> dict[str, Any]:
@@ -144,8 +160,21 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _standard_input() -> bytes:
+    """All of it, line ends as they are."""
+    return sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+
+
 def _text_of(name: str) -> str:
+    """The text of a file, to the letter: its line ends stay what they are, and count in an extent."""
     try:
-        return Path(name).read_text(encoding="utf-8")
+        return _text(Path(name).read_bytes(), name)
+    except OSError as error:
+        raise DataError(f"{name}: {error.strerror}") from error
+
+
+def _text(content: bytes, name: str) -> str:
+    try:
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 text ({error})") from error
