@@ -1,6 +1,7 @@
 """LLaDA-MoE on Megatron-Core: training and sampling of masked diffusion language models.
 
-`Sampler` and `Prompt` are the Python interface to sampling; they are imported when they are asked for.
+`Sampler`, `Prompt`, `Extent` and `Settings` are the Python interface to sampling; they are imported when they are asked
+for.
 """
 
 from __future__ import annotations
@@ -10,7 +11,12 @@ from typing import Any
 
 __version__ = "0.1.0"
 # Names, not imports: every module of the package imports this one, and imports run one way.
-_INTERFACE = {"Prompt": "llada_megatron.launch.sampling.prompts", "Sampler": "llada_megatron.launch.sampling.sampler"}
+_INTERFACE = {
+    "Extent": "llada_megatron.launch.sampling.prompts",
+    "Prompt": "llada_megatron.launch.sampling.prompts",
+    "Sampler": "llada_megatron.launch.sampling.sampler",
+    "Settings": "llada_megatron.launch.sampling.settings",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from llada_megatron import Prompt, Sampler
-from llada_megatron.launch.sampling.prompts import Extent
-from llada_megatron.llada_moe.errors import ConfigError, DataError
+from llada_megatron import Extent, Prompt, Sampler
+from llada_megatron.llada_moe.errors import ConfigError, DataError, LladaError
 from llada_megatron.llada_moe.sampling.presets import PRESETS
 
 PROMPTS = ["abc", "", "a longer prompt than these", "ü€"]
@@ -42,8 +42,10 @@ def test_draws_depend_on_seed_and_number(dense):
         one, two = sampler.generate(["abc", "abc"])
         assert one.tokens != two.tokens
         assert same(sampler.generate("abc")) == same([one])
+        other = sampler.generate("abc", seed=1)
+        assert [one.tokens for step in sampler.steps("abc", seed=1) for one in step.finished] == [other[0].tokens]
     with Sampler.open(dense, temperature=1.0, max_new_tokens=12, seed=1) as sampler:
-        assert sampler.generate("abc")[0].tokens != one.tokens
+        assert sampler.generate("abc")[0].tokens == other[0].tokens != one.tokens
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "llada2.2"])
@@ -146,19 +148,66 @@ def test_blocks_of_a_block_causal_model(causal):
         ("a" * 125, r"133; the model takes 128, that is 5 too many: at most 3 new tokens fit"),
         ([1, 999], r"no token 999, its ids are 0 to 271"),
         ([1, "a"], r"a text, a list of token ids or a Prompt"),
+        (Prompt.with_gaps("a<mask:99999999999>"), r"that is 99999999872 too many"),
+        (b"abc", r"a text, a list of token ids or a Prompt"),
+        ({"text": "a"}, r"a text, a list of token ids or a Prompt"),
+        ([1, True], r"a text, a list of token ids or a Prompt"),
         (Prompt.edited("a" * 10, Extent(2, 4), 200), r"208 tokens with the gaps; .* that is 80 too many"),
     ],
 )
 def test_what_cannot_be_written(dense, prompt, text):
-    with Sampler.open(dense, max_new_tokens=8) as sampler, pytest.raises(ConfigError, match=text):
-        sampler.generate([prompt])
+    with Sampler.open(dense, max_new_tokens=8) as sampler:
+        with pytest.raises(ConfigError, match=text):
+            sampler.generate([prompt])
+        if isinstance(prompt, bytes | dict):
+            with pytest.raises(ConfigError, match=text):
+                sampler.generate(prompt)
+
+
+@pytest.mark.parametrize("wrong", [5, None, "half \ud800", "byte \udcff"])
+def test_what_is_no_prompt(dense, wrong):
+    with Sampler.open(dense) as sampler, pytest.raises(LladaError, match="a prompt is a text|not UTF-8"):
+        sampler.generate(wrong)
+
+
+def test_prompts_of_any_kind_of_sequence(dense):
+    with Sampler.open(dense, max_new_tokens=2) as sampler:
+        expected = same(sampler.generate([[10, 11], [12, 13]]))
+        tensor = torch.tensor([[10, 11], [12, 13]])
+        for prompts in (tensor, list(tensor), tensor.numpy(), (row for row in [[10, 11], (12, 13)])):
+            assert same(sampler.generate(prompts)) == expected
+        for prompt in (tensor[0], tensor[0].numpy(), list(tensor.numpy()[0]), (i for i in (10, 11))):
+            assert same(sampler.generate(prompt)) == expected[:1]
+        assert len(sampler.generate(str(i) for i in range(3))) == 3
+        assert sampler.generate([]) == []
+
+
+def test_steps_that_nobody_takes_do_no_harm(dense):
+    with Sampler.open(dense, schedule="threshold", max_new_tokens=6) as sampler:
+        expected = same(sampler.generate("ab"))
+        left = sampler.steps("import ")
+        next(left)
+        assert same(sampler.generate("ab")) == expected
+        with pytest.raises(RuntimeError):
+            for _ in sampler.steps("import "):
+                raise RuntimeError
+        assert same(sampler.generate("ab")) == expected
+        assert sum(len(step.finished) for step in left) == 1
+
+
+@pytest.mark.parametrize("setting", [{"temperature": float("nan")}, {"guidance": float("nan")}, {"guidance": -1e999}])
+def test_numbers_that_are_none(dense, setting):
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        Sampler.open(dense, **setting).__enter__()
 
 
 def test_the_block_grid_is_rounded_up_before_the_length_is_checked(causal):
     with Sampler.open(causal) as sampler:
         (fits,) = sampler.generate("a" * 90, max_new_tokens=38)
         assert len(fits.tokens) <= 128
-        with pytest.raises(ConfigError, match=r"129, in blocks of 32 160; the model takes 128, that is 32 too many"):
+        with pytest.raises(
+            ConfigError, match=r"129, in whole blocks of 32 = 160; the model takes 128, that is 32 too many"
+        ):
             sampler.generate("a" * 90, max_new_tokens=39)
 
 

@@ -63,7 +63,7 @@ def settings_of(args: argparse.Namespace, default_tokens: int = 64) -> Settings:
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: at least 1")
-    if args.temperature < 0:
+    if not args.temperature >= 0:
         raise ConfigError(f"--temperature {args.temperature}: 0 or more")
     if args.checkpoint is None:
         raise ConfigError("which CHECKPOINT? Give a run's output directory, or one of its checkpoints")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,38 +135,50 @@ class Sampler:
         """What is below: for the command line."""
         return self._session
 
-    def generate(self, prompts: Sequence[AnyPrompt] | AnyPrompt, *, max_new_tokens: int | None = None) -> list[Result]:
+    def generate(
+        self,
+        prompts: Iterable[AnyPrompt] | AnyPrompt,
+        *,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+    ) -> list[Result]:
         """The results of the prompts, in their order; one prompt is a list of one.
 
-        Draws depend on a prompt's number in the call, not on what it runs beside.
+        Draws depend on the seed and on a prompt's number in the call, not on what it runs beside: the same call gives
+        the same tokens, and rollouts of a training give another seed each time.
 
         Args:
-            prompts: texts or lists of token ids, which are continued; `Prompt.with_gaps`, whose gaps are filled;
+            prompts: texts or token ids, which are continued; `Prompt.with_gaps`, whose gaps are filled;
                 `Prompt.edited`.
             max_new_tokens: of continuations; None = as in `open`.
+            seed: of the draws; None = as in `open`.
 
         Raises:
             ConfigError: a prompt that is too long, or has nothing to write.
             DataError: a text for a checkpoint without a tokenizer.
         """
         jobs = self.jobs(prompts, max_new_tokens)
-        results = [result for happened in self._session.run(jobs) for result in happened.results]
+        results = [result for happened in self._session.run(jobs, seed=seed) for result in happened.results]
         return sorted(results, key=lambda result: result.number)
 
     def steps(
-        self, prompts: Sequence[AnyPrompt] | AnyPrompt, *, max_new_tokens: int | None = None
+        self,
+        prompts: Iterable[AnyPrompt] | AnyPrompt,
+        *,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
     ) -> Iterator[SampledStep]:
         """What each step writes, while it is written; see `generate`."""
-        yield from self.steps_of(self.jobs(prompts, max_new_tokens))
+        yield from self.steps_of(self.jobs(prompts, max_new_tokens), seed)
 
-    def steps_of(self, jobs: Sequence[Job]) -> Iterator[SampledStep]:
+    def steps_of(self, jobs: Sequence[Job], seed: int | None = None) -> Iterator[SampledStep]:
         """The same for prompts with their drafts."""
         lengths = {job.prompt.number: job.draft.length or len(job.draft.tokens) for job in jobs}
-        for number, happened in enumerate(self._session.run(jobs), start=1):
+        for number, happened in enumerate(self._session.run(jobs, seed=seed), start=1):
             written = [one for one in self._written(happened) if one.position < lengths[one.prompt]]
             yield SampledStep(number, written, happened.results)
 
-    def jobs(self, prompts: Sequence[AnyPrompt] | AnyPrompt, max_new_tokens: int | None = None) -> list[Job]:
+    def jobs(self, prompts: Iterable[AnyPrompt] | AnyPrompt, max_new_tokens: int | None = None) -> list[Job]:
         """Prompts with what is to be written for each; see `generate`."""
         each = [Prompt.of(prompt, number) for number, prompt in enumerate(_several(prompts), start=1)]
         if max_new_tokens is not None:
@@ -218,13 +230,12 @@ def open_sampler(settings: Settings) -> Iterator[Sampler]:
         yield Sampler(loaded, settings)
 
 
-def _several(prompts: Sequence[AnyPrompt] | AnyPrompt) -> Sequence[AnyPrompt]:
-    """One prompt as a list of one."""
-    if isinstance(prompts, str | Prompt):
-        return [prompts]
-    if prompts and all(isinstance(item, int) for item in prompts):
-        return [prompts]  # type: ignore[list-item]
-    return prompts  # type: ignore[return-value]
+def _several(prompts: Iterable[AnyPrompt] | AnyPrompt) -> Sequence[AnyPrompt]:
+    """One prompt as a list of one; tensors and arrays as lists."""
+    if isinstance(prompts, str | bytes | Mapping | Prompt) or not isinstance(prompts, Iterable):
+        return [prompts]  # type: ignore[list-item]  # what is no prompt is refused as one
+    each = [item.tolist() if hasattr(item, "tolist") else item for item in prompts]
+    return [each] if each and all(isinstance(item, int) for item in each) else each
 
 
 def _as_text(value: Any) -> str:

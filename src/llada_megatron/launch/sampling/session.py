@@ -117,17 +117,21 @@ class Session:
                 refused.append(str(error))
         return jobs, refused
 
-    def run(self, jobs: Sequence[Job], share: Share = lambda drafts: drafts) -> Iterator[Happened]:
+    def run(
+        self, jobs: Sequence[Job], share: Share = lambda drafts: drafts, seed: int | None = None
+    ) -> Iterator[Happened]:
         """Write the jobs of this replica, the longest first (collective; it must be run to its end on several ranks).
 
-        Continuations and infillings are read in different ways, and come one after the other.
+        Continuations and infillings are read in different ways, and come one after the other. `seed` of the draws:
+        None = that of the settings.
         """
+        seed = self.settings.seed if seed is None else seed
         self._say_how(jobs)
         for infilling in (False, True):
             chosen = {job.draft.stream: job for job in jobs if job.prompt.infilling == infilling}
             if not chosen:
                 continue
-            writer = Writer(self.loaded, self._method(infilling), self.settings.batch_size)
+            writer = Writer(self.loaded, self._method(infilling, seed), self.settings.batch_size)
             clock = _Clock()
             for step in writer.steps(share(longest_first([job.draft for job in chosen.values()]))):
                 clock.tick(step.view.stream.tolist())
@@ -143,7 +147,7 @@ class Session:
             raise DataError(self._missing)
         return self.tokenizer
 
-    def _method(self, infilling: bool) -> Method:
+    def _method(self, infilling: bool, seed: int) -> Method:
         """How tokens are read: an end of text ends a continuation, and has no place in a gap."""
         model = self.loaded.run.model
         excluded = [*never_written(model, self.choice.editor)]
@@ -155,7 +159,7 @@ class Session:
             excluded=sorted(set(excluded)),
             temperature=self.settings.temperature,
             guidance=self.settings.guidance,
-            seed=self.settings.seed,
+            seed=seed,
             stop_id=None if infilling else model.eos_token_id,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -40,8 +41,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} {value}: at least 1")
-        if not 0 <= self.temperature < float("inf"):
+        if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature {self.temperature}: 0 or more")
+        if not math.isfinite(self.guidance):
+            raise ConfigError(f"guidance {self.guidance}: a finite number")
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
