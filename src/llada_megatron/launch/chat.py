@@ -94,7 +94,7 @@ def _talk(conversation: Conversation, quiet: bool) -> bool:
 
 
 def _answer(conversation: Conversation, text: str, console: Console | None, quiet: bool) -> None:
-    from llada_megatron.launch.sampling.terminal import Screen
+    from llada_megatron.launch.sampling.terminal import Screen, visible
 
     before = len(conversation.messages)
     with contextlib.ExitStack() as held:
@@ -111,12 +111,15 @@ def _answer(conversation: Conversation, text: str, console: Console | None, quie
             held.close()
             message("the answer was stopped, and the question is forgotten")
     if len(conversation.messages) > before and not quiet:
-        print(conversation.messages[-1]["content"], flush=True)
+        answer = conversation.messages[-1]["content"]
+        print(answer if console is None else visible(answer), flush=True)
 
 
 def _messages() -> Iterator[str]:
     """What is typed: a line is a message. Without a terminal, the lines of standard input."""
     if not sys.stdin.isatty():
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")  # bytes of another encoding: refused with their message
         for line in sys.stdin:
             if line.strip() == "/exit":
                 return

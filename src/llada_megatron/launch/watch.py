@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """Write one text and show how; raises ConfigError, DataError or CheckpointError."""
     from llada_megatron.launch.sampling.sampler import open_sampler
 
-    if args.pause < 0:
+    if not 0 <= args.pause < threading.TIMEOUT_MAX:
         raise ConfigError(f"--pause {args.pause}: 0 or more")
     settings = settings_of(args)
     if settings.layout.world_size > 1:

@@ -137,6 +137,17 @@ def test_lines_are_answered(chatty, capsys, monkeypatch):
     assert values["messages"][0]["content"] == "again"
 
 
+def test_a_line_of_another_encoding_is_refused_and_the_next_answered(chatty, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\nhello\n"), "utf-8"))
+    code, out, err = run_cli(capsys, "chat", chatty, "--max-new-tokens", 4, "--json")
+    assert code == 1
+    assert "the message: not UTF-8" in err
+    assert json.loads(out)["messages"][0]["content"] == "hello"
+    code, _, err = run_cli(capsys, "chat", chatty, "--system", "\udcff")
+    assert code == 1
+    assert "the system's message: not UTF-8" in err
+
+
 def test_answers_are_printed(chatty, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     code, out, _ = run_cli(capsys, "chat", chatty, "--max-new-tokens", 4)

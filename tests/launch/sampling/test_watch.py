@@ -114,6 +114,18 @@ def test_a_long_text_shows_where_it_is_written(dense):
 def test_what_a_model_writes_moves_no_cursor():
     cells = [Cell(True, 1, "a\x1b[2J\n"), Cell(False, 2, "\r\tb", 0.5, 1)]
     assert coloured(cells).plain == "a␛[2J\n␍\tb"
+    assert coloured([Cell(True, 1, "\x7f\x9b2J")]).plain == "␡\ufffd2J"
+
+
+def test_no_token_ends_the_script_of_the_page(dense):
+    pieces = ["</script><script>alert(1)</script>", "<!--", "\u2028\u2029", "\ud800", "/*DATA*/", "\\", '"']
+    with Sampler.open(dense) as sampler:
+        picture = Picture(sampler.tokenizer, [Cell(True, 1, piece) for piece in pieces])
+    html = Recording(picture).html({"checkpoint": "</script>"})
+    script = html.split("<script>")[1].split("</script>")[0]
+    assert "go(last);" in script
+    assert [cell[0] for cell in recorded(html)["start"]] == pieces
+    assert next(line for line in script.splitlines() if "const data" in line).isascii()
 
 
 def test_colours():
@@ -124,6 +136,8 @@ def test_colours():
     ("arguments", "text"),
     [
         (["--pause", "-1"], "--pause -1"),
+        (["--pause", "nan"], "--pause nan"),
+        (["--pause", "inf"], "--pause inf"),
         (["layout.tensor_parallel=2"], "runs in one process"),
         (["--html", "nowhere/page.html"], "there is no such folder"),
         (["--file", "x"], "one text is watched at a time"),

@@ -26,7 +26,7 @@ class Recording:
     def html(self, facts: dict[str, str]) -> str:
         """The page. `facts` (name, value) stand below the title."""
         data = {"facts": facts, "start": self._start, "steps": self._steps}
-        text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # nothing in it ends the script
+        text = json.dumps(data).replace("<", "\\u003c")  # in ASCII, and nothing in it ends the script
         template = resources.files("llada_megatron.launch.sampling").joinpath("page.html").read_text("utf-8")
         return template.replace(_PLACE, text)
 

@@ -13,8 +13,9 @@ from llada_megatron.launch.sampling.picture import Cell, Picture
 SCALE = ((0.3, "red"), (0.6, "dark_orange"), (0.9, "yellow"), (1.01, "green"))
 """Upper ends of confidence, and the colour below each."""
 MASK = "░"
-_CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
-"""Control characters as pictures of themselves: a model's output moves no cursor."""
+_CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
+_CONTROL |= dict.fromkeys(range(0x80, 0xA0), "\ufffd")
+"""Control characters (also those of eight bits) as pictures of themselves."""
 
 
 class Screen:
@@ -52,13 +53,18 @@ def coloured(cells: Sequence[Cell], step: int = -1) -> Text:
         if cell.token is None:
             text.append(MASK, style="dim")
         elif cell.given or cell.confidence is None:
-            text.append(cell.piece.translate(_CONTROL))
+            text.append(visible(cell.piece))
         else:
             text.append(
-                cell.piece.translate(_CONTROL),
+                visible(cell.piece),
                 style=colour_of(cell.confidence) + (" underline bold" if cell.step == step else ""),
             )
     return text
+
+
+def visible(text: str) -> str:
+    """A text whose control characters are shown and not obeyed: a model's output moves no cursor."""
+    return text.translate(_CONTROL)
 
 
 def colour_of(confidence: float) -> str:
