@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,21 +47,26 @@ def run_batch(settings: Settings, source: Source, args: argparse.Namespace) -> i
             if batch.prompts:
                 outcome = _write(batch)
         except KeyboardInterrupt as stopped:
-            done = journal.count()
-            message(
-                f"interrupted: {done:,} of {batch.finished + len(batch.prompts):,} prompts are finished and on disk; "
-                "the same command goes on with the others"
-            )
+            message(f"interrupted: {_how_far(journal, batch)}")
             return getattr(stopped, "exit_code", 130)
+        except BaseException:
+            if journal.count():
+                message(f"failed: {_how_far(journal, batch)}")
+            raise
         return _end(journal, batch, outcome, source, args.json)
+
+
+def _how_far(journal: Journal, batch: Batch) -> str:
+    return (
+        f"{journal.count():,} of {batch.finished + len(batch.prompts):,} prompts are finished and on disk; "
+        "the same command goes on with the others"
+    )
 
 
 def _write(batch: Batch) -> Outcome:
     """Write here, or with ranks, whose logs stay beside the output where one of them fails."""
-    if batch.settings.layout.world_size == 1:
-        return write_here(batch)
     logs = _logs(batch.base)
-    outcome = write_in_ranks(batch, logs)
+    outcome = write_here(batch) if batch.settings.layout.world_size == 1 else write_in_ranks(batch, logs)
     shutil.rmtree(logs, ignore_errors=True)
     return outcome
 
@@ -75,7 +81,9 @@ def _begin(journal: Journal, settings: Settings, source: Source, overwrite: bool
 
     for text in source.broken:
         message(f"passed over: {text}")
-    request = request_of(settings, find_checkpoints(settings.checkpoint)[0].resolve())
+    # one checkpoint from here on: a training that leaves a newer one meanwhile changes nothing
+    settings = replace(settings, checkpoint=str(find_checkpoints(settings.checkpoint)[0]))
+    request = request_of(settings, Path(settings.checkpoint).resolve())
     finished = journal.begin(request, source.prompts, overwrite)
     left = [prompt for prompt in source.prompts if prompt.number not in finished]
     if finished:
@@ -128,6 +136,7 @@ def _run_as_rank(settings: Settings, source: Source, place: Place, args: argpars
 
     try:
         check_world(place, settings.layout)
+        journal = Journal(Path(args.output))
         if args.prompts in (None, "-") and not args.prompt and not args.file:
             raise ConfigError("the ranks of a job cannot share standard input: give --prompts FILE, --prompt or --file")
     except LladaError as error:
@@ -136,7 +145,7 @@ def _run_as_rank(settings: Settings, source: Source, place: Place, args: argpars
         raise
     os.environ.update(place.environment())
     os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
-    journal, begun = Journal(Path(args.output)), []
+    begun: list[Batch] = []
     with contextlib.ExitStack() as held:
 
         def begin() -> Batch:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llada_megatron.console import emit_json, message
+from llada_megatron.launch.joining import find_place
 from llada_megatron.launch.sampling.options import add_method, add_model, settings_of
 from llada_megatron.launch.sampling.printing import Printer
 from llada_megatron.launch.sampling.prompts import GAP_WORD, Extent
@@ -65,9 +66,15 @@ def run(args: argparse.Namespace) -> int:
     """Sample; raises ConfigError, DataError or CheckpointError."""
     if args.list_presets:
         return _list_presets(args)
+    if args.output is None and (place := None if args.local else find_place()) is not None and place.world_size > 1:
+        if place.rank != 0:  # every rank finds the same; rank 0 says it
+            return ConfigError.exit_code
+        raise ConfigError(f"{place.launcher} started {place.world_size} processes: give --output FILE, or --local")
     settings = settings_of(args)
     source = _source(args)
     if args.output is not None:
+        if args.jsonl:
+            raise ConfigError("--jsonl is for standard output; FILE of --output holds JSON lines anyway")
         from llada_megatron.launch.batching import run_batch
 
         return run_batch(settings, source, args)
@@ -105,6 +112,7 @@ def _here(settings: Settings, source: Source, printer: Printer) -> tuple[str, in
         jobs, refused = session.sorted_jobs(source.prompts) if source.tolerant else (session.jobs(source.prompts), [])
         for text in refused:
             message(f"passed over: {text}")
+        printer.expect([job.prompt.number for job in jobs])
         for happened in session.run(jobs):
             for result in happened.results:
                 printer.take(result)

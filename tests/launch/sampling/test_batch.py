@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from llada_megatron.launch.sampling.journal import Journal, _taken
 from llada_megatron.launch.sampling.parts import PartFile, part_path, records
 from llada_megatron.launch.sampling.results import Result
 from tests.launch.sampling.checkpoints import run_cli, start_cli
@@ -208,6 +210,61 @@ def test_two_batches_do_not_write_one_file(dense, prompts, tmp_path, capsys):
         code, _, err = run_cli(capsys, "sample", dense, "--prompts", prompts, "--output", output)
     assert code == 1
     assert "another process is writing" in err
+
+
+def test_a_lock_that_its_owner_just_removed_is_none(tmp_path):
+    journal = Journal(tmp_path / "out.jsonl")
+    path = tmp_path / "out.jsonl.lock"
+    with path.open("w") as lock:
+        path.unlink()
+        path.touch()
+        assert not _taken(lock, path)
+    with journal.locked():
+        assert path.exists()
+    assert not path.exists()
+
+
+def test_a_disk_that_is_full(dense, prompts, tmp_path, capsys, monkeypatch):
+    lines = prompts.read_text().splitlines()
+    prompts.write_text("\n".join(lines[:5] + lines[6:9]))
+    output, command = tmp_path / "out.jsonl", ["sample", dense, "--prompts", prompts, *METHOD]
+    append, before = PartFile.append, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def append_with_little_room(part: PartFile, result: Result) -> None:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))
+            append(part, result)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(PartFile, "append", append_with_little_room)
+        code, _, err = run_cli(capsys, *command, "--output", output)
+    assert code == 1
+    assert f"error: {output}.part-0 cannot be written: File too large" in err
+    finished = len(list(records(part_path(output, 0))))
+    assert f"failed: {finished} of 8 prompts are finished and on disk; the same command goes on" in err
+    assert 0 < finished < 8
+    assert not part_path(output, 0).read_bytes().endswith(b"\n")  # the last line is torn
+    assert run_cli(capsys, *command, "--output", output)[0] == 0
+    run_cli(capsys, *command, "--output", tmp_path / "whole.jsonl")
+    assert without_times(output) == without_times(tmp_path / "whole.jsonl")
+
+
+def test_files_that_are_no_parts_are_left_alone(dense, prompts, tmp_path, capsys):
+    prompts.write_text('{"text": "a"}\n')
+    output, backup = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part-0.backup"
+    backup.write_text("mine\n")
+    assert run_cli(capsys, "sample", dense, "--prompts", prompts, "--output", output, *METHOD)[0] == 0
+    assert backup.read_text() == "mine\n"
+
+
+def test_a_batch_holds_on_to_its_checkpoint(dense, prompts, tmp_path, capsys, monkeypatch):
+    found = [[dense / "checkpoints/step-00000000"], [tmp_path / "a newer one"]]
+    monkeypatch.setattr("llada_megatron.parallel.checkpoint.search.find_checkpoints", lambda _: found.pop(0))
+    prompts.write_text('{"text": "a"}\n')
+    assert run_cli(capsys, "sample", dense, "--prompts", prompts, "--output", tmp_path / "o.jsonl", *METHOD)[0] == 0
+    assert found[0] == [tmp_path / "a newer one"]
 
 
 def test_a_part_goes_on_behind_its_last_whole_line(tmp_path):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from llada_megatron.launch.sampling.printing import Printer
+from llada_megatron.launch.sampling.results import Result
 from llada_megatron.llada_moe.sampling.presets import PRESETS
 from tests.launch.sampling.checkpoints import run_cli
 
@@ -129,6 +131,11 @@ def test_a_preset_with_a_changed_setting(dense, capsys):
         (["--batch-size", "0"], "--batch-size 0: at least 1"),
         (["--temperature", "-1"], "--temperature -1"),
         (["--infill"], "no <mask> to fill in 'a'"),
+        (["--temperature", "nan"], "--temperature nan"),
+        (["--guidance", "inf"], "guidance inf: a finite number"),
+        (["--jsonl", "--output", "x.jsonl"], "--jsonl is for standard output"),
+        (["--output", "."], "--output .: this is no file"),
+        (["--output", "/dev/full"], "--output /dev/full: this is no file"),
         (["--max-new-tokens", "500"], "the model takes 128, that is 373 too many"),
     ],
 )
@@ -153,6 +160,25 @@ def test_the_users_word_allows_editing(dense, capsys):
     )  # fmt: skip
     assert code == 0
     assert lines_of(out)[0]["new_tokens"] <= 4
+
+
+def test_a_prompt_that_is_passed_over_holds_nothing_up(dense, capsys):
+    printer = Printer(quiet=False, jsonl=True, numbers=[1, 2, 3])
+    printer.expect([1, 3])
+    for number in (3, 1):
+        printer.take(Result(number, None, "t", "t", [1], [[1]], False, 1, 1, 0.1))
+    assert [line["number"] for line in lines_of(capsys.readouterr().out)] == [1, 3]
+
+
+def test_a_job_of_several_processes_writes_a_file(dense, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        code, out, err = run_cli(capsys, "sample", dense, "--prompt", "a")
+        assert (code, out) == (2, "")
+        assert ("torchrun started 2 processes: give --output FILE" in err) == (rank == "0")
 
 
 def test_texts_need_a_tokenizer(mute, capsys):

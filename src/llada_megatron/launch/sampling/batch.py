@@ -87,6 +87,7 @@ def rank_work(settings: Settings, begin: Callable[[], Batch]) -> Work:
 
     def work(_: StopRequest) -> dict[str, Any]:
         signal.signal(signal.SIGINT, _leave)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is no step to be finished first
         from llada_megatron.parallel import device
 
         device.install()
@@ -99,7 +100,7 @@ def rank_work(settings: Settings, begin: Callable[[], Batch]) -> Work:
         topology.join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         topology.initialize(settings.layout, settings.seed)
         batch = begin()
-        session = Session(load_checkpoint(settings.checkpoint, settings.layout), settings)
+        session = Session(load_checkpoint(batch.settings.checkpoint, settings.layout), batch.settings)
         here = topology.coordinates()
         keeps = here.tensor == 0 and here.pipeline == 0
         replicas = parallel_state.get_data_parallel_world_size()

@@ -10,12 +10,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from llada_megatron.launch.sampling.parts import part_paths, records
+from llada_megatron.launch.sampling.parts import part_paths, records, writing
 from llada_megatron.launch.sampling.prompts import Prompt
 from llada_megatron.launch.sampling.settings import Settings
-from llada_megatron.llada_moe.errors import DataError
+from llada_megatron.llada_moe.errors import ConfigError, DataError
 
 _FREE = ("layout", "batch_size")
 """Settings that may change between a run and its continuation: they do not change what is written."""
@@ -25,23 +25,22 @@ class Journal:
     """Results in OUTPUT, while they come in OUTPUT.part-N, and what they are results of in OUTPUT.run.json."""
 
     def __init__(self, output: Path) -> None:
+        """Raises ConfigError for a folder or a device."""
+        if not output.name or (output.exists() and not output.is_file()):
+            raise ConfigError(f"--output {output}: this is no file; results go to a file of their own")
         self.output = output
         self._request = output.with_name(output.name + ".run.json")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Alone with these files. Raises DataError where another process is."""
-        self.output.parent.mkdir(parents=True, exist_ok=True)
+        """Alone with these files. Raises DataError where another process is, ResourceError where it cannot write."""
         path = self.output.with_name(self.output.name + ".lock")
-        with path.open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(
-                    f"another process is writing {self.output}; wait for it, or choose another --output"
-                ) from None
-            except OSError:  # a file system without locks
-                pass
+        with writing(self.output):
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            lock = path.open("w")
+        with lock:
+            if not _taken(lock, path):
+                raise DataError(f"another process is writing {self.output}; wait for it, or choose another --output")
             try:
                 yield
             finally:
@@ -131,14 +130,28 @@ def request_of(settings: Settings, checkpoint: Path) -> dict[str, Any]:
     }
 
 
+def _taken(lock: TextIO, path: Path) -> bool:
+    """Whether the lock of an open file is this process's now, and the file still the one at `path`."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino
+
+
 def _replace(path: Path, text: str) -> None:
-    """Write a file so that it is the old one or the new one at every moment."""
+    """Write a file so that it is the old one or the new one at every moment. Raises ResourceError."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", errors="surrogatepass") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        with writing(path), temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         descriptor = os.open(path.parent, os.O_RDONLY)
         os.fsync(descriptor)

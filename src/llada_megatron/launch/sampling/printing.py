@@ -19,6 +19,10 @@ class Printer:
         self.results: list[Result] = []
         """Those that were printed."""
 
+    def expect(self, numbers: Sequence[int]) -> None:
+        """There will be results of these only."""
+        self._waiting = list(numbers)
+
     def take(self, result: Result) -> None:
         """One more, in any order."""
         self._held[result.number] = result
