@@ -8,7 +8,8 @@ from threading import Barrier, Thread
 import torch
 from torch import Tensor
 
-from llada_megatron.llada_moe.sampling.statistics import Reader, Reading, Rows, Statistics
+from llada_megatron.llada_moe.sampling.rows import Rows
+from llada_megatron.llada_moe.sampling.statistics import Reader, Reading, Statistics
 
 
 class Shards:

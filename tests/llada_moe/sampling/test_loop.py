@@ -164,3 +164,12 @@ def test_statistics_need_a_plan():
     group.apply(statistics)
     with pytest.raises(RuntimeError, match="no planned pass"):
         group.apply(statistics)
+
+
+@pytest.mark.parametrize(("guidance", "twins"), [(0.0, 1), (0.5, 2)])
+def test_counts_what_a_sequence_took(guidance, twins):
+    method = Method(reading=Reading(excluded=[MASK], guidance=guidance))
+    finished, _, _ = write([continuation([5] * 3, new, None, i) for i, new in enumerate([2, 4])], method)
+    assert [row.passes for row in finished] == [2, 4]
+    assert [row.positions_run for row in finished] == [2 * 5 * twins, 4 * 7 * twins]
+    assert [row.rows_read for row in finished] == [2 + 1, 4 + 3 + 2 + 1]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from llada_megatron.llada_moe.sampling.statistics import Rows
+from llada_megatron.llada_moe.sampling.rows import Rows
 
 
 class Carried:

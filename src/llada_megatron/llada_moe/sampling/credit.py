@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llada_megatron.llada_moe.sampling.carried import Carried
-
-if TYPE_CHECKING:
-    from llada_megatron.llada_moe.sampling.statistics import Rows
+from llada_megatron.llada_moe.sampling.rows import Rows
 
 
 @dataclass(frozen=True)

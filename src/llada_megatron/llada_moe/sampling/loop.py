@@ -49,6 +49,7 @@ class Finished:
     passes: int
     """Forward passes that it took part in."""
     positions_run: int
+    """Positions that ran through the layers for it, with shadows and the blank twins of guidance."""
     rows_read: int
     """Rows of logits that were read for it."""
 
@@ -131,7 +132,7 @@ class Group:
         position = view.first[:, None] + torch.arange(ask.shape[1])
         ask = ask & (position < plan.high[:, None]) & ~prefilling[:, None]
         work = pack(self.canvas, view, plan, ask, self.method.editor.shadow, bool(self.method.reading.guidance))
-        self._taken[view.slot] += torch.stack([torch.ones_like(view.slot), plan.high - plan.low, ask.sum(1)], 1)
+        self._taken[view.slot] += torch.stack([torch.ones_like(view.slot), work.totals(len(view.slot)), ask.sum(1)], 1)
         self.passes += 1
         self._pending = _Pending(view, plan, work, prefilling)
         return work

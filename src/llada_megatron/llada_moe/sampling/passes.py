@@ -10,7 +10,7 @@ from torch import Tensor
 from llada_megatron.llada_moe.model.windows import Window
 from llada_megatron.llada_moe.sampling.caches import Plan
 from llada_megatron.llada_moe.sampling.canvas import Canvas
-from llada_megatron.llada_moe.sampling.statistics import Rows
+from llada_megatron.llada_moe.sampling.rows import Rows
 from llada_megatron.llada_moe.sampling.view import View
 
 
@@ -33,6 +33,10 @@ class Pass:
     def positions(self) -> Tensor:
         """Of the tokens in their sequences: `[total]` int64."""
         return torch.cat([window.positions for window in self.windows])
+
+    def totals(self, rows: int) -> Tensor:
+        """Positions that run for each row of the view, with its blank twin: int64 `[rows]`."""
+        return torch.tensor([window.total for window in self.windows]).view(-1, rows).sum(0)
 
     @classmethod
     def idle(cls, mask_id: int) -> Pass:

@@ -16,6 +16,7 @@ from torch import Tensor
 from llada_megatron.llada_moe.sampling import draws
 from llada_megatron.llada_moe.sampling.carried import Carried
 from llada_megatron.llada_moe.sampling.credit import Account, Credit
+from llada_megatron.llada_moe.sampling.rows import Rows
 
 Statistic = Literal["entropy", "current", "text", "divergence"]
 """The fields of `Statistics` that are read where they are asked for."""
@@ -78,19 +79,6 @@ class Statistics:
                 for name, value in values.items()
             }
         )
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which rows of logits are read; each int64 `[rows]`, on the host."""
-
-    slot: Tensor
-    position: Tensor
-    stream: Tensor
-    step: Tensor
-    """Steps that the sequence has taken: with `stream` and `position` the name of a random draw."""
-    current: Tensor
-    """The token that stands there."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.sampling.canvas import Draft, continuation, infilling
 from llada_megatron.llada_moe.sampling.editors import Levenshtein, NoEditor, never_written
+from llada_megatron.llada_moe.sampling.rows import Rows
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps, Threshold
-from llada_megatron.llada_moe.sampling.statistics import Reader, Reading, Rows, Statistics
+from llada_megatron.llada_moe.sampling.statistics import Reader, Reading, Statistics
 from tests.llada_moe.sampling.editors.rows import DELETE, INSERT, MASK, method, probabilities, says
 from tests.llada_moe.sampling.toy import Logits, bidirectional, write
 

@@ -99,10 +99,8 @@ class Ours:
         for part in [[draft] for draft in drafts] if alone else [drafts]:
             writer = Writer(loaded, method, batch_size)
             finished = {each.stream: each for step in writer.steps(part) for each in step.finished}
-            # the writer's counts have an editor's shadows too; of a batch each has its share
-            positions, rows = (count // len(part) for count in (writer.report.positions_run, writer.report.rows_read))
             for stream, each in sorted(finished.items()):
-                work = Work(each.passes, positions, rows)
+                work = Work(each.passes, each.positions_run, each.rows_read)
                 yield Generated(each.tokens[len(prompts[stream]) :], work)
 
 
