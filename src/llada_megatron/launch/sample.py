@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 
 from llada_megatron.console import emit_json, message
 from llada_megatron.launch.joining import find_place
-from llada_megatron.launch.sampling.options import add_method, add_model, settings_of
+from llada_megatron.launch.sampling.options import add_asked, add_method, add_model, asked_of, settings_of
 from llada_megatron.launch.sampling.printing import Printer
-from llada_megatron.launch.sampling.prompts import GAP_WORD, Extent
 from llada_megatron.launch.sampling.results import Result
-from llada_megatron.launch.sampling.sources import Asked, Source, read_lines, read_texts
+from llada_megatron.launch.sampling.sources import Source, read_lines, read_texts
 from llada_megatron.llada_moe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,12 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     texts.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a text (may be repeated)")
     texts.add_argument("--file", action="append", default=[], metavar="FILE", help="a file with a text (repeatable)")
     texts.add_argument("--prompts", metavar="FILE", help='lines {"text": …} or {"tokens": [ids]}; - = standard input')
-    texts.add_argument("--infill", action="store_true", help="fill the gaps of each text instead of continuing it")
-    texts.add_argument("--gap-word", default=GAP_WORD, metavar="WORD", help="gaps are <WORD>, <WORD:N> (default: mask)")
-    texts.add_argument("--edit", metavar="START:END", help="write these characters (of token ids: tokens) anew")
-    texts.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="length of a continuation (64), or of what --edit puts in"
-    )
+    add_asked(texts)
     add_method(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--jsonl", action="store_true", help="one JSON object per text on stdout")
@@ -136,10 +130,7 @@ def _in_ranks(settings: Settings, source: Source, printer: Printer) -> tuple[str
 
 def _source(args: argparse.Namespace) -> Source:
     """The prompts of the command line."""
-    if args.edit is not None and args.infill:
-        raise ConfigError("--edit and --infill: a text is edited at START:END, or its gaps are filled")
-    extent = None if args.edit is None else Extent.parse(args.edit)
-    asked = Asked(args.infill, args.gap_word, extent, args.max_new_tokens)
+    asked = asked_of(args)
     if args.prompts is None:
         return read_texts(args.prompt, args.file, asked)
     if args.prompt or args.file:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import emit_json, message
-from llada_megatron.launch.sampling.options import add_method, add_model, settings_of
-from llada_megatron.launch.sampling.prompts import GAP_WORD, Extent
-from llada_megatron.launch.sampling.sources import Asked, read_texts
+from llada_megatron.launch.sampling.options import add_asked, add_method, add_model, asked_of, settings_of
+from llada_megatron.launch.sampling.sources import read_texts
 from llada_megatron.llada_moe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,10 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     texts = parser.add_argument_group("what is written")
     texts.add_argument("--prompt", metavar="TEXT", help="a text; standard input where there is none")
     texts.add_argument("--file", metavar="FILE", help="a file with a text")
-    texts.add_argument("--infill", action="store_true", help="fill the gaps of the text instead of continuing it")
-    texts.add_argument("--gap-word", default=GAP_WORD, metavar="WORD", help="gaps are <WORD>, <WORD:N> (default: mask)")
-    texts.add_argument("--edit", metavar="START:END", help="write these characters anew")
-    texts.add_argument("--max-new-tokens", type=int, metavar="N", help="length of a continuation (64)")
+    add_asked(texts)
     add_method(parser, batched=False)
     output = parser.add_argument_group("output")
     output.add_argument("--html", metavar="FILE", help="a page with all steps, for any browser, without a network")
@@ -57,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     if settings.layout.world_size > 1:
         raise ConfigError("llada watch runs in one process; leave layout.… out")
     prompt = _prompt(args)
-    if args.html is not None and not Path(args.html).absolute().parent.is_dir():
-        raise ConfigError(f"--html {args.html}: there is no such folder")
+    if args.html is not None and (Path(args.html).is_dir() or not Path(args.html).absolute().parent.is_dir()):
+        raise ConfigError(f"--html {args.html}: give a file in a folder that there is")
     with open_sampler(settings) as sampler:
         steps, result = _watch(sampler, prompt, args)
         checkpoint = str(sampler.session.loaded.path)
@@ -135,9 +131,5 @@ def _prompt(args: argparse.Namespace) -> Prompt:
     """The one text of the command line."""
     if args.prompt is not None and args.file is not None:
         raise ConfigError("--prompt and --file: one text is watched at a time")
-    if args.edit is not None and args.infill:
-        raise ConfigError("--edit and --infill: a text is edited at START:END, or its gaps are filled")
-    extent = None if args.edit is None else Extent.parse(args.edit)
-    asked = Asked(args.infill, args.gap_word, extent, args.max_new_tokens)
     texts = [] if args.prompt is None else [args.prompt]
-    return read_texts(texts, [] if args.file is None else [args.file], asked).prompts[0]
+    return read_texts(texts, [] if args.file is None else [args.file], asked_of(args)).prompts[0]

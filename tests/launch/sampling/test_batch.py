@@ -84,7 +84,7 @@ def test_the_same_command_again_writes_what_is_new(dense, prompts, tmp_path, cap
         (["--seed", "6"], "seed 5 then, 6 now"),
         (["--preset", "fast-dllm"], "preset None then, 'fast-dllm' now"),
         (["schedule.steps=6"], "overrides {} then, {'schedule.steps': '6'} now"),
-        (["--infill"], "prompt 1, 2"),
+        (["--edit", "0:1"], "prompt 1, 2"),
     ],
 )
 def test_another_request_is_not_mixed_in(dense, prompts, tmp_path, capsys, change, text):

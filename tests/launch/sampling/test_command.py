@@ -126,6 +126,8 @@ def test_a_preset_with_a_changed_setting(dense, capsys):
         (["--schedule", "threshold", "--remasking", "random"], "--remasking random is --schedule random"),
         (["--edit", "nowhere"], "'nowhere' is no extent"),
         (["--edit", "1:2", "--infill"], "--edit and --infill"),
+        (["--gap-word", "x"], "--gap-word belongs to --infill"),
+        (["--infill", "--max-new-tokens", "5"], "--max-new-tokens and --infill"),
         (["--prompts", "x.jsonl"], "--prompts beside --prompt"),
         (["--overwrite"], "--overwrite belongs to --output"),
         (["--batch-size", "0"], "--batch-size 0: at least 1"),

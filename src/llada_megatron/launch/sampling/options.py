@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llada_megatron.launch.sampling.prompts import GAP_WORD, Extent
 from llada_megatron.launch.sampling.settings import Settings
+from llada_megatron.launch.sampling.sources import Asked
 from llada_megatron.llada_moe.config.schema import LayoutConfig
 from llada_megatron.llada_moe.config.validation_layout import check_layout, data_parallel_for_experts
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
@@ -26,6 +28,28 @@ def add_model(parser: argparse.ArgumentParser, optional: bool = False) -> None:
         parser.add_argument("checkpoint", metavar="CHECKPOINT", help=text)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="schedule.…, cache.…, editor.…, layout.…")
     parser.add_argument("--tokenizer", metavar="FILE", help="where the checkpoint's tokenizer is now, if it was moved")
+
+
+def add_asked(group: argparse._ArgumentGroup) -> None:
+    """What is done with a text; see `asked_of`."""
+    group.add_argument("--infill", action="store_true", help="fill the gaps of a text instead of continuing it")
+    group.add_argument("--gap-word", metavar="WORD", help=f"gaps are <WORD>, <WORD:N> (default: {GAP_WORD})")
+    group.add_argument("--edit", metavar="START:END", help="write these characters (of token ids: tokens) anew")
+    group.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="length of a continuation (64), or of what --edit puts in"
+    )
+
+
+def asked_of(args: argparse.Namespace) -> Asked:
+    """The options of `add_asked`. Raises ConfigError where one says nothing beside another."""
+    if args.edit is not None and args.infill:
+        raise ConfigError("--edit and --infill: a text is edited at START:END, or its gaps are filled")
+    if args.gap_word is not None and not args.infill:
+        raise ConfigError("--gap-word belongs to --infill")
+    if args.max_new_tokens is not None and args.infill:
+        raise ConfigError("--max-new-tokens and --infill: a gap itself says how many tokens it has, such as <mask:5>")
+    extent = None if args.edit is None else Extent.parse(args.edit)
+    return Asked(args.infill, args.gap_word or GAP_WORD, extent, args.max_new_tokens)
 
 
 def add_method(parser: argparse.ArgumentParser, temperature: float = 0.0, batched: bool = True) -> None:
