@@ -88,7 +88,8 @@ def _talk(conversation: Conversation, quiet: bool) -> bool:
             try:
                 _answer(conversation, text, console if live else None, quiet)
             except LladaError as failure:
-                error(f"{failure}; /reset forgets the conversation so far")
+                hint = "; /reset forgets the conversation so far" if conversation.results else ""
+                error(f"{failure}{hint}")
                 failed = True
     return failed
 

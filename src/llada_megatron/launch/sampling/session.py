@@ -47,15 +47,6 @@ class Job:
 
 
 @dataclass
-class Totals:
-    """What a session's writers did on this rank's replica."""
-
-    passes: int = 0
-    positions: int = 0
-    seconds: float = 0.0
-
-
-@dataclass
 class _Clock:
     """Since when a sequence is under way."""
 
@@ -82,7 +73,6 @@ class Session:
         if run.objective.kind != "diffusion":
             raise ConfigError(f"{loaded.path} is an autoregressive model; sampling fills masks of a diffusion model")
         self.loaded, self.settings = loaded, settings
-        self.totals = Totals()
         self.choice = choose(
             settings.preset,
             settings.schedule,
@@ -137,9 +127,6 @@ class Session:
                 clock.tick(step.view.stream.tolist())
                 done = [self._result(chosen[one.stream], one, clock.taken(one.stream)) for one in step.finished]
                 yield Happened(step, done)
-            self.totals.passes += writer.report.passes
-            self.totals.positions += writer.report.positions_run
-            self.totals.seconds += writer.report.seconds
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises DataError where there is none, with the reason."""
