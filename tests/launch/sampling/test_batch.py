@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -260,11 +261,22 @@ def test_files_that_are_no_parts_are_left_alone(dense, prompts, tmp_path, capsys
 
 
 def test_a_batch_holds_on_to_its_checkpoint(dense, prompts, tmp_path, capsys, monkeypatch):
-    found = [[dense / "checkpoints/step-00000000"], [tmp_path / "a newer one"]]
-    monkeypatch.setattr("llada_megatron.parallel.checkpoint.search.find_checkpoints", lambda _: found.pop(0))
+    run, begin = tmp_path / "run", Journal.begin
+    shutil.copytree(dense, run)
+    first, newer = (run / f"checkpoints/step-{number:08}" for number in (0, 9))
+
+    def begin_while_a_training_goes_on(*arguments):
+        shutil.copytree(first, newer)
+        return begin(*arguments)
+
+    monkeypatch.setattr(Journal, "begin", begin_while_a_training_goes_on)
     prompts.write_text('{"text": "a"}\n')
-    assert run_cli(capsys, "sample", dense, "--prompts", prompts, "--output", tmp_path / "o.jsonl", *METHOD)[0] == 0
-    assert found[0] == [tmp_path / "a newer one"]
+    code, out, _ = run_cli(
+        capsys, "sample", run, "--prompts", prompts, "--output", tmp_path / "out.jsonl", *METHOD, "--json"
+    )
+    assert code == 0
+    assert newer.exists()
+    assert json.loads(out)["checkpoint"] == str(first)
 
 
 def test_a_part_goes_on_behind_its_last_whole_line(tmp_path):
