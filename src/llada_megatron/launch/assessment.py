@@ -10,10 +10,10 @@ from llada_megatron.llada_moe.data.tokenizer import Tokenizer
 from llada_megatron.llada_moe.evaluation import infilling, likelihood
 from llada_megatron.llada_moe.sampling.canvas import infilling as gaps_of
 from llada_megatron.llada_moe.sampling.editors import NoEditor, never_written
-from llada_megatron.llada_moe.sampling.loop import Group, Method, steps
+from llada_megatron.llada_moe.sampling.loop import Method
 from llada_megatron.llada_moe.sampling.statistics import Reading
 from llada_megatron.parallel.expert_load import ExpertLoad
-from llada_megatron.parallel.sampling.engine import Engine
+from llada_megatron.parallel.sampling.writer import Writer
 
 if TYPE_CHECKING:
     from llada_megatron.parallel.inference import LoadedModel
@@ -107,11 +107,9 @@ def _example(loaded: LoadedModel, tokenizer: Tokenizer, held_out: TrainingData, 
     gaps = infilling.choose_gaps((1, window.shape[1]), number, infilling.MASKED_SHARE, seed=1)
     draft = gaps_of(window[0].tolist(), gaps[0].tolist(), None)
     excluded = [*never_written(loaded.run.model, NoEditor()), tokenizer.eos_id]
-    method = Method(reading=Reading(excluded=excluded))
-    group = Group(method, 1, len(draft.tokens), 1, tokenizer.mask_id)
-    engine = Engine(loaded.model, method, 1, len(draft.tokens))
-    filled = [done.tokens for step in steps(group, [draft], engine.run) for done in step.finished]
-    return _pieces(tokenizer, draft.tokens, filled[0] if filled else draft.tokens, gaps[0].tolist())
+    writer = Writer(loaded, Method(reading=Reading(excluded=excluded)), batch_size=1)
+    filled = next(done.tokens for step in writer.steps([draft]) for done in step.finished)
+    return _pieces(tokenizer, draft.tokens, filled, gaps[0].tolist())
 
 
 def _pieces(tokenizer: Tokenizer, original: list[int], filled: list[int], gaps: list[bool]) -> list[Piece]:

@@ -103,7 +103,7 @@ def _here(settings: Settings, source: Source, printer: Printer) -> tuple[str, in
 
     with open_sampler(settings) as sampler:
         session = sampler.session
-        jobs, refused = session.sorted_jobs(source.prompts) if source.tolerant else (session.jobs(source.prompts), [])
+        jobs, refused = session.accepted(source.prompts, source.tolerant)
         for text in refused:
             message(f"passed over: {text}")
         printer.expect([job.prompt.number for job in jobs])

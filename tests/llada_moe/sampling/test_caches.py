@@ -16,10 +16,10 @@ from llada_megatron.llada_moe.sampling.caches import (
     VicinityCache,
 )
 from llada_megatron.llada_moe.sampling.canvas import continuation
-from llada_megatron.llada_moe.sampling.loop import Group, Method, steps
+from llada_megatron.llada_moe.sampling.loop import Group, Method
 from llada_megatron.llada_moe.sampling.passes import Pass
 from llada_megatron.llada_moe.sampling.statistics import Statistics
-from tests.llada_moe.sampling.toy import MASK
+from tests.llada_moe.sampling.toy import MASK, steps
 
 WHOLE = (0, 36, 36)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from llada_megatron.llada_moe.sampling.canvas import Draft
-from llada_megatron.llada_moe.sampling.loop import Finished, Group, Method, Step, steps
+from llada_megatron.llada_moe.sampling.loop import Finished, Group, Method, Step
 from llada_megatron.llada_moe.sampling.passes import Pass
 from llada_megatron.llada_moe.sampling.statistics import Reader, Reading, Statistics
 
@@ -55,6 +55,21 @@ class Toy:
         self.shown.append(shown)
         self.asked.append(asked)
         return self.reader.read(torch.cat(rows), work.rows)
+
+
+def steps(group: Group, drafts: Iterable[Draft], run: Callable[[Pass], Statistics]) -> Iterator[Step]:
+    """Write all drafts, as many at a time as the group has slots, and yield what each pass changed.
+
+    `run` runs the model over a pass and reads the rows that it asks for.
+    """
+    waiting = iter(drafts)
+    while True:
+        for slot, draft in zip(group.free, waiting, strict=False):
+            group.admit(slot, draft)
+        work = group.plan()
+        if work is None:
+            return
+        yield group.apply(run(work))
 
 
 def write(

@@ -129,7 +129,7 @@ def write(
         keeps: whether this rank puts down the results of its replica.
         shows: whether it says how far all replicas are.
     """
-    jobs, refused = session.sorted_jobs(batch.prompts) if batch.tolerant else (session.jobs(batch.prompts), [])
+    jobs, refused = session.accepted(batch.prompts, batch.tolerant)
     for text in refused[:_MOST_REFUSALS]:
         message(f"passed over: {text}")
     if len(refused) > _MOST_REFUSALS:

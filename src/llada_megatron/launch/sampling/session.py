@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 from llada_megatron.console import message
 from llada_megatron.launch.sampling.drafting import Drafting, longest_first, steps_note
 from llada_megatron.launch.sampling.pieces import text_after
@@ -15,6 +17,7 @@ from llada_megatron.launch.sampling.results import Result
 from llada_megatron.launch.sampling.settings import Settings
 from llada_megatron.launch.sampling.tokenizers import checkpoint_tokenizer, ids_without_token
 from llada_megatron.llada_moe.errors import ConfigError, DataError, LladaError
+from llada_megatron.llada_moe.sampling.canvas import stretches
 from llada_megatron.llada_moe.sampling.editors import never_written
 from llada_megatron.llada_moe.sampling.presets import choose
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps, RandomSteps
@@ -91,12 +94,10 @@ class Session:
 
     def jobs(self, prompts: Sequence[Prompt]) -> list[Job]:
         """Drafts of prompts. Raises ConfigError or DataError for one that cannot be written."""
-        if any(prompt.textual for prompt in prompts):
-            self.require_tokenizer()
-        return [Job(prompt, self.drafting.draft(prompt)) for prompt in prompts]
+        return self.accepted(prompts, tolerant=False)[0]
 
-    def sorted_jobs(self, prompts: Sequence[Prompt]) -> tuple[list[Job], list[str]]:
-        """The same, and a message for each prompt that cannot be written."""
+    def accepted(self, prompts: Sequence[Prompt], tolerant: bool) -> tuple[list[Job], list[str]]:
+        """The same; if `tolerant`, prompts that cannot be written are left out, with a message for each."""
         if any(prompt.textual for prompt in prompts):
             self.require_tokenizer()
         jobs, refused = [], []
@@ -104,6 +105,8 @@ class Session:
             try:
                 jobs.append(Job(prompt, self.drafting.draft(prompt)))
             except LladaError as error:
+                if not tolerant:
+                    raise
                 refused.append(str(error))
         return jobs, refused
 
@@ -166,7 +169,7 @@ class Session:
         places = enumerate(zip(finished.tokens, finished.given, strict=True))
         end = next((i for i, (token, given) in places if token == stop and not given), None)
         tokens, given = finished.tokens[:end], finished.given[:end]
-        gaps = _runs(given)
+        gaps = stretches(~torch.tensor(given, dtype=torch.bool))
         text, new = self._texts(job.prompt, tokens, gaps)
         return Result(
             number=job.prompt.number,
@@ -204,12 +207,6 @@ def _filled(prompt: Prompt, fillings: list[str]) -> str:
             parts.append(str(piece))
         before = isinstance(piece, Gap)
     return "".join(parts)
-
-
-def _runs(given: list[bool]) -> list[tuple[int, int]]:
-    """The maximal stretches [start, end) that were written."""
-    edges = [i for i in range(len(given) + 1) if (i and not given[i - 1]) != (i < len(given) and not given[i])]
-    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _tokenizer(loaded: LoadedModel, path: str | None) -> tuple[Tokenizer | None, str]:

@@ -163,10 +163,8 @@ def _whole(view: View) -> Plan:
 
 def _refreshed(plan: Plan, view: View, every: int | None) -> Plan:
     """The plan, but the whole sequence at the first step of a block and every so many steps of it."""
-    due = view.step_in_block == 0
-    if every is not None:
-        due = view.step_in_block % every == 0
-    return _where(due, _whole(view), plan)
+    since = view.step_in_block if every is None else view.step_in_block % every
+    return _where(since == 0, _whole(view), plan)
 
 
 def _where(condition: Tensor, one: Plan, other: Plan) -> Plan:

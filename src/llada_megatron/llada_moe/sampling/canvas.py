@@ -135,3 +135,9 @@ def infilling(
         numbers = sorted({place // grid for place in places})
         blocks = [(number * grid, min((number + 1) * grid, len(tokens))) for number in numbers]
     return Draft(list(tokens), list(gaps), blocks, stream)
+
+
+def stretches(flags: Tensor) -> list[tuple[int, int]]:
+    """The maximal stretches [start, end) of true positions, of bool `[seq]`."""
+    edges = torch.nn.functional.pad(flags.int(), (1, 1)).diff().nonzero().flatten().tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))

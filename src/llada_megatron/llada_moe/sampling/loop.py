@@ -7,8 +7,7 @@ finished makes room for the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +35,12 @@ class Method:
     blocks: no block behind the end is written to change what is before it."""
     grid: int | None = None
     """Block size of a block-causal model."""
+
+    def __post_init__(self) -> None:
+        """What the schedule and the editor need is read, whatever `reading` says."""
+        needs = frozenset([*self.reading.needs, *self.schedule.needs, *self.editor.needs])
+        reading = replace(self.reading, needs=needs, operations=tuple(self.editor.operations))
+        object.__setattr__(self, "reading", reading)
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Step:
     finished: list[Finished]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Pending:
     """A pass that was planned and has not been applied."""
 
@@ -129,8 +134,7 @@ class Group:
             plan = Plan(plan.low, torch.minimum(plan.high, reach), torch.minimum(plan.keys, reach))
         plan, prefilling = self._in_pieces(plan, view)
         ask = view.masked | view.editable if self.method.editor.edits else view.masked
-        position = view.first[:, None] + torch.arange(ask.shape[1])
-        ask = ask & (position < plan.high[:, None]) & ~prefilling[:, None]
+        ask = ask & (view.positions < plan.high[:, None]) & ~prefilling[:, None]
         work = pack(self.canvas, view, plan, ask, self.method.editor.shadow, bool(self.method.reading.guidance))
         self._taken[view.slot] += torch.stack([torch.ones_like(view.slot), work.totals(len(view.slot)), ask.sum(1)], 1)
         self.passes += 1
@@ -141,13 +145,13 @@ class Group:
         """Take the statistics `[rows]` of the pass that was planned last."""
         if self._pending is None:
             raise RuntimeError("there is no planned pass to apply statistics to")
-        view, plan, work, prefilling = (getattr(self._pending, name) for name in _Pending.__slots__)
-        self._pending = None
-        placed = statistics.placed(work.place, tuple(view.masked.shape))
-        chosen = self._schedule.select(placed, view) & view.masked & ~prefilling[:, None]
+        pending, self._pending = self._pending, None
+        view, live = pending.view, ~pending.prefilling
+        placed = statistics.placed(pending.work.place, tuple(view.masked.shape))
+        chosen = self._schedule.select(placed, view) & view.masked & live[:, None]
         revision = self._editor.revise(placed, view, chosen)
-        changed = self._write(view, revision, ~prefilling)
-        self._account(view, plan, revision, changed, ~prefilling)
+        changed = self._write(view, revision, live)
+        self._account(view, pending.plan, revision, changed, live)
         return Step(view, placed, revision, changed, self._finished(view))
 
     def _view(self) -> View:
@@ -230,9 +234,8 @@ class Group:
         stop, canvas = self.method.stop_id, self.canvas
         if stop is None or not settled.any():
             return torch.zeros_like(settled)
-        position = view.first[:, None] + torch.arange(view.masked.shape[1])
-        inside = position < view.end[:, None]
-        position = position.clamp(max=canvas.tokens.shape[1] - 1)
+        inside = view.positions < view.end[:, None]
+        position = view.positions.clamp(max=canvas.tokens.shape[1] - 1)
         tokens = canvas.tokens[view.slot[:, None], position]
         still_open = canvas.open[view.slot[:, None], position] & inside
         written = (view.masked | view.editable) & ~still_open & (tokens == stop)
@@ -253,18 +256,3 @@ class Group:
             tokens, given = self.canvas.tokens[slot, :kept].tolist(), self.canvas.given[slot, :kept].tolist()
             finished.append(Finished(int(self.canvas.stream[slot]), tokens, given, *self._taken[slot].tolist()))
         return finished
-
-
-def steps(group: Group, drafts: Iterable[Draft], run: Callable[[Pass], Statistics]) -> Iterator[Step]:
-    """Write all drafts, as many at a time as the group has slots, and yield what each pass changed.
-
-    `run` runs the model over a pass and reads the rows that it asks for.
-    """
-    waiting = iter(drafts)
-    while True:
-        for slot, draft in zip(group.free, waiting, strict=False):
-            group.admit(slot, draft)
-        work = group.plan()
-        if work is None:
-            return
-        yield group.apply(run(work))

@@ -57,9 +57,7 @@ class Choice:
         if "seed" in fields_of(type(schedule)):
             schedule = dataclasses.replace(schedule, seed=seed)  # type: ignore[type-var]
         reading = Reading(
-            needs=frozenset(schedule.needs) | frozenset(self.editor.needs),
             excluded=tuple(excluded),
-            operations=tuple(self.editor.operations),
             temperature=temperature,
             guidance=guidance,
             seed=seed,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 
@@ -42,3 +44,8 @@ class View:
     """[rows] int64: blocks of the sequence."""
     masks: Tensor
     """[rows] int64: open positions of the current block at its first step."""
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Of each column in its sequence, int64 `[rows, columns]`; those from the row's `end` on belong to no block."""
+        return self.first[:, None] + torch.arange(self.tokens.shape[1])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from megatron.core import parallel_state
 
@@ -24,11 +22,9 @@ class Engine:
         self._seq = seq
         twins = 2 if method.reading.guidance else 1
         self.memory = KeyValues(slots * twins, seq) if method.cache.keeps else None
-        needs = frozenset([*method.reading.needs, *method.schedule.needs, *method.editor.needs])
         shard = model.vocab_size // parallel_state.get_tensor_model_parallel_world_size()
         first_id = parallel_state.get_tensor_model_parallel_rank() * shard
-        reading = dataclasses.replace(method.reading, needs=needs)
-        self.reader = Reader(reading, first_id, gather_over_tensor_ranks)
+        self.reader = Reader(method.reading, first_id, gather_over_tensor_ranks)
 
     @property
     def fields(self) -> int:
@@ -38,10 +34,6 @@ class Engine:
     def unpacked(self, packed: torch.Tensor) -> Statistics:
         """Statistics of another rank's engine, from `[rows, fields]`."""
         return Statistics.unpacked(packed, self.reader.reading.needs)
-
-    def run(self, work: Pass) -> Statistics:
-        """One pass through all layers, where this rank has them all (collective over the tensor and expert ranks)."""
-        return self.read(work, self.forward(work))
 
     def forward(self, work: Pass, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """This stage's layers (collective over the tensor and expert ranks of the stage).

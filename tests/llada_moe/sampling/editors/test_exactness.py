@@ -13,11 +13,12 @@ from llada_megatron.llada_moe.model.windows import Window
 from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, Cache, Recompute
 from llada_megatron.llada_moe.sampling.canvas import Draft, continuation, infilling
 from llada_megatron.llada_moe.sampling.editors import Editor, Levenshtein, NoEditor, TokenEditing, WideIn, Wino
-from llada_megatron.llada_moe.sampling.loop import Finished, Group, steps
+from llada_megatron.llada_moe.sampling.loop import Finished, Group
 from llada_megatron.llada_moe.sampling.passes import Pass
 from llada_megatron.llada_moe.sampling.schedules import Threshold
 from llada_megatron.llada_moe.sampling.statistics import Reader, Statistics
 from tests.llada_moe.sampling.editors.rows import DELETE, INSERT, MASK, VOCAB, method
+from tests.llada_moe.sampling.toy import steps
 
 GRID, SIZE = 4, 6
 EDITORS = [

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from llada_megatron.llada_moe.sampling.canvas import Draft, continuation, infilling
 from llada_megatron.llada_moe.sampling.editors import Editor, Levenshtein, TokenEditing, WideIn, Wino
-from llada_megatron.llada_moe.sampling.loop import Group, steps
+from llada_megatron.llada_moe.sampling.loop import Group
 from llada_megatron.llada_moe.sampling.passes import Pass
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps, Threshold
 from llada_megatron.llada_moe.sampling.statistics import Statistics
 from tests.llada_moe.sampling.editors.rows import DELETE, INSERT, MASK, method
+from tests.llada_moe.sampling.toy import steps
 
 EDITORS = [
     TokenEditing(0.0, 5),

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from llada_megatron.llada_moe.sampling.canvas import Draft, continuation
 from llada_megatron.llada_moe.sampling.editors import WideIn, Wino
-from llada_megatron.llada_moe.sampling.loop import Finished, Group, Method, Step, steps
+from llada_megatron.llada_moe.sampling.loop import Finished, Group, Method, Step
 from llada_megatron.llada_moe.sampling.passes import Pass
 from llada_megatron.llada_moe.sampling.schedules import Schedule, SlowFast
 from llada_megatron.llada_moe.sampling.statistics import Reader, Statistics
 from tests.llada_moe.sampling.editors.rows import MASK, method, probabilities, says
-from tests.llada_moe.sampling.toy import Logits, bidirectional
+from tests.llada_moe.sampling.toy import Logits, bidirectional, steps
 
 
 class Shadowed:

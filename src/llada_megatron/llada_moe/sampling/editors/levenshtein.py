@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.llada_moe.sampling.canvas import stretches
 from llada_megatron.llada_moe.sampling.editors.base import Revising, Revision, require_in_range
 from llada_megatron.llada_moe.sampling.schedules import best
 from llada_megatron.llada_moe.sampling.statistics import Need, Statistics
@@ -141,7 +142,7 @@ class _Levenshtein:
     ) -> None:
         """Write into a row of `tokens`, `masked` and `first`, each stretch between given tokens by itself."""
         free = view.masked[row] | view.editable[row]
-        for start, end in _runs(free):
+        for start, end in stretches(free):
             cells: list[tuple[int, bool, bool]] = []  # token, masked, one of the first masks
             for column in range(start, end):
                 old = int(view.tokens[row, column]), bool(view.masked[row, column]), bool(first[row, column])
@@ -156,9 +157,3 @@ class _Levenshtein:
             tokens[row, start:end] = torch.tensor([token for token, _, _ in cells])
             masked[row, start:end] = torch.tensor([is_masked for _, is_masked, _ in cells])
             first[row, start:end] = torch.tensor([is_first for _, _, is_first in cells])
-
-
-def _runs(free: Tensor) -> list[tuple[int, int]]:
-    """The maximal stretches [start, end) of true columns `[columns]`."""
-    edges = torch.nn.functional.pad(free.int(), (1, 1)).diff().nonzero().flatten().tolist()
-    return list(zip(edges[::2], edges[1::2], strict=True))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llada_megatron.llada_moe.sampling.editors.base import Revising, Revision, commit
-from llada_megatron.llada_moe.sampling.schedules import Stateless, best
+from llada_megatron.llada_moe.sampling.schedules import Stateless, best, top
 from llada_megatron.llada_moe.sampling.statistics import Need, Statistics
 from llada_megatron.llada_moe.sampling.view import View
 
@@ -28,7 +28,7 @@ class WideIn(Stateless):
         cap = (view.masked.sum(1) * self.share).long().clamp(self.least, self.most)
         wide = view.masked & (statistics.confidence > self.threshold)
         confident = best(statistics.confidence, wide, cap)
-        return confident | best(statistics.confidence, view.masked, torch.ones_like(cap))
+        return confident | top(statistics.confidence, view.masked)
 
 
 @dataclass(frozen=True)

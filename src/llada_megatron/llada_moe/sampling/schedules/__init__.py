@@ -1,6 +1,6 @@
 """Which of the open positions are committed in a step: the published rules."""
 
-from llada_megatron.llada_moe.sampling.schedules.base import Running, Schedule, Stateless, best
+from llada_megatron.llada_moe.sampling.schedules.base import Running, Schedule, Stateless, best, top
 from llada_megatron.llada_moe.sampling.schedules.confidence import (
     CreditThreshold,
     Factor,
@@ -28,4 +28,5 @@ __all__ = [
     "Stateless",
     "Threshold",
     "best",
+    "top",
 ]

@@ -119,4 +119,4 @@ class _Cycles:
 
 def _offset(view: View) -> Tensor:
     """Of each column from the start of the current block: int64 `[rows, columns]`."""
-    return (view.first - view.start)[:, None] + torch.arange(view.masked.shape[1])
+    return view.positions - view.start[:, None]

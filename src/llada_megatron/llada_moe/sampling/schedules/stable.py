@@ -58,8 +58,8 @@ class _Following:
     def select(self, statistics: Statistics, view: View) -> Tensor:
         """See `Running`."""
         assert statistics.divergence is not None
-        slot, position = view.slot[:, None], view.first[:, None] + torch.arange(view.masked.shape[1])
-        position = position.clamp(max=self._calm.shape[1] - 1)
+        slot = view.slot[:, None]
+        position = view.positions.clamp(max=self._calm.shape[1] - 1)
         little = statistics.divergence < self._settings.divergence  # false where a block begins: inf
         calm = (self._calm[slot, position] + 1) * little
         self._calm[slot, position] = calm

@@ -36,8 +36,8 @@ class FixedSteps(Stateless):
         """See `Running`."""
         priority = statistics.confidence
         if self.remasking == "random":
-            positions = view.first[:, None] + torch.arange(view.masked.shape[1])
-            priority = draws.uniform(self.seed, draws.REMASKING, view.stream[:, None], view.step[:, None], positions)
+            names = (view.stream[:, None], view.step[:, None], view.positions)
+            priority = draws.uniform(self.seed, draws.REMASKING, *names)
         return best(priority, view.masked, self._commits(view))
 
     def _commits(self, view: View) -> Tensor:
