@@ -109,6 +109,7 @@ class Reader:
         self.packet_bytes = 0
         """Bytes of a row that left this shard in the last reading."""
         self._first = first_id
+        self._places: dict[str, Tensor] = {}
         self._gather = gather
         credit = next((need for need in reading.needs if isinstance(need, Credit)), None)
         self._account = None if credit is None else Account(credit)
@@ -125,7 +126,7 @@ class Reader:
         if self.reading.guidance:
             given, blank = logits.chunk(2)
             logits = blank + (1.0 + self.reading.guidance) * (given - blank)
-        logits = self._without(logits, self.reading.excluded)
+        logits = self._without(logits, "excluded")
         self.packet_bytes = 0
         if self._account is not None:
             top, whole, token = _merged_choice(self._gathered(self._choice(logits)[0]))
@@ -143,9 +144,13 @@ class Reader:
         self.packet_bytes += packed.shape[-1] * packed.itemsize
         return self._gather(packed)
 
-    def _without(self, logits: Tensor, ids: Sequence[int]) -> Tensor:
-        own = [i - self._first for i in ids if 0 <= i - self._first < logits.shape[1]]
-        return logits.index_fill(1, torch.tensor(own, device=logits.device), -torch.inf) if own else logits
+    def _without(self, logits: Tensor, ids: Literal["excluded", "operations"]) -> Tensor:
+        """Logits with -inf at the ids of that name which this shard holds; where those lie is found once."""
+        if ids not in self._places:
+            own = [i - self._first for i in getattr(self.reading, ids) if 0 <= i - self._first < logits.shape[1]]
+            self._places[ids] = torch.tensor(own, dtype=torch.int64, device=logits.device)
+        places = self._places[ids]
+        return logits.index_fill(1, places, -torch.inf) if places.numel() else logits
 
     def _choice(self, logits: Tensor) -> tuple[list[Tensor], Tensor]:
         """The largest logit, the sum of exponentials relative to it, the token; and these exponentials."""
@@ -181,7 +186,7 @@ class Reader:
 
     def _text(self, logits: Tensor, rows: Rows) -> list[Tensor]:
         """The best token that is no operation, and its score: as one float32, or as two of a perturbed one."""
-        logits = self._without(logits, self.reading.operations)
+        logits = self._without(logits, "operations")
         if self.reading.temperature:
             return self._drawn(logits, rows)[:3]
         best, choice = logits.max(-1)
