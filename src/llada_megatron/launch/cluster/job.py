@@ -1,0 +1,122 @@
+"""The directory of one submitted job, `OUTPUT_DIR/jobs/NAME`: all that its submitter, its nodes and its readers share.
+
+    run.yaml cluster.yaml      the resolved configurations, fixed when the job was submitted
+    job.sbatch job.json        the script, and what `llada submit` knows of the job (its SLURM id)
+    job.out                    output of the script and the nodes, over all attempts
+    events/NODE.jsonl          what happened, one line each; a file per node, since appending over NFS is not atomic
+    preflight-ATTEMPT/NODE.json   what each node said of itself
+    verdict-ATTEMPT            how an attempt ended; its first word is what the script acts on
+    stop                       there when the job is to save, end and stay away
+
+An attempt is one allocation: 0, then one more for each requeue (SLURM_RESTART_COUNT).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+JOB_VARIABLE = "LLADA_JOB"
+"""Environment variable of every process of a job: its directory."""
+ATTEMPT_VARIABLE = "LLADA_ATTEMPT"
+RENDEZVOUS_VARIABLE = "LLADA_RENDEZVOUS"
+"""HOST:PORT on the first node, where the nodes meet."""
+
+Word = Literal["done", "stopped", "failed", "requeue", "exclude"]
+"""done: trained to the last step. stopped: saved and ended because a person asked. failed: a person has to look.
+requeue: saved or lost its nodes, go on in a new allocation. exclude: the same, without the nodes named next."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an attempt ended."""
+
+    word: Word
+    reason: str
+    nodes: tuple[str, ...] = ()
+    """Of `exclude`: the nodes to do without."""
+
+
+@dataclass(frozen=True)
+class JobDirectory:
+    """Paths and small records of one job."""
+
+    path: Path
+
+    @property
+    def run(self) -> Path:
+        """The resolved run."""
+        return self.path / "run.yaml"
+
+    @property
+    def cluster(self) -> Path:
+        """The resolved cluster."""
+        return self.path / "cluster.yaml"
+
+    @property
+    def script(self) -> Path:
+        """What sbatch was given."""
+        return self.path / "job.sbatch"
+
+    @property
+    def output(self) -> Path:
+        """Output of the script and the nodes."""
+        return self.path / "job.out"
+
+    @property
+    def stop(self) -> Path:
+        """Exists when the job is to save, end and not come back."""
+        return self.path / "stop"
+
+    def preflight(self, attempt: int) -> Path:
+        """Folder of what each node said of itself."""
+        return self.path / f"preflight-{attempt}"
+
+    def verdict(self, attempt: int) -> Path:
+        """How an attempt ended."""
+        return self.path / f"verdict-{attempt}"
+
+    def write_verdict(self, attempt: int, verdict: Verdict) -> None:
+        """Say how an attempt ended, in two lines: `WORD [NODE,NODE]`, and the reason. The first verdict stays."""
+        target = self.verdict(attempt)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        reason = " ".join(verdict.reason.split())
+        temporary.write_text(f"{verdict.word} {','.join(verdict.nodes)}".rstrip() + f"\n{reason}\n", "utf-8")
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            pass
+        finally:
+            temporary.unlink()
+
+    def read_verdict(self, attempt: int) -> Verdict | None:
+        """How an attempt ended; None while it goes on, or when it was killed before it could say."""
+        try:
+            first, _, reason = self.verdict(attempt).read_text("utf-8").partition("\n")
+        except FileNotFoundError:
+            return None
+        word, _, nodes = first.partition(" ")
+        return Verdict(word, reason.strip(), tuple(filter(None, nodes.split(","))))  # type: ignore[arg-type]
+
+    def add_event(self, attempt: int, node: str, event: str, **facts: Any) -> None:
+        """Note that something happened on `node` (JSON values)."""
+        folder = self.path / "events"
+        folder.mkdir(exist_ok=True)
+        line = {"time": round(time.time(), 3), "attempt": attempt, "node": node, "event": event, **facts}
+        with (folder / f"{node}.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events of all nodes in order of time; lines cut short by a kill are left out."""
+        found = []
+        for path in (self.path / "events").glob("*.jsonl"):
+            for text in path.read_text("utf-8").splitlines():
+                try:
+                    found.append(json.loads(text))
+                except ValueError:
+                    continue
+        return sorted(found, key=lambda line: line["time"])
