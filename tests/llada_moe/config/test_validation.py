@@ -252,6 +252,10 @@ REFUSED = {
         "an inverse square root never reaches 0",
     ),
     "keep": ("tiny-dense", "checkpoint.keep_last=0", "0 must be greater than 0"),
+    "keep every": ("tiny-dense checkpoint.interval=10", "checkpoint.keep_every=25", "25 is not a multiple of"),
+    "keep every -1": ("tiny-dense", "checkpoint.keep_every=-1", "-1 must not be negative"),
+    "failures": ("tiny-dense", "checkpoint.max_failures=0", "0 must be greater than 0"),
+    "copy": ("tiny-dense output_dir=here", "checkpoint.copy_to=./here", "must name another folder than output_dir"),
     "output": ("tiny-dense", 'output_dir=""', "empty; name the folder"),
 }
 

@@ -203,6 +203,13 @@ class CheckpointConfig:
 
     interval: int = 1000
     keep_last: int = 3
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this stay for ever; 0 = none do."""
+    copy_to: str | None = None
+    """A second folder, on other storage, that every checkpoint is copied to in the background; a run resumes from
+    either. A folder of its own for each run."""
+    max_failures: int = 3
+    """A save that fails is reported and tried again at the next interval; so many in a row end the run."""
     asynchronous: bool = False
     """Write in the background where the installed versions do that safely; otherwise a message says why not."""
     load: str | None = None
@@ -219,6 +226,38 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecoveryConfig:
+    """What happens when a step goes wrong (a loss or gradient that is not finite, a loss that jumps) or never ends.
+
+    Every decision is in the log, in TensorBoard, in metrics.jsonl and in the checkpoint.
+    """
+
+    retry: bool = True
+    """Run a bad step once more from the same state: a passing fault of the machine gives another result."""
+    not_finite: Literal["stop", "skip", "rollback"] = "stop"
+    """A loss or gradient norm that is NaN or infinite: end the run; leave the batch out; or go back to the newest
+    whole checkpoint and leave the batch out there."""
+    spike: Literal["ignore", "skip", "rollback"] = "ignore"
+    """A loss far above those before it."""
+    spike_window: int = 128
+    """Accepted losses that the mean and the deviation are taken over; half of them must be there first."""
+    spike_threshold: float = 6.0
+    """Standard deviations above the mean that make a spike."""
+    skip_steps: int = 1
+    """Batches left out after going back: the one that did it and those before it."""
+    learning_rate_factor: float = 1.0
+    """Multiplies every learning rate after going back (P8B: 4e-4 to 1e-4, a factor of 0.25)."""
+    max_decisions: int = 10
+    """Batches left out and times gone back before the run ends instead."""
+    hang_factor: float = 10.0
+    """A rank hangs when its step takes this many times the median step ..."""
+    hang_minimum_s: float = 300.0
+    """... and at least so many seconds."""
+    hang_other_s: float = 1800.0
+    """The same for what is not a step: start, validation, saving, loading, and the first steps of a start."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """What is reported, every `interval` steps."""
 
@@ -228,7 +267,8 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run. `model` is a mapping, or the name of a file in configs/models (or its path)."""
+    """A whole run. `model` is a mapping, or the name of a file in configs/models (or its path); `recovery` the same
+    with configs/recovery."""
 
     model: ModelConfig
     training: TrainingConfig
@@ -240,3 +280,4 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 from llada_megatron.llada_moe.config.parsing import Origins, Problems
 from llada_megatron.llada_moe.config.schema import (
+    CheckpointConfig,
     LearningRateConfig,
     ModelConfig,
     MoEConfig,
@@ -15,6 +17,7 @@ from llada_megatron.llada_moe.config.schema import (
     RunConfig,
 )
 from llada_megatron.llada_moe.config.validation_layout import check_batch, check_layout
+from llada_megatron.llada_moe.config.validation_recovery import check_recovery
 from llada_megatron.llada_moe.config.validation_routing import check_block_routing, check_routing_of_run
 
 DENSE_FAMILIES = ("llada", "qwen3")
@@ -44,6 +47,7 @@ def validate_run(run: RunConfig, origins: Origins | None = None) -> None:
     check_layout(run, refuse)
     check_batch(run, refuse)
     check_reporting(run, refuse)
+    check_recovery(run.recovery, lambda key, message: refuse(f"recovery.{key}", message))
     problems.raise_if_any()
 
 
@@ -296,6 +300,7 @@ def check_reporting(run: RunConfig, refuse: Refuse) -> None:
     at_least_one = {
         "checkpoint.interval": run.checkpoint.interval,
         "checkpoint.keep_last": run.checkpoint.keep_last,
+        "checkpoint.max_failures": run.checkpoint.max_failures,
         "logging.interval": run.logging.interval,
         "validation.sequences": run.validation.sequences,
     }
@@ -304,6 +309,23 @@ def check_reporting(run: RunConfig, refuse: Refuse) -> None:
         refuse("validation.interval", f"{run.validation.interval} must not be negative; 0 means never")
     if not run.output_dir:
         refuse("output_dir", "empty; name the folder for checkpoints, metrics and logs")
+    _check_checkpoint(run.checkpoint, run.output_dir, refuse)
+
+
+def _check_checkpoint(checkpoint: CheckpointConfig, output_dir: str, refuse: Refuse) -> None:
+    if checkpoint.keep_every < 0:
+        refuse("checkpoint.keep_every", f"{checkpoint.keep_every} must not be negative; 0 keeps none for ever")
+    elif checkpoint.interval > 0 and checkpoint.keep_every % checkpoint.interval:
+        refuse(
+            "checkpoint.keep_every",
+            f"{checkpoint.keep_every} is not a multiple of checkpoint.interval {checkpoint.interval}, so most of these "
+            "steps would not be saved",
+        )
+    if checkpoint.copy_to is None:
+        return
+    own = [Path(output_dir).absolute(), Path(output_dir).absolute() / "checkpoints"]
+    if not checkpoint.copy_to or Path(checkpoint.copy_to).absolute() in own:
+        refuse("checkpoint.copy_to", f"{checkpoint.copy_to!r} must name another folder than output_dir; null = none")
 
 
 def _collector(origins: Origins | None) -> tuple[Refuse, Problems]:
