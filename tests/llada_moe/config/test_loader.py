@@ -220,7 +220,7 @@ def test_overrides(write):
             "layout.tensor_parallel=3",
             "override layout.tensor_parallel=3: layout.tensor_parallel: 3 does not divide num_attention_heads 4",
         ),
-        ("model=nothing-like-it", "override model=nothing-like-it: no model 'nothing-like-it'; models: llada-8b"),
+        ("model=nothing-like-it", "override model=nothing-like-it: no model 'nothing-like-it'; known: llada-8b"),
     ],
 )
 def test_overrides_that_cannot_work_are_named(write, override, message):
@@ -285,3 +285,30 @@ def test_models_round_trip(tmp_path):
         path = Path(tmp_path, f"{name}.yaml")
         path.write_text(dump_yaml(model), encoding="utf-8")
         assert load_model(path) == model == from_dict(ModelConfig, to_dict(model))
+
+
+def test_a_recovery_policy_by_name_by_path_and_with_a_base(write):
+    write("not_finite: rollback\nlearning_rate_factor: 0.5\n", "recovery/half.yaml")
+    write("base: half\nmax_decisions: 4\n", "recovery/four.yaml")
+    run = write(RUN + "recovery: half\n", "runs/run.yaml")
+    assert load_run(run).recovery.learning_rate_factor == 0.5
+    changed = load_run(run, ["recovery.max_decisions=3", "recovery=four"]).recovery
+    assert (changed.not_finite, changed.max_decisions) == ("rollback", 3)
+    assert load_run(run, ["recovery=recovery/four.yaml"]).recovery.max_decisions == 4
+    within = write(RUN + "recovery:\n  base: half\n  spike: skip\n", "runs/within.yaml")
+    assert load_run(within).recovery.spike == "skip"
+    assert load_run(run, ["recovery.retry=false"]) == from_dict(
+        RunConfig, to_dict(load_run(run, ["recovery.retry=false"]))
+    )
+
+
+def test_an_unknown_recovery_policy_lists_the_known_ones(write):
+    path = write(RUN + "recovery: qqqq\n")
+    assert refusal(path) == "run.yaml:13: no recovery policy 'qqqq'; known: llada"
+    assert "no recovery policy 'lada'; did you mean 'llada'?" in refusal(path, "recovery=lada")
+
+
+def test_a_configuration_from_before_recovery_takes_the_defaults(write):
+    values = to_dict(load_run(write(RUN)))
+    del values["recovery"]
+    assert from_dict(RunConfig, values).recovery.not_finite == "stop"

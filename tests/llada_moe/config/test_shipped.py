@@ -28,6 +28,19 @@ def test_runs_load(path, tmp_path, monkeypatch):
     load_run(path)
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("recovery/*.yaml")), ids=lambda path: path.stem)
+def test_recovery_policies_load_by_name(path):
+    named = load_run(CONFIGS / "runs/small-diffusion.yaml", [f"recovery={path.stem}"])
+    assert named == load_run(CONFIGS / "runs/small-diffusion.yaml", [f"recovery={path}"])
+
+
+def test_the_policy_of_llada_8b_goes_from_its_first_rate_to_its_second():
+    run = load_run(CONFIGS / "runs/llada-8b-pretrain.yaml", ["recovery=llada"])
+    assert run.recovery.not_finite == "rollback"
+    rate = run.optimizer.learning_rate
+    assert rate.peak * run.recovery.learning_rate_factor == rate.drops[0].value == 1e-4
+
+
 def test_llada_8b_learning_rate_follows_the_published_token_counts():
     run = load_run(CONFIGS / "runs/llada-8b-pretrain.yaml")
     assert run.training.global_batch_size * run.training.sequence_length == TOKENS_PER_STEP

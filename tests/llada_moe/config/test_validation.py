@@ -39,6 +39,19 @@ def run_file(folder: Path, model: str) -> Path:
 
 
 REFUSED = {
+    "recovery window": ("tiny-dense", "recovery.spike_window=7", "7 losses have no steady deviation; use 8 or more"),
+    "recovery decisions": (
+        "tiny-dense",
+        "recovery.max_decisions=0",
+        "recovery.max_decisions: 0 must be greater than 0",
+    ),
+    "recovery rate": ("tiny-dense", "recovery.learning_rate_factor=1.5", "1.5 must be greater than 0 and at most 1"),
+    "recovery hang": ("tiny-dense", "recovery.hang_factor=1", "1.0 must be greater than 1"),
+    "recovery in vain": (
+        "tiny-dense recovery.not_finite=rollback",
+        "recovery.skip_steps=0",
+        "0 with learning_rate_factor 1 goes back and then runs the same steps again",
+    ),
     "tensor heads": (
         "llada-moe-7b-a1b",
         "layout.tensor_parallel=3",
