@@ -82,8 +82,8 @@ def check_free(output_dir: str | Path, job_id: str | None = None) -> None:
         ResourceError: naming who holds it, and since when.
     """
     path = Path(output_dir) / FILE_NAME
-    holder, age_s = _read(path)
-    if holder is not None and not _gone(holder, age_s) and not _same_job(holder, job_id):
+    holder, renewed = _read(path)
+    if holder is not None and not _gone(path, holder, renewed) and not _same_job(holder, job_id):
         raise _in_use(path, holder)
 
 
@@ -152,10 +152,10 @@ class Lease:
 def _acquire(path: Path, mine: Holder) -> None:
     deadline = time.monotonic() + HANDOVER_S
     while not _put(path, mine):
-        holder, age_s = _read(path)
+        holder, renewed = _read(path)
         if holder is None:
             continue
-        if _gone(holder, age_s) or (_same_job(holder, mine.job_id) and not holder.is_here()):
+        if _gone(path, holder, renewed) or (_same_job(holder, mine.job_id) and not holder.is_here()):
             _remove_stale(path, holder)
         elif _same_job(holder, mine.job_id) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
@@ -191,17 +191,16 @@ def _remove_stale(path: Path, stale: Holder) -> None:
 
 
 def _read(path: Path) -> tuple[Holder | None, float]:
-    """Who holds the directory (None: nobody), and the seconds since the last renewal."""
+    """Who holds the directory (None: nobody), and when that was renewed by the clock of the file system."""
     try:
         with path.open(encoding="utf-8") as stream:  # opening is what makes NFS ask the server for the time
             renewed, text = os.fstat(stream.fileno()).st_mtime, stream.read()
     except FileNotFoundError:
         return None, 0.0
-    age_s = _time_there(path) - renewed
     try:
-        return Holder(**json.loads(text)), age_s
+        return Holder(**json.loads(text)), renewed
     except (ValueError, TypeError):
-        return Holder("unknown", "", 0, 0.0, None, renewed, f"unreadable {renewed}"), age_s
+        return Holder("unknown", "", 0, 0.0, None, renewed, f"unreadable {renewed}"), renewed
 
 
 def _time_there(path: Path) -> float:
@@ -220,8 +219,8 @@ def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
-def _gone(holder: Holder, age_s: float) -> bool:
-    return not holder.lives() if holder.is_here() else age_s > STALE_S
+def _gone(path: Path, holder: Holder, renewed: float) -> bool:
+    return not holder.lives() if holder.is_here() else _time_there(path) - renewed > STALE_S
 
 
 def _same_job(holder: Holder, job_id: str | None) -> bool:
@@ -231,8 +230,8 @@ def _same_job(holder: Holder, job_id: str | None) -> bool:
 def _in_use(path: Path, holder: Holder) -> ResourceError:
     wait = "" if holder.is_here() else f" (if that machine is gone, try again in {STALE_S:.0f} seconds)"
     return ResourceError(
-        f"{path.parent} is being trained by {holder}; stop that run, or set another output_dir: two runs must not write "
-        f"one directory{wait}"
+        f"{path.parent} is being trained by {holder}; stop that run, or set another output_dir: two runs must not "
+        f"write one directory{wait}"
     )
 
 

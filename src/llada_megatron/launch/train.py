@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; returns the exit code (130 after Ctrl-C, 143 after SIGTERM)."""
     from llada_megatron.launch.joining import check_world, find_place
+    from llada_megatron.launch.lease import check_free
     from llada_megatron.launch.resources import check_data, check_weights
     from llada_megatron.llada_moe.config import load_run
 
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         config = load_run(args.config, args.overrides)
         check_world(place, config.layout)
+        check_free(config.output_dir, os.environ.get("SLURM_JOB_ID"))
         check_data(config)
         check_weights(config)
     except LladaError as error:
@@ -65,10 +67,12 @@ def start(run: RunConfig, oversubscribe: bool = False) -> Outcome:
         LladaError: before any process starts, or the error of the rank that failed first.
         Stopped: a signal ended the run before a step could be finished.
     """
+    from llada_megatron.launch.lease import check_free
     from llada_megatron.launch.local import python_program, run_local
     from llada_megatron.launch.resources import check_data, check_machine, check_weights
     from llada_megatron.llada_moe.config import dump_yaml
 
+    check_free(run.output_dir, os.environ.get("SLURM_JOB_ID"))
     check_data(run)
     check_weights(run)
     check_machine(run, oversubscribe)

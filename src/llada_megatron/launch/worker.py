@@ -5,11 +5,14 @@ Megatron-Core is imported only inside `training_work`, after `device.install()`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llada_megatron.launch.lease import Lease
 from llada_megatron.launch.processes import PARENT_VARIABLE, StopRequest
 from llada_megatron.launch.rank import Work, run_local_rank
 from llada_megatron.parallel.lifetime import die_with_parent
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 def training_work(run: RunConfig) -> Work:
     """What a rank of `run` does; RANK and WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from the environment.
 
-    Rank 0 writes the resolved configuration to OUTPUT_DIR/config.yaml.
+    Rank 0 holds the output directory, and writes the resolved configuration to OUTPUT_DIR/config.yaml.
     """
     from llada_megatron.llada_moe.config import dump_yaml
 
@@ -34,15 +37,33 @@ def training_work(run: RunConfig) -> Work:
 
         rank = int(os.environ["RANK"])
         topology.join(rank, int(os.environ["WORLD_SIZE"]))
-        topology.initialize(run.layout, run.training.seed)
-        trainer = Trainer(run)
-        if rank == 0:  # only now: a run that cannot continue what is there leaves its configuration as it was
-            (Path(run.output_dir) / "config.yaml").write_text(dump_yaml(run), "utf-8")
-        facts = trainer.train(stop)
+        with _held(run.output_dir) as leases:
+            topology.initialize(run.layout, run.training.seed)
+            trainer = Trainer(run)
+            if rank == 0:  # only now: a run that cannot continue what is there leaves its configuration as it was
+                (Path(run.output_dir) / "config.yaml").write_text(dump_yaml(run), "utf-8")
+            facts = trainer.train(lambda: _asked(stop, leases))
         topology.leave()
         return facts
 
     return work
+
+
+@contextlib.contextmanager
+def _held(output_dir: str) -> Iterator[list[Lease]]:
+    """Rank 0 holds the directory while this is open; where it is in use, all ranks fail with the same message."""
+    from llada_megatron.parallel.agreement import on_rank_0
+
+    leases: list[Lease] = []
+    with contextlib.ExitStack() as stack:
+        on_rank_0(lambda: leases.append(stack.enter_context(Lease.take(output_dir, os.environ.get("SLURM_JOB_ID")))))
+        yield leases
+
+
+def _asked(stop: StopRequest, leases: list[Lease]) -> bool:
+    for lease in leases:
+        lease.check()
+    return stop()
 
 
 def main(config: str) -> int:
