@@ -1,4 +1,4 @@
-"""A built package holds the files that are not Python modules of it: the modelling files of exports, pages."""
+"""A built package holds the files that are not Python modules of it: the modelling files of exports, pages, templates."""
 
 import shutil
 import subprocess
@@ -35,6 +35,7 @@ def test_a_wheel_holds_the_modelling_files(tmp_path):
     held = set(zipfile.ZipFile(wheel).namelist())
     package = ROOT / "src/llada_megatron"
     expected = {path.relative_to(ROOT / "src").as_posix() for path in package.rglob("*.py")}
-    expected |= {path.relative_to(ROOT / "src").as_posix() for path in package.rglob("*.html")}
+    for pattern in ("*.html", "*.j2"):
+        expected |= {path.relative_to(ROOT / "src").as_posix() for path in package.rglob(pattern)}
     assert len({name for name in expected if "/modeling/" in name}) >= 6
     assert expected <= held, sorted(expected - held)

@@ -26,6 +26,7 @@ COMMANDS = {
         "llada_megatron.launch.train",
         "train the run in a YAML file, with as many processes as its layout asks for",
     ),
+    "submit": ("llada_megatron.launch.submit", "train a run on a SLURM cluster, as a job that survives faults"),
     "sample": ("llada_megatron.launch.sample", "generate or infill text with a checkpoint"),
     "watch": ("llada_megatron.launch.watch", "show a text while it is unmasked, in the terminal or as a page"),
     "chat": ("llada_megatron.launch.chat", "talk with an instruction model"),

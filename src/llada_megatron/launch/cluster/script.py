@@ -1,0 +1,99 @@
+"""The sbatch script of a job, from a run and a cluster."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llada_megatron.launch.cluster.config import ClusterConfig
+
+TEMPLATE = "job.sbatch.j2"
+
+
+def render(cluster: ClusterConfig, nodes: int, job: Path, name: str, directory: Path) -> str:
+    """The script that trains on `nodes` nodes.
+
+    `job`: the job's directory, absolute. `name`: as squeue shows it. `directory`: what relative paths in the run are
+    relative to.
+    """
+    import jinja2
+
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # a shell script; values are quoted by shlex
+    )
+    return templates.get_template(TEMPLATE).render(
+        run_name=name,
+        nodes=nodes,
+        ranks_per_node=cluster.ranks_per_node,
+        options=sbatch_options(cluster, nodes, job, name, directory),
+        job=shlex.quote(str(job)),
+        exports=[_export(line) for line in cluster.environment],
+        setup=cluster.setup,
+        srun=" ".join(srun_options(cluster)),
+        requeue=cluster.requeue,
+        max_requeues=cluster.max_requeues,
+        python=shlex.quote(python_of(cluster)),
+    )
+
+
+def sbatch_options(cluster: ClusterConfig, nodes: int, job: Path, name: str, directory: Path) -> list[str]:
+    """What the job asks SLURM for, one option each, quoted as sbatch reads them."""
+    values = {
+        "job-name": name,
+        "nodes": nodes,
+        "ntasks-per-node": 1,
+        "gpus-per-node": cluster.gpus_per_node or None,
+        "cpus-per-task": cluster.cpus_per_node,
+        "mem": cluster.memory_per_node,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "reservation": cluster.reservation,
+        "constraint": cluster.constraint,
+        "exclude": ",".join(cluster.exclude) or None,
+        "time": cluster.time,
+        "signal": f"B:USR1@{cluster.signal_before_end_s}",
+        "chdir": directory,
+        "output": str(job / "job.out").replace("%", "%%"),
+        "open-mode": "append",
+    }
+    options = [f"--{key}={shlex.quote(str(value))}" for key, value in values.items() if value is not None]
+    switches = {"--exclusive": cluster.exclusive, "--no-kill": cluster.lost_node == "shrink"}
+    options += [switch for switch, wanted in switches.items() if wanted]
+    return [*options, "--requeue" if cluster.requeue else "--no-requeue", *cluster.sbatch_options]
+
+
+def srun_options(cluster: ClusterConfig) -> list[str]:
+    """How a program is started on every node: one task each, which outlives the others' failures."""
+    options = ['--nodes="$SLURM_JOB_NUM_NODES"', '--ntasks="$SLURM_JOB_NUM_NODES"', "--ntasks-per-node=1"]
+    options += ["--export=ALL", "--mpi=none", "--kill-on-bad-exit=0", "--wait=0"]
+    options.append("--cpu-bind=none")  # else the one task, and every rank below it, may be bound to a single core
+    if cluster.cpus_per_node is not None:
+        options.append(f"--cpus-per-task={cluster.cpus_per_node}")  # not inherited from sbatch since SLURM 22.05
+    if cluster.lost_node == "shrink":
+        options.append("--no-kill")
+    if cluster.container is not None:
+        options.append('--container-workdir="$PWD"')
+        options.append("--container-image=" + shlex.quote(cluster.container.image))
+        if cluster.container.mounts:
+            options.append("--container-mounts=" + shlex.quote(",".join(cluster.container.mounts)))
+        options += map(shlex.quote, cluster.container.options)
+    return options
+
+
+def python_of(cluster: ClusterConfig) -> str:
+    """The interpreter on the nodes."""
+    return cluster.python or ("python" if cluster.container is not None else sys.executable)
+
+
+def _export(line: str) -> str:
+    name, _, value = line.partition("=")
+    return f"{name}={shlex.quote(value)}"

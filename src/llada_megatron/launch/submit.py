@@ -1,0 +1,149 @@
+"""`llada submit`: check a run against a cluster, write its job, and give it to SLURM."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llada_megatron.console import emit_json, message
+from llada_megatron.llada_moe.errors import LladaError, ResourceError
+
+if TYPE_CHECKING:
+    from llada_megatron.launch.cluster.config import ClusterConfig
+    from llada_megatron.launch.cluster.job import JobDirectory
+    from llada_megatron.launch.cluster.records import Record
+    from llada_megatron.llada_moe.config.schema import RunConfig
+
+EXAMPLES = """\
+examples:
+  llada submit configs/runs/llada-moe-7b-a1b-pretrain.yaml --cluster dgx-h100 --dry-run
+  llada submit run.yaml --cluster clusters/ours.yaml training.steps=1000
+  llada jobs                   what became of it
+  llada logs 4711 --follow     what it says
+  llada stop 4711              save and end; submit the same run again to go on
+
+The job is queued again before its time ends and after faults, and goes on from the newest checkpoint."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `llada submit`."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="values laid over the file's")
+    parser.add_argument(
+        "--cluster", metavar="CLUSTER", required=True, help="YAML file of the cluster, or a name in configs/clusters"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show the script and submit nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Submit; returns the exit code."""
+    from llada_megatron.launch.cluster import fit, records
+    from llada_megatron.launch.cluster.config import load_cluster
+    from llada_megatron.launch.cluster.script import render
+    from llada_megatron.llada_moe.config import load_run
+
+    run, cluster = load_run(args.config, args.overrides), load_cluster(args.cluster)
+    nodes = fit.nodes_needed(run, cluster, args.cluster)
+    for warning in fit.layout_warnings(run, cluster):
+        message(f"warning: {warning}")
+    job = records.new_directory(Path(run.output_dir))
+    script = render(cluster, nodes, job.path, Path(run.output_dir).name, Path.cwd())
+    if args.dry_run:
+        return _show(script, run, cluster, nodes, args)
+    record = records.Record(
+        job_id=submit(run, cluster, job, script, args.cluster),
+        name=Path(run.output_dir).name,
+        submitted=time.time(),
+        output_dir=str(Path(run.output_dir).absolute()),
+        nodes=nodes,
+        ranks=run.layout.world_size,
+        steps=run.training.steps,
+        cluster=args.cluster,
+    )
+    records.write(job, record)
+    return _tell(job, record, args)
+
+
+def submit(run: RunConfig, cluster: ClusterConfig, job: JobDirectory, script: str, cluster_file: str) -> int:
+    """Check everything that can be known now, write the job's directory, and give it to SLURM; returns its id.
+
+    Raises:
+        LladaError: before anything is written, or what SLURM says against it (the directory is removed again).
+    """
+    from llada_megatron.launch.cluster import slurm
+    from llada_megatron.llada_moe.config import dump_yaml
+
+    slurm.check_present()
+    for check in _checks(run, cluster):
+        check()
+    job.path.mkdir(parents=True)
+    try:
+        job.run.write_text(dump_yaml(run), "utf-8")
+        job.cluster.write_text(dump_yaml(cluster), "utf-8")
+        job.script.write_text(script, "utf-8")
+        return slurm.submit(job.script, cluster_file)
+    except LladaError:
+        shutil.rmtree(job.path)
+        raise
+
+
+def _checks(run: RunConfig, cluster: ClusterConfig) -> list[Callable[[], None]]:
+    """What has to hold when the job starts, each raising an LladaError."""
+    from llada_megatron.launch import lease
+    from llada_megatron.launch.cluster.fit import check_mounts
+    from llada_megatron.launch.resources import check_data, check_weights
+
+    return [
+        lambda: _check_no_live_job(run),
+        lambda: lease.check_free(run.output_dir),
+        lambda: check_data(run),
+        lambda: check_weights(run),
+        lambda: check_mounts(run, cluster, Path.cwd()),
+    ]
+
+
+def _check_no_live_job(run: RunConfig) -> None:
+    """Two jobs must not write one run. Raises ResourceError."""
+    from llada_megatron.launch.cluster import records, slurm
+
+    jobs = records.jobs_of_run(Path(run.output_dir))
+    if not jobs:
+        return
+    queued = slurm.queue([job.record.job_id for job in jobs])
+    for job in jobs:
+        found = queued.get(job.record.job_id)
+        if found is not None and found.is_live:
+            raise ResourceError(
+                f"{run.output_dir} is the run of job {found.job_id}, which is {found.state} in SLURM; two jobs must not "
+                f"write one run: end that one with `llada stop {found.job_id}`, or give this one another output_dir"
+            )
+
+
+def _show(script: str, run: RunConfig, cluster: ClusterConfig, nodes: int, args: argparse.Namespace) -> int:
+    """The script, and what would keep it from being submitted now."""
+    for check in _checks(run, cluster):
+        try:
+            check()
+        except LladaError as error:
+            message(f"warning: {error}")
+    sys.stdout.write(script)
+    message(f"not submitted: {nodes} nodes x {cluster.ranks_per_node} ranks = {run.layout.world_size} ranks")
+    if args.json:
+        emit_json({"nodes": nodes, "ranks": run.layout.world_size, "submitted": False})
+    return 0
+
+
+def _tell(job: JobDirectory, record: Record, args: argparse.Namespace) -> int:
+    """The job's id, and how to follow it."""
+    if args.json:
+        emit_json({"job_id": record.job_id, "directory": str(job.path), "nodes": record.nodes, "ranks": record.ranks})
+        return 0
+    print(f"job {record.job_id}: {record.name} on {record.nodes} nodes, {record.ranks} ranks; its records: {job.path}")
+    message(f"follow it:  llada jobs {record.job_id}    llada logs {record.job_id} --follow")
+    message(f"end it:     llada stop {record.job_id}    (saves first)")
+    return 0
