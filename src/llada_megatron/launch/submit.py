@@ -119,8 +119,8 @@ def _check_no_live_job(run: RunConfig) -> None:
         found = queued.get(job.record.job_id)
         if found is not None and found.is_live:
             raise ResourceError(
-                f"{run.output_dir} is the run of job {found.job_id}, which is {found.state} in SLURM; two jobs must not "
-                f"write one run: end that one with `llada stop {found.job_id}`, or give this one another output_dir"
+                f"{run.output_dir} is the run of job {found.job_id}, which is {found.state} in SLURM; two jobs must "
+                f"not write one run: end that one with `llada stop {found.job_id}`, or give this one another output_dir"
             )
 
 

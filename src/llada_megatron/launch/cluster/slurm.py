@@ -16,11 +16,10 @@ from pathlib import Path
 from llada_megatron.llada_moe.errors import ConfigError, LladaError, ResourceError
 
 LIMIT_S = 60
-"""For one call of a program of SLURM; where no controller answers they give up by themselves after about ten seconds."""
+"""For one call of a program of SLURM; without a controller they give up by themselves after about ten seconds."""
 
-_ENDED = frozenset(
-    "COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL PREEMPTED OUT_OF_MEMORY BOOT_FAIL DEADLINE REVOKED".split()
-)
+_LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED")
+_LIVE += ("RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 _REMEDIES = (
     ("invalid partition", "partition", "partitions of this cluster: {partitions}"),
     ("invalid account", "account", "`sacctmgr show associations user=$USER` lists yours"),
@@ -58,7 +57,7 @@ class QueuedJob:
     @property
     def is_live(self) -> bool:
         """Whether it runs or may still run."""
-        return self.state not in _ENDED
+        return self.state in _LIVE
 
 
 def check_present() -> None:
