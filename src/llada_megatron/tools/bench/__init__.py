@@ -13,6 +13,7 @@ BENCHMARKS = {
     "train": "tokens/s and model-FLOPs utilisation of a training step, against transformers",
     "convert": "memory and speed of conversion from and to Hugging Face, against a plain copy of the files",
     "loss": "memory and time of the output layer and loss at a large vocabulary",
+    "chaos": "faults at random into a run on a real SLURM of this machine, against the same run left alone",
     "sample": "time, forward passes and quality of every sampling preset, against the samplers of LLaDA and Fast-dLLM",
 }
 """Name (a module of this package) and what it measures. A module exposes add_arguments(parser), run(args) -> claims."""

@@ -1,0 +1,121 @@
+"""The course of a disturbed run: each fault of a plan, what it cost, and how long until training went on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llada_megatron.console import message
+from llada_megatron.llada_moe.errors import LladaError
+from llada_megatron.parallel.metrics import FILE_NAME
+from llada_megatron.tools.bench.faults import injecting, watching
+from llada_megatron.tools.bench.faults.drawing import Fault, Kind
+from llada_megatron.tools.bench.faults.small_run import Submitted
+from llada_megatron.tools.bench.private_slurm import PrivateSlurm
+
+RESTARTING: tuple[Kind, ...] = ("killed rank", "killed node agent", "SIGTERM", "damaged checkpoint", "hang")
+"""Kinds after which the ranks start again; the others are taken in while training goes on."""
+_LIMIT_S = 300.0
+"""From a fault to training again. More is a run that does not recover."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What came of one fault."""
+
+    fault: Fault
+    step: int
+    """The newest finished step when it struck."""
+    seconds: float
+    """Until the first step after it was done (of a restart: the first new one)."""
+    whole: int
+    """Step of the newest whole checkpoint after the fault had struck (0: none)."""
+    began: int | None
+    """Step that training went on from; None where nothing started again."""
+
+    @property
+    def lost(self) -> int:
+        """Steps that a whole checkpoint held and the run did again all the same."""
+        return 0 if self.began is None else max(0, self.whole - self.began)
+
+    @property
+    def repeated(self) -> int:
+        """Steps that were done again, because no checkpoint held them."""
+        return 0 if self.began is None else max(0, self.step - self.began)
+
+
+def disturb(slurm: PrivateSlurm, job: Submitted, plan: Sequence[Fault], hook: Path) -> list[Recovery]:
+    """Bring every fault of `plan` about in its turn, each once training really goes on after the one before.
+
+    Raises:
+        LladaError: the run ended, or did not recover from a fault.
+    """
+    inject, found = injecting.Injector(slurm, job, hook), []
+    for fault in plan:
+        wait_alive(slurm, job, fault.step)
+        if fault.during_save and fault.kind in RESTARTING:
+            injecting.wait_for_save(job.output_dir)
+        else:
+            time.sleep(fault.delay_s)
+        found.append(_one(slurm, job, fault, inject))
+        last = found[-1]
+        again = "went on" if last.began is None else f"again from step {last.began}, {last.repeated} steps repeated"
+        message(f"  {again} after {last.seconds:.1f} s")
+    return found
+
+
+def _one(slurm: PrivateSlurm, job: Submitted, fault: Fault, inject: injecting.Injector) -> Recovery:
+    step, struck, output = watching.last_step(job.output_dir), time.time(), watching.output_size(job.directory)
+    message(f"fault {fault.number + 1}, {fault.kind}, after step {step}{' in a save' * fault.during_save}")
+    message(f"  {inject(fault)}")
+    whole = watching.newest_whole(job.output_dir)
+    if fault.kind not in RESTARTING:
+        wait_alive(slurm, job, watching.last_step(job.output_dir) + 1)
+        return Recovery(fault, step, time.time() - struck, whole, None)
+    began = wait_for_start(slurm, job, struck, output)
+    return Recovery(fault, step, time.time() - struck, whole, began)
+
+
+def wait_for_start(slurm: PrivateSlurm, job: Submitted, since: float, output_before: int) -> int:
+    """Wait for the first step of a start that began after `since`; returns the step it went on from.
+
+    `output_before`: bytes of the job's output at that time. What a rank says of its checkpoint comes after them, and
+    after the metrics of the steps that are done again have been dropped.
+    """
+    metrics = job.output_dir / FILE_NAME
+
+    def first_step() -> list[int]:
+        _require_alive(slurm, job)
+        starts = [event for event in watching.events(job.directory, "start") if event["time"] > since]
+        if not starts or not metrics.exists() or metrics.stat().st_mtime <= starts[-1]["time"]:
+            return []
+        said = watching.continued_from(job.directory, output_before)
+        began = said[-1] if said else 0
+        return [began] if (said or not starts[-1]["checkpoint"]) and watching.last_step(job.output_dir) > began else []
+
+    return watching.wait_until(first_step, "training after a fault", _LIMIT_S, 0.05)[0]
+
+
+def wait_alive(slurm: PrivateSlurm, job: Submitted, step: int) -> None:
+    """Wait until the metrics tell of `step`."""
+
+    def reached() -> bool:
+        _require_alive(slurm, job)
+        return watching.last_step(job.output_dir) >= step
+
+    watching.wait_until(reached, f"step {step}", _LIMIT_S, 0.05)
+
+
+_asked_at: dict[int, float] = {}
+
+
+def _require_alive(slurm: PrivateSlurm, job: Submitted) -> None:
+    """Raises LladaError where SLURM has ended the job; asks it once a second."""
+    if time.monotonic() - _asked_at.get(job.id, 0) < 1:
+        return
+    _asked_at[job.id] = time.monotonic()
+    if (state := slurm.state(job.id)) in watching.OVER:
+        output = (job.directory / "job.out").read_text(errors="replace").splitlines()[-20:]
+        raise LladaError(f"job {job.id} ended ({state or 'unknown'}); its output:\n" + "\n".join(output))
