@@ -16,8 +16,8 @@ from llada_megatron.parallel.metrics import (
     MetricsWriter,
     Throughput,
     bits_per_byte,
-    read_metrics,
 )
+from llada_megatron.parallel.metrics_file import last_metrics, read_metrics
 
 
 def write_steps(run_dir, steps, from_step=0, tensorboard=False):
@@ -80,6 +80,19 @@ def test_a_line_half_written_is_left_out_by_the_reader(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"schema": 1, "st')
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+
+
+def test_the_newest_line_with_a_key_is_found_from_the_end_of_a_long_file(tmp_path):
+    assert last_metrics(tmp_path, "loss") == {}
+    lines = [
+        {"step": step, "loss": 1.0, "filler": "x" * 100} | ({"speed": step} if step % 10 == 0 else {})
+        for step in range(1, 2001)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 2')
+    assert last_metrics(tmp_path, "loss")["step"] == 2000
+    assert last_metrics(tmp_path, "speed")["step"] == 2000
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
+    assert last_metrics(tmp_path, "speed")["step"] == 1990
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):

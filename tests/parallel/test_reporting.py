@@ -22,7 +22,7 @@ from llada_megatron.llada_moe.config.schema import (
     TrainingConfig,
     ValidationConfig,
 )
-from llada_megatron.parallel.metrics import read_metrics
+from llada_megatron.parallel.metrics_file import read_metrics
 from llada_megatron.tools import prepare
 from tests.ranks import RankFailure, run_ranks
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llada_megatron.parallel.metrics_file import FILE_NAME, parse_line
+
 SCHEMA = 1
 """Version of the lines in metrics.jsonl; raised when a key changes its meaning."""
 
-FILE_NAME = "metrics.jsonl"
 Scalar = float | int | torch.Tensor
 
 
@@ -34,10 +35,27 @@ class MetricsWriter:
     def __init__(self, run_dir: Path | str, tensorboard: bool = True, from_step: int = 0) -> None:
         self._path = Path(run_dir) / FILE_NAME
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._tensorboard = tensorboard
+        self._pending: list[tuple[int, dict[str, Scalar]]] = []
+        self._open(from_step)
+
+    def _open(self, from_step: int) -> None:
         _drop_lines_from(self._path, from_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = _summary_writer(Path(run_dir) / "tensorboard", from_step) if tensorboard else None
-        self._pending: list[tuple[int, dict[str, Scalar]]] = []
+        directory = self._path.parent / "tensorboard"
+        self._board = _summary_writer(directory, from_step) if self._tensorboard else None
+
+    def go_back(self, from_step: int) -> None:
+        """Drop what was written of `from_step` and later: these steps are run again, as after a resume."""
+        self._pending.clear()
+        self.close()
+        self._open(from_step)
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """A text for TensorBoard."""
+        if self._board is not None:
+            self._board.add_text(name, text, global_step=step)
+            self._board.flush()
 
     def write(self, step: int, values: Mapping[str, Scalar]) -> None:
         """Keeps the scalars of a step; tensors of one element stay on their device until `flush`.
@@ -81,29 +99,13 @@ class MetricsWriter:
         self.close()
 
 
-def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
-    """The lines of a run's metrics file; readable while the run goes on (a line being written is left out)."""
-    path = Path(run_dir) / FILE_NAME
-    if not path.exists():
-        return []
-    return [line for line in map(_parse, path.read_text(encoding="utf-8").splitlines()) if line is not None]
-
-
-def _parse(text: str) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
-
-
 def _drop_lines_from(path: Path, from_step: int) -> None:
     """Replaces the file atomically by its whole lines of earlier steps; leaves it alone when nothing changes."""
     if not path.exists():
         return
     before = path.read_text(encoding="utf-8")
     lines = before.splitlines(keepends=True)
-    kept = [x for x in lines if x.endswith("\n") and (line := _parse(x)) is not None and line["step"] < from_step]
+    kept = [x for x in lines if x.endswith("\n") and (line := parse_line(x)) is not None and line["step"] < from_step]
     if len(kept) == len(lines):
         return
     temporary = path.with_suffix(".tmp")
@@ -158,6 +160,10 @@ class MaskRatioLoss:
         loss = weighted_loss.detach().to(device, torch.float64) * p
         self._sums.index_add_(1, bin_of, torch.stack([loss, masked.to(device, torch.float64)]))
 
+    def reset(self) -> None:
+        """Forget what was added since the last `reduce`."""
+        self._sums.zero_()
+
     def reduce(self) -> dict[str, float]:
         """Means over all ranks since the last call, by name of the bin (bins without a position left out).
 
@@ -166,7 +172,7 @@ class MaskRatioLoss:
         if dist.is_initialized():
             dist.all_reduce(self._sums)
         loss, count = self._sums.tolist()
-        self._sums.zero_()
+        self.reset()
         edges = [i / self.bins for i in range(self.bins + 1)]
         return {
             f"loss_by_mask_ratio/{edges[i]:.2g}-{edges[i + 1]:.2g}": loss[i] / count[i]

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llada_megatron.launch.cluster.job import JobDirectory
+from llada_megatron.llada_moe.errors import ConfigError
 
 JOBS = "jobs"
 """Folder of a run's output directory with one directory per submitted job."""
@@ -68,6 +69,27 @@ def jobs_of_run(output_dir: Path) -> list[SubmittedJob]:
 def jobs_of_user() -> list[SubmittedJob]:
     """All jobs that this user submitted and whose directories are still there, oldest first."""
     return list(filter(None, (_read(path) for path, _ in _registered())))
+
+
+def find(word: str) -> list[SubmittedJob]:
+    """The jobs that a person means with a SLURM id, the output directory of a run, or the directory of a job.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if word.isdecimal():
+        job = job_by_id(int(word))
+        if job is None:
+            raise ConfigError(
+                f"no job {word} among those that you submitted with `llada submit` (`llada jobs --all` lists them); "
+                "a job of another user or machine is named by the output directory of its run"
+            )
+        return [job]
+    alone = _read(Path(word).absolute())
+    jobs = [alone] if alone is not None else jobs_of_run(Path(word))
+    if not jobs:
+        raise ConfigError(f"{word}: neither the id of a job nor the output directory of a run that was submitted")
+    return jobs
 
 
 def job_by_id(job_id: int) -> SubmittedJob | None:

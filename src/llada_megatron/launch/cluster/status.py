@@ -1,0 +1,128 @@
+"""How a job stands, from what SLURM says, what its nodes noted, and the newest metrics of its run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llada_megatron.launch.cluster.job import Verdict
+from llada_megatron.launch.cluster.records import SubmittedJob
+from llada_megatron.launch.cluster.slurm import QueuedJob
+from llada_megatron.parallel.metrics_file import last_metrics
+
+FINAL = ("done", "stopped", "failed")
+
+
+@dataclass(frozen=True)
+class Status:
+    """One line of `llada jobs`."""
+
+    job_id: int
+    run: str
+    output_dir: str
+    directory: str
+    state: str
+    """In lower case what this program says (done, stopped, failed, ended, unknown), in upper case what SLURM says."""
+    live: bool
+    note: str
+    """Why it waits, ended, or started anew; empty where there is nothing to say."""
+    step: int
+    steps: int
+    loss: float | None
+    tokens_per_second: float | None
+    seconds_left: float | None
+    """Of training, at the newest speed; the job may be queued in between."""
+    requeues: int
+    restarts: int
+    """Of the ranks inside an allocation."""
+    nodes: str
+
+
+def status(job: SubmittedJob, queued: QueuedJob | None, slurm: bool, newest: bool = True) -> Status:
+    """How `job` stands.
+
+    `queued`: what SLURM knows of it; None = nothing (any more). `slurm`: whether SLURM could be asked. `newest`: no
+    later job of the same run; else the run's metrics say nothing about this one.
+    """
+    record, events = job.record, job.directory.events()
+    attempt = _last_attempt(job, events)
+    verdict = job.directory.read_verdict(attempt)
+    final = verdict is not None and verdict.word in FINAL  # also while SLURM is still clearing up
+    live = queued is not None and queued.is_live and not final
+    if queued is not None and live:
+        state, note = _live(queued, verdict, [line for line in events if line["attempt"] == attempt], job)
+    else:
+        state, note = _over(queued, verdict, slurm, job)
+    loss = last_metrics(record.output_dir, "loss") if newest else {}
+    speed = last_metrics(record.output_dir, "seconds_per_step") if newest else {}
+    step = loss.get("step", 0)
+    remaining = max(0, record.steps - step)
+    running = live and queued is not None and queued.state == "RUNNING"
+    return Status(
+        job_id=record.job_id,
+        run=record.name,
+        output_dir=record.output_dir,
+        directory=str(job.directory.path),
+        state=state,
+        live=live,
+        note=note,
+        step=step,
+        steps=record.steps,
+        loss=loss.get("loss"),
+        tokens_per_second=speed.get("tokens_per_second") if running else None,
+        seconds_left=remaining * speed["seconds_per_step"] if live and "seconds_per_step" in speed else None,
+        requeues=attempt + (state == "PENDING" and verdict is not None),
+        restarts=sum(line["event"] == "restart" for line in events),
+        nodes=queued.nodes if queued and queued.nodes else str(record.nodes),
+    )
+
+
+def statuses(jobs: list[SubmittedJob], queue: Mapping[int, QueuedJob] | None) -> list[Status]:
+    """`status` of each; `queue` is None where SLURM could not be asked."""
+    newest = {job.record.output_dir: job.directory.path for job in jobs}
+    known = queue or {}
+    found = []
+    for job in jobs:
+        is_newest = newest[job.record.output_dir] == job.directory.path
+        found.append(status(job, known.get(job.record.job_id), queue is not None, is_newest))
+    return found
+
+
+def _last_attempt(job: SubmittedJob, events: list[dict[str, Any]]) -> int:
+    """Number of the newest attempt that left a trace."""
+    noted = [line["attempt"] for line in events]
+    numbers = [path.name.rpartition("-")[2] for path in job.directory.path.glob("verdict-*")]
+    return max([0, *noted, *(int(number) for number in numbers if number.isdecimal())])
+
+
+def _live(
+    queued: QueuedJob, verdict: Verdict | None, events: list[dict[str, Any]], job: SubmittedJob
+) -> tuple[str, str]:
+    """State and note of a job that runs or may run again. `verdict`, `events`: of its newest attempt."""
+    if job.directory.stop.exists():
+        return queued.state, "saving and ending, as asked"
+    waiting = "" if queued.reason in ("None", "") else queued.reason
+    if queued.state == "PENDING":
+        again = f"queued again: {verdict.reason}" if verdict is not None else ""
+        return queued.state, "; ".join(filter(None, (waiting, again)))
+    if queued.state != "RUNNING":
+        return queued.state, verdict.reason if verdict is not None else waiting
+    notable = [line for line in events if line["event"] in ("restart", "hang", "lost", "fault")]
+    if notable:
+        return queued.state, f"{notable[-1]['event']}: {notable[-1].get('reason', '')}".rstrip(": ")
+    return queued.state, "" if any(line["event"] == "start" for line in events) else "checking the nodes"
+
+
+def _over(queued: QueuedJob | None, verdict: Verdict | None, slurm: bool, job: SubmittedJob) -> tuple[str, str]:
+    """State and note of a job that SLURM does not run any more, or that it cannot be asked about."""
+    if verdict is not None and verdict.word in FINAL:
+        return verdict.word, verdict.reason
+    reason = verdict.reason if verdict is not None else ""
+    if job.directory.stop.exists() and slurm:
+        return "stopped", reason or "ended as asked before its ranks ran"
+    if queued is not None:
+        return queued.state, reason or ("" if queued.reason in ("None", "") else queued.reason)
+    if not slurm:
+        return "unknown", "; ".join(filter(None, ("SLURM cannot be asked here", reason)))
+    return "ended", reason or "without a verdict; its output may say why"

@@ -1,0 +1,87 @@
+"""`llada stop`: a job saves, ends, and stays away."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING
+
+from llada_megatron.console import emit_json, message
+
+if TYPE_CHECKING:
+    from llada_megatron.launch.cluster.records import SubmittedJob
+    from llada_megatron.launch.cluster.status import Status
+
+EXAMPLES = """\
+examples:
+  llada stop 4711
+  llada stop runs/llada-8b --no-wait
+
+The job finishes its step, saves and ends; a job that still waits in the queue is taken out of it. Submit the same run
+again to go on from there. (`scancel` ends a job too, but saves only where that takes less than SLURM's KillWait.)"""
+_POLL_S = 1.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `llada stop`."""
+    parser.add_argument("job", metavar="JOB_ID|RUN_DIR", help="which job (of a run: the newest)")
+    parser.add_argument("--no-wait", action="store_true", help="do not wait for the end of the job")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Stop the job; returns the exit code (1: it ended otherwise, for example because it failed meanwhile)."""
+    from llada_megatron.launch.cluster import records
+
+    job = records.find(args.job)[-1]
+    if _ask(job) and not args.no_wait:
+        _wait(job)
+    return _tell(_status(job), args)
+
+
+def _ask(job: SubmittedJob) -> bool:
+    """Ask the job to save and end; False when it is over already."""
+    from llada_megatron.launch.cluster import slurm
+
+    number = job.record.job_id
+    found = slurm.queue([number]).get(number)
+    if found is None or not found.is_live:
+        message(f"job {number} is over already")
+        return False
+    job.directory.stop.touch()  # before the signal: what the job does with it depends on this file
+    if found.state == "PENDING":
+        slurm.cancel(number)
+        message(f"job {number} was waiting in the queue; it is taken out of it")
+    else:
+        slurm.ask_to_save(number)
+        message(f"job {number} is asked to finish its step, save and end")
+    return True
+
+
+def _wait(job: SubmittedJob) -> None:
+    """Until SLURM says that the job is over; one that was just being queued again is taken out of the queue."""
+    from llada_megatron.launch.cluster import slurm
+
+    number = job.record.job_id
+    while (found := slurm.queue([number]).get(number)) is not None and found.is_live:
+        if found.state == "PENDING":
+            slurm.cancel(number)
+        time.sleep(_POLL_S)
+
+
+def _status(job: SubmittedJob) -> Status:
+    from llada_megatron.launch.cluster import slurm
+    from llada_megatron.launch.cluster.status import status
+
+    number = job.record.job_id
+    return status(job, slurm.queue([number]).get(number), slurm=True)
+
+
+def _tell(found: Status, args: argparse.Namespace) -> int:
+    if args.json:
+        emit_json({"job_id": found.job_id, "state": found.state, "step": found.step, "note": found.note})
+    else:
+        print(
+            f"job {found.job_id}: {found.state}, step {found.step}/{found.steps}"
+            + (f"; {found.note}" * bool(found.note))
+        )
+    return 0 if found.live or found.state in ("done", "stopped") else 1
