@@ -19,11 +19,12 @@ def available_cores() -> int:
 class StopRequest:
     """Whether this process was asked to stop. Call it: False until the first SIGINT or SIGTERM, then True.
 
-    A second signal ends the process at once.
+    A second signal ends the process at once, unless it is `patient`: SLURM asks more than once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
         self._asked = False
+        self._patient = patient
 
     def listen(self, signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM)) -> StopRequest:
         """Handle `signals` from now on (main thread only); one that came during the start counts as well."""
@@ -37,6 +38,6 @@ class StopRequest:
         return self._asked
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if self._asked and not self._patient:
             os._exit(128 + number)
         self._asked = True

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from llada_megatron.launch.processes import StopRequest
 from llada_megatron.launch.reports import REPORTS_VARIABLE, Failure, write_failure, write_result
@@ -46,6 +46,7 @@ def quieten(rank: int, log_dir: Path) -> Callable[[], None]:
     logging.basicConfig(stream=log, force=True, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.captureWarnings(True)
     faulthandler.enable(log)
+    show_stacks_on_request(log)
 
     def restore() -> None:
         for stream in (sys.stdout, sys.stderr):
@@ -57,13 +58,21 @@ def quieten(rank: int, log_dir: Path) -> Callable[[], None]:
     return restore
 
 
-def run_local_rank(work: Work, layout: LayoutConfig, log_dir: Path) -> int:
-    """Run `work` as a rank of the local launcher; leave it the result or the failure; return the exit code.
+def show_stacks_on_request(log: TextIO) -> None:
+    """From now on SIGUSR2 writes the stacks of all threads to `log`, even where Python itself is stuck."""
+    if hasattr(faulthandler, "register"):
+        faulthandler.register(signal.SIGUSR2, file=log, all_threads=True)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
 
-    Only SIGINT asks for a stop: the launcher's SIGTERM means that another rank has failed and no step can be finished.
+
+def run_local_rank(work: Work, layout: LayoutConfig, log_dir: Path, stop: StopRequest | None = None) -> int:
+    """Run `work` as a rank that a launcher on this machine started; leave it the result or the failure; exit code.
+
+    Without a `stop`, only SIGINT asks for one: the local launcher's SIGTERM means that another rank has failed and no
+    step can be finished.
     """
     rank, reports = int(os.environ["RANK"]), Path(os.environ[REPORTS_VARIABLE])
-    stop = StopRequest().listen([signal.SIGINT])
+    stop = stop or StopRequest().listen([signal.SIGINT])
     quieten(rank, log_dir)
     try:
         facts = work(stop)

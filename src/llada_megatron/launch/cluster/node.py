@@ -1,0 +1,74 @@
+"""Where a process of a job stands: which node, of how many, and where the nodes meet. From SLURM's variables."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llada_megatron.launch.cluster.job import ATTEMPT_VARIABLE, RENDEZVOUS_VARIABLE, JobDirectory
+from llada_megatron.llada_moe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Node:
+    """This node in an attempt of a job."""
+
+    job: JobDirectory
+    job_id: str
+    attempt: int
+    index: int
+    """0 is the first node: it holds the store, and it alone writes verdicts."""
+    count: int
+    name: str
+    host: str
+    """Of the store."""
+    port: int
+
+    @classmethod
+    def here(cls, job: JobDirectory, environment: Mapping[str, str] = os.environ) -> Node:
+        """The node that this process is on.
+
+        Raises:
+            ConfigError: it was not started by a job's script.
+        """
+        count = environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_JOB_NUM_NODES")
+        needed = (ATTEMPT_VARIABLE, RENDEZVOUS_VARIABLE, "SLURM_JOB_ID", "SLURM_NODEID", "SLURMD_NODENAME")
+        missing = [name for name in needed if not environment.get(name)]
+        if count is None or missing:
+            missing += [] if count else ["SLURM_STEP_NUM_NODES"]
+            raise ConfigError(f"{', '.join(missing)} not set: this program is started by the script of `llada submit`")
+        attempt, meeting, job_id, index, name = (environment[variable] for variable in needed)
+        host, _, port = meeting.rpartition(":")
+        return cls(job, job_id, int(attempt), int(index), int(count), name, host, int(port))
+
+    @property
+    def first(self) -> bool:
+        """Whether this node decides."""
+        return self.index == 0
+
+    @property
+    def address(self) -> str:
+        """Under which the other nodes reach this one: on the first its given name, else the address towards the first.
+
+        Raises:
+            OSError: the first node's name cannot be resolved.
+        """
+        if self.first:
+            return self.host
+        family, kind, _, _, target = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # sends nothing: it only chooses the route
+            return str(probe.getsockname()[0])
+
+    def say(self, text: str) -> None:
+        """One line in the job's output, with the time and the node."""
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.name}: {text}", file=sys.stderr, flush=True)
+
+    def event(self, event: str, **facts: Any) -> None:
+        """Note that something happened here."""
+        self.job.add_event(self.attempt, self.name, event, **facts)

@@ -1,0 +1,157 @@
+"""One start of the ranks, watched from one node until it is over for all nodes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llada_megatron.launch.cluster.decisions import Fault, Kind, NodeReport, faults_of_exits
+from llada_megatron.launch.hang import HangWatch, Stuck, states
+from llada_megatron.launch.rank import log_path
+from llada_megatron.launch.reports import read_failures
+
+if TYPE_CHECKING:
+    from llada_megatron.launch.cluster.elastic import NodeRanks
+    from llada_megatron.launch.cluster.meeting import Meeting
+    from llada_megatron.launch.cluster.node import Node
+    from llada_megatron.launch.cluster.signals import StopSignals
+    from llada_megatron.llada_moe.config.schema import RunConfig
+
+_POLL_S, _LOOK_S = 0.2, 1.0
+"""Between looks at the processes of this node, and at the store."""
+_SETTLE_S = 0.5
+"""For the other ranks here to fail as well, so that the one that failed first is known."""
+_STACKS_S = 2.0
+"""For the ranks to write their stacks."""
+_OVER = "over"
+
+
+class StartFolder:
+    """Where the ranks of one start leave reports and signs of life: on this node, as a file server may be late."""
+
+    def __init__(self, path: Path) -> None:
+        self.reports, self.beats = path / "reports", path / "beats"
+        for folder in (self.reports, self.beats):
+            folder.mkdir(parents=True)
+
+
+class Watch:
+    """Waits for the end of a start. Whoever sees something wrong says on the board that the start is over."""
+
+    def __init__(
+        self, node: Node, meeting: Meeting, ranks: NodeRanks, run: RunConfig, folder: StartFolder, stop: StopSignals
+    ) -> None:
+        self._node, self._meeting, self._board, self._ranks = node, meeting, meeting.board, ranks
+        self._folder, self._stop = folder, stop
+        self._logs = Path(run.output_dir) / "logs"
+        self._hang = HangWatch(folder.beats, run.recovery, ranks.ranks)
+        self._asked = self._trained = False
+
+    def wait(self) -> NodeReport:
+        """Wait until the ranks have ended well on all nodes, or something is wrong on one.
+
+        Raises:
+            DistError, RendezvousError: the first node no longer answers.
+        """
+        look = 0.0
+        while True:
+            time.sleep(_POLL_S)
+            exits, now = self._ranks.exits(), time.monotonic()
+            if any(exits.values()):
+                return self._failed()
+            if len(exits) < len(self._ranks.ranks) and (stuck := self._hang.hung(now)):
+                return self._hung(stuck)
+            if now >= look:
+                look = now + _LOOK_S
+                if (report := self._look(len(exits) == len(self._ranks.ranks))) is not None:
+                    return report
+
+    def _look(self, finished: bool) -> NodeReport | None:
+        """Pass a request to stop on, and see how the other nodes are."""
+        if self._stop.asked:
+            self._asked = True
+            self._ranks.ask_to_stop()
+        if self._node.first and not self._trained and self._hang.steps > 0:
+            self._trained = True
+            self._node.event("training")
+        if finished:
+            self._board.set(f"finished/{self._node.name}", "yes")
+        absent = self._meeting.absent()
+        if self._board.check([_OVER]):  # looked up after `absent`: who leaves has said before that it is over
+            return self._over_elsewhere(finished)
+        if absent:
+            self._board.set(_OVER, "lost")
+            now = time.time()
+            return self._report(False, [Fault("lost", name, None, "no longer answers", now) for name in absent])
+        if self._node.first and finished and self._board.check([f"finished/{name}" for name in self._meeting.nodes]):
+            self._board.set(_OVER, "end")
+            return self._report(True)
+        return None
+
+    def _failed(self) -> NodeReport:
+        time.sleep(_SETTLE_S)
+        self._board.set(_OVER, "fault")
+        return self._report(False, self._faults())
+
+    def _hung(self, stuck: Sequence[Stuck]) -> NodeReport:
+        self._board.set(_OVER, "hang")
+        what = self._stacks()
+        faults = []
+        for each in stuck:
+            stopped = what.get(each.rank) == "stopped"
+            kind: Kind = "stopped" if stopped else "hang"
+            text = f"hangs: {each.seconds:.0f} s in {each.phase} after step {each.step}, process {what.get(each.rank)}"
+            faults.append(
+                Fault(kind, self._node.name, each.rank, f"{text}; its stacks: {self._log(each.rank)}", time.time())
+            )
+        self._node.event("hang", ranks=[each.rank for each in stuck], faults=[str(fault) for fault in faults])
+        return self._report(False, faults)
+
+    def _over_elsewhere(self, finished: bool) -> NodeReport:
+        word = self._board.get(_OVER).decode()
+        faults = self._faults()
+        if word == "hang":
+            now, text = time.time(), "is stopped, and all others wait for it"
+            stopped = [rank for rank, state in self._stacks().items() if state == "stopped"]
+            faults += [Fault("stopped", self._node.name, rank, text, now) for rank in stopped]
+        return self._report(finished and word == "end", faults)
+
+    def _stacks(self) -> dict[int, str]:
+        """Have the ranks here write their stacks; what the system says of their processes meanwhile."""
+        self._ranks.show_stacks()
+        time.sleep(_STACKS_S)
+        return states({rank: process.pid for rank, process in self._ranks.processes().items()})
+
+    def _faults(self) -> list[Fault]:
+        told, logs = read_failures(self._folder.reports), str(log_path(self._logs, 0)).replace("rank-0", "rank-{rank}")
+        return faults_of_exits(self._node.name, self._ranks.exits(), told, logs, time.time())
+
+    def _log(self, rank: int) -> Path:
+        return log_path(self._logs, rank)
+
+    def _report(self, finished: bool, faults: Sequence[Fault] = ()) -> NodeReport:
+        return NodeReport(self._node.name, finished, self._asked, tuple(faults))
+
+
+def file_report(meeting: Meeting, report: NodeReport) -> None:
+    """Leave how the ranks here ended for the first node, before this one leaves the round."""
+    meeting.board.set(f"report/{report.node}", json.dumps(report.to_dict()))
+
+
+def gather_reports(meeting: Meeting, patience_s: float) -> tuple[list[NodeReport], list[str]]:
+    """On the first node: how the ranks ended on every node, and the nodes that no longer answer."""
+    deadline, reports = time.monotonic() + patience_s, []
+    waiting = list(meeting.nodes)
+    while waiting:
+        absent = meeting.absent()
+        for name in list(waiting):
+            if meeting.board.check([f"report/{name}"]):
+                reports.append(NodeReport.from_dict(json.loads(meeting.board.get(f"report/{name}"))))
+                waiting.remove(name)
+        if set(waiting) <= set(absent) or time.monotonic() > deadline:
+            break
+        time.sleep(_POLL_S)
+    return reports, waiting

@@ -1,0 +1,93 @@
+"""Finding ranks that no longer get anywhere, from the signs of life that they leave on their machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from llada_megatron.parallel.heartbeat import Beat, read_beats
+
+if TYPE_CHECKING:
+    from llada_megatron.llada_moe.config.schema import RecoveryConfig
+
+_STEPS_FOR_A_MEDIAN = 3
+_REMEMBERED = 128
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """A rank that has given no sign of life for longer than its phase may take."""
+
+    rank: int
+    step: int
+    """Steps done."""
+    phase: str
+    seconds: float
+    """Since the last sign of life."""
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}: {self.seconds:.0f} s in {self.phase} after step {self.step}"
+
+
+class HangWatch:
+    """Watches the ranks of one start on one machine. Ask it often: it learns from what changes in between.
+
+    The ranks wait for each other, so one that is stuck soon stops all of them: the newest sign of life counts.
+    """
+
+    def __init__(self, folder: Path, limits: RecoveryConfig, ranks: Sequence[int] = ()) -> None:
+        self._folder, self._limits, self._ranks = folder, limits, ranks
+        self._began = time.monotonic()
+        self._last: Beat | None = None
+        self._first_step: int | None = None
+        self._durations: deque[float] = deque(maxlen=_REMEMBERED)
+        self.steps = 0
+        """Steps done since the start, as far as they were seen."""
+
+    def hung(self, now: float) -> list[Stuck]:
+        """All ranks when none has got anywhere for too long (`now`: seconds of the monotonic clock), else nothing."""
+        beats = read_beats(self._folder)
+        self._learn(beats.values())
+        newest = max((beat.at for beat in beats.values()), default=self._began)
+        if now - newest <= self._limit(beats.values()):
+            return []
+        nothing = Beat(0, "start", self._began)
+        found = {rank: beats.get(rank, nothing) for rank in sorted({*self._ranks, *beats})}
+        return [Stuck(rank, beat.step, beat.phase, now - beat.at) for rank, beat in found.items()]
+
+    def _learn(self, beats: Iterable[Beat]) -> None:
+        foremost = max(beats, key=lambda beat: (beat.step, beat.at), default=None)
+        if foremost is None or foremost == self._last:
+            return
+        if self._first_step is None and foremost.phase == "step":
+            self._first_step = foremost.step
+        if self._first_step is not None:
+            self.steps = max(0, foremost.step - self._first_step)
+        last, self._last = self._last, foremost
+        if last is not None and foremost.step > last.step and last.phase == foremost.phase == "step":
+            self._durations.append((foremost.at - last.at) / (foremost.step - last.step))
+
+    def _limit(self, beats: Iterable[Beat]) -> float:
+        """Seconds without a sign of life that are too many now."""
+        phases = {beat.phase for beat in beats}
+        if phases != {"step"} or self.steps < _STEPS_FOR_A_MEDIAN or not self._durations:
+            return self._limits.hang_other_s
+        return max(self._limits.hang_minimum_s, self._limits.hang_factor * statistics.median(self._durations))
+
+
+def states(processes: Mapping[int, int]) -> dict[int, str]:
+    """What the system says that the process of each rank does (rank to process id): `sleeping`, `stopped`, …"""
+    found = {}
+    for rank, pid in processes.items():
+        try:
+            found[rank] = psutil.Process(pid).status()
+        except psutil.Error:
+            found[rank] = "gone"
+    return found

@@ -1,0 +1,153 @@
+"""A job without SLURM: its directory, and one agent per node as processes of this machine with SLURM's variables set."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+from llada_megatron.launch.cluster.job import JobDirectory
+from llada_megatron.llada_moe.config import dump_yaml, load_run
+
+STEPS, INTERVAL = 12, 3
+RUN = f"""
+model: {{base: tiny-moe-softmax, vocab_size: 400}}
+training: {{steps: {STEPS}, sequence_length: 32, global_batch_size: 8, precision: fp32, seed: 3}}
+data: {{sets: [{{path: corpus}}], validation_fraction: 0.1}}
+optimizer: {{learning_rate: {{peak: 3e-3, warmup_steps: 2}}}}
+layout: {{data_parallel: 2}}
+checkpoint: {{interval: {INTERVAL}, keep_last: 2}}
+validation: {{interval: 0}}
+logging: {{interval: 1, tensorboard: false}}
+output_dir: OUTPUT
+"""
+CLUSTER = "ranks_per_node: 1\nrendezvous_timeout_s: 120\nlost_node_wait_s: 3\n"
+MODULE = "llada_megatron.launch.cluster."
+
+
+def prepare(folder: Path) -> None:
+    """A small corpus in `folder`."""
+    words = random.Random(0)
+    for name in range(10):
+        letters = "".join(chr(33 + words.randrange(90)) for _ in range(600))
+        (folder / f"{name}.txt").write_text(" ".join(letters[i : i + 5] for i in range(0, 600, 5)))
+    inputs = [f"{name}.txt" for name in range(10)]
+    options = ["--output", "corpus", "--train-tokenizer", "--vocab-size", "400"]
+    command = [sys.executable, "-m", "llada_megatron.cli", "prepare", *inputs, *options]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=240)
+
+
+class Job:
+    """One job on two nodes, `n0` and `n1`, of one rank each."""
+
+    def __init__(self, folder: Path, output: str, *overrides: str, cluster: str = "") -> None:
+        self.folder, self.output = folder, folder / output
+        self.directory = JobDirectory(self.output / "jobs" / "job")
+        self.directory.path.mkdir(parents=True)
+        (folder / f"{output}.yaml").write_text(RUN.replace("OUTPUT", output))
+        self.directory.run.write_text(dump_yaml(load_run(folder / f"{output}.yaml", overrides)))
+        self.directory.cluster.write_text(CLUSTER + cluster)
+        self.processes: list[subprocess.Popen] = []
+        self.attempt = -1
+
+    def start(self, program: str = "agent", nodes: tuple[int, ...] = (0, 1), **variables: str) -> None:
+        """Start a program on the nodes, as a new attempt."""
+        self.attempt += 1
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for node in nodes:
+            environment = os.environ | {
+                "LLADA_ATTEMPT": str(self.attempt),
+                "LLADA_RENDEZVOUS": f"127.0.0.1:{port}",
+                "SLURM_JOB_ID": "17",
+                "SLURM_NODEID": str(node),
+                "SLURM_STEP_NUM_NODES": "2",
+                "SLURMD_NODENAME": f"n{node}",
+                "OMP_NUM_THREADS": "1",
+            }
+            command = [sys.executable, "-P", "-m", MODULE + program, str(self.directory.path)]
+            with self.directory.output.open("a") as out:
+                process = subprocess.Popen(
+                    command, cwd=self.folder, env=environment | variables, stdout=out, stderr=out
+                )
+            self.processes.append(process)
+
+    def until(self, found: Callable[[], object], seconds: float = 180.0) -> None:
+        """Wait until `found`; fail with the job's output when it is not in time, or the programs have ended."""
+        deadline = time.monotonic() + seconds
+        while not found():
+            running = any(process.poll() is None for process in self.processes)
+            assert time.monotonic() < deadline and (running or found()), self.directory.output.read_text()
+            time.sleep(0.02)
+
+    def wait(self, seconds: float = 240.0) -> tuple[str, str]:
+        """Wait for the programs; the word and the reason of the verdict."""
+        deadline = time.monotonic() + seconds
+        try:
+            for process in self.processes:
+                process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise AssertionError(self.directory.output.read_text()) from None
+        verdict = self.directory.read_verdict(self.attempt)
+        assert verdict is not None, self.directory.output.read_text()
+        return verdict.word, verdict.reason
+
+    def step(self) -> int:
+        """The last step in the metrics."""
+        rows = self.metrics()
+        return rows[-1]["step"] if rows else 0
+
+    def metrics(self) -> list[dict]:
+        """The metrics' lines."""
+        path = self.output / "metrics.jsonl"
+        return (
+            [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        )
+
+    def losses(self) -> dict[int, float]:
+        """Loss by step."""
+        return {row["step"]: row["loss"] for row in self.metrics() if "loss" in row}
+
+    def events(self, name: str) -> list[dict]:
+        """The events of one kind."""
+        return [event for event in self.directory.events() if event["event"] == name]
+
+    def rank(self, node: int) -> psutil.Process:
+        """The process of the rank on a node, once it is there."""
+        agent = psutil.Process(self.processes[-2:][node].pid)
+        self.until(lambda: self._ranks(agent))
+        return self._ranks(agent)[0]
+
+    @staticmethod
+    def _ranks(agent: psutil.Process) -> list[psutil.Process]:
+        return [child for child in agent.children() if MODULE + "rank" in " ".join(child.cmdline())]
+
+    def kill(self) -> None:
+        """End everything that was started."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+
+
+def jobs(folder: Path) -> Iterator[Callable[..., Job]]:
+    """Makes jobs, and ends what is left of them."""
+    made: list[Job] = []
+
+    def make(*arguments: str, **options: str) -> Job:
+        made.append(Job(folder, *arguments, **options))
+        return made[-1]
+
+    yield make
+    for job in made:
+        job.kill()
