@@ -173,8 +173,8 @@ KILL_AT = (
     "writer.record",
     "manifest.write",
     "manifest.verify_sizes",
-    "store._give_name",
-    "store._remove",
+    "shelf._give_name",
+    "shelf.remove",
 )
 
 
@@ -203,7 +203,7 @@ def test_a_killed_save_leaves_the_earlier_checkpoint(tmp_path, place, after):
         run_ranks(_kill_at, 1, tmp_path, place, after)
     ((step, said),) = run_ranks(_resume, 1, tmp_path)
     assert step in (1, 2) and said == []
-    assert step == (2 if (place, after) == ("store._give_name", True) or place == "store._remove" else 1)
+    assert step == (2 if (place, after) == ("shelf._give_name", True) or place == "shelf.remove" else 1)
     run_ranks(_save, 1, tmp_path, [3], 1)
     assert names(tmp_path) == ["latest", "step-00000003"]
 

@@ -12,12 +12,9 @@ of them with the same message.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,16 +23,14 @@ import torch
 from megatron.core import dist_checkpointing
 from torch import distributed as dist
 
-from llada_megatron.llada_moe.errors import CheckpointError, LladaError, ResourceError
+from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, LladaError, ResourceError
 from llada_megatron.parallel.agreement import agree, as_error, explain, on_rank_0, try_together
 from llada_megatron.parallel.checkpoint import manifest as manifests
 from llada_megatron.parallel.checkpoint import safety
 from llada_megatron.parallel.checkpoint import writer as writing
 from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError, Manifest
+from llada_megatron.parallel.checkpoint.shelf import Shelf, remove
 
-LATEST = "latest"
-_PARTIAL = ".partial-"
-_REPLACED = ".replaced-"
 _HEADROOM = 1.02  # what file formats add to the bytes of the tensors
 
 
@@ -59,6 +54,8 @@ class CheckpointStore:
         keep_last: int = 3,
         asynchronous: bool = False,
         report: Callable[[str], None] | None = None,
+        keep_every: int = 0,
+        copies: str | Path | None = None,
     ) -> None:
         """Nothing is touched before the first save: a reader may look into the directory of a run that is going on.
 
@@ -67,9 +64,14 @@ class CheckpointStore:
             keep_last: how many verified checkpoints stay (at least one).
             asynchronous: write in the background where that is safe; otherwise a message says why not.
             report: receives one-line messages, on rank 0 only; by default they go to stderr.
+            keep_every: those whose step is a multiple stay for ever; 0 = none do.
+            copies: a second directory of the same run's checkpoints, which `latest` looks into as well.
         """
         self.directory = Path(directory).absolute()
-        self.keep_last = max(1, keep_last)
+        self.shelf = Shelf(self.directory, max(1, keep_last), keep_every)
+        self.copies = Path(copies).absolute() if copies else None
+        self.spared: Collection[str] = ()
+        """Names of step directories that are being read, and stay for that time (of rank 0)."""
         self._report = report or (lambda text: print(text, file=sys.stderr, flush=True))
         self._pending: _Pending | None = None
         self._verified: Path | None = None
@@ -77,7 +79,15 @@ class CheckpointStore:
         self._asynchronous = asynchronous and reason is None
         if reason:
             self._say(f"checkpoints are written synchronously: {reason}")
-        self._swept = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save waits for `poll` or `finish`."""
+        return self._pending is not None
+
+    def directory_of(self, step: int) -> Path:
+        """Where the checkpoint of `step` lies once it is complete."""
+        return self.directory / manifests.step_name(step)
 
     def _say(self, text: str) -> None:
         if dist.get_rank() == 0:
@@ -102,12 +112,14 @@ class CheckpointStore:
 
         Raises:
             ResourceError: the disk is full (also before anything is written, when its free space does not suffice).
+            ConfigError: the directory is another one on some of the machines.
             CheckpointError: any other failure. Earlier checkpoints stay as they are.
         """
         self.finish()
-        directory = on_rank_0(lambda: self._make_partial(step))
+        directory = on_rank_0(lambda: self.shelf.make_partial(step))
         try:
-            agree(None if directory.is_dir() else f"{directory.parent} is not the same directory on all machines")
+            seen = directory.is_dir()
+            agree(None if seen else f"{directory.parent} is not the same directory on all machines", ConfigError)
             if content_metadata is not None:
                 sharded_state["content_metadata"] = content_metadata
             with safety.local_files():
@@ -149,15 +161,6 @@ class CheckpointStore:
             self._discard(pending.directory)
             raise
 
-    def _make_partial(self, step: int) -> Path:
-        if not self._swept:
-            self._sweep()
-            self._swept = True
-        # a name of its own, so that a writer left by a killed run can never write into this save
-        directory = self.directory / f".{manifests.step_name(step)}{_PARTIAL}{os.getpid():x}-{time.time_ns():x}"
-        directory.mkdir(parents=True)
-        return directory
-
     def _require_space(self, size: int) -> None:
         """Refuse a save that cannot fit, before its first byte."""
         total = torch.tensor(size, dtype=torch.int64)
@@ -187,7 +190,7 @@ class CheckpointStore:
 
     def _publish(self, pending: _Pending, parts: list[writing.Written]) -> Path:
         """Complete the partial directory, verify it, and give it its name."""
-        directory, target = pending.directory, self.directory / manifests.step_name(pending.step)
+        directory = pending.directory
         pending.plan.writer.finish(pending.plan.metadata, [part.results for part in parts])
         manifests.write_durably(directory / safety.COMMON, pending.plan.common)
         manifests.write_durably(directory / safety.CONFIG, safety.CONFIG_CONTENT)
@@ -196,52 +199,18 @@ class CheckpointStore:
         manifests.write(directory, Manifest(pending.facts, files))
         manifests.verify_sizes(directory, manifests.read(directory))
         manifests.sync_directory(directory)
-        _give_name(directory, target)
-        self._point_latest(target)
-        self._prune(pending.step)
-        return target
-
-    def _point_latest(self, target: Path) -> None:
-        new = self.directory / f".{LATEST}{_PARTIAL}{os.getpid():x}"
-        manifests.write_durably(new, f"{target.name}\n".encode())
-        new.replace(self.directory / LATEST)
-        manifests.sync_directory(self.directory)
-
-    def _prune(self, newest: int) -> None:
-        """Of the checkpoints up to step `newest` keep the last `keep_last` whole ones, and the one that `latest` names.
-
-        Later ones are not counted: the run fell back from them because they were damaged.
-        """
-        found = [(step, path) for step, path in manifests.steps(self.directory) if step <= newest]
-        kept = [step for step, path in found if _fault(path) is None][: self.keep_last]
-        for step, path in found:
-            if kept and step < kept[-1] and path.name != self._latest_name():
-                _remove(path)
-
-    def _latest_name(self) -> str | None:
-        with contextlib.suppress(OSError):
-            return (self.directory / LATEST).read_text().strip()
-        return None
-
-    def _sweep(self) -> None:
-        """Remove what a killed run left; put back a checkpoint that was moved aside for one that never came."""
-        for path in self.directory.glob(f".*{_REPLACED}*"):
-            target = self.directory / path.name[1:].split(_REPLACED)[0]
-            if target.exists():
-                _remove(path)
-            else:
-                path.rename(target)
-        for path in self.directory.glob(f".*{_PARTIAL}*"):
-            _remove(path)
+        return self.shelf.publish(directory, pending.step, self.spared)
 
     def _discard(self, directory: Path) -> None:
         if dist.get_rank() == 0:
-            _remove(directory)
+            remove(directory)
 
     # --- loading ----------------------------------------------------------------------------------------------------
 
     def latest(self, thorough: bool = True) -> Path | None:
-        """The newest checkpoint whose files are all whole, or None if the directory has none at all.
+        """The newest checkpoint whose files are all whole, or None if there is none at all.
+
+        Those in the directory of copies count as well; of two of the same step the run's own comes first.
 
         Args:
             thorough: read every byte of a candidate and compare (shared out over the ranks); otherwise sizes only.
@@ -250,7 +219,7 @@ class CheckpointStore:
             CheckpointError: there are checkpoints, and none is usable.
         """
         faults: list[str] = []
-        for _, path in on_rank_0(lambda: manifests.steps(self.directory)):
+        for _, path in on_rank_0(self._candidates):
             try:
                 manifest = self._manifest(path)
                 if thorough:
@@ -266,6 +235,14 @@ class CheckpointStore:
                 "directory away to start anew"
             )
         return None
+
+    def _candidates(self) -> list[tuple[int, Path]]:
+        own, copied = manifests.steps(self.directory), []
+        try:
+            copied = manifests.steps(self.copies) if self.copies else []
+        except OSError as error:  # storage that is away must not keep a run from its own checkpoints
+            self._say(f"copies of checkpoints cannot be looked for: {explain(error)}")
+        return sorted([*own, *copied], key=lambda found: -found[0])
 
     def facts(self, path: str | Path) -> dict[str, Any]:
         """What the manifest of a step directory says of its run; its files have the stated sizes.
@@ -322,31 +299,3 @@ class CheckpointStore:
         faults = [manifests.verify_digest(path, name, manifest.files[name]) for name in by_size[rank::world]]
         agree(next(filter(None, faults), None), DamagedCheckpointError)
         self._verified = path
-
-
-def _give_name(directory: Path, target: Path) -> None:
-    """Rename; a directory of that name (a damaged one, from which the run fell back) is moved aside first."""
-    aside = target.with_name(f".{target.name}{_REPLACED}{time.time_ns():x}")
-    if target.exists():
-        target.rename(aside)
-    directory.rename(target)
-    manifests.sync_directory(target.parent)
-    _remove(aside)
-
-
-def _fault(path: Path) -> str | None:
-    try:
-        manifests.verify_sizes(path, manifests.read(path))
-    except CheckpointError as error:
-        return str(error)
-    return None
-
-
-def _remove(path: Path) -> None:
-    """Remove a directory or file. A checkpoint loses its manifest first: half a removal is not half a checkpoint."""
-    with contextlib.suppress(OSError):
-        (path / manifests.FILE_NAME).unlink()
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

@@ -175,7 +175,8 @@ def _collection_paused() -> Any:
 
 
 def _write_in_child(planned: Plan, buckets: list[Any], sender: Connection, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer decides
+    for number in (signal.SIGINT, signal.SIGUSR1):  # they can reach the whole group or step; the trainer decides
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent(parent)
     torch.set_num_threads(1)  # the parent's thread pool does not exist here

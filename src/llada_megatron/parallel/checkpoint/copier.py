@@ -1,0 +1,61 @@
+"""The program that copies files of a checkpoint and reads them back; started by `copies.py`, without torch.
+
+A process of its own, so that neither training nor a fork of the trainer waits for it. It reads what to do as JSON from
+its input, writes what went wrong, if anything, to its output, and ends with its parent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from llada_megatron.parallel.checkpoint.manifest import FileRecord, verify_digest
+from llada_megatron.parallel.lifetime import die_with_parent
+
+_NICENESS = 10
+
+
+def copy_files(source: Path, target: Path, files: dict[str, FileRecord]) -> str | None:
+    """Copy `files` from one directory into another and verify what arrived; what went wrong, or None."""
+    for name, stated in files.items():
+        try:
+            shutil.copyfile(source / name, target / name)
+            _make_durable(target / name)
+        except OSError as error:
+            return f"{error.strerror}: {error.filename or target / name}"
+        fault = verify_digest(target, name, stated)
+        if fault:
+            return fault
+    return None
+
+
+def _make_durable(path: Path) -> None:
+    """Wait until the storage holds the file, and let the reading back come from there where it can."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def main() -> int:
+    """Do what the input says: {"parent", "source", "target", "files": {name: [size, sha256]}}."""
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):  # the trainer decides when it ends
+        signal.signal(number, signal.SIG_IGN)
+    order = json.load(sys.stdin)
+    die_with_parent(order["parent"])
+    os.nice(_NICENESS)
+    files = {name: FileRecord(*values) for name, values in order["files"].items()}
+    fault = copy_files(Path(order["source"]), Path(order["target"]), files)
+    print(fault or "", end="")
+    return 1 if fault else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
