@@ -28,14 +28,14 @@ class Fault:
 
 
 def draw(seed: int, count: int, spacing: int) -> list[Fault]:
-    """`count` faults, one at a random step of every `spacing`; all kinds as often as each other, in random order."""
+    """`count` faults, one at a random step of every `spacing` after the first; all kinds in turn, in random orders."""
     random_ = random.Random(seed)
     kinds = list(_in_turns(random_, count))
     return [
         Fault(
             number=number,
             kind=kind,
-            step=spacing * number + random_.randrange(1, spacing),
+            step=spacing * (number + 1) + random_.randrange(1, spacing),
             delay_s=random_.uniform(0, 0.4),
             during_save=random_.random() < 0.4,
             victim=random_.random(),

@@ -59,10 +59,12 @@ class Injector:
         return _send(_one(watching.ranks(self._slurm), fault), signal.SIGSTOP)
 
     def _damage(self, fault: Fault) -> str:
-        """Other bytes in the middle of the newest checkpoint's largest file; then a killed rank, so that it is read."""
-        _, directory = watching.wait_until(
-            lambda: next(iter(manifests.steps(self._job.output_dir / "checkpoints")), None), "a checkpoint"
-        )
+        """Other bytes in the middle of the newest checkpoint's largest file; then a killed rank, so that it is read.
+
+        An older one has to be there: a run whose only checkpoint is damaged ends, and asks a person.
+        """
+        found = watching.wait_until(self._two_checkpoints, "two checkpoints")
+        directory = found[0][1]
         largest = max(directory.iterdir(), key=lambda path: path.stat().st_size)
         with largest.open("r+b") as stream:
             stream.seek(largest.stat().st_size // 2)
@@ -70,6 +72,10 @@ class Injector:
             stream.seek(-len(before), 1)
             stream.write(bytes(byte ^ 0xFF for byte in before))
         return f"{directory.name}/{largest.name}, then {self._kill_rank(fault)}"
+
+    def _two_checkpoints(self) -> list[tuple[int, Path]]:
+        found = manifests.steps(self._job.output_dir / "checkpoints")
+        return found if len(found) > 1 else []
 
     def _fill(self, fault: Fault) -> str:
         """No file of a rank may grow any more over the time of the next save."""

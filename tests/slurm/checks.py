@@ -1,0 +1,36 @@
+"""What a job that went through something must show at its end."""
+
+import pytest
+
+from llada_megatron.tools.bench.faults import watching
+
+
+def end_of(slurm, job, limit_s=240):
+    """SLURM's state of the job once it is over."""
+    watching.wait_until(lambda: slurm.state(job.id) in watching.OVER, f"the end of job {job.id}", limit_s)
+    return slurm.state(job.id)
+
+
+def output_of(job) -> str:
+    return (job.directory / "job.out").read_text(errors="replace")
+
+
+def assert_same_to_the_last_bit(calm, job):
+    """Loss curve and every tensor of the last checkpoint."""
+    assert watching.curve(job.output_dir) == watching.curve(calm)
+    last = watching.final_checkpoint(calm)
+    assert watching.different_tensors(last, job.output_dir / "checkpoints" / last.name) == []
+
+
+def assert_same_curve(calm, job):
+    """The loss curve of another layout, to 1e-5."""
+    expected, found = watching.curve(calm), watching.curve(job.output_dir)
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for before, after in zip(expected, found, strict=True):
+        assert after == pytest.approx(before, rel=1e-5)
+
+
+def status_of(place, job) -> dict:
+    """The job in `llada jobs`."""
+    (found,) = place.must("jobs", str(job.id))["jobs"]
+    return found
