@@ -76,11 +76,14 @@ def submit(run: RunConfig, cluster: ClusterConfig, job: JobDirectory, script: st
         LladaError: before anything is written, or what SLURM says against it (the directory is removed again).
     """
     from llada_megatron.launch.cluster import slurm
+    from llada_megatron.launch.cluster.partition import check_partition
     from llada_megatron.llada_moe.config import dump_yaml
 
     slurm.check_present()
     for check in _checks(run, cluster):
         check()
+    for warning in check_partition(cluster, run.layout.world_size // cluster.ranks_per_node, cluster_file):
+        message(f"warning: {warning}")
     job.path.mkdir(parents=True)
     try:
         job.run.write_text(dump_yaml(run), "utf-8")

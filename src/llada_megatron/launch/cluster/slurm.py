@@ -97,6 +97,14 @@ def queue(job_ids: Sequence[int]) -> dict[int, QueuedJob]:
     return {job.job_id: job for job in map(_queued_job, done.stdout.splitlines()) if job is not None}
 
 
+def partitions() -> str:
+    """A line `NAME[* where it is the default]|NAME|NODES|TIME LIMIT` per partition. Raises ResourceError."""
+    done = _call("sinfo", "-h", "-o", "%P|%R|%D|%l")
+    if done.returncode != 0:
+        raise _unreachable(done.stderr)
+    return done.stdout
+
+
 def cancel(job_id: int) -> None:
     """Take a job out of the queue, or end it (SIGTERM, then SIGKILL). Raises ResourceError."""
     _checked("scancel", str(job_id))
@@ -152,7 +160,7 @@ def _refusal(text: str, cluster_file: str) -> LladaError:
         return _unreachable(text)
     for part, key, remedy in _REMEDIES:
         if part in message.lower():
-            remedy = remedy.format(partitions=_partitions() if "{partitions}" in remedy else "")
+            remedy = remedy.format(partitions=_partition_names() if "{partitions}" in remedy else "")
             return ConfigError(f"{cluster_file}: {key}: SLURM refuses the job: {message}; {remedy}")
     return ConfigError(f"{cluster_file}: SLURM refuses the job: {message}")
 
@@ -161,9 +169,9 @@ def _unreachable(text: str) -> ResourceError:
     return ResourceError(f"SLURM: {_message(text)}; see with `scontrol ping` whether its controller is there")
 
 
-def _partitions() -> str:
+def _partition_names() -> str:
     try:
-        names = _call("sinfo", "-h", "-o", "%R").stdout.split()
+        names = [line.split("|")[1] for line in partitions().splitlines()]
     except ResourceError:
         names = []
     return ", ".join(dict.fromkeys(names)) or "`sinfo` lists them"
