@@ -135,7 +135,7 @@ def _show(script: str, run: RunConfig, cluster: ClusterConfig, nodes: int, args:
         except LladaError as error:
             message(f"warning: {error}")
     sys.stdout.write(script)
-    message(f"not submitted: {nodes} nodes x {cluster.ranks_per_node} ranks = {run.layout.world_size} ranks")
+    message(f"not submitted: {nodes} nodes x {cluster.ranks_per_node} = {run.layout.world_size} ranks")
     if args.json:
         emit_json({"nodes": nodes, "ranks": run.layout.world_size, "submitted": False})
     return 0
