@@ -41,13 +41,14 @@ def test_a_running_job_shows_the_newest_step_and_the_time_left(job, tmp_path):
     ]
     (tmp_path / "demo" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     job.directory.add_event(0, "n1", "start", checkpoint=0)
-    job.directory.add_event(1, "n1", "start", checkpoint=20)
-    job.directory.add_event(1, "n1", "restart", reason="rank 3 was killed")
+    job.directory.add_event(1, "n1", "start", checkpoint=20, nodes=["n1", "n2"])
+    job.directory.add_event(1, "n1", "restart", reason="rank 3 on n2 was killed")
+    job.directory.add_event(1, "n1", "start", checkpoint=20, nodes=["n1"])
     found = status(job, queued("RUNNING"), slurm=True)
     assert (found.state, found.step, found.steps, found.loss) == ("RUNNING", 21, 100, None)
     assert (found.tokens_per_second, found.seconds_left) == (900.0, 79 * 30.0)
     assert (found.requeues, found.restarts, found.nodes) == (1, 1, "n[1-2]")
-    assert found.note == "restart: rank 3 was killed"
+    assert found.note == "on 1 of 2 nodes; ranks started again: rank 3 on n2 was killed"
     text = "\n".join(table([found]))
     assert all(part in text for part in ("7", "demo", "RUNNING", "21/100", "900", "39m 30s", "1+1"))
 

@@ -108,10 +108,14 @@ def _live(
         return queued.state, "; ".join(filter(None, (waiting, again)))
     if queued.state != "RUNNING":
         return queued.state, verdict.reason if verdict is not None else waiting
-    notable = [line for line in events if line["event"] in ("restart", "hang", "lost", "fault")]
-    if notable:
-        return queued.state, f"{notable[-1]['event']}: {notable[-1].get('reason', '')}".rstrip(": ")
-    return queued.state, "" if any(line["event"] == "start" for line in events) else "checking the nodes"
+    starts = [line for line in events if line["event"] == "start"]
+    if not starts:
+        return queued.state, "checking the nodes"
+    nodes = len(starts[-1].get("nodes", ()))
+    fewer = f"on {nodes} of {job.record.nodes} nodes" if 0 < nodes < job.record.nodes else ""
+    restarts = [line for line in events if line["event"] == "restart"]
+    again = f"ranks started again: {restarts[-1].get('reason', '')}" if restarts else ""
+    return queued.state, "; ".join(filter(None, (fewer, again)))
 
 
 def _over(queued: QueuedJob | None, verdict: Verdict | None, slurm: bool, job: SubmittedJob) -> tuple[str, str]:
