@@ -46,6 +46,15 @@ class ExpertLoad:
 
         self._hooks.append(router.register_forward_hook(count))
 
+    def counters(self) -> list[torch.Tensor]:
+        """The counts on this rank since the last `reduce`, one `[experts]` a layer."""
+        return list(self._counts.values())
+
+    def reset(self) -> None:
+        """Forget what was counted since the last `reduce`."""
+        for counts in self._counts.values():
+            counts.zero_()
+
     def reduce(self) -> dict[int, list[int]]:
         """Tokens per expert since the last call, over all ranks: {layer (from 1): counts `[experts]`}.
 

@@ -9,6 +9,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import optimizer as megatron
 
 from llada_megatron.llada_moe.config.schema import RunConfig
 from llada_megatron.llada_moe.diffusion.schedule import learning_rate
@@ -50,12 +51,23 @@ def _fuse_torch_adam(optimizer: MegatronOptimizer) -> None:
                 group["fused"] = True
 
 
-def set_learning_rate(run: RunConfig, optimizer: MegatronOptimizer, step: int) -> float:
-    """Set the rate of update number `step` (from 0) in every group; returns it."""
-    rate = learning_rate(run.optimizer.learning_rate, step, run.training.steps)
+def set_learning_rate(run: RunConfig, optimizer: MegatronOptimizer, step: int, factor: float = 1.0) -> float:
+    """Set the rate of update number `step` (from 0), times `factor`, in every group; returns it."""
+    rate = learning_rate(run.optimizer.learning_rate, step, run.training.steps) * factor
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate
+
+
+def clip_gradients(optimizer: MegatronOptimizer, norm: float | torch.Tensor) -> None:
+    """Scale prepared gradients, whose norm over all ranks and optimizers is given, down to the configured norm.
+
+    Megatron's `step` clips in the same way (0.16 optimizer.py:1308), but updates whatever the norm turns out to be.
+    """
+    for part in _parts(optimizer):
+        parameters = part.get_parameters()
+        if parameters:
+            megatron.clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
 
 
 def optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any], loading: bool) -> dict[str, Any]:

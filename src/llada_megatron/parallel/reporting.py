@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -18,13 +20,13 @@ from llada_megatron.parallel.expert_load import ExpertLoad, load_scalars
 from llada_megatron.parallel.metrics import MaskRatioLoss, MetricsWriter, Throughput, bits_per_byte
 from llada_megatron.parallel.peak import matmul_peak, peak_memory_gb
 from llada_megatron.parallel.progress import Progress
-from llada_megatron.parallel.step import StepResult
+from llada_megatron.parallel.recovery.attempt import Attempt
 
 
 class Reporter:
     """Collects what the steps return, and every `logging.interval` steps reduces it over the ranks and writes it down.
 
-    Between intervals nothing is reduced and nothing waits for the device.
+    Between intervals it reduces nothing.
     """
 
     def __init__(self, run: RunConfig, models: list[torch.nn.Module], data: TrainingData, first_step: int) -> None:
@@ -38,8 +40,8 @@ class Reporter:
         self.by_ratio = MaskRatioLoss(device=device.current())
         self.throughput: Throughput | None = None
         self.last_loss = float("nan")
-        self._waiting: list[tuple[int, StepResult, float, dict[str, float]]] = []
-        self._validation: dict[str, float] = {}
+        self._waiting: list[tuple[int, dict[str, float]]] = []
+        self._notes: dict[str, float] = {}
 
     def start(self, batches: list[Batch]) -> None:
         """Measure the ceiling and the work per token, from the first step's batches (collective)."""
@@ -73,43 +75,65 @@ class Reporter:
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group_gloo())
         return float(sums[0] / sums[1])
 
-    def step(self, number: int, result: StepResult, rate: float) -> None:
-        """Take note of step `number` (from 1), which ran at learning rate `rate`."""
-        self._waiting.append((number, result, rate, self._validation))
-        self._validation = {}
-        losses = result.losses
+    def step(self, number: int, attempt: Attempt | None, rate: float, decisions: int = 0) -> None:
+        """Take note of step `number` (from 1), which ran at learning rate `rate`, or was left out (`attempt` None).
+
+        `decisions`: those of the recovery policy that hold for it.
+        """
+        facts: dict[str, float] = {"skipped": 1} if attempt is None else self._ran(attempt)
+        facts |= {
+            "learning_rate": rate,
+            "consumed_sequences": number * self.run.training.global_batch_size,
+            **self._notes,
+        }
+        if decisions:
+            facts["recovery/decisions"] = decisions
+        self._waiting.append((number, facts))
+        self._notes = {}
+        if number % self.run.logging.interval == 0 or number == self.run.training.steps:
+            self.interval()
+
+    def _ran(self, attempt: Attempt) -> dict[str, float]:
+        losses = attempt.losses
         if losses.weighted.numel():
             self.by_ratio.add(losses.weighted, losses.mask_ratio, losses.supervised)
         if self.throughput is not None:
             self.throughput.add(self.run.training.global_batch_size * self.run.training.sequence_length)
-        if number % self.run.logging.interval == 0 or number == self.run.training.steps:
-            self.interval()
+        self.last_loss = attempt.loss
+        return {
+            "loss": attempt.loss,
+            "bits_per_byte": bits_per_byte(attempt.loss, self.data.bytes_per_token),
+            "grad_norm": float(attempt.norm),
+        }
 
     def interval(self) -> None:
         """Reduce and write everything since the last interval (collective)."""
         if not self._waiting:
             return
-        values = torch.stack([result.losses.loss for _, result, _, _ in self._waiting]).double()
-        torch.distributed.all_reduce(values)
-        losses = (values / self.run.layout.tensor_parallel).tolist()
         figures = self._figures()
-        for (number, result, rate, validation), loss in zip(self._waiting, losses, strict=True):
-            line = {
-                "loss": loss,
-                "bits_per_byte": bits_per_byte(loss, self.data.bytes_per_token),
-                "grad_norm": result.grad_norm,
-                "learning_rate": rate,
-                "consumed_sequences": number * self.run.training.global_batch_size,
-                **validation,
-            }
-            last = number == self._waiting[-1][0]
-            self._write(number, line | (figures if last else {}))
-        self.last_loss = losses[-1]
-        number = self._waiting[-1][0]
+        last, facts = self._waiting.pop()
+        for number, line in [*self._waiting, (last, facts | figures)]:
+            self._write(number, line)
         self._waiting.clear()
         if self.writer is not None:
             self.writer.flush()
-        self.progress.update(number, self.last_loss, figures.get("tokens_per_second"))
+        self.progress.update(last, _known(self.last_loss), figures.get("tokens_per_second"))
+
+    def go_back(self, step: int) -> None:
+        """The steps after `step` are run again: what was written of them goes."""
+        self._waiting.clear()
+        self._notes = {}
+        self.by_ratio.reset()
+        self.expert_load.reset()
+        if self.throughput is not None:
+            self.throughput.restart()
+        if self.writer is not None:
+            self.writer.go_back(step + 1)
+
+    def decision(self, step: int, text: str) -> None:
+        """A decision of the recovery policy, for TensorBoard at the first step it holds for."""
+        if self.writer is not None:
+            self.writer.write_text(step, "recovery", text)
 
     def _figures(self) -> dict[str, float]:
         memory = torch.tensor(peak_memory_gb(device.current()), dtype=torch.float64, device=device.current())
@@ -124,9 +148,13 @@ class Reporter:
     def validation(self, number: int, result: Likelihood, bytes_per_token: float) -> float:
         """Keep the held-out bits per byte for the line of step `number`, which is reported next; returns them."""
         bits = result.bits_per_byte(bytes_per_token)
-        self._validation = {"validation/bits_per_byte": bits}
+        self.note("validation/bits_per_byte", bits)
         self.progress.message(f"step {number}: validation {bits:.4f} bits per byte over {result.sequences} sequences")
         return bits
+
+    def note(self, name: str, value: float) -> None:
+        """Keep a figure for the line of the next step that is reported."""
+        self._notes[name] = value
 
     def untimed(self) -> AbstractContextManager[None]:
         """What runs inside does not count as training time."""
@@ -136,6 +164,11 @@ class Reporter:
         """One line on rank 0's terminal."""
         self.progress.message(text)
 
+    def warning(self, text: str) -> None:
+        """The same, and a line in every rank's log."""
+        logging.getLogger(__name__).warning(text)
+        self.message(text)
+
     def _write(self, number: int, line: dict[str, float]) -> None:
         if self.writer is not None:
             self.writer.write(number, line)
@@ -144,3 +177,8 @@ class Reporter:
         """Close the files; what waits for its interval is left out, as on a crash."""
         if self.writer is not None:
             self.writer.close()
+
+
+def _known(loss: float) -> float | None:
+    """A run may begin with a step that is left out."""
+    return None if math.isnan(loss) else loss

@@ -1,11 +1,13 @@
-"""What of a run survives it: weights, optimizer, and how far it has come. Saved, resharded and resumed here only.
+"""What of a run survives it: weights, optimizer, how far it has come, and what its recovery policy remembers.
+
+Saved, resharded and resumed here only.
 
 The data position, the masks and the learning rate are functions of the step, so the step number is their state.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from llada_megatron import __version__
-from llada_megatron.llada_moe.config import to_dict
+from llada_megatron.llada_moe.config import from_dict, to_dict
 from llada_megatron.llada_moe.config.schema import RunConfig
 from llada_megatron.llada_moe.data.manifest import Manifest
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
@@ -23,6 +25,7 @@ from llada_megatron.parallel.assembly import load_model_state, model_state
 from llada_megatron.parallel.checkpoint.search import require_model
 from llada_megatron.parallel.checkpoint.store import CheckpointStore
 from llada_megatron.parallel.optimizer import load_optimizer_state, optimizer_state
+from llada_megatron.parallel.recovery.policy import History
 
 FROZEN = (
     "training.global_batch_size",
@@ -37,13 +40,14 @@ FROZEN = (
 
 @dataclass
 class RunState:
-    """What is trained, and the number of steps done."""
+    """What is trained, the number of steps done, and the history of losses and recovery decisions."""
 
     run: RunConfig
     chunks: list[DiffusionTransformer]
     optimizer: MegatronOptimizer
     manifests: list[Manifest]
     step: int = 0
+    history: History = field(default_factory=History)
 
     def save(self, store: CheckpointStore) -> None:
         """Write a checkpoint of this step (collective)."""
@@ -60,8 +64,16 @@ class RunState:
             CheckpointError: no checkpoint is usable, or it is of another model.
         """
         path = store.latest()
-        if path is None:
-            return None
+        if path is not None:
+            self.continue_from(store, path)
+        return path
+
+    def continue_from(self, store: CheckpointStore, path: Path) -> None:
+        """Continue from a checkpoint of this run; recovery decisions taken since then stay known (collective).
+
+        Raises:
+            ConfigError, CheckpointError: as `resume`.
+        """
         saved = store.facts(path)
         require_model(path, saved, self.run.model)
         refuse_changed_run(path, saved, self.run)
@@ -72,7 +84,8 @@ class RunState:
         load_model_state(self.chunks, state)
         load_optimizer_state(self.optimizer, state["optimizer"])
         self.step = int(facts["step"])
-        return path
+        known, self.history = self.history.decisions, from_dict(History, facts.get("recovery", {}))
+        self.history.learn(known)
 
     def load_weights(self, store: CheckpointStore, path: Path) -> None:
         """Start from the weights of another run's step directory, with a fresh optimizer (collective)."""
@@ -99,6 +112,7 @@ class RunState:
             "run": to_dict(self.run),
             "step": self.step,
             "consumed_samples": self.step * self.run.training.global_batch_size,
+            "recovery": to_dict(self.history),
             "layout": to_dict(self.run.layout),
             "versions": {
                 "llada-megatron": __version__,

@@ -18,6 +18,10 @@ from llada_megatron.llada_moe.data.batch import Batch
 from llada_megatron.llada_moe.data.loader import TrainingData
 from llada_megatron.llada_moe.diffusion.objective import Counts, count, normalizer
 from llada_megatron.parallel import device
+from llada_megatron.parallel.optimizer import clip_gradients
+
+Norm = float | torch.Tensor
+"""Norm of all gradients; newer Megatron versions leave it on the GPU."""
 
 
 @dataclass
@@ -168,8 +172,19 @@ class TrainingStep:
         self.optimizer.zero_grad()
         return run_pipeline(self.run, self.models, prepare(self.run, self.batches(step)))
 
+    def norm(self) -> Norm:
+        """Norm of the gradients over all ranks; they are then ready for `update`."""
+        self.optimizer.prepare_grads()
+        return self.optimizer.get_grad_norm()
+
+    def update(self, norm: Norm) -> None:
+        """Clip the gradients, whose norm is given, and update the weights."""
+        clip_gradients(self.optimizer, norm)
+        self.optimizer.step_with_ready_grads()
+
     def __call__(self, step: int) -> StepResult:
         """Forward, backward and update of `step`. The learning rate is the caller's (`optimizer.set_learning_rate`)."""
         losses = self.gradients(step)
-        _, grad_norm, _ = self.optimizer.step()
-        return StepResult(losses, float(grad_norm))
+        norm = self.norm()
+        self.update(norm)
+        return StepResult(losses, float(norm))

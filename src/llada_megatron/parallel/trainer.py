@@ -1,10 +1,11 @@
-"""The training loop, the same for every layout: resume, step, report, validate, save."""
+"""The training loop, the same for every layout: resume, step, recover, report, validate, save."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import torch
 
 from llada_megatron.llada_moe.config.schema import RunConfig
 from llada_megatron.llada_moe.data.loader import TrainingData
-from llada_megatron.llada_moe.errors import LladaError
 from llada_megatron.parallel import assembly
 from llada_megatron.parallel.agreement import on_rank_0
 from llada_megatron.parallel.checkpoint.search import weights_to_start_from
-from llada_megatron.parallel.checkpoint.store import CheckpointStore
+from llada_megatron.parallel.heartbeat import Heartbeat
 from llada_megatron.parallel.optimizer import build_optimizer, set_learning_rate
+from llada_megatron.parallel.recovery.attempt import Attempt
+from llada_megatron.parallel.recovery.policy import may_go_back
+from llada_megatron.parallel.recovery.recovery import Recovery
 from llada_megatron.parallel.reporting import Reporter
+from llada_megatron.parallel.saving import Saver, open_store
 from llada_megatron.parallel.state import RunState
 from llada_megatron.parallel.step import TrainingStep
 from llada_megatron.parallel.validation import validate
@@ -29,23 +33,29 @@ class Trainer:
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
+        self.heart = Heartbeat.of_rank(torch.distributed.get_rank())
+        self.heart.beat(0, "start")
         self.data = TrainingData(run)
         self.held_out = TrainingData(run, "validation") if run.validation.interval else None
         chunks = assembly.build_run_chunks(run)
         self.models = assembly.wrap(run, chunks)
         self.state = RunState(run, chunks, build_optimizer(run, self.models), self.data.manifests)
         self.step = TrainingStep(run, self.models, self.state.optimizer, self.data)
-        self.store = CheckpointStore(
-            Path(run.output_dir) / "checkpoints", run.checkpoint.keep_last, run.checkpoint.asynchronous
-        )
+        self.store = open_store(run)
+        self.heart.beat(0, "load")
         resumed = self.state.resume(self.store)
         given = on_rank_0(lambda: weights_to_start_from(run)) if resumed is None else None
         if given is not None:
             self.state.load_weights(self.store, given)
+        self.heart.beat(self.state.step, "start")
         self.reporter = Reporter(run, self.models, self.data, self.state.step)
         if resumed is not None:
             self.reporter.message(f"continuing from {resumed} at step {self.state.step}")
+        self.recovery = Recovery(run, self.models, self.step, self.state, self.reporter)
+        self.recovery.recall(resumed)
+        self.saver = Saver(run, self.store, self.reporter, resumed, self.state.step)
         self.bits_per_byte: float | None = None
+        self.stopping = False
 
     def train(self, stop: Callable[[], bool]) -> dict[str, Any]:
         """Run to the last step, or until a rank's `stop` says so; then save. Returns what the command reports."""
@@ -53,14 +63,20 @@ class Trainer:
         with self.reporter.progress:
             if first < self.run.training.steps:
                 self.reporter.start(self.step.batches(first))
-            while self.state.step < self.run.training.steps and not _any_rank(stop()):
-                self._one_step()
+            if first == 0 and may_go_back(self.run.recovery):
+                self._checkpoint()
+            while self.state.step < self.run.training.steps and not self.stopping:
+                self._one_step(stop)
             self.reporter.interval()
-            self._save_if_new(first)
+            alive = partial(self.heart.beat, self.state.step, "save")
+            alive()
+            self.saver.end(self.state, self.state.step == self.run.training.steps, alive)
         self.reporter.close()
+        self.heart.beat(self.state.step, "done")
         newest = self.store.latest(thorough=False)
         return {
             "steps": self.state.step,
+            "recovery_decisions": self.state.history.counted or None,
             "loss": _finite(self.reporter.last_loss),
             "bits_per_byte": self.bits_per_byte,
             "seconds": round(time.perf_counter() - began, 1),
@@ -69,47 +85,47 @@ class Trainer:
             "tensorboard": str(Path(self.run.output_dir) / "tensorboard") if self.run.logging.tensorboard else None,
         }
 
-    def _one_step(self) -> None:
-        rate = set_learning_rate(self.run, self.state.optimizer, self.state.step)
-        result = self.step(self.state.step)
-        if not math.isfinite(result.grad_norm):
-            raise LladaError(
-                f"the gradient of step {self.state.step + 1} is not finite; nothing was saved after the checkpoint "
-                "before it. Lower optimizer.learning_rate.peak, or look at the data of this step, and run the same "
-                "command again"
-            )
+    def _one_step(self, stop: Callable[[], bool]) -> None:
+        """Run the next step; leave it out, or go back, where the recovery policy says so."""
+        self.heart.beat(self.state.step, "step")
+        factor = self.state.history.rate_factor(self.state.step + 1)
+        rate = set_learning_rate(self.run, self.state.optimizer, self.state.step, factor)
+        if self.recovery.left_out():
+            self._finish_step(None, rate)
+            return
+        attempt = self.recovery.attempt(stop)
+        self.stopping = attempt.stop
+        if attempt.fault is not None:
+            self.heart.beat(self.state.step, "load")
+            self.saver.finish()
+            self.recovery.repair(attempt.fault, self.store)
+            self.saver.saved_step = min(self.saver.saved_step, self.state.step)  # lower where the run went back
+            return  # what is left out now is passed over when the loop comes to it
+        self.step.update(attempt.norm)
+        self.recovery.accept(attempt)
+        self._finish_step(attempt, rate)
+
+    def _finish_step(self, attempt: Attempt | None, rate: float) -> None:
+        """Count the step (None: it was left out); validate, report and save where that is due."""
         self.state.step += 1
         number = self.state.step
-        self.store.poll()
+        self.saver.poll()
         if self._due(self.run.validation.interval) and self.held_out is not None:
             with self.reporter.untimed():
-                likelihood = validate(self.run, self.models, self.held_out)
+                alive = partial(self.heart.beat, number, "validation")
+                likelihood = validate(self.run, self.models, self.held_out, alive)
             self.bits_per_byte = self.reporter.validation(number, likelihood, self.held_out.bytes_per_token)
-        self.reporter.step(number, result, rate)
+        self.reporter.step(number, attempt, rate, self.state.history.in_force(number))
         if self._due(self.run.checkpoint.interval):
-            self._save()
+            self._checkpoint()
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and (self.state.step % interval == 0 or self.state.step == self.run.training.steps)
 
-    def _save(self) -> None:
-        self.reporter.interval()  # a line of metrics must not be missing after a resume
-        with self.reporter.untimed():
-            self.state.save(self.store)
-
-    def _save_if_new(self, first: int) -> None:
-        self.store.finish()
-        saved = self.state.step % self.run.checkpoint.interval == 0 or self.state.step == self.run.training.steps
-        if self.state.step > first and not saved:
-            self._save()
-            self.store.finish()
-
-
-def _any_rank(stop: bool) -> bool:
-    """Whether any rank wants to stop, so that all of them stop after the same step."""
-    flag = torch.tensor(int(stop))
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return bool(flag)
+    def _checkpoint(self) -> None:
+        self.heart.beat(self.state.step, "save")
+        self.saver.save(self.state)
+        self.heart.beat(self.state.step, "step")
 
 
 def _finite(value: float) -> float | None:

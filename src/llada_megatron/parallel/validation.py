@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core import parallel_state
@@ -16,14 +16,21 @@ from llada_megatron.parallel import device
 from llada_megatron.parallel.step import prepare, run_pipeline
 
 
-def validate(run: RunConfig, models: list[torch.nn.Module], data: TrainingData) -> Likelihood:
-    """Cost of the first `validation.sequences` held-out samples, the same windows and masks every time (collective)."""
+def validate(
+    run: RunConfig, models: list[torch.nn.Module], data: TrainingData, alive: Callable[[], None] = lambda: None
+) -> Likelihood:
+    """Cost of the first `validation.sequences` held-out samples, the same windows and masks every time (collective).
+
+    `alive` is called before every batch.
+    """
     batches = list(_batches(run, data))
     tokens = torch.tensor(sum(int(batch.live.sum()) for batch in batches))
     torch.distributed.all_reduce(tokens, group=parallel_state.get_data_parallel_group_gloo())
     for model in models:
         model.eval()
+    watch = models[0].register_forward_pre_hook(lambda *_: alive())
     losses = run_pipeline(run, models, prepare(run, batches), forward_only=True)
+    watch.remove()
     for model in models:
         model.train()
     # the loss stands on the last stage; tensor ranks hold the same rows, context ranks parts of them

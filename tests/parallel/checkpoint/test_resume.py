@@ -34,7 +34,7 @@ TENSOR = LayoutConfig(tensor_parallel=2, sequence_parallel=True)
 
 
 def _train(run, kill_after):
-    """Train to the end, or until rank 1 is killed at some moment after step number `kill_after`; the steps taken."""
+    """Train to the end, or until rank 1 is killed at some moment around step number `kill_after`; the steps taken."""
     from llada_megatron.parallel import topology
     from llada_megatron.parallel.trainer import Trainer
 
@@ -43,7 +43,7 @@ def _train(run, kill_after):
     first = trainer.state.step
 
     def stop():
-        if trainer.state.step == kill_after and dist.get_rank() == 1:
+        if kill_after and trainer.state.step == kill_after - 1 and dist.get_rank() == 1:
             delay = random.Random(run.output_dir[-1]).uniform(0.0, 0.2)
             threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
         return False

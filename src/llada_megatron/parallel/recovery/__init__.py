@@ -1,0 +1,1 @@
+"""What a run does about a step that went wrong: see `policy`."""
