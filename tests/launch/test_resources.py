@@ -1,6 +1,7 @@
 """What is refused before a process starts: too many ranks, too little memory, data that is not there."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,3 +65,37 @@ def test_data_that_is_not_there_is_named_with_the_remedy(demo, tmp_path):
     (tmp_path / "corpus.idx").touch()
     (tmp_path / "corpus.json").touch()
     resources.check_data(run)
+
+
+def _with(run, **settings):
+    return dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, **settings))
+
+
+def test_the_most_checkpoints_that_lie_there_at_once(demo):
+    run = dataclasses.replace(demo, training=dataclasses.replace(demo.training, steps=1050))
+    assert resources.checkpoints_at_once(_with(run, interval=100, keep_last=3)) == 4
+    assert resources.checkpoints_at_once(_with(run, interval=1000, keep_last=3)) == 2  # 1000 and 1050
+    # 200, 400 and 600 for ever; 800, 900, 1000 as the last three; 1050
+    assert resources.checkpoints_at_once(_with(run, interval=100, keep_last=3, keep_every=200)) == 7
+
+
+def test_checkpoints_that_will_not_fit_are_refused_with_the_arithmetic(demo, tmp_path, monkeypatch):
+    run = dataclasses.replace(_with(demo, keep_last=2, interval=1), output_dir=str(tmp_path / "new" / "run"))
+    size = resources.checkpoint_bytes(run)
+
+    def free(checkpoints):
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=checkpoints * size))
+
+    free(3)
+    resources.check_space(run)
+    free(2)
+    with pytest.raises(ResourceError, match=r"3 will lie there .checkpoint.keep_last 2,.* 0 of them are there; make"):
+        resources.check_space(run)
+    (tmp_path / "new/run/checkpoints/step-00000001").mkdir(parents=True)
+    resources.check_space(run)
+    free(4)  # the copies are on the same file system
+    with pytest.raises(ResourceError, match=rf"the checkpoints in {tmp_path}/copy need"):
+        resources.check_space(_with(run, copy_to=str(tmp_path / "copy")))
+    free(0)
+    (tmp_path / f"new/run/checkpoints/step-{run.training.steps:08d}").mkdir()
+    resources.check_space(run)  # nothing is left to do

@@ -1,7 +1,9 @@
-"""What can be known before a process starts: devices, memory, and whether the prepared data is there."""
+"""What can be known before a process starts: devices, memory, disk space, and whether the prepared data is there."""
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +11,7 @@ import psutil
 
 from llada_megatron.launch.processes import available_cores
 from llada_megatron.llada_moe.errors import DataError, ResourceError
-from llada_megatron.llada_moe.model.parameters import rank_shares
+from llada_megatron.llada_moe.model.parameters import count_parameters, rank_shares
 from llada_megatron.parallel.checkpoint import manifest as checkpoint_manifest
 from llada_megatron.parallel.checkpoint.search import weights_to_start_from
 
@@ -47,6 +49,54 @@ def check_weights(run: RunConfig) -> None:
     """
     if not checkpoint_manifest.steps(Path(run.output_dir) / "checkpoints"):
         weights_to_start_from(run)
+
+
+def check_space(run: RunConfig) -> None:
+    """Refuse a run whose checkpoints will not fit beside what lies there; a quota is not seen.
+
+    Raises:
+        ResourceError: with the arithmetic and what to change.
+    """
+    places = [Path(run.output_dir) / "checkpoints", *([Path(run.checkpoint.copy_to)] if run.checkpoint.copy_to else [])]
+    size, together = checkpoint_bytes(run), checkpoints_at_once(run)
+    claimed: Counter[int] = Counter()  # by file system: the copies may lie on the same one
+    for place in places:
+        there = checkpoint_manifest.steps(place)
+        if there and there[0][0] >= run.training.steps:
+            continue  # this run is at its end: nothing will be written
+        disk = _nearest(place)
+        needed, free = max(0, together - len(there)) * size, shutil.disk_usage(disk).free
+        free -= claimed[disk.stat().st_dev]
+        claimed[disk.stat().st_dev] += needed
+        if needed > free:
+            raise ResourceError(
+                f"the checkpoints in {place} need {needed / 1e9:.3g} GB, but {max(0, free) / 1e9:.3g} GB are free: "
+                f"{together} will lie there (checkpoint.keep_last {run.checkpoint.keep_last}, the one being written, "
+                f"and those of checkpoint.keep_every {run.checkpoint.keep_every}), of {size / 1e9:.3g} GB each, and "
+                f"{len(there)} of them are there; make room, keep fewer, or write elsewhere"
+            )
+
+
+def checkpoint_bytes(run: RunConfig) -> int:
+    """Size of one checkpoint: weights in the training's precision, fp32 main weights and Adam's two moments.
+
+    Names, boxes and hashes come on top: 2 % at 3 M parameters, less above.
+    """
+    weight = 2 if run.training.precision == "bf16" else 4
+    return count_parameters(run.model).trainable * (weight + 4 + 4 + 4)
+
+
+def checkpoints_at_once(run: RunConfig) -> int:
+    """The most checkpoints that lie in one place: while the last one is written, those before it are still there."""
+    settings = run.checkpoint
+    saved = [*range(settings.interval, run.training.steps, settings.interval), run.training.steps]
+    for_ever = {step for step in saved if settings.keep_every and step % settings.keep_every == 0}
+    return len(for_ever.union(saved[-settings.keep_last - 1 :]))
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
 def check_machine(run: RunConfig, oversubscribe: bool = False) -> None:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def training_work(run: RunConfig) -> Work:
     """What a rank of `run` does; RANK and WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from the environment.
 
-    Rank 0 holds the output directory, and writes the resolved configuration to OUTPUT_DIR/config.yaml.
+    Rank 0 holds the output directory and that of the copies, and writes the resolved configuration to
+    OUTPUT_DIR/config.yaml.
     """
     from llada_megatron.llada_moe.config import dump_yaml
 
@@ -37,7 +38,7 @@ def training_work(run: RunConfig) -> Work:
 
         rank = int(os.environ["RANK"])
         topology.join(rank, int(os.environ["WORLD_SIZE"]))
-        with _held(run.output_dir) as leases:
+        with _held(run) as leases:
             topology.initialize(run.layout, run.training.seed)
             trainer = Trainer(run)
             if rank == 0:  # only now: a run that cannot continue what is there leaves its configuration as it was
@@ -50,13 +51,26 @@ def training_work(run: RunConfig) -> Work:
 
 
 @contextlib.contextmanager
-def _held(output_dir: str) -> Iterator[list[Lease]]:
-    """Rank 0 holds the directory while this is open; where it is in use, all ranks fail with the same message."""
+def _held(run: RunConfig) -> Iterator[list[Lease]]:
+    """Rank 0 holds the run's directories while this is open; where one is in use, all ranks fail with the same message.
+
+    Gives rank 0's leases.
+    """
     from llada_megatron.parallel.agreement import on_rank_0
 
     leases: list[Lease] = []
     with contextlib.ExitStack() as stack:
-        on_rank_0(lambda: leases.append(stack.enter_context(Lease.take(output_dir, os.environ.get("SLURM_JOB_ID")))))
+
+        def take(directory: str) -> None:
+            leases.append(stack.enter_context(Lease.take(directory, os.environ.get("SLURM_JOB_ID"))))
+
+        def take_both() -> None:
+            take(run.output_dir)
+            if run.checkpoint.copy_to:
+                with contextlib.suppress(OSError):  # storage that is away or full is reported when a copy is made
+                    take(run.checkpoint.copy_to)
+
+        on_rank_0(take_both)
         yield leases
 
 

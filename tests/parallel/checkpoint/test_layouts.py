@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from llada_megatron.launch.resources import checkpoint_bytes
+from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.config.schema import LayoutConfig
 from llada_megatron.tools.bench.layouts import DENSE, SIGMOID, parity_run
 from tests.ranks import run_ranks
@@ -71,6 +73,14 @@ def _begin(run, root, asynchronous):
     outcome = _train(run, step, range(FIRST, LAST))
     store.finish()
     return outcome
+
+
+def _save_one_step(run, root):
+    from llada_megatron.parallel.checkpoint.store import CheckpointStore
+
+    chunks, step = _parts(run)
+    _train(run, step, [0])
+    CheckpointStore(root).save(1, _sharded(chunks, step, False), {"step": 1})
 
 
 def _go_on(run, root):
@@ -139,3 +149,11 @@ def test_bf16_keeps_its_full_precision_weights(tmp_path):
     expected = run_ranks(_begin, 2, run, tmp_path, False)[0]
     assert run_ranks(_go_on, 2, run, tmp_path)[0] == expected
     assert all(torch.isfinite(torch.tensor(expected)).flatten())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_size_of_a_checkpoint_is_known_before_one_is_written(tmp_path, precision):
+    run = _run(load_model("small-moe"), "DP2", precision=precision)
+    run_ranks(_save_one_step, 2, run, tmp_path)
+    written = sum(path.stat().st_size for path in (tmp_path / "step-00000001").iterdir())
+    assert 1.0 < written / checkpoint_bytes(run) < 1.03
