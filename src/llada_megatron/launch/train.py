@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Train; returns the exit code (130 after Ctrl-C, 143 after SIGTERM)."""
     from llada_megatron.launch.joining import check_world, find_place
     from llada_megatron.launch.lease import check_free
-    from llada_megatron.launch.resources import check_data, check_weights
+    from llada_megatron.launch.resources import check_data, check_space, check_weights
     from llada_megatron.llada_moe.config import load_run
 
     place = None if args.local else find_place()
@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         check_free(config.output_dir, os.environ.get("SLURM_JOB_ID"))
         check_data(config)
         check_weights(config)
+        check_space(config)
     except LladaError as error:
         if place.rank != 0:  # every rank finds the same; rank 0 says it
             return error.exit_code
@@ -69,13 +70,14 @@ def start(run: RunConfig, oversubscribe: bool = False) -> Outcome:
     """
     from llada_megatron.launch.lease import check_free
     from llada_megatron.launch.local import python_program, run_local
-    from llada_megatron.launch.resources import check_data, check_machine, check_weights
+    from llada_megatron.launch.resources import check_data, check_machine, check_space, check_weights
     from llada_megatron.llada_moe.config import dump_yaml
 
     check_free(run.output_dir, os.environ.get("SLURM_JOB_ID"))
     check_data(run)
     check_weights(run)
     check_machine(run, oversubscribe)
+    check_space(run)
     logs, ranks = Path(run.output_dir) / "logs", run.layout.world_size
     message(f"starting {ranks} {'process' if ranks == 1 else 'processes'}; their logs: {logs}")
     with tempfile.TemporaryDirectory(prefix="llada-") as directory:
