@@ -154,7 +154,8 @@ class PrivateSlurm:
         for process in _members(self._home):
             with contextlib.suppress(psutil.Error):
                 command = process.cmdline()
-                running = "-m" in command and module == command[command.index("-m") + 1 :][0]
+                python = bool(command) and Path(command[0]).name.startswith("python")  # srun carries the same words
+                running = python and "-m" in command and module == command[command.index("-m") + 1]
                 if running and node in (None, process.environ().get("SLURMD_NODENAME")):
                     found.append(process)
         return found

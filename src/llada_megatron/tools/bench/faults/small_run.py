@@ -29,7 +29,7 @@ data:
 optimizer: {{learning_rate: {{peak: 3e-3, warmup_steps: 5, decay_steps: 10}}}}
 layout: {{data_parallel: 2, expert_parallel: 2}}
 checkpoint: {{interval: {INTERVAL}, keep_last: 3}}
-recovery: {{hang_minimum_s: 10, hang_other_s: 120}}
+recovery: {{hang_minimum_s: 10, hang_other_s: 60}}
 logging: {{interval: 1, tensorboard: false}}
 output_dir: run
 """
