@@ -33,7 +33,7 @@ class Stuck:
     """Since the last sign of life."""
 
     def __str__(self) -> str:
-        return f"rank {self.rank}: {self.seconds:.0f} s in {self.phase} after step {self.step}"
+        return f"{self.seconds:.0f} s without a sign of life ({self.phase}, {self.step} steps done)"
 
 
 class HangWatch:
@@ -66,11 +66,12 @@ class HangWatch:
         foremost = max(beats, key=lambda beat: (beat.step, beat.at), default=None)
         if foremost is None or foremost == self._last:
             return
-        if self._first_step is None and foremost.phase == "step":
-            self._first_step = foremost.step
+        last, self._last = self._last, foremost
+        if self._first_step is None and foremost.phase not in ("start", "load"):
+            # A short first step may have gone by between two looks; what "start" said was still the step to begin at.
+            self._first_step = last.step if last is not None and last.phase == "start" else foremost.step
         if self._first_step is not None:
             self.steps = max(0, foremost.step - self._first_step)
-        last, self._last = self._last, foremost
         if last is not None and foremost.step > last.step and last.phase == foremost.phase == "step":
             self._durations.append((foremost.at - last.at) / (foremost.step - last.step))
 
@@ -80,6 +81,13 @@ class HangWatch:
         if phases != {"step"} or self.steps < _STEPS_FOR_A_MEDIAN or not self._durations:
             return self._limits.hang_other_s
         return max(self._limits.hang_minimum_s, self._limits.hang_factor * statistics.median(self._durations))
+
+
+def suspects(stuck: Sequence[Stuck], states: Mapping[int, str]) -> list[Stuck]:
+    """Those that the others most likely wait for: stopped processes, else the ranks behind the others, else all."""
+    stopped = [each for each in stuck if states.get(each.rank) == psutil.STATUS_STOPPED]
+    fewest = min(each.step for each in stuck)
+    return stopped or [each for each in stuck if each.step == fewest]
 
 
 def states(processes: Mapping[int, int]) -> dict[int, str]:

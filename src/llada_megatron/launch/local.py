@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,16 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from llada_megatron.launch.hang import HangWatch, states, suspects
 from llada_megatron.launch.processes import PARENT_VARIABLE, available_cores
 from llada_megatron.launch.rank import describe, log_path
 from llada_megatron.launch.reports import REPORTS_VARIABLE, read_failures, read_result
 from llada_megatron.llada_moe.errors import LladaError
 from llada_megatron.parallel.coordinates import locate
+from llada_megatron.parallel.heartbeat import FOLDER_VARIABLE
 
 if TYPE_CHECKING:
-    from llada_megatron.llada_moe.config.schema import LayoutConfig
+    from llada_megatron.llada_moe.config.schema import LayoutConfig, RecoveryConfig
 
 _POLL_SECONDS = 0.1
+_STACKS_SECONDS = 2.0
+"""For the ranks to write their stacks."""
 
 
 class RankError(LladaError):
@@ -62,29 +67,35 @@ def run_local(
     layout: LayoutConfig,
     log_dir: Path,
     stopping: str = "stopping after this step, with a checkpoint; once more stops at once",
+    limits: RecoveryConfig | None = None,
 ) -> Outcome:
     """Run `program` once per rank of `layout` on this machine and wait for the end.
 
     Each process finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment and ends through
     `rank.run_local_rank`. The first Ctrl-C (or SIGTERM, SIGHUP) asks the ranks to finish their step, the second ends
-    them. `stopping` is said at the first.
+    them. `stopping` is said at the first. With `limits`, ranks that give no sign of life for too long are ended.
 
     Raises:
         LladaError: a rank's own error, or a RankError that names the rank.
         Stopped: ended by a signal before the ranks could finish a step.
     """
     with tempfile.TemporaryDirectory(prefix="llada-") as reports, _Signals(stopping) as signals:
+        beats = Path(reports) / "beats"
         variables = {
             REPORTS_VARIABLE: reports,
+            FOLDER_VARIABLE: str(beats),
             PARENT_VARIABLE: str(os.getpid()),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads_per_rank(layout.world_size))),
         }
         log_dir.mkdir(parents=True, exist_ok=True)
         with _environment(variables), _elastic_log(log_dir / "launcher.log"):
-            failures = _Agent(program, layout.world_size, Path(reports) / "elastic").run(signals)
+            hang = _Hang(beats, limits, layout, log_dir) if limits else None
+            failures = _Agent(program, layout.world_size, Path(reports) / "elastic").run(signals, hang)
         if failures is None:
             return Outcome(read_result(Path(reports)), signals.first)
         _restore_cursor()
+        if hang is not None and hang.error is not None:
+            raise hang.error
         if signals.first is not None:
             raise Stopped(signals.first)
         raise _first_failure(Path(reports), failures, layout, log_dir)
@@ -134,6 +145,47 @@ class _Signals:
                     os.kill(rank.pid, signal.SIGINT)
 
 
+class _Hang:
+    """Ends ranks that no longer get anywhere, once their stacks are in their logs; `error` then says which."""
+
+    def __init__(self, folder: Path, limits: RecoveryConfig, layout: LayoutConfig, log_dir: Path) -> None:
+        self._watch = HangWatch(folder, limits, range(layout.world_size))
+        self._layout, self._log_dir = layout, log_dir
+        self.error: RankError | None = None
+
+    def look(self) -> None:
+        stuck = [] if self.error else self._watch.hung(time.monotonic())
+        if not stuck:
+            return
+        ranks = {rank: pid for rank, pid in map(_rank_of, psutil.Process().children()) if rank is not None}
+        for pid in ranks.values():
+            _signal_if_there(pid, signal.SIGUSR2)
+        time.sleep(_STACKS_SECONDS)
+        found = states(ranks)
+        which = "; ".join(
+            f"{locate(each.rank, self._layout)}: {each}, its process is {found.get(each.rank, 'gone')}"
+            for each in suspects(stuck, found)
+        )
+        self.error = RankError(f"the run hangs, so its ranks were ended. {which}. Stacks of all ranks: {self._log_dir}")
+        for pid in ranks.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+
+
+def _rank_of(process: psutil.Process) -> tuple[int | None, int]:
+    """Which rank a child of this process is (None: no rank), and its process id."""
+    try:
+        rank = process.environ().get("RANK")
+    except psutil.Error:
+        rank = None
+    return None if rank is None else int(rank), process.pid
+
+
+def _signal_if_there(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
 class _Agent:
     """Torch elastic's agent in a thread of its own, so that signals reach this program and not the agent."""
 
@@ -142,13 +194,15 @@ class _Agent:
         self._failures: Mapping[int, Any] | None = None
         self._error: BaseException | None = None
 
-    def run(self, signals: _Signals) -> Mapping[int, Any] | None:
+    def run(self, signals: _Signals, hang: _Hang | None) -> Mapping[int, Any] | None:
         """Wait for all ranks; None when all ended well, else the exit of each failed rank."""
         thread = threading.Thread(target=self._launch, name="elastic", daemon=True)
         thread.start()
         while thread.is_alive():
             thread.join(_POLL_SECONDS)
             signals.pass_on()
+            if hang is not None:
+                hang.look()
         if self._error is not None:
             raise RankError(f"the ranks could not be started: {self._error}") from self._error
         return self._failures

@@ -83,7 +83,8 @@ def start(run: RunConfig, oversubscribe: bool = False) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="llada-") as directory:
         resolved = Path(directory) / "run.yaml"
         resolved.write_text(dump_yaml(run), "utf-8")
-        return run_local(python_program("llada_megatron.launch.worker", str(resolved)), run.layout, logs)
+        program = python_program("llada_megatron.launch.worker", str(resolved))
+        return run_local(program, run.layout, logs, limits=run.recovery)
 
 
 def _train_here(config: RunConfig, args: argparse.Namespace) -> int:

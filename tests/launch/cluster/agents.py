@@ -1,4 +1,4 @@
-"""A job without SLURM: its directory, and one agent per node as processes of this machine with SLURM's variables set."""
+"""A job without SLURM: its directory, and one agent per node as processes of this machine with SLURM's variables."""
 
 from __future__ import annotations
 
@@ -72,6 +72,7 @@ class Job:
                 "SLURM_JOB_ID": "17",
                 "SLURM_NODEID": str(node),
                 "SLURM_STEP_NUM_NODES": "2",
+                "SLURM_STEP_NODELIST": "n[0-1]",
                 "SLURMD_NODENAME": f"n{node}",
                 "OMP_NUM_THREADS": "1",
             }

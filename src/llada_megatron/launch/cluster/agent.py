@@ -8,6 +8,7 @@ which it either joins or closes.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -33,6 +34,7 @@ def main(job: str) -> int:
 
 
 def _work(node: Node, stop: StopSignals, scratch: Path) -> int:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is told in one line, not with a stack
     from torch.distributed import DistError
     from torch.distributed.elastic.rendezvous import RendezvousError
 

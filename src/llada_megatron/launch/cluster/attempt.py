@@ -79,9 +79,9 @@ class Attempt:
             if self.node.first and self.stop.asked:
                 return self._asked_verdict()
             if time.monotonic() > deadline:
-                missing = [index for index, key in enumerate(everyone) if not self.store.check([key])]
-                limit = self.cluster.rendezvous_timeout_s
-                return Verdict("requeue", f"no agent on nodes {missing} (counted from 0) within {limit} s")
+                names = self.node.names()
+                missing = ", ".join(names[i] for i, key in enumerate(everyone) if not self.store.check([key]))
+                return Verdict("requeue", f"no agent on {missing} within {self.cluster.rendezvous_timeout_s} s")
             self.meeting.require_open()
             time.sleep(_POLL_S)
         return None
@@ -123,7 +123,7 @@ class Attempt:
         checkpoint = self._newest()
         at = "from the beginning" if checkpoint is None else f"from step {checkpoint}"
         without = f", without {', '.join(gone)}" if gone else ""
-        self.node.say(f"{ranks} ranks on {', '.join(nodes)} start {at}{without}")
+        self.node.say(f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {', '.join(nodes)} start {at}{without}")
         self.node.event("start", checkpoint=checkpoint, nodes=nodes, ranks=ranks)
         return None
 
@@ -137,8 +137,10 @@ class Attempt:
         }
 
     def _end_ranks(self, report: decisions.NodeReport) -> None:
+        if report.faults:
+            more = len(report.faults) - 1
+            self.node.say(f"{decisions.cause(report.faults)}{f'; {more} more' if more else ''}")
         for fault in report.faults:
-            self.node.say(f"rank {fault.rank} {fault.what}" if fault.node == self.node.name else str(fault))
             self.node.event("fault", kind=fault.kind, on=fault.node, rank=fault.rank, what=fault.what)
         left = self.ranks.end()
         if left:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import signal
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from llada_megatron.launch.cluster.job import Verdict
+from llada_megatron.launch.rank import log_path
 from llada_megatron.launch.reports import Failure
 
 Kind = Literal["killed", "lost", "stopped", "user", "error", "hang"]
@@ -17,6 +20,8 @@ because of another rank. hang: a rank that got nowhere, most often because it wa
 
 _CAUSES: tuple[Kind, ...] = ("killed", "lost", "stopped", "user", "error", "hang")
 """The more a fault explains the others, the earlier."""
+_LONGEST = 160
+"""Characters of an error that is not the user's, in the job's output."""
 _OWN_FAULT = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
 
@@ -58,29 +63,33 @@ class NodeReport:
         return replace(cls(**values), faults=tuple(Fault(**fault) for fault in values["faults"]))
 
 
-def faults_of_exits(node: str, exits: Mapping[int, int], told: Sequence[Failure], log: str, now: float) -> list[Fault]:
+def faults_of_exits(
+    node: str, exits: Mapping[int, int], told: Sequence[Failure], logs: Path, now: float
+) -> list[Fault]:
     """Faults of ranks that ended by themselves.
 
     Args:
         exits: exit codes by rank (negative: a signal).
         told: what the ranks said of themselves.
-        log: where a rank's output is; `{rank}` stands for its number.
+        logs: folder of the ranks' output.
     """
     faults, spoken = [], {failure.rank: failure for failure in told}
     for rank, code in sorted(exits.items()):
-        failure = spoken.get(rank)
+        failure, log = spoken.get(rank), log_path(logs, rank)
         if code == 0:
             continue
-        if failure is not None:
-            kind: Kind = "user" if failure.user_error else "error"
-            faults.append(Fault(kind, node, rank, f"failed: {failure.headline}", failure.time))
+        if failure is not None and failure.user_error:
+            faults.append(Fault("user", node, rank, f"failed: {failure.message}", failure.time))
+        elif failure is not None:
+            what = f"failed: {textwrap.shorten(failure.headline, _LONGEST, placeholder=' …')}; full stack: {log}"
+            faults.append(Fault("error", node, rank, what, failure.time))
         elif code < 0:
             name = signal.Signals(-code).name
-            kind = "killed" if -code in _OWN_FAULT else "error"
+            kind: Kind = "killed" if -code in _OWN_FAULT else "error"
             hint = " (out of memory?)" if -code == signal.SIGKILL else ""
-            faults.append(Fault(kind, node, rank, f"was killed by {name}{hint}; see {log.format(rank=rank)}", now))
+            faults.append(Fault(kind, node, rank, f"was killed by {name}{hint}; its output: {log}", now))
         else:
-            what = f"ended with exit code {code} and said nothing; see {log.format(rank=rank)}"
+            what = f"ended with exit code {code} and said nothing; its output: {log}"
             faults.append(Fault("error", node, rank, what, now))
     return faults
 

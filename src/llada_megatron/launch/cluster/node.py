@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import time
@@ -46,6 +47,18 @@ class Node:
         host, _, port = meeting.rpartition(":")
         return cls(job, job_id, int(attempt), int(index), int(count), name, host, int(port))
 
+    def names(self) -> list[str]:
+        """Names of the job's nodes, by their numbers.
+
+        Raises:
+            ConfigError: SLURM's list of them is missing, or names another number of nodes.
+        """
+        text = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+        found = expand_nodes(text)
+        if len(found) != self.count:
+            raise ConfigError(f"SLURM_STEP_NODELIST ({text!r}) does not name the {self.count} nodes of the step")
+        return found
+
     @property
     def first(self) -> bool:
         """Whether this node decides."""
@@ -72,3 +85,23 @@ class Node:
     def event(self, event: str, **facts: Any) -> None:
         """Note that something happened here."""
         self.job.add_event(self.attempt, self.name, event, **facts)
+
+
+def expand_nodes(text: str) -> list[str]:
+    """The names in SLURM's list of nodes: `n[01-03,7]x,m` are n01x, n02x, n03x, n7x and m.
+
+    `scontrol show hostnames` does the same, but need not be there in a container.
+    """
+    names: list[str] = []
+    for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
+        expanded = [""]
+        for literal, choices in re.findall(r"([^\[]+)|\[([^\]]*)\]", part):
+            endings = [literal] if literal else [each for span in choices.split(",") for each in _span(span)]
+            expanded = [name + ending for name in expanded for ending in endings]
+        names += expanded
+    return names
+
+
+def _span(text: str) -> list[str]:
+    first, _, last = text.partition("-")
+    return [str(number).zfill(len(first)) for number in range(int(first), int(last or first) + 1)]

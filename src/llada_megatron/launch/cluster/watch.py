@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llada_megatron.launch.cluster.decisions import Fault, Kind, NodeReport, faults_of_exits
-from llada_megatron.launch.hang import HangWatch, Stuck, states
+import psutil
+
+from llada_megatron.launch.cluster.decisions import Fault, NodeReport, faults_of_exits
+from llada_megatron.launch.hang import HangWatch, Stuck, states, suspects
 from llada_megatron.launch.rank import log_path
 from llada_megatron.launch.reports import read_failures
 
@@ -98,24 +100,22 @@ class Watch:
 
     def _hung(self, stuck: Sequence[Stuck]) -> NodeReport:
         self._board.set(_OVER, "hang")
-        what = self._stacks()
-        faults = []
-        for each in stuck:
-            stopped = what.get(each.rank) == "stopped"
-            kind: Kind = "stopped" if stopped else "hang"
-            text = f"hangs: {each.seconds:.0f} s in {each.phase} after step {each.step}, process {what.get(each.rank)}"
-            faults.append(
-                Fault(kind, self._node.name, each.rank, f"{text}; its stacks: {self._log(each.rank)}", time.time())
-            )
-        self._node.event("hang", ranks=[each.rank for each in stuck], faults=[str(fault) for fault in faults])
-        return self._report(False, faults)
+        seen = self._stacks()
+        self._node.event("hang", ranks=[each.rank for each in stuck])
+        return self._report(False, [self._hang_fault(each, seen[each.rank]) for each in suspects(stuck, seen)])
+
+    def _hang_fault(self, stuck: Stuck, state: str) -> Fault:
+        if state == psutil.STATUS_STOPPED:
+            return Fault("stopped", self._node.name, stuck.rank, f"hangs: {stuck}, its process is stopped", time.time())
+        what = f"hangs: {stuck}, its process is {state}; its stacks: {log_path(self._logs, stuck.rank)}"
+        return Fault("hang", self._node.name, stuck.rank, what, time.time())
 
     def _over_elsewhere(self, finished: bool) -> NodeReport:
         word = self._board.get(_OVER).decode()
         faults = self._faults()
         if word == "hang":
             now, text = time.time(), "is stopped, and all others wait for it"
-            stopped = [rank for rank, state in self._stacks().items() if state == "stopped"]
+            stopped = [rank for rank, state in self._stacks().items() if state == psutil.STATUS_STOPPED]
             faults += [Fault("stopped", self._node.name, rank, text, now) for rank in stopped]
         return self._report(finished and word == "end", faults)
 
@@ -126,11 +126,8 @@ class Watch:
         return states({rank: process.pid for rank, process in self._ranks.processes().items()})
 
     def _faults(self) -> list[Fault]:
-        told, logs = read_failures(self._folder.reports), str(log_path(self._logs, 0)).replace("rank-0", "rank-{rank}")
-        return faults_of_exits(self._node.name, self._ranks.exits(), told, logs, time.time())
-
-    def _log(self, rank: int) -> Path:
-        return log_path(self._logs, rank)
+        told = read_failures(self._folder.reports)
+        return faults_of_exits(self._node.name, self._ranks.exits(), told, self._logs, time.time())
 
     def _report(self, finished: bool, faults: Sequence[Fault] = ()) -> NodeReport:
         return NodeReport(self._node.name, finished, self._asked, tuple(faults))

@@ -1,0 +1,68 @@
+"""The preflight of one node: `python -m llada_megatron.launch.cluster.preflight JOB`, one per node under srun.
+
+Every node looks at itself and tells the first one, which names what is wrong and writes the verdict; where nothing is,
+all nodes add up a tensor together. What each node found stays in JOB/preflight-ATTEMPT/NODE.json.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llada_megatron.launch.cluster.config import load_cluster
+from llada_megatron.launch.cluster.job import JobDirectory, Verdict
+from llada_megatron.launch.cluster.node import Node
+from llada_megatron.launch.cluster.preflight.facts import gather
+from llada_megatron.launch.cluster.preflight.worker import Worker
+from llada_megatron.llada_moe.config import load_run
+from llada_megatron.llada_moe.errors import LladaError
+
+if TYPE_CHECKING:
+    from llada_megatron.launch.cluster.config import ClusterConfig
+    from llada_megatron.launch.cluster.preflight.facts import NodeFacts
+
+
+def main(job: str) -> int:
+    """Look at this node; what matters is the verdict, not the exit code."""
+    node = Node.here(JobDirectory(Path(job).absolute()))
+    try:
+        run, cluster = load_run(node.job.run), load_cluster(node.job.cluster)
+    except LladaError as error:
+        if node.first:
+            node.say(f"error: {error}")
+            node.job.write_verdict(node.attempt, Verdict("failed", f"the job's configuration is not valid: {error}"))
+        return 1
+    deadline = time.monotonic() + cluster.preflight.timeout_s
+    worker = Worker()
+    facts = gather(node.name, run.output_dir, node.job.run, worker, cluster.preflight.timeout_s)
+    folder = node.job.preflight(node.attempt)
+    folder.mkdir(exist_ok=True)
+    (folder / f"{node.name}.json").write_text(replace(facts, time=time.time()).to_json(), "utf-8")
+    return _together(node, cluster, facts, worker, deadline)
+
+
+def _together(node: Node, cluster: ClusterConfig, facts: NodeFacts, worker: Worker, deadline: float) -> int:
+    from torch.distributed import DistError
+
+    from llada_megatron.launch.cluster.meeting import open_store
+    from llada_megatron.launch.cluster.preflight.council import Council, attend
+
+    try:
+        store = open_store(node, max(1.0, deadline - time.monotonic()))
+        if node.first:
+            Council(node, cluster, store, worker, deadline).hold(facts)
+        else:
+            attend(node, store, worker, facts)
+    except (DistError, LladaError) as error:
+        node.say(f"error in the preflight: {error}")
+        return 1
+    finally:
+        worker.end()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,133 @@
+"""Whether a job can train on its nodes, from what they said of themselves. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llada_megatron.launch.cluster.job import Verdict
+
+if TYPE_CHECKING:
+    from llada_megatron.launch.cluster.config import ClusterConfig
+    from llada_megatron.launch.cluster.preflight.facts import NodeFacts
+
+_FREE_SHARE = 0.9
+"""Of a GPU's memory: less than this is free only where something else runs on it."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with one node."""
+
+    node: str
+    kind: str
+    """`GPUs`, `disk`, …: findings of one kind on all nodes are not the nodes' fault."""
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.text}"
+
+
+def findings(facts: NodeFacts, skew_s: float, cluster: ClusterConfig) -> list[Finding]:
+    """All that is wrong with one node.
+
+    Args:
+        skew_s: how far its clock is ahead of the first node's.
+    """
+    limits, found = cluster.preflight, []
+
+    def note(kind: str, text: str) -> None:
+        found.append(Finding(facts.node, kind, text))
+
+    if facts.error:
+        note("devices", facts.error)
+    elif len(facts.gpus) != cluster.gpus_per_node:
+        note("GPUs", f"{len(facts.gpus)} GPUs, expected {cluster.gpus_per_node} (gpus_per_node of the cluster file)")
+    for index, gpu in enumerate(facts.gpus):
+        for text in _of_device(gpu, limits.min_matmul_tflops):
+            note("GPUs", f"GPU {index} {text}")
+    for text in _of_device(facts.cpu or {}, limits.min_matmul_tflops):
+        note("CPU", f"CPU {text}")
+    if facts.memory_gb < limits.min_memory_gb:
+        note("memory", f"{facts.memory_gb:.1f} GB of memory free, expected {limits.min_memory_gb:g}")
+    for disk in facts.disks:
+        if disk.error:
+            note("disk", f"cannot write in {disk.path}: {disk.error}")
+        elif disk.free_gb < limits.min_free_disk_gb:
+            note("disk", f"{disk.free_gb:.2f} GB free in {disk.path}, expected {limits.min_free_disk_gb:g}")
+    if abs(skew_s) > limits.max_clock_skew_s:
+        note(
+            "clock", f"its clock is {skew_s:+.1f} s from the first node's, expected {limits.max_clock_skew_s:g} at most"
+        )
+    return found
+
+
+def _of_device(device: Mapping[str, Any], min_tflops: float) -> list[str]:
+    """What is wrong with a GPU or CPU, as what follows its name."""
+    if "error" in device:
+        return [f"fails: {device['error']}"]
+    found = []
+    if "total_gb" in device and device["free_gb"] < _FREE_SHARE * device["total_gb"]:
+        found.append(f"has {device['free_gb']:.1f} of {device['total_gb']:.1f} GB free: another process uses it")
+    if not device.get("exact", True):
+        found.append("computes a wrong matrix product")
+    if device.get("tflops", min_tflops) < min_tflops:
+        found.append(f"reaches {device['tflops']:g} TFLOP/s in a matrix product, expected {min_tflops:g}")
+    return found
+
+
+def differences(all_facts: Sequence[NodeFacts]) -> list[str]:
+    """Versions that are not the same on all nodes, one line each; nodes that could not be asked do not count."""
+    answered = [facts for facts in all_facts if not facts.error]
+    names = sorted({name for facts in answered for name in facts.versions})
+    lines = []
+    for name in names:
+        nodes: dict[str, list[str]] = {}
+        for facts in answered:
+            nodes.setdefault(facts.versions.get(name, "missing"), []).append(facts.node)
+        if len(nodes) > 1:
+            lines.append(f"{name}: " + "; ".join(f"{value} on {', '.join(on)}" for value, on in nodes.items()))
+    return lines
+
+
+def judge(found: Sequence[Finding], differing: Sequence[str], nodes: Sequence[str]) -> Verdict | None:
+    """The verdict that keeps the job from training now; None when all is well."""
+    if differing:
+        return Verdict("failed", "the nodes' environments differ: " + " | ".join(differing))
+    if not found:
+        return None
+    bad = [node for node in nodes if any(finding.node == node for finding in found)]
+    reason = "; ".join(map(str, found))
+    alike = {
+        finding.kind
+        for finding in found
+        if len({each.node for each in found if each.kind == finding.kind}) == len(nodes)
+    }
+    if alike or len(bad) == len(nodes):
+        return Verdict("failed", f"on every node, so no other node would help: {reason}")
+    return Verdict("exclude", reason, tuple(bad))
+
+
+def unreachable(size: int, failed_pairs: Sequence[tuple[int, int]], pairs: Sequence[tuple[int, int]]) -> list[int]:
+    """Nodes none of whose pairs could all-reduce, where others could; empty when that names nobody."""
+    bad = [node for node in range(size) if all(pair in failed_pairs for pair in pairs if node in pair)]
+    return bad if len(bad) < size else []
+
+
+def pairs_of(size: int) -> list[list[tuple[int, int]]]:
+    """Two rounds of pairs, in which every node meets two others (as far as there are)."""
+    first = [(node, node + 1) for node in range(0, size - 1, 2)]
+    second = [(node, (node + 1) % size) for node in range(1, size if size % 2 == 0 else size - 1, 2)]
+    return [first, second] if size > 2 else []
+
+
+def describe(facts: NodeFacts, skew_s: float) -> str:
+    """A node in one line."""
+    if facts.gpus and all("tflops" in gpu for gpu in facts.gpus):
+        speeds = [gpu["tflops"] for gpu in facts.gpus]
+        devices = f"{len(facts.gpus)} x {facts.gpus[0]['name']}, {min(speeds):.0f} to {max(speeds):.0f} TFLOP/s each"
+    else:
+        devices = f"{len(facts.gpus)} GPUs" if facts.cpu is None else f"CPU, {facts.cpu['tflops']:g} TFLOP/s"
+    disks = ", ".join(f"{disk.free_gb:.0f} GB free in {disk.path}" for disk in facts.disks)
+    return f"{facts.node}: {devices}; {facts.memory_gb:.0f} GB of memory free; {disks}; clock {skew_s:+.1f} s"
