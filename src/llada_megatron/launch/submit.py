@@ -99,13 +99,14 @@ def _checks(run: RunConfig, cluster: ClusterConfig) -> list[Callable[[], None]]:
     """What has to hold when the job starts, each raising an LladaError."""
     from llada_megatron.launch import lease
     from llada_megatron.launch.cluster.fit import check_mounts
-    from llada_megatron.launch.resources import check_data, check_weights
+    from llada_megatron.launch.resources import check_data, check_space, check_weights
 
     return [
         lambda: _check_no_live_job(run),
         lambda: lease.check_free(run.output_dir),
         lambda: check_data(run),
         lambda: check_weights(run),
+        lambda: check_space(run),
         lambda: check_mounts(run, cluster, Path.cwd()),
     ]
 

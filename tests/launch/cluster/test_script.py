@@ -33,8 +33,8 @@ class Script:
     """A rendered script beside stand-ins for the programs that it calls."""
 
     def __init__(self, folder):
-        self.folder, self.job = folder, folder / "a job"
-        self.job.mkdir()
+        self.folder, self.job = folder, folder / "the run" / "jobs" / "one"
+        self.job.mkdir(parents=True)
         (folder / "bin").mkdir()
         for name, text in (PROGRAMS | {"node-python": NODE}).items():
             path = folder / "bin" / name
@@ -106,9 +106,9 @@ def test_a_script_is_whole_bash_with_every_option_quoted(tmp_path):
     for option in ("--nodes=2", "--gpus-per-node=2", "--exclude=n3,n[5-6]", "--signal=B:USR1@300", "--requeue"):
         assert option in asked
     assert {"--exclusive", "--no-kill", "--comment=x", "--partition=main"} <= set(asked)
-    (step,) = [line.strip() for line in text.splitlines() if line.strip().startswith("srun ")]
-    assert "--container-image=/i mages/x.sqsh" in shlex.split(step)
-    assert "--cpus-per-task=16" in shlex.split(step)
+    step = shlex.split(text.partition("    srun ")[2].partition("&")[0])
+    assert {"--container-image=/i mages/x.sqsh", "--container-mounts=/data:/data,/runs:/runs"} <= set(step)
+    assert "--cpus-per-task=16" in step
     assert "-P -m llada_megatron.launch.cluster.agent" in text and "on_every_node python -P" in text
     exported = subprocess.run(
         ["bash", "-c", next(line for line in text.splitlines() if line.startswith("export NOTE")) + "; echo $NOTE"],
@@ -159,6 +159,20 @@ def test_without_a_verdict_a_job_goes_on_only_where_something_had_started(script
     noted = 'mkdir "$LLADA_JOB/events"; echo \'{"time": 1, "attempt": 1, "node": "n1"}\' > $LLADA_JOB/events/n1.jsonl'
     assert script.run(AGENT=noted.replace("$LLADA_JOB/events/n1", '"$LLADA_JOB"/events/n1')) == (1, [])  # of attempt 1
     assert script.run(attempt=1) == (0, REQUEUE)
+
+
+def test_killed_again_and_again_without_a_newer_checkpoint_ends_the_job(script):
+    """Without a verdict nobody else counts: the out-of-memory killer takes agents and ranks alike."""
+    cluster = dataclasses.replace(CLUSTER, max_restarts=2, max_requeues=100)
+    killed = (
+        'mkdir -p "$LLADA_JOB/events"; echo "{\\"attempt\\": $LLADA_ATTEMPT, \\"node\\": 1}" > "$LLADA_JOB/events/n"; '
+    )
+    killed += 'mv "$LLADA_JOB/events/n" "$LLADA_JOB/events/n$LLADA_ATTEMPT.jsonl"; exit 1'
+    codes = [script.run(cluster, attempt, AGENT=killed)[0] for attempt in range(2)]
+    (script.job.parent.parent / "checkpoints" / "step-00000010").mkdir(parents=True)
+    codes += [script.run(cluster, attempt, AGENT=killed)[0] for attempt in range(2, 5)]
+    assert codes == [0, 0, 0, 0, 1]
+    assert "3 times without a newer checkpoint" in script.output
 
 
 def test_a_signal_reaches_the_nodes_and_the_script_waits_for_them(script):

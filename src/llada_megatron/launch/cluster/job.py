@@ -7,6 +7,7 @@
     preflight-ATTEMPT/NODE.json   what each node said of itself
     verdict-ATTEMPT            how an attempt ended; its first word is what the script acts on
     stop                       there when the job is to save, end and stay away
+    silent                     a line for each attempt whose processes were all killed before they could say a word
 
 An attempt is one allocation: 0, then one more for each requeue (SLURM_RESTART_COUNT).
 """

@@ -37,9 +37,10 @@ def render(cluster: ClusterConfig, nodes: int, job: Path, name: str, directory: 
         job=shlex.quote(str(job)),
         exports=[_export(line) for line in cluster.environment],
         setup=cluster.setup,
-        srun=" ".join(srun_options(cluster)),
+        srun=srun_options(cluster),
         requeue=cluster.requeue,
         max_requeues=cluster.max_requeues,
+        max_restarts=cluster.max_restarts,
         python=shlex.quote(python_of(cluster)),
     )
 

@@ -21,19 +21,12 @@ _UNITS = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^\0\n]*")
 _NODE_LIST = re.compile(r"[^\s,;]+")
 _MEMORY = re.compile(r"\d+[KMGT]?")
-_OURS = (
-    "nodes",
-    "ntasks",
-    "ntasks-per-node",
-    "output",
-    "error",
-    "open-mode",
-    "signal",
-    "requeue",
-    "no-requeue",
-    "array",
-)
+_OURS = ("nodes", "ntasks", "ntasks-per-node", "output", "error", "open-mode", "signal", "chdir", "export", "array")
 """Options of sbatch that the script depends on."""
+_KEYS = {"mem": "memory_per_node", "cpus-per-task": "cpus_per_node", "no-requeue": "requeue"}
+_KEYS |= {name: name for name in ("partition", "account", "qos", "reservation", "constraint", "time", "exclusive")}
+_KEYS |= {name: name.replace("-", "_") for name in ("exclude", "requeue", "gpus-per-node")}
+"""Options of sbatch that keys of the cluster file stand for."""
 
 
 def validate_cluster(cluster: ClusterConfig, origins: Origins) -> None:
@@ -115,12 +108,14 @@ def _check_texts(cluster: ClusterConfig, refuse: Refuse) -> None:
 
     each("environment", cluster.environment, _VARIABLE, "NAME=value")
     each("exclude", cluster.exclude, _NODE_LIST, "the name of a node, or a list such as node[1-4]")
-    options = re.compile(r"-[^\n]+")
+    options = re.compile(r"--[a-z][^\n]+")
     each("sbatch_options", cluster.sbatch_options, options, "an option such as --comment=llada")
     for number, option in enumerate(cluster.sbatch_options):
         name = option.lstrip("-").partition("=")[0].strip()
         if name in _OURS:
             refuse(f"sbatch_options.{number}", f"--{name} is the script's own; it depends on it")
+        elif name in _KEYS:
+            refuse(f"sbatch_options.{number}", f"--{name} has a key of its own; write {_KEYS[name]}: …")
     if cluster.memory_per_node is not None and not _MEMORY.fullmatch(cluster.memory_per_node):
         refuse("memory_per_node", f"{cluster.memory_per_node!r} is not a size as SLURM writes it, such as 64G; 0 = all")
     if cluster.container is not None:
