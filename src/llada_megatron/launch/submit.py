@@ -130,13 +130,15 @@ def _check_no_live_job(run: RunConfig) -> None:
 
 def _show(script: str, run: RunConfig, cluster: ClusterConfig, nodes: int, args: argparse.Namespace) -> int:
     """The script, and what would keep it from being submitted now."""
+    from llada_megatron.launch.cluster.fit import count_of_nodes
+
     for check in _checks(run, cluster):
         try:
             check()
         except LladaError as error:
             message(f"warning: {error}")
     sys.stdout.write(script)
-    message(f"not submitted: {nodes} nodes x {cluster.ranks_per_node} = {run.layout.world_size} ranks")
+    message(f"not submitted: {count_of_nodes(nodes)} x {cluster.ranks_per_node} = {run.layout.world_size} ranks")
     if args.json:
         emit_json({"nodes": nodes, "ranks": run.layout.world_size, "submitted": False})
     return 0
@@ -144,10 +146,13 @@ def _show(script: str, run: RunConfig, cluster: ClusterConfig, nodes: int, args:
 
 def _tell(job: JobDirectory, record: Record, args: argparse.Namespace) -> int:
     """The job's id, and how to follow it."""
+    from llada_megatron.launch.cluster.fit import count_of_nodes
+
     if args.json:
         emit_json({"job_id": record.job_id, "directory": str(job.path), "nodes": record.nodes, "ranks": record.ranks})
         return 0
-    print(f"job {record.job_id}: {record.name} on {record.nodes} nodes, {record.ranks} ranks; its records: {job.path}")
+    nodes = count_of_nodes(record.nodes)
+    print(f"job {record.job_id}: {record.name} on {nodes}, {record.ranks} ranks; its records: {job.path}")
     message(f"follow it:  llada jobs {record.job_id}    llada logs {record.job_id} --follow")
     message(f"end it:     llada stop {record.job_id}    (saves first)")
     return 0

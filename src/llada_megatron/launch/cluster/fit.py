@@ -75,7 +75,9 @@ def _suggestion(run: RunConfig, per_node: int) -> str:
     below = next((unit * n for n in range(start, 0, -1) if _allowed(run, unit * n)), None)
     above = next((unit * n for n in range(start + 1, 4 * start + 5) if _allowed(run, unit * n)), None)
     usable = [
-        f"layout.data_parallel={size} ({_nodes(size * model_ranks // per_node)})" for size in (below, above) if size
+        f"layout.data_parallel={size} ({count_of_nodes(size * model_ranks // per_node)})"
+        for size in (below, above)
+        if size
     ]
     return "use " + " or ".join(usable) if usable else "change the axes of the layout, or ranks_per_node"
 
@@ -88,5 +90,6 @@ def _allowed(run: RunConfig, data_parallel: int) -> bool:
     return True
 
 
-def _nodes(number: int) -> str:
+def count_of_nodes(number: int) -> str:
+    """`1 node`, `8 nodes`."""
     return "1 node" if number == 1 else f"{number} nodes"
