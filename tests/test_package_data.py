@@ -1,4 +1,4 @@
-"""A built package holds the files that are not Python modules of it: the modelling files of exports, pages, templates."""
+"""A built package holds the files that are not Python modules of it: modelling files of exports, pages, templates."""
 
 import shutil
 import subprocess
