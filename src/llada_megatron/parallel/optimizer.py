@@ -77,8 +77,7 @@ def optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any], loading
     Megatron's parameter groups is configuration, and how many optimizers there are (one more when experts are spread)
     is the layout's.
     """
-    if loading:
-        _fill_fresh_adam(optimizer)
+    _fill_fresh_adam(optimizer, loading)
     state = model["model"] if set(model) == {"model"} else model
     whole = optimizer.sharded_state_dict(state, is_loading=loading, metadata=state_metadata())
     parts = [whole] if len(_parts(optimizer)) == 1 else [whole[index] for index in range(len(whole))]
@@ -108,14 +107,22 @@ def _updates(parts: list[dict[str, Any]]) -> int:
     return int(max((group.get("step") or 0 for group in groups), default=0))
 
 
-def _fill_fresh_adam(optimizer: MegatronOptimizer) -> None:
-    """torch's AdamW makes its state at the first step; Megatron's load template needs it (distrib_optimizer.py:642)."""
+def _fill_fresh_adam(optimizer: MegatronOptimizer, loading: bool) -> None:
+    """Adam makes its state at the first step; a template to load into and a checkpoint of step 0 need it before.
+
+    torch's AdamW is filled here for both (distrib_optimizer.py:642); for others Megatron does it when loading.
+    """
     for part in _parts(optimizer):
         adam = part.optimizer
-        if not isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
-            continue
-        for group in adam.param_groups:
-            for parameter in group["params"]:
-                if not adam.state[parameter]:
-                    zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                    adam.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+        if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+            _fill_torch_adam(adam)
+        elif adam is not None and not loading:
+            part.init_state_fn(adam, part.config)
+
+
+def _fill_torch_adam(adam: torch.optim.Optimizer) -> None:
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if not adam.state[parameter]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                adam.state[parameter] = {"step": torch.tensor(0.0), **zeros}
