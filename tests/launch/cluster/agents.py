@@ -10,15 +10,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
-from llada_megatron.launch.cluster.job import JobDirectory
+from llada_megatron.launch.cluster.job import JobDirectory, Verdict
 from llada_megatron.llada_moe.config import dump_yaml, load_run
 
-STEPS, INTERVAL = 12, 3
+STEPS, INTERVAL = 20, 4
 RUN = f"""
 model: {{base: tiny-moe-softmax, vocab_size: 400}}
 training: {{steps: {STEPS}, sequence_length: 32, global_batch_size: 8, precision: fp32, seed: 3}}
@@ -30,7 +30,7 @@ validation: {{interval: 0}}
 logging: {{interval: 1, tensorboard: false}}
 output_dir: OUTPUT
 """
-CLUSTER = "ranks_per_node: 1\nrendezvous_timeout_s: 120\nlost_node_wait_s: 3\n"
+CLUSTER = "ranks_per_node: 1\nrendezvous_timeout_s: 120\nlost_node_wait_s: 3\nmax_restarts: 20\n"
 MODULE = "llada_megatron.launch.cluster."
 
 
@@ -64,11 +64,11 @@ class Job:
         self.attempt += 1
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+            self.port = probe.getsockname()[1]
         for node in nodes:
             environment = os.environ | {
                 "LLADA_ATTEMPT": str(self.attempt),
-                "LLADA_RENDEZVOUS": f"127.0.0.1:{port}",
+                "LLADA_RENDEZVOUS": f"127.0.0.1:{self.port}",
                 "SLURM_JOB_ID": "17",
                 "SLURM_NODEID": str(node),
                 "SLURM_STEP_NUM_NODES": "2",
@@ -88,20 +88,18 @@ class Job:
         deadline = time.monotonic() + seconds
         while not found():
             running = any(process.poll() is None for process in self.processes)
-            assert time.monotonic() < deadline and (running or found()), self.directory.output.read_text()
+            assert time.monotonic() < deadline and (running or found()), self.said()
             time.sleep(0.02)
 
-    def wait(self, seconds: float = 240.0) -> tuple[str, str]:
-        """Wait for the programs; the word and the reason of the verdict."""
+    def ended(self, seconds: float = 300.0) -> Verdict | None:
+        """Wait for the programs; the verdict of this attempt."""
         deadline = time.monotonic() + seconds
         try:
             for process in self.processes:
                 process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            raise AssertionError(self.directory.output.read_text()) from None
-        verdict = self.directory.read_verdict(self.attempt)
-        assert verdict is not None, self.directory.output.read_text()
-        return verdict.word, verdict.reason
+            raise AssertionError(self.said()) from None
+        return self.directory.read_verdict(self.attempt)
 
     def step(self) -> int:
         """The last step in the metrics."""
@@ -133,22 +131,13 @@ class Job:
     def _ranks(agent: psutil.Process) -> list[psutil.Process]:
         return [child for child in agent.children() if MODULE + "rank" in " ".join(child.cmdline())]
 
+    def said(self) -> str:
+        """The job's output, to show where a test fails."""
+        return self.directory.output.read_text()
+
     def kill(self) -> None:
         """End everything that was started."""
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-
-
-def jobs(folder: Path) -> Iterator[Callable[..., Job]]:
-    """Makes jobs, and ends what is left of them."""
-    made: list[Job] = []
-
-    def make(*arguments: str, **options: str) -> Job:
-        made.append(Job(folder, *arguments, **options))
-        return made[-1]
-
-    yield make
-    for job in made:
-        job.kill()

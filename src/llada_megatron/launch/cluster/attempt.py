@@ -78,7 +78,7 @@ class Attempt:
         while not self.store.check(everyone):
             if self.node.first and self.stop.asked:
                 return self._asked_verdict()
-            if time.monotonic() > deadline:
+            if self.node.first and time.monotonic() > deadline:
                 names = self.node.names()
                 missing = ", ".join(names[i] for i, key in enumerate(everyone) if not self.store.check([key]))
                 return Verdict("requeue", f"no agent on {missing} within {self.cluster.rendezvous_timeout_s} s")
@@ -87,8 +87,10 @@ class Attempt:
         return None
 
     def _one_start(self, folder: Path) -> Verdict | None:
-        """Start the ranks on all nodes and wait for their end; None = once more. Never returns a verdict elsewhere
-        than on the first node: the others learn of it by the closed rendezvous."""
+        """Start the ranks on all nodes and wait for their end; None = once more.
+
+        Only the first node has a verdict: the others learn of it by the closed rendezvous.
+        """
         before = self.meeting.nodes
         self.ranks.meet()
         start, verdict = self._may_start(before)
@@ -107,11 +109,11 @@ class Attempt:
         board = self.meeting.board
         if not self.node.first:
             return board.get("go") == b"yes", None
-        verdict = self._obstacle([name for name in before if name not in self.meeting.nodes])
+        verdict = self._obstacle([name for name in before if name not in self.meeting.nodes], not before)
         board.set("go", "no" if verdict else "yes")
         return verdict is None, verdict
 
-    def _obstacle(self, gone: list[str]) -> Verdict | None:
+    def _obstacle(self, gone: list[str], first: bool) -> Verdict | None:
         """On the first node: why no ranks are started now; None, and a word on where they start, where they are."""
         nodes, ranks = self.meeting.nodes, len(self.meeting.nodes) * self.cluster.ranks_per_node
         if gone:
@@ -121,6 +123,9 @@ class Attempt:
         if len(nodes) not in self.counts:
             return Verdict("requeue", f"without {', '.join(gone)} the run does not fit the nodes that are left")
         checkpoint = self._newest()
+        barren = decisions.barren_attempts(self.node.job.events(), self.node.attempt, checkpoint)
+        if first and barren >= max(1, self.cluster.max_restarts):  # they were killed before they could say so
+            return Verdict("failed", f"{barren} attempts in a row ended without a newer checkpoint; see their faults")
         at = "from the beginning" if checkpoint is None else f"from step {checkpoint}"
         without = f", without {', '.join(gone)}" if gone else ""
         self.node.say(f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {', '.join(nodes)} start {at}{without}")

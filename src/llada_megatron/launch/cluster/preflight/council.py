@@ -41,13 +41,13 @@ class Council:
 
     def hold(self, mine: NodeFacts) -> None:
         """Hear all nodes; print a line for each; write a verdict where the job cannot train on them."""
-        began = time.monotonic()
         try:
             verdict = self._hear(mine)
         finally:
             self._dismiss()
         faults = verdict.reason if verdict else None
-        self._node.event("preflight", ok=verdict is None, faults=faults, seconds=round(time.monotonic() - began, 1))
+        spent = self._cluster.preflight.timeout_s - (self._deadline - time.monotonic())
+        self._node.event("preflight", ok=verdict is None, faults=faults, seconds=round(spent, 1))
         if verdict is not None:
             self._node.say(f"{verdict.word}{' ' if verdict.nodes else ''}{', '.join(verdict.nodes)}: {verdict.reason}")
             self._node.job.write_verdict(self._node.attempt, verdict)

@@ -116,10 +116,12 @@ def unreachable(size: int, failed_pairs: Sequence[tuple[int, int]], pairs: Seque
 
 
 def pairs_of(size: int) -> list[list[tuple[int, int]]]:
-    """Two rounds of pairs, in which every node meets two others (as far as there are)."""
-    first = [(node, node + 1) for node in range(0, size - 1, 2)]
-    second = [(node, (node + 1) % size) for node in range(1, size if size % 2 == 0 else size - 1, 2)]
-    return [first, second] if size > 2 else []
+    """Rounds of pairs, in which every one of at least three nodes meets its two neighbours in a ring."""
+    if size < 3:
+        return []
+    ring = [(node, (node + 1) % size) for node in range(size)]
+    rounds = [ring[0 : size - size % 2 : 2], ring[1::2] if size % 2 == 0 else ring[1 : size - 1 : 2]]
+    return [*rounds, [ring[-1]]] if size % 2 else rounds
 
 
 def describe(facts: NodeFacts, skew_s: float) -> str:
@@ -130,4 +132,4 @@ def describe(facts: NodeFacts, skew_s: float) -> str:
     else:
         devices = f"{len(facts.gpus)} GPUs" if facts.cpu is None else f"CPU, {facts.cpu['tflops']:g} TFLOP/s"
     disks = ", ".join(f"{disk.free_gb:.0f} GB free in {disk.path}" for disk in facts.disks)
-    return f"{facts.node}: {devices}; {facts.memory_gb:.0f} GB of memory free; {disks}; clock {skew_s:+.1f} s"
+    return f"node {facts.node}: {devices}; {facts.memory_gb:.0f} GB of memory free; {disks}; clock {skew_s:+.1f} s"

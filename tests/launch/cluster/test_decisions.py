@@ -1,0 +1,86 @@
+"""What follows from how the ranks ended."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llada_megatron.launch.cluster.decisions import (
+    Fault,
+    Situation,
+    after_end,
+    after_faults,
+    barren_attempts,
+    cause,
+    faults_of_exits,
+)
+from llada_megatron.launch.cluster.node import expand_nodes
+from llada_megatron.launch.cluster.resize import node_counts, resized
+from llada_megatron.launch.reports import Failure
+from llada_megatron.llada_moe.config import load_run
+from llada_megatron.llada_moe.errors import ConfigError, DataError
+
+SITUATION = Situation(max_restarts=2, nodes=2, fits=True, barren=1, asked=False, stop_file=False)
+KILLED = Fault("killed", "n1", 3, "was killed", 10.0)
+
+
+def word(faults, **changes):
+    verdict = after_faults(faults, replace(SITUATION, **changes))
+    return verdict and (verdict.word, verdict.nodes)
+
+
+def test_a_killed_rank_is_the_cause_of_the_errors_of_the_others():
+    told = [Failure.of(0, RuntimeError("connection closed by peer")), Failure.of(1, DataError("empty"))]
+    faults = faults_of_exits("n0", {0: 1, 1: 1, 2: -9, 3: -6, 4: 0, 5: 3}, told, Path("logs"), 10.0)
+    assert [fault.kind for fault in faults] == ["error", "user", "killed", "error", "error"]
+    assert cause(faults).rank == 2
+    assert cause([fault for fault in faults if fault.rank != 2]).kind == "user"
+    assert "logs/rank-5.log" in faults[-1].what
+
+
+def test_faults_restart_then_name_the_node_then_give_up():
+    assert word([KILLED]) is None
+    assert word([KILLED] * 2) is None
+    assert word([KILLED] * 3) == ("exclude", ("n1",))
+    assert word([KILLED] * 3, nodes=1) == ("requeue", ())
+    assert word([KILLED, KILLED, replace(KILLED, node="n0")]) == ("requeue", ())
+    assert word([KILLED] * 3, barren=2) == ("failed", ())
+    assert word([KILLED], fits=False) == ("requeue", ())
+    assert word([replace(KILLED, kind="user")]) == ("failed", ())
+    assert word([KILLED], asked=True) == ("requeue", ())
+    assert word([KILLED], asked=True, stop_file=True) == ("stopped", ())
+
+
+@pytest.mark.parametrize(
+    ("steps", "stop_file", "expected"), [(9, True, "done"), (4, True, "stopped"), (4, False, "requeue")]
+)
+def test_a_good_end(steps, stop_file, expected):
+    assert after_end(steps, 9, stop_file).word == expected
+
+
+def test_attempts_without_progress_are_counted_back_from_the_last():
+    def start(attempt, checkpoint):
+        return {"event": "start", "attempt": attempt, "checkpoint": checkpoint}
+
+    events = [start(0, None), start(1, 5), start(2, 5), start(2, 8), start(3, 5), start(4, 5)]
+    assert barren_attempts(events, 4, 5) == 4
+    assert barren_attempts(events, 4, 9) == 0
+    asked = {"event": "end", "attempt": 3, "asked": True}
+    assert barren_attempts([*events, asked], 4, 5) == 3
+
+
+def test_a_run_goes_on_with_the_node_counts_that_its_batch_allows(tmp_path):
+    text = "model: tiny-moe-softmax\ntraining: {steps: 3, sequence_length: 32, global_batch_size: 8}\n"
+    text += "data: {sets: [{path: corpus}]}\nlayout: {data_parallel: 4, pipeline_parallel: 2}\noutput_dir: out\n"
+    text += "optimizer: {learning_rate: {peak: 1e-3}}\n"
+    (tmp_path / "run.yaml").write_text(text)
+    run = load_run(tmp_path / "run.yaml")
+    assert resized(run, 4).layout.data_parallel == 2
+    assert node_counts(run, 2, 4) == [1, 2, 4]
+    with pytest.raises(ConfigError, match="do not divide 3"):
+        resized(run, 3)
+
+
+def test_slurms_list_of_nodes():
+    assert expand_nodes("n[01-03,7]x,m") == ["n01x", "n02x", "n03x", "n7x", "m"]
+    assert expand_nodes("a[1-2]b[3-4]") == ["a1b3", "a1b4", "a2b3", "a2b4"]

@@ -1,0 +1,136 @@
+"""The preflight: a bad node is named and left out, what ails all nodes alike ends the job, and all is well else."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from llada_megatron.launch.cluster.config import ClusterConfig, PreflightConfig
+from llada_megatron.launch.cluster.job import JobDirectory, Verdict
+from llada_megatron.launch.cluster.node import Node
+from llada_megatron.launch.cluster.preflight.facts import Disk, NodeFacts
+from llada_megatron.launch.cluster.preflight.judgement import differences, findings, judge, pairs_of, unreachable
+from tests.launch.cluster.agents import Job
+
+GPU = {"name": "H", "free_gb": 79.0, "total_gb": 80.0, "exact": True, "tflops": 600.0}
+CLUSTER = ClusterConfig(ranks_per_node=2, gpus_per_node=2, preflight=PreflightConfig(min_matmul_tflops=500))
+WELL = NodeFacts("n0", 100.0, [Disk("out", 50.0, None)], {"torch": "2.13.0"}, gpus=[GPU, GPU])
+
+
+def texts(facts: NodeFacts, skew_s: float = 0.0) -> list[str]:
+    return [finding.text for finding in findings(facts, skew_s, CLUSTER)]
+
+
+def test_each_fault_is_named_with_what_was_expected():
+    assert texts(WELL) == []
+    assert texts(replace(WELL, gpus=[GPU])) == ["1 GPUs, expected 2 (gpus_per_node of the cluster file)"]
+    assert "GPU 1 computes a wrong matrix product" in texts(replace(WELL, gpus=[GPU, GPU | {"exact": False}]))
+    assert (
+        "reaches 90 TFLOP/s in a matrix product, expected 500"
+        in texts(replace(WELL, gpus=[GPU, GPU | {"tflops": 90}]))[0]
+    )
+    assert "12.0 of 80.0 GB free: another process" in texts(replace(WELL, gpus=[GPU, GPU | {"free_gb": 12.0}]))[0]
+    assert texts(replace(WELL, disks=[Disk("out", 0.2, None)])) == ["0.20 GB free in out, expected 1"]
+    assert texts(replace(WELL, disks=[Disk("out", 0, "No space left on device")]))[0].endswith(
+        "No space left on device"
+    )
+    assert "-9.0 s from the first node's" in texts(WELL, -9.0)[0]
+    assert texts(replace(WELL, error="no answer within 9 s")) == ["no answer within 9 s"]
+
+
+def test_one_bad_node_is_left_out_but_not_all_of_them():
+    bad = findings(replace(WELL, node="n1", gpus=[GPU]), 0.0, CLUSTER)
+    everywhere = bad + findings(replace(WELL, gpus=[GPU]), 0.0, CLUSTER)
+    assert judge([], [], ["n0", "n1"]) is None
+    verdict = judge(bad, [], ["n0", "n1"])
+    assert verdict is not None and (verdict.word, verdict.nodes) == ("exclude", ("n1",))
+    assert judge(everywhere, [], ["n0", "n1"]).word == "failed"
+    differ = differences([WELL, replace(WELL, node="n1", versions={"torch": "2.12.0"})])
+    assert differ == ["torch: 2.13.0 on n0; 2.12.0 on n1"]
+    assert judge(bad, differ, ["n0", "n1"]).word == "failed"
+
+
+@pytest.mark.parametrize("size", [3, 4, 5, 8])
+def test_pairs_name_the_node_that_reaches_nobody(size):
+    pairs = [pair for groups in pairs_of(size) for pair in groups]
+    for bad in range(size):
+        failed = [pair for pair in pairs if bad in pair]
+        assert bad in unreachable(size, failed, pairs)
+    assert unreachable(size, pairs, pairs) == []
+
+
+class FakeWorker:
+    """All-reduces with node 2 fail."""
+
+    def start(self, what: str, host: str, port: int, name: str, *rest: object) -> None:
+        self._fails = name in ("all-0", "pairs-1-1", "pairs-2-2")
+
+    def answer(self, limit_s: float) -> dict[str, object]:
+        return {"error": "RuntimeError: timed out"} if self._fails else {"seconds": {"gloo": 0.1}}
+
+
+def council(tmp_path, monkeypatch, nodes: int, there: range, timeout_s: int) -> Verdict | None:
+    """The verdict of a job of `nodes` nodes, those in `there` present, as threads of this process."""
+    from llada_megatron.launch.cluster.meeting import open_store
+    from llada_megatron.launch.cluster.preflight.council import Council, attend
+
+    monkeypatch.setenv("SLURM_STEP_NODELIST", f"n[0-{nodes - 1}]")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    job = JobDirectory(tmp_path)
+    cluster = replace(CLUSTER, preflight=PreflightConfig(timeout_s=timeout_s))
+
+    def take_part(index: int) -> None:
+        node = Node(job, "17", 0, index, nodes, f"n{index}", "127.0.0.1", port)
+        facts, store = replace(WELL, node=node.name), open_store(node, 30)
+        if node.first:
+            Council(node, cluster, store, FakeWorker(), time.monotonic() + timeout_s).hold(facts)
+        else:
+            attend(node, store, FakeWorker(), facts)
+
+    threads = [threading.Thread(target=take_part, args=(index,)) for index in there]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return job.read_verdict(0)
+
+
+def test_a_silent_node_and_one_without_a_network_are_left_out(tmp_path, monkeypatch):
+    (tmp_path / "silent").mkdir()
+    (tmp_path / "network").mkdir()
+    silent = council(tmp_path / "silent", monkeypatch, 3, range(2), 2)
+    assert silent is not None and (silent.word, silent.nodes) == ("exclude", ("n2",))
+    assert "no answer within 2 s" in silent.reason
+    network = council(tmp_path / "network", monkeypatch, 3, range(3), 20)
+    assert network is not None and (network.word, network.nodes) == ("exclude", ("n2",)), network
+    assert "timed out" in network.reason
+
+
+def test_two_real_nodes(tmp_path):
+    """All is well; then another node's configuration differs. The port is free again for the agents."""
+    from torch.distributed import TCPStore
+
+    well = Job(tmp_path, "well")
+    other = Job(tmp_path, "other", "training.seed=4")
+    try:
+        well.start("preflight")
+        assert well.ended() is None
+        assert [event["ok"] for event in well.events("preflight")] == [True], well.said()
+        assert "all-reduce over 2 nodes" in well.said()
+        assert sorted(path.name for path in well.directory.preflight(0).iterdir()) == ["n0.json", "n1.json"]
+        TCPStore("127.0.0.1", well.port, is_master=True, wait_for_workers=False)
+
+        well.start("preflight", nodes=(0,))
+        other.start("preflight", nodes=(1,), LLADA_RENDEZVOUS=f"127.0.0.1:{well.port}", LLADA_ATTEMPT="1")
+        verdict = well.ended()
+        assert verdict is not None and verdict.word == "failed", well.said()
+        assert "environments differ: run.yaml" in verdict.reason
+    finally:
+        well.kill()
+        other.kill()
