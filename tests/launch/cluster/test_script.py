@@ -11,6 +11,7 @@ import time
 import pytest
 
 from llada_megatron.launch.cluster.config import ClusterConfig, ContainerConfig
+from llada_megatron.launch.cluster.job import JobDirectory
 from llada_megatron.launch.cluster.script import render
 
 CLUSTER = ClusterConfig(ranks_per_node=2, time="0-02:00:00", max_requeues=2)
@@ -159,6 +160,7 @@ def test_without_a_verdict_a_job_goes_on_only_where_something_had_started(script
     noted = 'mkdir "$LLADA_JOB/events"; echo \'{"time": 1, "attempt": 1, "node": "n1"}\' > $LLADA_JOB/events/n1.jsonl'
     assert script.run(AGENT=noted.replace("$LLADA_JOB/events/n1", '"$LLADA_JOB"/events/n1')) == (1, [])  # of attempt 1
     assert script.run(attempt=1) == (0, REQUEUE)
+    assert JobDirectory(script.job).newest_attempt() == 1
 
 
 def test_killed_again_and_again_without_a_newer_checkpoint_ends_the_job(script):

@@ -25,6 +25,11 @@ def submitted(output_dir, job_id=7, name="20260101-000000"):
     return records.SubmittedJob(job, record)
 
 
+def begin(job, attempt):
+    """What the script does first."""
+    (job.directory.path / "attempt").write_text(f"{attempt}\n")
+
+
 def queued(state, reason="None", nodes="n[1-2]"):
     return QueuedJob(7, state, reason, nodes, "1:00:00")
 
@@ -41,6 +46,8 @@ def test_a_running_job_shows_the_newest_step_and_the_time_left(job, tmp_path):
     ]
     (tmp_path / "demo" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     job.directory.add_event(0, "n1", "start", checkpoint=0)
+    begin(job, 1)
+    assert status(job, queued("RUNNING"), slurm=True).note == "checking the nodes"
     job.directory.add_event(1, "n1", "start", checkpoint=20, nodes=["n1", "n2"])
     job.directory.add_event(1, "n1", "restart", reason="rank 3 on n2 was killed")
     job.directory.add_event(1, "n1", "start", checkpoint=20, nodes=["n1"])
@@ -72,6 +79,7 @@ def test_each_stage_has_its_words(job):
 @pytest.mark.parametrize("known", [None, queued("COMPLETED"), queued("COMPLETING")])
 @pytest.mark.parametrize("slurm", [True, False])
 def test_a_final_verdict_needs_no_slurm(job, known, slurm):
+    begin(job, 1)
     job.directory.write_verdict(1, Verdict("failed", "rank 2: no space"))
     found = status(job, known, slurm)
     assert (found.state, found.note, found.live) == ("failed", "rank 2: no space", False)

@@ -39,6 +39,7 @@ def stop(job, state, *options):
 
 def test_a_running_job_is_asked_to_save_and_waited_for(job, capsys):
     job.write_verdict(0, Verdict("requeue", "node lost"))
+    (job.path / "attempt").write_text("1\n")
     job.write_verdict(1, Verdict("stopped", "stopped as asked, after step 9"))
     assert stop(job, "RUNNING") == (0, ["--batch --signal=USR1 7"])
     assert job.stop.exists()

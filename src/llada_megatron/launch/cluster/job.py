@@ -7,6 +7,7 @@
     preflight-ATTEMPT/NODE.json   what each node said of itself
     verdict-ATTEMPT            how an attempt ended; its first word is what the script acts on
     stop                       there when the job is to save, end and stay away
+    attempt                    number of the newest attempt
     silent                     a line for each attempt whose processes were all killed before they could say a word
 
 An attempt is one allocation: 0, then one more for each requeue (SLURM_RESTART_COUNT).
@@ -72,6 +73,13 @@ class JobDirectory:
     def stop(self) -> Path:
         """Exists when the job is to save, end and not come back."""
         return self.path / "stop"
+
+    def newest_attempt(self) -> int:
+        """Number of the attempt that began last; 0 before the first."""
+        try:
+            return int((self.path / "attempt").read_text("ascii"))
+        except (FileNotFoundError, ValueError):  # being written
+            return 0
 
     def preflight(self, attempt: int) -> Path:
         """Folder of what each node said of itself."""

@@ -46,7 +46,7 @@ def status(job: SubmittedJob, queued: QueuedJob | None, slurm: bool, newest: boo
     later job of the same run; else the run's metrics say nothing about this one.
     """
     record, events = job.record, job.directory.events()
-    attempt = _last_attempt(job, events)
+    attempt = job.directory.newest_attempt()
     verdict = job.directory.read_verdict(attempt)
     final = verdict is not None and verdict.word in FINAL  # also while SLURM is still clearing up
     live = queued is not None and queued.is_live and not final
@@ -87,13 +87,6 @@ def statuses(jobs: list[SubmittedJob], queue: Mapping[int, QueuedJob] | None) ->
         is_newest = newest[job.record.output_dir] == job.directory.path
         found.append(status(job, known.get(job.record.job_id), queue is not None, is_newest))
     return found
-
-
-def _last_attempt(job: SubmittedJob, events: list[dict[str, Any]]) -> int:
-    """Number of the newest attempt that left a trace."""
-    noted = [line["attempt"] for line in events]
-    numbers = [path.name.rpartition("-")[2] for path in job.directory.path.glob("verdict-*")]
-    return max([0, *noted, *(int(number) for number in numbers if number.isdecimal())])
 
 
 def _live(
