@@ -12,6 +12,7 @@ from llada_megatron.launch import rank
 from llada_megatron.launch.processes import StopRequest
 from llada_megatron.llada_moe.config.schema import LayoutConfig
 from llada_megatron.llada_moe.errors import DataError
+from llada_megatron.parallel.heartbeat import Heartbeat
 from llada_megatron.parallel.lifetime import die_with_parent
 
 LAYOUT = LayoutConfig(data_parallel=2)
@@ -31,6 +32,12 @@ def work(stop: StopRequest) -> dict:
     if behaviour == "fail-alone" and me == 0:  # the other rank waits and is ended by the agent
         raise ValueError("only the first")
     if behaviour == "fail-alone":
+        time.sleep(600)
+    if behaviour == "hang":  # after some steps the second rank stays one behind the first
+        heart = Heartbeat.of_rank(me)
+        for step in range(6 - me):
+            heart.beat(step, "step")
+            time.sleep(0.4)
         time.sleep(600)
     if behaviour == "user-error":
         raise DataError("the corpus is empty; give it text")

@@ -16,12 +16,13 @@ LAUNCH = """
 import sys
 from pathlib import Path
 from llada_megatron.launch.local import Stopped, run_local
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config.schema import LayoutConfig, RecoveryConfig
 from llada_megatron.llada_moe.errors import LladaError
 
 behaviour, directory = sys.argv[2], Path(sys.argv[3])
+layout, limits = LayoutConfig(data_parallel=2), RecoveryConfig(hang_minimum_s=2, hang_factor=3)
 try:
-    print(run_local([sys.executable, *sys.argv[1:]], LayoutConfig(data_parallel=2), directory / "logs"))
+    print(run_local([sys.executable, *sys.argv[1:]], layout, directory / "logs", limits=limits))
 except LladaError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 except Stopped as stopped:
@@ -109,6 +110,17 @@ def test_a_killed_rank_is_named_rather_than_its_victims(launch, tmp_path):
     _, err = process.communicate(timeout=90)
     assert process.returncode == 1
     assert "rank 1 (dp 1, pp 0, tp 0, cp 0, ep 0) was killed by SIGKILL (out of memory?)" in err
+    _assert_gone(_pids(tmp_path))
+
+
+def test_ranks_that_hang_are_named_and_ended_with_their_stacks_in_the_logs(launch, tmp_path):
+    process = launch("hang")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "the run hangs, so its ranks were ended. rank 1 (dp 1, pp 0, tp 0, cp 0, ep 0): " in err
+    assert "(step, 4 steps done), its process is sleeping" in err
+    for rank in range(2):
+        assert "in work" in (tmp_path / f"logs/rank-{rank}.log").read_text()
     _assert_gone(_pids(tmp_path))
 
 

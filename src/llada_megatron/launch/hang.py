@@ -23,7 +23,7 @@ _REMEMBERED = 128
 
 @dataclass(frozen=True)
 class Stuck:
-    """A rank that has given no sign of life for longer than its phase may take."""
+    """Where a rank was when it last gave a sign of life."""
 
     rank: int
     step: int
@@ -58,6 +58,13 @@ class HangWatch:
         newest = max((beat.at for beat in beats.values()), default=self._began)
         if now - newest <= self._limit(beats.values()):
             return []
+        return self._standing(beats, now)
+
+    def standing(self, now: float) -> list[Stuck]:
+        """Where all ranks are, however long; for when another machine has found that they hang."""
+        return self._standing(read_beats(self._folder), now)
+
+    def _standing(self, beats: Mapping[int, Beat], now: float) -> list[Stuck]:
         nothing = Beat(0, "start", self._began)
         found = {rank: beats.get(rank, nothing) for rank in sorted({*self._ranks, *beats})}
         return [Stuck(rank, beat.step, beat.phase, now - beat.at) for rank, beat in found.items()]

@@ -83,7 +83,7 @@ class Job:
                 )
             self.processes.append(process)
 
-    def until(self, found: Callable[[], object], seconds: float = 180.0) -> None:
+    def until(self, found: Callable[[], object], seconds: float = 400.0) -> None:
         """Wait until `found`; fail with the job's output when it is not in time, or the programs have ended."""
         deadline = time.monotonic() + seconds
         while not found():
@@ -91,7 +91,7 @@ class Job:
             assert time.monotonic() < deadline and (running or found()), self.said()
             time.sleep(0.02)
 
-    def ended(self, seconds: float = 300.0) -> Verdict | None:
+    def ended(self, seconds: float = 600.0) -> Verdict | None:
         """Wait for the programs; the verdict of this attempt."""
         deadline = time.monotonic() + seconds
         try:

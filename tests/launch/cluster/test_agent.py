@@ -13,6 +13,7 @@ import torch
 from tests.launch.cluster.agents import STEPS, Job, prepare
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.timeout(900)
 HANGS_SOON = ("recovery.hang_minimum_s=5", "recovery.hang_factor=3")
 
 

@@ -112,6 +112,7 @@ def test_a_silent_node_and_one_without_a_network_are_left_out(tmp_path, monkeypa
     assert "timed out" in network.reason
 
 
+@pytest.mark.timeout(900)
 def test_two_real_nodes(tmp_path):
     """All is well; then another node's configuration differs. The port is free again for the agents."""
     from torch.distributed import TCPStore

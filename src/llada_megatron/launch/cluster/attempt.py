@@ -44,7 +44,8 @@ class Attempt:
         self.node, self.run, self.cluster, self.stop = node, run, cluster, stop
         self.counts = node_counts(run, cluster.ranks_per_node, node.count)
         self.faults: list[decisions.Fault] = []
-        self.checkpoint_of_faults = self._newest()
+        self.last_checkpoint = self._newest()  # when a fault was last counted
+        self.asked = False
         if not self.counts:
             raise ConfigError(
                 f"no number of nodes up to {node.count} fits the run's layout with {cluster.ranks_per_node} ranks each"
@@ -155,29 +156,30 @@ class Attempt:
     def _decide(self, files: StartFolder) -> Verdict | None:
         """On the first node: what follows from the reports of all nodes."""
         reports, lost = gather_reports(self.meeting, _GATHER_S)
-        asked = self.stop.asked or any(report.asked for report in reports)
+        self.asked = self.asked or self.stop.asked or any(report.asked for report in reports)
         if all(report.finished for report in reports) and not lost:
             steps = int(read_result(files.reports).get("steps", 0))
             return decisions.after_end(steps, self.run.training.steps, self.node.job.stop.exists())
         found = [fault for report in reports for fault in report.faults]
         found += [decisions.Fault("lost", name, None, "no longer answers", time.time()) for name in lost]
         newest = self._newest()
-        if newest != self.checkpoint_of_faults:
-            self.faults, self.checkpoint_of_faults = [], newest
+        if newest is not None and (self.last_checkpoint is None or newest > self.last_checkpoint):
+            self.faults = []
+        self.last_checkpoint = newest
         self.faults.append(decisions.cause(found or [_unexplained(self.node)]))
-        verdict = decisions.after_faults(self.faults, self._situation(newest, lost, asked))
+        verdict = decisions.after_faults(self.faults, self._situation(newest, lost))
         if verdict is None:
             self._announce_restart(newest)
         return verdict
 
-    def _situation(self, newest: int | None, lost: list[str], asked: bool) -> decisions.Situation:
+    def _situation(self, newest: int | None, lost: list[str]) -> decisions.Situation:
         left = len(self.meeting.nodes) - len(lost)
         return decisions.Situation(
             max_restarts=self.cluster.max_restarts,
             nodes=self.node.count,
             fits=not lost or (self.cluster.lost_node == "shrink" and left in self.counts),
             barren=decisions.barren_attempts(self.node.job.events(), self.node.attempt, newest),
-            asked=asked,
+            asked=self.asked,
             stop_file=self.node.job.stop.exists(),
         )
 
@@ -188,7 +190,7 @@ class Attempt:
 
     def _end(self, verdict: Verdict) -> None:
         """On the first node: say how the attempt ended, and let the others go before the store goes."""
-        asked = self.stop.asked or verdict.word == "stopped"
+        asked = self.asked or self.stop.asked
         self.node.job.write_verdict(self.node.attempt, verdict)
         self.node.event("end", word=verdict.word, reason=verdict.reason, asked=asked)
         self.node.say(f"{verdict.word}: {verdict.reason}")

@@ -100,24 +100,28 @@ class Watch:
 
     def _hung(self, stuck: Sequence[Stuck]) -> NodeReport:
         self._board.set(_OVER, "hang")
-        seen = self._stacks()
-        self._node.event("hang", ranks=[each.rank for each in stuck])
-        return self._report(False, [self._hang_fault(each, seen[each.rank]) for each in suspects(stuck, seen)])
-
-    def _hang_fault(self, stuck: Stuck, state: str) -> Fault:
-        if state == psutil.STATUS_STOPPED:
-            return Fault("stopped", self._node.name, stuck.rank, f"hangs: {stuck}, its process is stopped", time.time())
-        what = f"hangs: {stuck}, its process is {state}; its stacks: {log_path(self._logs, stuck.rank)}"
-        return Fault("hang", self._node.name, stuck.rank, what, time.time())
+        return self._report(False, self._hang_faults(stuck))
 
     def _over_elsewhere(self, finished: bool) -> NodeReport:
         word = self._board.get(_OVER).decode()
         faults = self._faults()
-        if word == "hang":
-            now, text = time.time(), "is stopped, and all others wait for it"
-            stopped = [rank for rank, state in self._stacks().items() if state == psutil.STATUS_STOPPED]
-            faults += [Fault("stopped", self._node.name, rank, text, now) for rank in stopped]
+        if word == "hang" and not finished:
+            faults += self._hang_faults(self._hang.standing(time.monotonic()))
         return self._report(finished and word == "end", faults)
+
+    def _hang_faults(self, stuck: Sequence[Stuck]) -> list[Fault]:
+        """Have the ranks write their stacks, and name those here that the others may wait for."""
+        seen = self._stacks()
+        self._node.event("hang", ranks=[each.rank for each in stuck])
+        return [self._hang_fault(each, seen.get(each.rank, "gone")) for each in suspects(stuck, seen)]
+
+    def _hang_fault(self, stuck: Stuck, state: str) -> Fault:
+        silent_since = time.time() - stuck.seconds  # the rank that fell silent first is the cause, on whatever node
+        what = f"hangs: {stuck}, its process is {state}"
+        if state == psutil.STATUS_STOPPED:
+            return Fault("stopped", self._node.name, stuck.rank, what, silent_since)
+        what += f"; its stacks: {log_path(self._logs, stuck.rank)}"
+        return Fault("hang", self._node.name, stuck.rank, what, silent_since)
 
     def _stacks(self) -> dict[int, str]:
         """Have the ranks here write their stacks; what the system says of their processes meanwhile."""

@@ -1,0 +1,48 @@
+"""When ranks count as hung: by the median of their steps, and by a wider limit for what is not a step."""
+
+import time
+
+from llada_megatron.launch.hang import HangWatch, Stuck, suspects
+from llada_megatron.llada_moe.config.schema import RecoveryConfig
+from llada_megatron.parallel import heartbeat
+from llada_megatron.parallel.heartbeat import Heartbeat, beat_path
+
+LIMITS = RecoveryConfig(hang_factor=10.0, hang_minimum_s=5.0, hang_other_s=60.0)
+
+
+def test_limits_follow_the_median_step(tmp_path, monkeypatch):
+    clock = [time.monotonic()]
+    monkeypatch.setattr(heartbeat.time, "monotonic_ns", lambda: int(clock[0] * 1e9))
+    watch = HangWatch(tmp_path, LIMITS, range(2))
+    assert watch.hung(clock[0] + 59) == []
+    assert [(each.rank, each.phase) for each in watch.hung(clock[0] + 61)] == [(0, "start"), (1, "start")]
+    hearts = [Heartbeat(beat_path(tmp_path, rank)) for rank in range(2)]
+
+    def beat(step: int, phase: str = "step", ranks: tuple[int, ...] = (0, 1)) -> None:
+        for rank in ranks:
+            hearts[rank].beat(step, phase)
+        assert watch.hung(clock[0]) == []
+
+    beat(300, "start")
+    clock[0] += 20
+    beat(300)
+    assert watch.steps == 0
+    clock[0] += 40  # the first step is slow, and no median yet
+    for step, seconds in [(301, 2), (302, 2), (303, 2)]:
+        beat(step)
+        clock[0] += seconds
+    beat(304, ranks=(0,))
+    assert watch.steps == 4
+    assert watch.hung(clock[0] + 19) == []  # 10 x the median of 2 s
+    stuck = watch.hung(clock[0] + 21)
+    assert [(each.rank, each.step) for each in stuck] == [(0, 304), (1, 303)]
+    assert [each.rank for each in suspects(stuck, {})] == [1]
+    beat(304, "save")
+    assert watch.hung(clock[0] + 59) == []
+    assert len(watch.hung(clock[0] + 61)) == 2
+
+
+def test_a_stopped_process_is_the_suspect():
+    stuck = [Stuck(0, 7, "step", 9.0), Stuck(1, 7, "step", 9.0)]
+    assert suspects(stuck, {0: "sleeping", 1: "stopped"}) == [stuck[1]]
+    assert suspects(stuck, {}) == stuck
