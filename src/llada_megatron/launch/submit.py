@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Submit; returns the exit code."""
     from llada_megatron.launch.cluster import fit, records
     from llada_megatron.launch.cluster.config import load_cluster
+    from llada_megatron.launch.cluster.resize import node_counts
     from llada_megatron.launch.cluster.script import render
     from llada_megatron.llada_moe.config import load_run
 
@@ -52,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
     for warning in fit.layout_warnings(run, cluster):
         message(f"warning: {warning}")
     job = records.new_directory(Path(run.output_dir))
-    script = render(cluster, nodes, job.path, Path(run.output_dir).name, Path.cwd())
+    smaller = node_counts(run, cluster.ranks_per_node, nodes)
+    script = render(cluster, nodes, job.path, Path(run.output_dir).name, Path.cwd(), smaller)
     if args.dry_run:
         return _show(script, run, cluster, nodes, args)
     record = records.Record(

@@ -19,10 +19,11 @@ CLUSTER = ClusterConfig(ranks_per_node=2, time="0-02:00:00", max_requeues=2)
 PROGRAMS = {
     "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
     "scontrol": """
-if [ "$1" = show ]; then echo $HEAD; exit; fi
+if [ "$1" = show ]; then case $3 in "$SLURM_JOB_NODELIST") echo $HEAD ;; *) echo "$3" | tr , "\\n" ;; esac; exit; fi
 if [ -e "$LLADA_JOB/controller-away" ]; then rm "$LLADA_JOB/controller-away"; exit 1; fi
 echo "$@" >> "$LLADA_JOB/calls" """,
     "squeue": 'case "$*" in *%T*) echo $STATE ;; *%x*) echo "$EXCLUDED" ;; esac',
+    "sinfo": "for name in $PARTITION; do echo $name; done",
     "sleep": "exec /bin/sleep 0.05",
 }
 NODE = """
@@ -46,6 +47,8 @@ class Script:
             "SLURM_JOB_ID": "17",
             "SLURM_JOB_NODELIST": "n[1-2]",
             "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_PARTITION": "main",
+            "PARTITION": "n1 n2 n3 n4 n5 n6 n7 n8",
             "HEAD": "localhost",
             "STATE": "RUNNING",
             "EXCLUDED": "",
@@ -56,7 +59,7 @@ class Script:
     def start(self, cluster=CLUSTER, attempt=0, **environment):
         cluster = dataclasses.replace(cluster, python=str(self.folder / "bin" / "node-python"))
         path = self.folder / "job.sbatch"
-        path.write_text(render(cluster, 2, self.job, "demo", self.folder))
+        path.write_text(render(cluster, 2, self.job, "demo", self.folder, [1, 2]))
         restarts = {"SLURM_RESTART_COUNT": str(attempt)} if attempt else {}
         return subprocess.Popen(
             ["bash", str(path)],
@@ -100,7 +103,7 @@ def test_a_script_is_whole_bash_with_every_option_quoted(tmp_path):
         container=ContainerConfig(image="/i mages/x.sqsh", mounts=["/data:/data", "/runs:/runs"]),
         sbatch_options=["--comment=x"],
     )
-    text = render(cluster, 2, tmp_path / "100% mine", "demo", tmp_path)
+    text = render(cluster, 2, tmp_path / "100% mine", "demo", tmp_path, [2])
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     asked = [shlex.split(line)[1] for line in text.splitlines() if line.startswith("#SBATCH")]
     assert f"--output={tmp_path}/100%% mine/job.out" in asked  # % is special to sbatch
@@ -137,6 +140,27 @@ def test_a_script_is_whole_bash_with_every_option_quoted(tmp_path):
             0,
             ["requeuehold 17", "update JobId=17 ExcNodeList=n[7-8],n2,n4", "release 17"],
         ),
+        (says("requeue"), {"EXCLUDED": "n7"}, 0, REQUEUE),
+        # no spare node: on with the largest size that the layout fits, and back to the full one once it is there again
+        (
+            says("exclude n2"),
+            {"PARTITION": "n1 n2"},
+            0,
+            ["requeuehold 17", "update JobId=17 ExcNodeList=n2 NumNodes=1-1 NumTasks=1", "release 17"],
+        ),
+        (
+            says("requeue"),
+            {"PARTITION": "n1"},
+            0,
+            ["requeuehold 17", "update JobId=17 NumNodes=1-1 NumTasks=1", "release 17"],
+        ),
+        (
+            says("requeue"),
+            {"SLURM_JOB_NUM_NODES": "1"},
+            0,
+            ["requeuehold 17", "update JobId=17 NumNodes=2-2 NumTasks=2", "release 17"],
+        ),
+        (says("requeue"), {"PARTITION": ""}, 0, REQUEUE),
         ("touch \"$LLADA_JOB/stop\"; " + says("requeue"), {}, 0, []),
     ],
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,13 @@ if TYPE_CHECKING:
 TEMPLATE = "job.sbatch.j2"
 
 
-def render(cluster: ClusterConfig, nodes: int, job: Path, name: str, directory: Path) -> str:
+def render(
+    cluster: ClusterConfig, nodes: int, job: Path, name: str, directory: Path, node_counts: Sequence[int]
+) -> str:
     """The script that trains on `nodes` nodes.
 
     `job`: the job's directory, absolute. `name`: as squeue shows it. `directory`: what relative paths in the run are
-    relative to.
+    relative to. `node_counts`: the numbers of nodes, up to `nodes`, that the run's layout can be made smaller to.
     """
     import jinja2
 
@@ -39,6 +42,7 @@ def render(cluster: ClusterConfig, nodes: int, job: Path, name: str, directory: 
         setup=cluster.setup,
         srun=srun_options(cluster),
         requeue=cluster.requeue,
+        node_counts=sorted(node_counts, reverse=True) if cluster.lost_node == "shrink" else [],
         max_requeues=cluster.max_requeues,
         max_restarts=cluster.max_restarts,
         python=shlex.quote(python_of(cluster)),
