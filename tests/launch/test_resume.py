@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,62 @@ def test_killed_run_ends_in_the_same_bits(undisturbed, seed):
     expected, found = last_checkpoint(undisturbed / "undisturbed"), last_checkpoint(undisturbed / f"killed{seed}")
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def flip_a_byte(checkpoint: Path) -> None:
+    path = max(checkpoint.glob("*.distcp"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_off(checkpoint: Path) -> None:
+    os.truncate(checkpoint / ".metadata", 100)
+
+
+def lose_a_file(checkpoint: Path) -> None:
+    min(checkpoint.glob("*.distcp")).unlink()
+
+
+def lose_the_manifest(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").unlink()
+
+
+DAMAGE = {
+    12: (flip_a_byte, "SHA-256 differs"),
+    10: (cut_off, "has 100 bytes instead of"),
+    8: (lose_a_file, "is missing"),
+    6: (lose_the_manifest, "has no manifest.json"),
+}
+"""By the step of the checkpoint: what happens to it, and what is said of it."""
+
+
+def test_damaged_checkpoints_are_passed_over_for_the_newest_whole_one_here_or_in_the_copies(undisturbed):
+    run, copies = undisturbed / "damaged", undisturbed / "elsewhere"
+    options = ("output_dir=damaged", "checkpoint.interval=2", "checkpoint.keep_last=9", "checkpoint.copy_to=elsewhere")
+    first = llada("train", "run.yaml", *options, cwd=undisturbed)
+    assert first.returncode == 0, first.stderr
+    assert (copies / f"step-{STEPS:08d}/manifest.json").is_file()
+    shutil.rmtree(copies)
+    shutil.copytree(run / "checkpoints/step-00000006", copies / "step-00000006")
+    for step, (damage, _) in DAMAGE.items():
+        damage(run / f"checkpoints/step-{step:08d}")
+    resumed = llada("train", "run.yaml", *options, cwd=undisturbed)
+    assert resumed.returncode == 0, resumed.stderr
+    said = " ".join(resumed.stderr.split())
+    for _, message in DAMAGE.values():
+        assert message in said
+    assert "elsewhere/step-00000006 at step 6" in said
+    assert lines(run) == lines(undisturbed / "undisturbed")
+    expected, found = last_checkpoint(undisturbed / "undisturbed"), last_checkpoint(run)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_metrics_tell_what_each_save_took(undisturbed):
+    rows = [json.loads(line) for line in (undisturbed / "undisturbed/metrics.jsonl").read_text().splitlines()]
+    told = {row["step"]: row["checkpoint/seconds_lost"] for row in rows if "checkpoint/seconds_lost" in row}
+    assert list(told) == [INTERVAL + 1, 2 * INTERVAL + 1, 3 * INTERVAL + 1]
+    assert all(0 < seconds < 60 for seconds in told.values())
 
 
 def test_another_layout_continues_the_same_loss_curve(undisturbed):
