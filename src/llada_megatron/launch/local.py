@@ -9,7 +9,6 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from llada_megatron.launch.hang import HangWatch, states, suspects
+from llada_megatron.launch.local_hang import LocalHang
 from llada_megatron.launch.processes import PARENT_VARIABLE, available_cores
 from llada_megatron.launch.rank import describe, log_path
 from llada_megatron.launch.reports import REPORTS_VARIABLE, read_failures, read_result
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from llada_megatron.llada_moe.config.schema import LayoutConfig, RecoveryConfig
 
 _POLL_SECONDS = 0.1
-_STACKS_SECONDS = 2.0
-"""For the ranks to write their stacks."""
 
 
 class RankError(LladaError):
@@ -89,13 +86,13 @@ def run_local(
         }
         log_dir.mkdir(parents=True, exist_ok=True)
         with _environment(variables), _elastic_log(log_dir / "launcher.log"):
-            hang = _Hang(beats, limits, layout, log_dir) if limits else None
+            hang = LocalHang(beats, limits, layout, log_dir) if limits else None
             failures = _Agent(program, layout.world_size, Path(reports) / "elastic").run(signals, hang)
         if failures is None:
             return Outcome(read_result(Path(reports)), signals.first)
         _restore_cursor()
-        if hang is not None and hang.error is not None:
-            raise hang.error
+        if hang is not None and hang.found is not None:
+            raise RankError(hang.found)
         if signals.first is not None:
             raise Stopped(signals.first)
         raise _first_failure(Path(reports), failures, layout, log_dir)
@@ -145,47 +142,6 @@ class _Signals:
                     os.kill(rank.pid, signal.SIGINT)
 
 
-class _Hang:
-    """Ends ranks that no longer get anywhere, once their stacks are in their logs; `error` then says which."""
-
-    def __init__(self, folder: Path, limits: RecoveryConfig, layout: LayoutConfig, log_dir: Path) -> None:
-        self._watch = HangWatch(folder, limits, range(layout.world_size))
-        self._layout, self._log_dir = layout, log_dir
-        self.error: RankError | None = None
-
-    def look(self) -> None:
-        stuck = [] if self.error else self._watch.hung(time.monotonic())
-        if not stuck:
-            return
-        ranks = {rank: pid for rank, pid in map(_rank_of, psutil.Process().children()) if rank is not None}
-        for pid in ranks.values():
-            _signal_if_there(pid, signal.SIGUSR2)
-        time.sleep(_STACKS_SECONDS)
-        found = states(ranks)
-        which = "; ".join(
-            f"{locate(each.rank, self._layout)}: {each}, its process is {found.get(each.rank, 'gone')}"
-            for each in suspects(stuck, found)
-        )
-        self.error = RankError(f"the run hangs, so its ranks were ended. {which}. Stacks of all ranks: {self._log_dir}")
-        for pid in ranks.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-
-
-def _rank_of(process: psutil.Process) -> tuple[int | None, int]:
-    """Which rank a child of this process is (None: no rank), and its process id."""
-    try:
-        rank = process.environ().get("RANK")
-    except psutil.Error:
-        rank = None
-    return None if rank is None else int(rank), process.pid
-
-
-def _signal_if_there(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
 class _Agent:
     """Torch elastic's agent in a thread of its own, so that signals reach this program and not the agent."""
 
@@ -194,7 +150,7 @@ class _Agent:
         self._failures: Mapping[int, Any] | None = None
         self._error: BaseException | None = None
 
-    def run(self, signals: _Signals, hang: _Hang | None) -> Mapping[int, Any] | None:
+    def run(self, signals: _Signals, hang: LocalHang | None) -> Mapping[int, Any] | None:
         """Wait for all ranks; None when all ended well, else the exit of each failed rank."""
         thread = threading.Thread(target=self._launch, name="elastic", daemon=True)
         thread.start()

@@ -5,6 +5,7 @@
     job.out                    output of the script and the nodes, over all attempts
     events/NODE.jsonl          what happened, one line each; a file per node, since appending over NFS is not atomic
     preflight-ATTEMPT/NODE.json   what each node said of itself
+    agents/NODE.log            what torch elastic says on each node
     verdict-ATTEMPT            how an attempt ended; its first word is what the script acts on
     stop                       there when the job is to save, end and stay away
     attempt                    number of the newest attempt
