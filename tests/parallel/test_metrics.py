@@ -104,6 +104,25 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     assert [event.step for event in events] == list(range(1, 8))
 
 
+def test_steps_that_are_run_again_replace_what_was_written_of_them(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsWriter(tmp_path) as writer:
+        for first, last, loss in ((1, 5, 1.0), (3, 6, 2.0)):
+            if first > 1:
+                writer.go_back(first)
+                writer.write_text(first, "recovery", "went back to step 2")
+            for step in range(first, last + 1):
+                writer.write(step, {"loss": loss, "consumed_sequences": step})
+                writer.flush()
+    expected = [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0), (6, 2.0)]
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == expected
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == expected
+    (text,) = board.Tensors("recovery/text_summary")
+    assert (text.step, text.tensor_proto.string_val[0]) == (3, b"went back to step 2")
+
+
 def test_bits_per_byte_of_a_uniform_byte_model_is_eight():
     assert bits_per_byte(math.log(256), bytes_per_token=1) == pytest.approx(8)
     assert bits_per_byte(math.log(2) * 6, bytes_per_token=3) == pytest.approx(2)
