@@ -9,8 +9,6 @@ from llada_megatron.tools.bench import private_slurm
 from llada_megatron.tools.bench.faults.small_run import Workplace
 from llada_megatron.tools.bench.private_slurm import PrivateSlurm
 
-STEPS = 40
-
 
 def pytest_collection_modifyitems(items):
     """A fault takes a start of all ranks to recover from, on two cores that do everything."""
@@ -40,5 +38,5 @@ def place(slurm, tmp_path_factory) -> Workplace:
 
 @pytest.fixture(scope="session")
 def calm(place) -> Path:
-    """The run that nothing happened to, started with `llada train`: two ranks, 40 steps."""
+    """The run that nothing happened to, started with `llada train`: two ranks."""
     return place.train("output_dir=calm")

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from llada_megatron.tools.bench.faults import course, watching
+from llada_megatron.tools.bench.faults.small_run import INTERVAL
 from tests.slurm.checks import assert_same_to_the_last_bit, end_of, output_of, status_of
 
 
@@ -52,8 +53,7 @@ def job(place):
     ],
 )
 def test_training_goes_on_after(fault, queued_again, said, slurm, place, job):
-    began = watching.last_step(job.output_dir)
-    course.wait_alive(slurm, job, began + 6)  # training, and past a new checkpoint
+    course.wait_alive(slurm, job, max(INTERVAL, watching.last_step(job.output_dir)) + 2)  # it is training
     before, since, offset = status_of(place, job), time.time(), watching.output_size(job.directory)
     fault(slurm, job)
     whole = watching.newest_whole(job.output_dir)

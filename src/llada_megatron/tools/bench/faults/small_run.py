@@ -26,7 +26,7 @@ training: {{steps: 40, sequence_length: 128, global_batch_size: 16, precision: f
 objective: {{time_sampling: stratified}}
 data:
   sets: [{{path: corpus}}]
-optimizer: {{learning_rate: {{peak: 3e-3, warmup_steps: 5, decay_steps: 10}}}}
+optimizer: {{learning_rate: {{peak: 3e-4, warmup_steps: 5, decay_steps: 10}}}}
 layout: {{data_parallel: 2, expert_parallel: 2}}
 checkpoint: {{interval: {INTERVAL}, keep_last: 3}}
 recovery: {{hang_minimum_s: 10, hang_other_s: 60}}
