@@ -23,7 +23,7 @@ if [ "$1" = show ]; then case $3 in "$SLURM_JOB_NODELIST") echo $HEAD ;; *) echo
 if [ -e "$LLADA_JOB/controller-away" ]; then rm "$LLADA_JOB/controller-away"; exit 1; fi
 echo "$@" >> "$LLADA_JOB/calls" """,
     "squeue": 'case "$*" in *%T*) echo $STATE ;; *%x*) echo "$EXCLUDED" ;; esac',
-    "sinfo": "for name in $PARTITION; do echo $name; done",
+    "sinfo": "for name in $PARTITION; do echo idle $name; done; echo drng n90; echo 'alloc* n91'",
     "sleep": "exec /bin/sleep 0.05",
 }
 NODE = """
