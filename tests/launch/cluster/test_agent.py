@@ -14,7 +14,7 @@ from tests.launch.cluster.agents import STEPS, Job, prepare
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(900)
-HANGS_SOON = ("recovery.hang_minimum_s=5", "recovery.hang_factor=3")
+HANGS_SOON = ("recovery.hang_minimum_s=5", "recovery.hang_factor=3", "recovery.hang_other_s=120")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_killed_and_hung_ranks_leave_no_trace_in_the_result(make, undisturbed):
     job.until(lambda: job.step() >= 5)
     job.rank(1).kill()
     job.until(lambda: len(job.events("start")) == 3)
-    job.until(lambda: job.step() >= 12)
+    job.until(lambda: job.step() >= 13)  # in a step, not in the saving of step 12
     job.rank(1).suspend()
     verdict = job.ended()
     assert verdict is not None and verdict.word == "done", job.said()
