@@ -36,8 +36,8 @@ from tests.ranks import RankFailure, run_ranks
 
 STEPS, INTERVAL, ALWAYS = 8, 3, 99
 LAYOUTS = {
-    "EP2": ("tiny-moe", LayoutConfig(data_parallel=2, expert_parallel=2)),  # two optimizers, biases that move
-    "DP2": ("tiny-dense", LayoutConfig(data_parallel=2)),  # one optimizer
+    "EP2": ("tiny-moe", LayoutConfig(data_parallel=2, expert_parallel=2), "fp32"),  # two optimizers, moving biases
+    "DP2": ("tiny-dense", LayoutConfig(data_parallel=2), "bf16"),  # one optimizer, main weights of its own
 }
 DEFAULT = RecoveryConfig()
 BACK = RecoveryConfig(not_finite="rollback")
@@ -93,15 +93,16 @@ def make_run(tmp_path_factory):
     ids = {"mask_token_id": tokenizer.mask_id, "eos_token_id": tokenizer.eos_id}
 
     def make(name, layout="EP2", recovery=DEFAULT, steps=STEPS):
-        model = dataclasses.replace(load_model(LAYOUTS[layout][0]), vocab_size=tokenizer.vocab_size, **ids)
+        name_of_model, spread, precision = LAYOUTS[layout]
+        model = dataclasses.replace(load_model(name_of_model), vocab_size=tokenizer.vocab_size, **ids)
         if model.moe is not None:
             model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, expert_bias_update_rate=0.01))
         return RunConfig(
             model=model,
-            training=TrainingConfig(steps=steps, sequence_length=32, global_batch_size=4, precision="fp32", seed=3),
+            training=TrainingConfig(steps=steps, sequence_length=32, global_batch_size=4, precision=precision, seed=3),
             data=DataConfig(sets=[DataSetConfig(path=str(root / "set"))]),
             optimizer=OptimizerConfig(learning_rate=LearningRateConfig(peak=1e-3, warmup_steps=2)),
-            layout=LAYOUTS[layout][1],
+            layout=spread,
             checkpoint=CheckpointConfig(interval=INTERVAL, keep_last=2),
             logging=LoggingConfig(interval=2, tensorboard=False),
             recovery=recovery,
