@@ -72,7 +72,7 @@ class Script:
     def run(self, *arguments, **keywords):
         """Exit code, and the calls of scontrol that change something."""
         process = self.start(*arguments, **keywords)
-        self.output = process.communicate(timeout=60)[0]
+        self.output = process.communicate(timeout=120)[0]
         return process.returncode, self.lines("calls")
 
     def lines(self, name):
@@ -210,7 +210,7 @@ def test_a_signal_reaches_the_nodes_and_the_script_waits_for_them(script):
     for number, sent in enumerate((signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM)):
         wait_for(lambda: (script.job / "ready").exists() and len(script.lines("asked")) >= number)  # noqa: B023
         process.send_signal(sent)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=120)[0]
     assert (process.returncode, script.lines("calls")) == (0, REQUEUE), output
 
 
@@ -221,7 +221,7 @@ def test_a_job_asked_to_end_during_the_preflight_is_queued_again_without_trainin
     wait_for((script.job / "ready").exists)
     time.sleep(0.2)  # the trap is set after the file is there
     process.send_signal(signal.SIGUSR1)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=120)[0]
     assert (process.returncode, script.lines("calls")) == (0, REQUEUE), output
     assert len(script.lines("started")) == 1
 
@@ -248,7 +248,7 @@ def test_a_first_node_without_a_name_ends_the_job(script):
     assert script.lines("started") == []
 
 
-def wait_for(condition, limit_s=30.0):
+def wait_for(condition, limit_s=120.0):
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end
