@@ -1,4 +1,4 @@
-"""What SLURM's programs print, recorded from SLURM 22.05.8, becomes jobs and messages that say what to change."""
+"""What SLURM's programs print (22.05.8) becomes jobs and messages that say what to change."""
 
 import os
 import stat
