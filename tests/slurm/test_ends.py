@@ -11,19 +11,22 @@ from tests.slurm.checks import assert_same_to_the_last_bit, end_of, output_of, s
 
 
 def test_time_limit_saves_and_queues_the_job_again(slurm, place, calm):
-    """SLURM's own signal, one real minute: the ranks are held until it has come, since the run is too short for it."""
-    cluster = place.cluster("minute.yaml", time="1", signal_before_end_s=30)
-    job = place.submit("output_dir=minute", "recovery.hang_minimum_s=300", cluster=cluster)
+    """SLURM's own signal: the end is moved near, and the ranks are held until it comes, lest the run end before."""
+    cluster = place.cluster("limited.yaml", signal_before_end_s=45)
+    unwatched = ("recovery.hang_minimum_s=600", "recovery.hang_other_s=600")
+    job = place.submit("output_dir=limited", *unwatched, cluster=cluster)
     watching.wait_for_step(job.output_dir, 7)
     ranks = watching.ranks(slurm)
     for rank in ranks:
         rank.send_signal(signal.SIGSTOP)
     step, since = watching.last_step(job.output_dir), time.time()
+    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since + 50))
+    slurm.run("scontrol", "update", f"jobid={job.id}", f"EndTime={end}")  # SLURM looks every 30 s
     watching.wait_until(lambda: any(map(_is_asked, ranks)), "the signal before the end", 90)
     for rank in ranks:
         rank.send_signal(signal.SIGCONT)
     watching.wait_until(lambda: slurm.state(job.id) == "PENDING", "the job in the queue again")
-    slurm.run("scontrol", "update", f"jobid={job.id}", "TimeLimit=10")
+    slurm.run("scontrol", "update", f"jobid={job.id}", "TimeLimit=60")
     assert watching.newest_whole(job.output_dir) in (step, step + 1), "it saved the step that it was in"
     assert course.wait_for_start(slurm, job, since, 0) >= step
     assert end_of(slurm, job) == "COMPLETED", output_of(job)

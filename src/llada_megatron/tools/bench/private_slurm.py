@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -31,6 +32,7 @@ _PREFIX = "llada-slurm-"
 _OWNER = "owner"
 
 # cred_expire: a requeued job waits that long; 5 is the least that SLURM takes. MessageTimeout: a busy test machine.
+# FirstJobId: jobs choose ports by their ids, which would be the same in every SLURM of this machine.
 _CONFIGURATION = """\
 ClusterName=llada
 SlurmctldHost={host}(127.0.0.1)
@@ -62,6 +64,7 @@ SlurmdParameters=config_overrides
 JobRequeue=1
 ReturnToService=0
 MinJobAge=600
+FirstJobId={first_job}
 KillWait={kill_wait_s}
 UnkillableStepTimeout=10
 SlurmdTimeout={node_timeout_s}
@@ -228,6 +231,7 @@ class PrivateSlurm:
             user=pwd.getpwuid(os.geteuid()).pw_name,
             home=self._home,
             listen="CommunicationParameters=NoInAddrAny,NoCtldInAddrAny" if _host_is_loopback() else "",
+            first_job=random.randrange(1, 50_000),
             kill_wait_s=self._kill_wait_s,
             node_timeout_s=self._node_timeout_s,
             partition=PARTITION,
