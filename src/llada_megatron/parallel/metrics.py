@@ -6,6 +6,7 @@ Nothing here waits for the device while training goes on: values stay tensors un
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llada_megatron.parallel.metrics_board import Board
 from llada_megatron.parallel.metrics_file import FILE_NAME, parse_line
 
 SCHEMA = 1
@@ -30,6 +32,7 @@ class MetricsWriter:
 
     `from_step`: the first step that this process may report. A run that resumes takes over the lines before it and
     drops the others (and a last line cut short by a kill), so that no step appears twice. Only one process may write.
+    Lines that cannot be written, on a full disk for instance, wait for the next `flush`.
     """
 
     def __init__(self, run_dir: Path | str, tensorboard: bool = True, from_step: int = 0) -> None:
@@ -41,9 +44,9 @@ class MetricsWriter:
 
     def _open(self, from_step: int) -> None:
         _drop_lines_from(self._path, from_step)
-        self._file = self._path.open("a", encoding="utf-8")
-        directory = self._path.parent / "tensorboard"
-        self._board = _summary_writer(directory, from_step) if self._tensorboard else None
+        self._file = self._path.open("ab", buffering=0)  # so that it is known how much of a line is on a full disk
+        self._unwritten = b""
+        self._board = Board(self._path.parent / "tensorboard", from_step) if self._tensorboard else None
 
     def go_back(self, from_step: int) -> None:
         """Drop what was written of `from_step` and later: these steps are run again, as after a resume."""
@@ -54,8 +57,7 @@ class MetricsWriter:
     def write_text(self, step: int, name: str, text: str) -> None:
         """A text for TensorBoard."""
         if self._board is not None:
-            self._board.add_text(name, text, global_step=step)
-            self._board.flush()
+            self._board.add_text(step, name, text)
 
     def write(self, step: int, values: Mapping[str, Scalar]) -> None:
         """Keeps the scalars of a step; tensors of one element stay on their device until `flush`.
@@ -72,18 +74,18 @@ class MetricsWriter:
         self._pending.clear()
         for line in lines:
             finite = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN
-            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-            self._write_board(line)
-        self._file.flush()
+            self._unwritten += json.dumps(finite, allow_nan=False).encode() + b"\n"
+        self._write_file()
+        if self._board is not None:
+            self._board.add(lines)
         return lines
 
-    def _write_board(self, line: dict[str, Any]) -> None:
-        if self._board is None:
-            return
-        for name, value in line.items():
-            if name not in ("schema", "step"):
-                self._board.add_scalar(name, value, global_step=line["step"])
-        self._board.flush()
+    def _write_file(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            logging.getLogger(__name__).warning("lines of %s wait until they can be written: %s", self._path, error)
 
     def close(self) -> None:
         """Writes what is left and closes the files."""
@@ -100,23 +102,18 @@ class MetricsWriter:
 
 
 def _drop_lines_from(path: Path, from_step: int) -> None:
-    """Replaces the file atomically by its whole lines of earlier steps; leaves it alone when nothing changes."""
+    """Cuts the file off after its last whole line of an earlier step, which a full disk does not hinder."""
     if not path.exists():
         return
-    before = path.read_text(encoding="utf-8")
-    lines = before.splitlines(keepends=True)
-    kept = [x for x in lines if x.endswith("\n") and (line := parse_line(x)) is not None and line["step"] < from_step]
-    if len(kept) == len(lines):
-        return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _summary_writer(directory: Path, from_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # slow import, and optional per run
-
-    return SummaryWriter(log_dir=str(directory), purge_step=from_step)
+    size = end = 0
+    with path.open("rb") as file:
+        for text in file:
+            size += len(text)
+            line = parse_line(text) if text.endswith(b"\n") else None
+            if line is not None and line["step"] < from_step:
+                end = size
+    if end < size:
+        os.truncate(path, end)
 
 
 def _to_numbers(pending: list[tuple[int, dict[str, Scalar]]]) -> list[tuple[int, dict[str, float | int]]]:

@@ -31,7 +31,7 @@ def last_metrics(run_dir: Path | str, key: str) -> dict[str, Any]:
     return next((line for line in map(parse_line, reversed(lines)) if line is not None and key in line), {})
 
 
-def parse_line(text: str) -> dict[str, Any] | None:
+def parse_line(text: str | bytes) -> dict[str, Any] | None:
     """One line as its values; None for one that is cut short."""
     try:
         line = json.loads(text)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llada_megatron.llada_moe.config import from_dict
-from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
+from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, ResourceError
+from llada_megatron.parallel.checkpoint.manifest import sync_directory
 from llada_megatron.parallel.recovery.policy import Decision
 
 FILE_NAME = "recovery.jsonl"
@@ -23,17 +24,28 @@ class Journal:
         self.path = Path(run_dir) / FILE_NAME
 
     def append(self, decision: Decision) -> None:
-        """Write a decision down; it is on the disk when this returns."""
+        """Write a decision down; it is on the disk when this returns.
+
+        Raises:
+            ResourceError: it cannot be written.
+        """
         line = json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S"), **dataclasses.asdict(decision)}) + "\n"
+        try:
+            self._append(line.encode())
+        except OSError as error:
+            raise ResourceError(
+                f"{self.path}: a decision could not be written down ({error.strerror}), and without that nothing is "
+                "done about the bad step; make room, and run the same command again"
+            ) from None
+
+    def _append(self, line: bytes) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         cut = self.path.exists() and not self.path.read_bytes().endswith(b"\n")  # by a kill; the next line stands alone
         with self.path.open("ab") as file:
-            file.write(b"\n" * cut + line.encode())
+            file.write(b"\n" * cut + line)
             file.flush()
             os.fsync(file.fileno())
-        directory = os.open(self.path.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
+        sync_directory(self.path.parent)
 
     def read(self) -> list[Decision]:
         """All decisions; a line cut short by a kill is left out.
