@@ -103,7 +103,7 @@ class Reporter:
         return {
             "loss": attempt.loss,
             "bits_per_byte": bits_per_byte(attempt.loss, self.data.bytes_per_token),
-            "grad_norm": float(attempt.norm),
+            "grad_norm": attempt.grad_norm,
         }
 
     def interval(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +24,9 @@ class Attempt:
     loss: float
     """Of the global batch, the same on every rank."""
     norm: Norm
+    """What the update clips by."""
+    grad_norm: float
+    """The same as a number; NaN where it is not finite on some rank."""
     stop: bool
     """Some rank was asked to stop."""
     fault: Fault | None
@@ -51,28 +54,29 @@ class Attempts:
         self._undo.take_back()
         if not self._run.recovery.retry:
             return first
-        second = self._once(step, stop)
-        stopping = first.stop or second.stop
-        if second.fault is not None:
-            self._undo.take_back()
-            return Attempt(second.losses, second.loss, second.norm, stopping, second.fault)
-        return Attempt(second.losses, second.loss, second.norm, stopping, None, passed=first.fault)
+        second = replace(self._once(step, stop), passed=first.fault)
+        if second.fault is None:
+            return second
+        self._undo.take_back()
+        return replace(second, passed=None)
 
     def _once(self, step: int, stop: Callable[[], bool]) -> Attempt:
         losses = self._step.gradients(step)
         norm = self._step.norm()
-        loss, grad_norm, stopping = self._agreed(losses, float(norm), stop())
+        loss, grad_norm, stopping = self._agreed(losses, norm, stop())
         fault = find_fault(self._run.recovery, self._state.history, step + 1, loss, grad_norm)
-        return Attempt(losses, loss, norm, stopping, fault)
+        return Attempt(losses, loss, norm, grad_norm, stopping, fault)
 
-    def _agreed(self, losses: Losses, norm: float, stop: bool) -> tuple[float, float, bool]:
+    def _agreed(self, losses: Losses, norm: Norm, stop: bool) -> tuple[float, float, bool]:
         """Loss of the global batch, gradient norm (not finite if it is so on any rank), stop of any rank.
 
-        One small reduction a step. A sum that is reduced comes out equal on all ranks, hence so does the verdict.
+        One small reduction a step, and one wait for the device. A sum that is reduced comes out equal on all ranks,
+        hence so does the verdict.
         """
-        values = torch.tensor([0.0, not math.isfinite(norm), stop], dtype=torch.float64, device=device.current())
-        values[0] = losses.loss
+        measured = torch.as_tensor(norm, dtype=torch.float64, device=device.current()).reshape(())
+        asked = torch.full_like(measured, stop)
+        values = torch.stack([losses.loss.to(measured), (~measured.isfinite()).to(measured), asked])
         torch.distributed.all_reduce(values)
-        loss, not_finite, stops = values.tolist()
+        loss, not_finite, stops, grad_norm = torch.cat([values, measured[None]]).tolist()
         # tensor ranks hold the loss of the same rows
-        return loss / self._run.layout.tensor_parallel, math.nan if not_finite else norm, stops > 0
+        return loss / self._run.layout.tensor_parallel, math.nan if not_finite else grad_norm, stops > 0

@@ -118,8 +118,8 @@ def find_fault(config: RecoveryConfig, history: History, step: int, loss: float,
     """What is wrong with `step`, if anything."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         return Fault(step=step, reason="not_finite", loss=loss, grad_norm=grad_norm)
-    above = deviations(config, history.losses, loss)
-    if config.spike == "ignore" or above is None or above <= config.spike_threshold:
+    above = None if config.spike == "ignore" else deviations(config, history.losses, loss)
+    if above is None or above <= config.spike_threshold:
         return None
     return Fault(step=step, reason="spike", loss=loss, grad_norm=grad_norm, deviations=above)
 
