@@ -40,7 +40,7 @@ class Saver:
         """`resumed`: the step directory that the run goes on from, if any, at `step`."""
         self._settings, self._store, self._reporter = run.checkpoint, store, reporter
         self.saved_step = step
-        """Steps done in the newest state that need not be saved; after going back, the step gone back to."""
+        """Steps done in the state that was saved, or gone on from, last."""
         self._saving = step
         self._seconds = 0.0
         self._failures = 0
@@ -79,10 +79,14 @@ class Saver:
         """
         self._tolerate(self._finish_pending)
 
-    def end(self, state: RunState, complete: bool, alive: Callable[[], None] = lambda: None) -> None:
-        """Save what is not saved yet, and let copies come to their end if the run is `complete`.
+    def went_back(self, step: int) -> None:
+        """The run goes on from the checkpoint of `step`, which may be older than the newest."""
+        self.saved_step = step
 
-        A run that was asked to stop has no time for them: the next start makes them. `alive` is called while waiting.
+    def end(self, state: RunState, stop: Callable[[], bool]) -> None:
+        """Save what is not saved yet, and let copies come to their end unless this rank's `stop`, or another's, is set.
+
+        A run that is asked to stop has no time for them: the next start makes them.
 
         Raises:
             ResourceError, CheckpointError: the last checkpoint could not be written.
@@ -93,7 +97,7 @@ class Saver:
             self._write(state)
             self._finish_pending()
         if self._copies is not None:
-            self._copies.finish(alive) if complete else self._copies.abandon()
+            self._copies.finish(stop)
 
     def _write(self, state: RunState) -> None:
         self._saving, self._seconds = state.step, 0.0

@@ -53,6 +53,7 @@ class Trainer:
             self.reporter.message(f"continuing from {resumed} at step {self.state.step}")
         self.recovery = Recovery(run, self.models, self.step, self.state, self.reporter)
         self.recovery.recall(resumed)
+        self.new = resumed is None
         self.saver = Saver(run, self.store, self.reporter, resumed, self.state.step)
         self.bits_per_byte: float | None = None
         self.stopping = False
@@ -63,14 +64,13 @@ class Trainer:
         with self.reporter.progress:
             if first < self.run.training.steps:
                 self.reporter.start(self.step.batches(first))
-            if first == 0 and may_go_back(self.run.recovery):
+            if self.new and may_go_back(self.run.recovery):
                 self._checkpoint()
             while self.state.step < self.run.training.steps and not self.stopping:
                 self._one_step(stop)
             self.reporter.interval()
-            alive = partial(self.heart.beat, self.state.step, "save")
-            alive()
-            self.saver.end(self.state, self.state.step == self.run.training.steps, alive)
+            self.heart.beat(self.state.step, "save")
+            self.saver.end(self.state, partial(self._hurried, stop))
         self.reporter.close()
         self.heart.beat(self.state.step, "done")
         newest = self.store.latest(thorough=False)
@@ -85,6 +85,11 @@ class Trainer:
             "tensorboard": str(Path(self.run.output_dir) / "tensorboard") if self.run.logging.tensorboard else None,
         }
 
+    def _hurried(self, stop: Callable[[], bool]) -> bool:
+        """Whether what need not be done now is to be left to the next start."""
+        self.heart.beat(self.state.step, "save")
+        return stop() or self.stopping
+
     def _one_step(self, stop: Callable[[], bool]) -> None:
         """Run the next step; leave it out, or go back, where the recovery policy says so."""
         self.heart.beat(self.state.step, "step")
@@ -98,8 +103,10 @@ class Trainer:
         if attempt.fault is not None:
             self.heart.beat(self.state.step, "load")
             self.saver.finish()
+            before = self.state.step
             self.recovery.repair(attempt.fault, self.store)
-            self.saver.saved_step = min(self.saver.saved_step, self.state.step)  # lower where the run went back
+            if self.state.step < before:
+                self.saver.went_back(self.state.step)
             return  # what is left out now is passed over when the loop comes to it
         self.step.update(attempt.norm)
         self.recovery.accept(attempt)

@@ -19,6 +19,11 @@ from tests.parallel.checkpoint.test_store import _check, _damage, _flip, _state,
 from tests.ranks import run_ranks
 
 
+def never():
+    """Nobody asks for a stop."""
+    return False
+
+
 class State:
     """Stands for the weights: what is in them follows from the step."""
 
@@ -135,11 +140,11 @@ def _fail_the_last(root):
     mend = _fill_disk()
     session.run([2])  # tolerated, and tried again at the end
     try:
-        session.saver.end(session.state, complete=True)
+        session.saver.end(session.state, never)
     except LladaError as error:
         first = type(error).__name__
     mend()
-    session.saver.end(session.state, complete=True)
+    session.saver.end(session.state, never)
     return first, session.saver.saved_step
 
 
@@ -165,7 +170,7 @@ def test_every_save_tells_once_what_it_took_from_training(tmp_path, asynchronous
 def _train_on(root, steps, options):
     session = Session(root, **options)
     session.run(steps)
-    session.saver.end(session.state, complete=True)
+    session.saver.end(session.state, never)
     return session.talk.said
 
 
@@ -180,7 +185,7 @@ def _copy_each(root):
     for step in range(1, 6):
         session.run([step])
         session.copied()
-    session.saver.end(session.state, complete=True)
+    session.saver.end(session.state, never)
     return session.talk.said
 
 
@@ -198,7 +203,7 @@ def test_copies_are_whole_and_follow_the_same_rules(tmp_path):
 
 def _resume(root):
     session = Session(root, copy_to=root / "copy", keep_last=9)
-    session.saver.end(session.state, complete=True)
+    session.saver.end(session.state, never)
     return session.resumed, session.talk.said
 
 
@@ -216,7 +221,7 @@ def test_the_newest_whole_one_of_both_places_is_resumed(tmp_path):
 
 
 def _break_off(root):
-    """A copy that takes for ever is not waited for when the run is asked to stop."""
+    """A copy that takes for ever is waited for until the run is asked to stop."""
     from llada_megatron.parallel.checkpoint import copies
 
     real = copies._start_copier
@@ -226,7 +231,8 @@ def _break_off(root):
     session.run([1])
     copier = session.saver._copies._copier
     session.run([2, 3])
-    session.saver.end(session.state, complete=False)
+    asked = iter([False, False, dist.get_rank() == 1])  # while it waits, and of one rank only
+    session.saver.end(session.state, lambda: next(asked))
     copies._start_copier = real
     return copier.poll(), session.talk.said
 
@@ -244,7 +250,7 @@ def test_a_run_that_is_stopped_leaves_the_copy_to_the_next_start(tmp_path):
 def _copy_to_nowhere(root):
     session = Session(root, copy_to=root / "file" / "copy")
     session.run([1, 2])
-    session.saver.end(session.state, complete=True)
+    session.saver.end(session.state, never)
     return session.talk.said
 
 

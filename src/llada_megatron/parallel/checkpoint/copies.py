@@ -77,25 +77,30 @@ class Copies:
             self._end_current()
             self._start_next()
 
-    def finish(self, alive: Callable[[], None] = lambda: None) -> None:
-        """Wait until everything is copied; `alive` is called now and then."""
-        if self._order is not None:
-            self._say(f"waiting for the copy in {self._shelf.path}")
+    def finish(self, stop: Callable[[], bool]) -> None:
+        """Wait until everything is copied; `stop`, looked at now and then, ends the waiting on all ranks."""
+        told = False
         while self._order is not None:
+            asked = torch.tensor(int(stop()))
+            dist.all_reduce(asked)
+            if asked:
+                self._abandon(self._order)
+                return
+            if not told:
+                self._say(f"waiting for the copy in {self._shelf.path}")
+                told = True
             self.poll()
-            alive()
             time.sleep(_POLL_S)
 
-    def abandon(self) -> None:
+    def _abandon(self, order: _Order) -> None:
         """End the copying at once; `catch_up` of the next start takes it up."""
-        order, self._order, self._waiting = self._order, None, None
         if self._copier is not None:
             self._copier.kill()
             self._copier.wait()
-        if order is not None:
-            dist.barrier()
-            self._discard(order)
-            self._say(f"the copy of {order.source.name} was broken off; the next start makes it")
+        self._order = self._copier = self._waiting = None
+        dist.barrier()
+        self._discard(order)
+        self._say(f"the copy of {order.source.name} was broken off; the next start makes it")
 
     def _start_next(self) -> None:
         if self._order is not None or self._waiting is None:
