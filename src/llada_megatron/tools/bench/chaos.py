@@ -88,12 +88,14 @@ def _outcome(calm: Submitted, job: Submitted, planned: int, recoveries: Sequence
     unlike = abs(len(expected) - len(found)) + sum(a != b for a, b in zip(expected, found, strict=False))
     last = manifests.step_name(len(expected))
     different = watching.different_tensors(*(each.output_dir / "checkpoints" / last for each in (calm, job)))
+    bad = sum(recovery.fault.kind == "NaN" for recovery in recoveries)
     return [
         at_least("faults that struck the run", len(recoveries), "", planned),
         at_least("steps of the disturbed run", len(found), "", len(expected)),
         at_most("steps lost although a whole checkpoint held them", sum(r.lost for r in recoveries), "", 0),
         at_most("steps whose loss, gradient norm or learning rate differs from the undisturbed run", unlike, "", 0),
         at_most("tensors of the final checkpoint that differ in any bit", len(different), "", 0),
+        at_least("NaNs that the job's output tells of", watching.noted_steps(job.directory), "", bad),
     ]
 
 

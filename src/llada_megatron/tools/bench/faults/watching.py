@@ -73,6 +73,12 @@ def continued_from(job: Path, offset: int) -> list[int]:
     return [int(found[1]) for found in re.finditer(r"continuing from \S+ at step (\d+)", text)]
 
 
+def noted_steps(job: Path) -> int:
+    """How many steps the output of the job says were not finite."""
+    text = (job / "job.out").read_text(errors="replace")
+    return len(set(re.findall(r"^recovery: .* step (\d+) is not finite", text, re.MULTILINE)))
+
+
 def ranks(slurm: PrivateSlurm, node: str | None = None) -> list[psutil.Process]:
     """The ranks themselves, without the processes that they forked."""
     found = slurm.processes(RANK, node)
