@@ -67,7 +67,7 @@ MinJobAge=600
 FirstJobId={first_job}
 KillWait={kill_wait_s}
 UnkillableStepTimeout=10
-SlurmdTimeout={node_timeout_s}
+SlurmdTimeout=60
 MessageTimeout=30
 PartitionName={partition} Nodes={nodes} Default=YES MaxTime=INFINITE State=UP
 """
@@ -90,19 +90,18 @@ def how_to_install(missing: list[str]) -> str:
 class PrivateSlurm:
     """A SLURM cluster that lives as long as the `with` block.
 
-    `kill_wait_s`: from SIGTERM to SIGKILL of a job that is cancelled, requeued or out of time. `node_timeout_s`: how
-    long a node's daemon may be silent before its jobs lose the node.
+    `kill_wait_s`: from SIGTERM to SIGKILL of a job that is cancelled, requeued or out of time.
 
     Raises (on entry):
         ResourceError: programs are missing, or the daemons did not come up; with the tails of their logs.
     """
 
-    def __init__(self, nodes: int = 2, kill_wait_s: int = 5, node_timeout_s: int = 30) -> None:
+    def __init__(self, nodes: int = 2, kill_wait_s: int = 5) -> None:
         host = socket.gethostname().split(".")[0]
         self.nodes = [host, *(f"{host}-{number}" for number in range(2, nodes + 1))]
         self.environment: dict[str, str] = {}
         """For every program that speaks to this SLURM (also a job's own processes have its SLURM_CONF)."""
-        self._kill_wait_s, self._node_timeout_s = kill_wait_s, node_timeout_s
+        self._kill_wait_s = kill_wait_s
         self._home = Path()
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -140,16 +139,6 @@ class PrivateSlurm:
         """`scontrol update`: `down` takes a node from its jobs at once, `resume` gives it back."""
         reason = [] if state == "resume" else ["reason=test"]
         self.run("scontrol", "update", f"nodename={node}", f"state={state}", *reason)
-
-    def kill_node_daemon(self, node: str) -> None:
-        """SIGKILL to a node's slurmd. Its steps stay; SLURM gives the node up after `node_timeout_s`."""
-        daemon = self._daemons.pop(node)
-        daemon.kill()
-        daemon.wait()
-
-    def start_node_daemon(self, node: str) -> None:
-        """Start the slurmd of a node (once more)."""
-        self._spawn(node, "slurmd", "-D", "-N", node, "-f", str(self._home / "slurm.conf"))
 
     def processes(self, module: str, node: str | None = None) -> list[psutil.Process]:
         """Python processes of this cluster's jobs that run `-m MODULE`; on one node, or on all."""
@@ -217,7 +206,7 @@ class PrivateSlurm:
         self._await(lambda: (self._home / "munge" / "socket").exists(), "munged")
         self._spawn("slurmctld", "slurmctld", "-D", "-i", "-f", str(self._home / "slurm.conf"))
         for node in self.nodes:
-            self.start_node_daemon(node)
+            self._spawn(node, "slurmd", "-D", "-N", node, "-f", str(self._home / "slurm.conf"))
         # a client call without a controller blocks for seconds, so its port comes first
         self._await(lambda: _listens(controller_port), "slurmctld")
         self._await(lambda: set(self.run("sinfo", "-hN", "-o", "%T", check=False).split()) == {"idle"}, "the nodes")
@@ -233,7 +222,6 @@ class PrivateSlurm:
             listen="CommunicationParameters=NoInAddrAny,NoCtldInAddrAny" if _host_is_loopback() else "",
             first_job=random.randrange(1, 50_000),
             kill_wait_s=self._kill_wait_s,
-            node_timeout_s=self._node_timeout_s,
             partition=PARTITION,
             nodes=",".join(self.nodes),
         )
