@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llada_megatron.parallel import metrics_board
 from llada_megatron.parallel.metrics import (
     SCHEMA,
     MaskRatioLoss,
@@ -133,9 +134,10 @@ def small_files():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer
-def test_a_full_disk_delays_lines_and_loses_none(tmp_path, small_files):
+def test_a_full_disk_delays_lines_and_loses_none(tmp_path, small_files, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    monkeypatch.setattr(metrics_board, "RETRY_S", 0.0)
     with MetricsWriter(tmp_path) as writer:
         for step in range(1, 5):
             if step == 2:

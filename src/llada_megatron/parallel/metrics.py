@@ -45,7 +45,7 @@ class MetricsWriter:
     def _open(self, from_step: int) -> None:
         _drop_lines_from(self._path, from_step)
         self._file = self._path.open("ab", buffering=0)  # so that it is known how much of a line is on a full disk
-        self._unwritten = b""
+        self._unwritten, self._told = b"", False
         self._board = Board(self._path.parent / "tensorboard", from_step) if self._tensorboard else None
 
     def go_back(self, from_step: int) -> None:
@@ -85,7 +85,11 @@ class MetricsWriter:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
-            logging.getLogger(__name__).warning("lines of %s wait until they can be written: %s", self._path, error)
+            if not self._told:
+                logging.getLogger(__name__).warning("lines wait until %s can be written: %s", self._path, error)
+            self._told = True
+        else:
+            self._told = False
 
     def close(self) -> None:
         """Writes what is left and closes the files."""

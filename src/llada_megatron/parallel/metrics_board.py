@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+RETRY_S = 60.0
+"""After a failure TensorBoard is left alone for so long."""
 
 
 class Board:
     """TensorBoard's files in one directory.
 
-    What cannot be written, on a full disk for instance, is left out, and training goes on: the next scalars go to a
+    What cannot be written, on a full disk for instance, is left out, and training goes on: some time later there is a
     new file, since TensorBoard's writer does not survive a failure.
     """
 
@@ -21,6 +25,7 @@ class Board:
         self._directory = directory
         self._purge_step: int | None = from_step
         self._writer: Any = None
+        self._closed_until = 0.0
         self._write(lambda writer: None)
 
     def add(self, lines: list[Mapping[str, Any]]) -> None:
@@ -46,6 +51,8 @@ class Board:
                 writer.close()
 
     def _write(self, add: Callable[[Any], None]) -> None:
+        if time.monotonic() < self._closed_until:
+            return
         try:
             if self._writer is None:
                 self._writer = _summary_writer(self._directory, self._purge_step)
@@ -53,7 +60,8 @@ class Board:
             add(self._writer)
             self._writer.flush()
         except OSError as error:
-            logging.getLogger(__name__).warning("TensorBoard misses something: %s", error)
+            logging.getLogger(__name__).warning("TensorBoard misses what comes in %.0f s: %s", RETRY_S, error)
+            self._closed_until = time.monotonic() + RETRY_S
             self.close()
 
 
