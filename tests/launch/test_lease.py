@@ -1,8 +1,10 @@
 """One run directory, one run: who is refused, who takes over, and what a kill leaves."""
 
 import dataclasses
+import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -105,6 +107,28 @@ def test_a_holder_on_another_machine_counts_while_it_renews(tmp_path):
 def test_a_requeued_job_takes_over_what_it_left_on_another_machine(tmp_path):
     leave(tmp_path, job_id="42", **ELSEWHERE)
     assert taken_over(tmp_path, job_id="42")
+
+
+def test_storage_without_hard_links_will_do(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with Lease.take(tmp_path), pytest.raises(ResourceError, match=f"process {os.getpid()}"):
+        Lease.take(tmp_path, "43").__enter__()
+    leave(tmp_path, age_s=lease.STALE_S + 5, **ELSEWHERE)
+    assert taken_over(tmp_path)
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            Lease.take(tmp_path).__enter__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_restart_waits_for_the_last_process_of_its_own_job(tmp_path, holding):

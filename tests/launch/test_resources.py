@@ -75,6 +75,8 @@ def test_the_most_checkpoints_that_lie_there_at_once(demo):
     run = dataclasses.replace(demo, training=dataclasses.replace(demo.training, steps=1050))
     assert resources.checkpoints_at_once(_with(run, interval=100, keep_last=3)) == 4
     assert resources.checkpoints_at_once(_with(run, interval=1000, keep_last=3)) == 2  # 1000 and 1050
+    back = dataclasses.replace(run.recovery, not_finite="rollback")
+    assert resources.checkpoints_at_once(dataclasses.replace(_with(run, interval=1000), recovery=back)) == 3  # and 0
     # 200, 400 and 600 for ever; 800, 900, 1000 as the last three; 1050
     assert resources.checkpoints_at_once(_with(run, interval=100, keep_last=3, keep_every=200)) == 7
 

@@ -1,12 +1,13 @@
 """One run directory, one running run: `OUTPUT_DIR/in-use.json` says who trains there, and is renewed while it does.
 
-The file appears complete (a hard link) or not at all. Its time is compared with that of another file of the same
+The file appears complete (a hard link, where the storage has them) or not at all. Its time is compared with that of another file of the same
 directory, so the clocks of two machines need not agree.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -29,6 +30,7 @@ STALE_S = 60.0
 HANDOVER_S = 30.0
 """How long a restart waits for the processes of its own job to end."""
 _CLOCK_STEP_S = 5.0
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _POLL_S = 0.2
 
 
@@ -107,6 +109,7 @@ class Lease:
 
         Raises:
             ResourceError: another run trains there.
+            OSError: it cannot be written to.
         """
         path = Path(output_dir) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,6 +130,7 @@ class Lease:
             )
 
     def _renew(self) -> None:
+        told = False
         while not self._over.wait(RENEWAL_S):
             try:
                 holder, _ = _read(self._path)
@@ -137,8 +141,12 @@ class Lease:
                 else:
                     self._taken_by = holder
                     return
+                told = False
             except OSError as error:  # a file server that is away for a while; the next renewal may do
-                print(f"{self._path} could not be renewed ({error.strerror})", file=sys.stderr, flush=True)
+                if not told:
+                    with contextlib.suppress(OSError):  # of the terminal, which may be a file there
+                        print(f"{self._path} could not be renewed ({error.strerror})", file=sys.stderr, flush=True)
+                told = True
 
     def _release(self) -> None:
         self._over.set()
@@ -166,14 +174,25 @@ def _acquire(path: Path, mine: Holder) -> None:
 def _put(path: Path, holder: Holder) -> bool:
     """Make the file, whole; False where there is one."""
     temporary = _aside(path)
-    temporary.write_text(json.dumps(asdict(holder)), "utf-8")
     try:
-        os.link(temporary, path)
+        temporary.write_text(json.dumps(asdict(holder)), "utf-8")
+        _link(temporary, path)
     except FileExistsError:
         return False
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
     return True
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name, or its content one where the storage has no hard links; never replaces a file."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with target.open("x", encoding="utf-8") as stream:
+            stream.write(source.read_text("utf-8"))
 
 
 def _remove_stale(path: Path, stale: Holder) -> None:
@@ -186,14 +205,16 @@ def _remove_stale(path: Path, stale: Holder) -> None:
     found, _ = _read(aside)
     if found is not None and found.token != stale.token:
         with contextlib.suppress(FileExistsError):
-            os.link(aside, path)
+            _link(aside, path)
     aside.unlink()
 
 
 def _read(path: Path) -> tuple[Holder | None, float]:
     """Who holds the directory (None: nobody), and when that was renewed by the clock of the file system."""
     try:
-        with path.open(encoding="utf-8") as stream:  # opening is what makes NFS ask the server for the time
+        with path.open(
+            encoding="utf-8", errors="replace"
+        ) as stream:  # opening is what makes NFS ask the server for the time
             renewed, text = os.fstat(stream.fileno()).st_mtime, stream.read()
     except FileNotFoundError:
         return None, 0.0

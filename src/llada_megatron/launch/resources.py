@@ -14,6 +14,7 @@ from llada_megatron.llada_moe.errors import DataError, ResourceError
 from llada_megatron.llada_moe.model.parameters import count_parameters, rank_shares
 from llada_megatron.parallel.checkpoint import manifest as checkpoint_manifest
 from llada_megatron.parallel.checkpoint.search import weights_to_start_from
+from llada_megatron.parallel.recovery.policy import may_go_back
 
 if TYPE_CHECKING:
     from llada_megatron.llada_moe.config.schema import RunConfig
@@ -47,7 +48,7 @@ def check_weights(run: RunConfig) -> None:
     Raises:
         CheckpointError: says what is wrong with `checkpoint.load`. A run with checkpoints of its own does not need it.
     """
-    if not checkpoint_manifest.steps(Path(run.output_dir) / "checkpoints"):
+    if not any(checkpoint_manifest.steps(place) for place in _places(run)):
         weights_to_start_from(run)
 
 
@@ -57,10 +58,9 @@ def check_space(run: RunConfig) -> None:
     Raises:
         ResourceError: with the arithmetic and what to change.
     """
-    places = [Path(run.output_dir) / "checkpoints", *([Path(run.checkpoint.copy_to)] if run.checkpoint.copy_to else [])]
     size, together = checkpoint_bytes(run), checkpoints_at_once(run)
     claimed: Counter[int] = Counter()  # by file system: the copies may lie on the same one
-    for place in places:
+    for place in _places(run):
         there = checkpoint_manifest.steps(place)
         if there and there[0][0] >= run.training.steps:
             continue  # this run is at its end: nothing will be written
@@ -90,8 +90,16 @@ def checkpoints_at_once(run: RunConfig) -> int:
     """The most checkpoints that lie in one place: while the last one is written, those before it are still there."""
     settings = run.checkpoint
     saved = [*range(settings.interval, run.training.steps, settings.interval), run.training.steps]
-    for_ever = {step for step in saved if settings.keep_every and step % settings.keep_every == 0}
+    if may_go_back(run.recovery):
+        saved.insert(0, 0)
+    for_ever = {step for step in saved if step and settings.keep_every and step % settings.keep_every == 0}
     return len(for_ever.union(saved[-settings.keep_last - 1 :]))
+
+
+def _places(run: RunConfig) -> list[Path]:
+    """Where checkpoints of the run lie."""
+    own = Path(run.output_dir) / "checkpoints"
+    return [own, Path(run.checkpoint.copy_to)] if run.checkpoint.copy_to else [own]
 
 
 def _nearest(path: Path) -> Path:

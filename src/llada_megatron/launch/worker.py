@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llada_megatron.launch.lease import Lease
 from llada_megatron.launch.processes import PARENT_VARIABLE, StopRequest
 from llada_megatron.launch.rank import Work, run_local_rank
+from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.parallel.lifetime import die_with_parent
 
 if TYPE_CHECKING:
@@ -65,7 +66,13 @@ def _held(run: RunConfig) -> Iterator[list[Lease]]:
             leases.append(stack.enter_context(Lease.take(directory, os.environ.get("SLURM_JOB_ID"))))
 
         def take_both() -> None:
-            take(run.output_dir)
+            try:
+                take(run.output_dir)
+            except OSError as error:
+                raise ResourceError(
+                    f"{run.output_dir} cannot be written to ({error.strerror}); make room, put its permissions right, "
+                    "or set another output_dir"
+                ) from None
             if run.checkpoint.copy_to:
                 with contextlib.suppress(OSError):  # storage that is away or full is reported when a copy is made
                     take(run.checkpoint.copy_to)
