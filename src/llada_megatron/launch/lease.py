@@ -1,7 +1,7 @@
 """One run directory, one running run: `OUTPUT_DIR/in-use.json` says who trains there, and is renewed while it does.
 
-The file appears complete (a hard link, where the storage has them) or not at all. Its time is compared with that of another file of the same
-directory, so the clocks of two machines need not agree.
+The file appears complete (a hard link, where the storage has them) or not at all. Its time is compared with that of
+another file of the same directory, so the clocks of two machines need not agree.
 """
 
 from __future__ import annotations
@@ -212,9 +212,8 @@ def _remove_stale(path: Path, stale: Holder) -> None:
 def _read(path: Path) -> tuple[Holder | None, float]:
     """Who holds the directory (None: nobody), and when that was renewed by the clock of the file system."""
     try:
-        with path.open(
-            encoding="utf-8", errors="replace"
-        ) as stream:  # opening is what makes NFS ask the server for the time
+        # opening is what makes NFS ask the server for the time
+        with path.open(encoding="utf-8", errors="replace") as stream:
             renewed, text = os.fstat(stream.fileno()).st_mtime, stream.read()
     except FileNotFoundError:
         return None, 0.0
