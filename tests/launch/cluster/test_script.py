@@ -133,12 +133,12 @@ def test_a_script_is_whole_bash_with_every_option_quoted(tmp_path):
         (says("requeue"), {"STATE": "COMPLETING"}, 1, []),
         (says("requeue", 2), {"attempt": 2}, 1, []),
         (says("requeue", 1), {"attempt": 1}, 0, REQUEUE),
-        (says("exclude n2"), {}, 0, ["requeuehold 17", "update JobId=17 ExcNodeList=n2", "release 17"]),
+        (says("exclude n2"), {}, 0, ["requeue 17", "update JobId=17 ExcNodeList=n2"]),
         (
             says("exclude n2,n4"),
             {"EXCLUDED": "n[7-8]"},
             0,
-            ["requeuehold 17", "update JobId=17 ExcNodeList=n[7-8],n2,n4", "release 17"],
+            ["requeue 17", "update JobId=17 ExcNodeList=n[7-8],n2,n4"],
         ),
         (says("requeue"), {"EXCLUDED": "n7"}, 0, REQUEUE),
         # no spare node: on with the largest size that the layout fits, and back to the full one once it is there again
@@ -146,19 +146,19 @@ def test_a_script_is_whole_bash_with_every_option_quoted(tmp_path):
             says("exclude n2"),
             {"PARTITION": "n1 n2"},
             0,
-            ["requeuehold 17", "update JobId=17 ExcNodeList=n2 NumNodes=1-1 NumTasks=1", "release 17"],
+            ["requeue 17", "update JobId=17 ExcNodeList=n2 NumNodes=1-1 NumTasks=1"],
         ),
         (
             says("requeue"),
             {"PARTITION": "n1"},
             0,
-            ["requeuehold 17", "update JobId=17 NumNodes=1-1 NumTasks=1", "release 17"],
+            ["requeue 17", "update JobId=17 NumNodes=1-1 NumTasks=1"],
         ),
         (
             says("requeue"),
             {"SLURM_JOB_NUM_NODES": "1"},
             0,
-            ["requeuehold 17", "update JobId=17 NumNodes=2-2 NumTasks=2", "release 17"],
+            ["requeue 17", "update JobId=17 NumNodes=2-2 NumTasks=2"],
         ),
         (says("requeue"), {"PARTITION": ""}, 0, REQUEUE),
         ("touch \"$LLADA_JOB/stop\"; " + says("requeue"), {}, 0, []),
@@ -187,18 +187,43 @@ def test_without_a_verdict_a_job_goes_on_only_where_something_had_started(script
     assert JobDirectory(script.job).newest_attempt() == 1
 
 
-def test_killed_again_and_again_without_a_newer_checkpoint_ends_the_job(script):
-    """Without a verdict nobody else counts: the out-of-memory killer takes agents and ranks alike."""
+KILLED = 'mkdir -p "$LLADA_JOB/events"; echo "{\\"attempt\\": 0, \\"node\\": 1}" > "$LLADA_JOB/events/n.jsonl"; exit 1'
+
+
+@pytest.mark.parametrize("agent", [KILLED, "printf 'requeue\\nasked\\n' > \"$LLADA_JOB/verdict-$LLADA_ATTEMPT\""])
+def test_again_and_again_without_a_newer_checkpoint_ends_the_job(script, agent):
+    """Killed for want of memory, or with too little time to save even once; what gets on is queued again for ever."""
     cluster = dataclasses.replace(CLUSTER, max_restarts=2, max_requeues=100)
-    killed = (
-        'mkdir -p "$LLADA_JOB/events"; echo "{\\"attempt\\": $LLADA_ATTEMPT, \\"node\\": 1}" > "$LLADA_JOB/events/n"; '
-    )
-    killed += 'mv "$LLADA_JOB/events/n" "$LLADA_JOB/events/n$LLADA_ATTEMPT.jsonl"; exit 1'
-    codes = [script.run(cluster, attempt, AGENT=killed)[0] for attempt in range(2)]
-    (script.job.parent.parent / "checkpoints" / "step-00000010").mkdir(parents=True)
-    codes += [script.run(cluster, attempt, AGENT=killed)[0] for attempt in range(2, 5)]
-    assert codes == [0, 0, 0, 0, 1]
-    assert "3 times without a newer checkpoint" in script.output
+    codes = [script.run(cluster, attempt, AGENT=agent)[0] for attempt in range(2)]
+    for attempt, step in enumerate((10, 20, 30, 40, 40, 40), start=2):
+        (script.job.parent.parent / "checkpoints" / f"step-{step:08}").mkdir(parents=True, exist_ok=True)
+        codes.append(script.run(cluster, attempt, AGENT=agent)[0])
+    assert codes == [0] * 7 + [1]
+    verdict = JobDirectory(script.job).read_verdict(7)
+    assert verdict is not None and verdict.word == "failed"
+    assert "3 attempts without a newer checkpoint" in verdict.reason
+
+
+def test_bad_nodes_do_not_count_as_attempts_without_a_checkpoint(script):
+    cluster = dataclasses.replace(CLUSTER, max_restarts=1, max_requeues=100)
+    agent = "printf 'exclude n2\\nbad\\n' > \"$LLADA_JOB/verdict-$LLADA_ATTEMPT\""
+    assert [script.run(cluster, attempt, AGENT=agent)[0] for attempt in range(3)] == [0, 0, 0]
+
+
+def test_nodes_that_do_not_start_end_a_job_only_the_first_time(script):
+    """Later, a node has died since the last attempt: SLURM will have noticed by the next one."""
+    assert script.run(AGENT="exit 1") == (1, [])
+    assert JobDirectory(script.job).read_verdict(0).word == "failed"
+    assert script.run(attempt=1, AGENT="exit 1") == (0, REQUEUE)
+
+
+def test_a_signal_while_the_environment_is_set_up_is_not_lost(script):
+    setup = ['touch "$LLADA_JOB/ready"; /bin/sleep 1']
+    process = script.start(dataclasses.replace(CLUSTER, setup=setup), PREFLIGHT="exec /bin/sleep 60")
+    wait_for((script.job / "ready").exists)
+    process.send_signal(signal.SIGUSR1)
+    output = process.communicate(timeout=120)[0]
+    assert (process.returncode, script.lines("calls")) == (0, REQUEUE), output
 
 
 def test_a_signal_reaches_the_nodes_and_the_script_waits_for_them(script):

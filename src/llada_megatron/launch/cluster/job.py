@@ -9,7 +9,7 @@
     verdict-ATTEMPT            how an attempt ended; its first word is what the script acts on
     stop                       there when the job is to save, end and stay away
     attempt                    number of the newest attempt
-    silent                     a line for each attempt whose processes were all killed before they could say a word
+    newest                     a line for each attempt that went back into the queue: the newest checkpoint by then
 
 An attempt is one allocation: 0, then one more for each requeue (SLURM_RESTART_COUNT).
 """

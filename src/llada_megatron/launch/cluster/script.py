@@ -44,7 +44,7 @@ def render(
         requeue=cluster.requeue,
         node_counts=sorted(node_counts, reverse=True) if cluster.lost_node == "shrink" else [],
         max_requeues=cluster.max_requeues,
-        max_restarts=cluster.max_restarts,
+        max_fruitless=max(1, cluster.max_restarts),
         python=shlex.quote(python_of(cluster)),
     )
 
