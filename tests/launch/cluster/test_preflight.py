@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -13,7 +14,14 @@ from llada_megatron.launch.cluster.config import ClusterConfig, PreflightConfig
 from llada_megatron.launch.cluster.job import JobDirectory, Verdict
 from llada_megatron.launch.cluster.node import Node
 from llada_megatron.launch.cluster.preflight.facts import Disk, NodeFacts
-from llada_megatron.launch.cluster.preflight.judgement import differences, findings, judge, pairs_of, unreachable
+from llada_megatron.launch.cluster.preflight.judgement import (
+    differences,
+    findings,
+    from_the_middle,
+    judge,
+    pairs_of,
+    unreachable,
+)
 from tests.launch.cluster.agents import Job
 
 GPU = {"name": "H", "free_gb": 79.0, "total_gb": 80.0, "exact": True, "tflops": 600.0}
@@ -38,7 +46,7 @@ def test_each_fault_is_named_with_what_was_expected():
     assert texts(replace(WELL, disks=[Disk("out", 0, "No space left on device")]))[0].endswith(
         "No space left on device"
     )
-    assert "-9.0 s from the first node's" in texts(WELL, -9.0)[0]
+    assert "-9.0 s from the others'" in texts(WELL, -9.0)[0]
     assert texts(replace(WELL, error="no answer within 9 s")) == ["no answer within 9 s"]
 
 
@@ -52,6 +60,25 @@ def test_one_bad_node_is_left_out_but_not_all_of_them():
     differ = differences([WELL, replace(WELL, node="n1", versions={"torch": "2.12.0"})])
     assert differ == ["torch: 2.13.0 on n0; 2.12.0 on n1"]
     assert judge(bad, differ, ["n0", "n1"]).word == "failed"
+
+
+def test_what_most_nodes_have_is_not_their_fault_and_a_broken_device_is():
+    nodes = [f"n{index}" for index in range(5)]
+    full = [
+        finding
+        for node in nodes[:3]
+        for finding in findings(replace(WELL, node=node, disks=[Disk("o", 0, None)]), 0, CLUSTER)
+    ]
+    assert judge(full, [], nodes).word == "requeue"
+    assert judge(full[:2], [], nodes).word == "exclude"
+    broken = findings(replace(WELL, error="no answer within 90 s"), 0, CLUSTER)
+    assert judge(broken, [], ["n0"]).nodes == ("n0",)
+    assert judge(findings(replace(WELL, gpus=[GPU]), 0, CLUSTER), [], ["n0"]).word == "failed"
+
+
+def test_the_clock_that_is_wrong_is_named_even_the_first_nodes():
+    assert from_the_middle({0: 0.0, 1: 60.0, 2: 60.5, 3: 60.0}) == {0: -60.0, 1: 0.0, 2: 0.5, 3: 0.0}
+    assert from_the_middle({0: 0.0, 1: 60.0}) == {0: 0.0, 1: 60.0}
 
 
 @pytest.mark.parametrize("size", [3, 4, 5, 8])
@@ -110,6 +137,24 @@ def test_a_silent_node_and_one_without_a_network_are_left_out(tmp_path, monkeypa
     network = council(tmp_path / "network", monkeypatch, 3, range(3), 20)
     assert network is not None and (network.word, network.nodes) == ("exclude", ("n2",)), network
     assert "timed out" in network.reason
+
+
+@pytest.mark.timeout(900)
+def test_a_first_node_whose_devices_hang_is_left_out(tmp_path):
+    """It still hears the others, who would all count as silent otherwise."""
+    job = Job(tmp_path, "run", cluster="preflight: {timeout_s: 60}\n")
+    site = tmp_path / "hang"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os, sys, time\n"
+        "if sys.orig_argv[-1].endswith('preflight.worker') and os.environ['SLURMD_NODENAME'] == 'n0': time.sleep(600)\n"
+    )
+    try:
+        job.start("preflight", PYTHONPATH=f"{site}:{os.environ.get('PYTHONPATH', '')}")
+        verdict = job.ended()
+        assert verdict is not None and (verdict.word, verdict.nodes) == ("exclude", ("n0",)), job.said()
+    finally:
+        job.kill()
 
 
 @pytest.mark.timeout(900)

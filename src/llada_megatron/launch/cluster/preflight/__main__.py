@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from llada_megatron.launch.cluster.config import ClusterConfig
     from llada_megatron.launch.cluster.preflight.facts import NodeFacts
 
+_DEVICES_SHARE = 0.75
+"""Of the time limit, for devices to answer: the first node must be there for the others even when its own hang."""
+
 
 def main(job: str) -> int:
     """Look at this node; what matters is the verdict, not the exit code."""
@@ -35,13 +38,13 @@ def main(job: str) -> int:
             node.say(f"error: {error}")
             node.job.write_verdict(node.attempt, Verdict("failed", f"the job's configuration is not valid: {error}"))
         return 1
-    deadline = time.monotonic() + cluster.preflight.timeout_s
+    began, limit = time.monotonic(), cluster.preflight.timeout_s
     worker = Worker()
-    facts = gather(node.name, run.output_dir, node.job.run, worker, cluster.preflight.timeout_s)
+    facts = gather(node.name, run.output_dir, node.job.run, worker, began + _DEVICES_SHARE * limit)
     folder = node.job.preflight(node.attempt)
     folder.mkdir(exist_ok=True)
     (folder / f"{node.name}.json").write_text(replace(facts, time=time.time()).to_json(), "utf-8")
-    return _together(node, cluster, facts, worker, deadline)
+    return _together(node, cluster, facts, worker, began + limit)
 
 
 def _together(node: Node, cluster: ClusterConfig, facts: NodeFacts, worker: Worker, deadline: float) -> int:

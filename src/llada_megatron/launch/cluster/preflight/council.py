@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llada_megatron.launch.cluster.job import Verdict
+from llada_megatron.launch.cluster.job import Verdict, Word
 from llada_megatron.launch.cluster.preflight.facts import NodeFacts
 from llada_megatron.launch.cluster.preflight.judgement import (
     Finding,
     describe,
     differences,
     findings,
+    from_the_middle,
     judge,
     pairs_of,
     unreachable,
@@ -70,7 +71,7 @@ class Council:
         return f"no answer within {self._cluster.preflight.timeout_s} s"
 
     def _collect(self, mine: NodeFacts) -> tuple[dict[int, NodeFacts], dict[int, float]]:
-        """What each node said, by its number, and how far its clock is ahead; those that were silent are missing."""
+        """What each node that answered said, by its number, and how far its clock is ahead of the others'."""
         self._store.set("hearing", "")
         heard, skews = {0: mine}, {0: 0.0}
         while len(heard) < self._node.count and time.monotonic() < self._deadline:
@@ -79,7 +80,7 @@ class Council:
                     heard[index] = NodeFacts.from_json(self._store.get(f"facts/{index}"))
                     skews[index] = heard[index].time - time.time()
             time.sleep(_POLL_S)
-        return heard, skews
+        return heard, from_the_middle(skews)
 
     def _add_up(self, names: Sequence[str]) -> Verdict | None:
         """An all-reduce over all nodes; where it fails, pairs of nodes show which one it is."""
@@ -96,7 +97,9 @@ class Council:
         found = [names[index] for index in unreachable(size, failed, pairs)] if failed else []
         if found:
             return Verdict("exclude", f"an all-reduce with {', '.join(found)} fails ({said})", tuple(found))
-        return Verdict("failed", f"an all-reduce over the nodes fails, and no single node is to blame ({said})")
+        # The first time, most likely the cluster file; a network that has worked before may work again.
+        word: Word = "requeue" if self._node.attempt else "failed"
+        return Verdict(word, f"an all-reduce over the nodes fails, and no single node is to blame ({said})")
 
     def _round(self, name: str, groups: Sequence[tuple[int, ...]]) -> dict[int, str]:
         """Have the nodes all-reduce in groups; the error of each node that could not."""

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -57,15 +58,15 @@ class NodeFacts:
         return cls(**values | {"disks": [Disk(**disk) for disk in values["disks"]]})
 
 
-def gather(node: str, output_dir: str, run_file: Path, worker: Worker, limit_s: float) -> NodeFacts:
-    """Look at this node; at its devices for `limit_s` seconds at the most."""
+def gather(node: str, output_dir: str, run_file: Path, worker: Worker, deadline: float) -> NodeFacts:
+    """Look at this node; at its devices until `deadline` (seconds of the monotonic clock) at the latest."""
     worker.start("look")  # it imports torch while this process does the rest
     disks = [_disk(Path(output_dir)), _disk(Path(tempfile.gettempdir()))]
     versions = {"run.yaml": _digest([run_file]), "source of llada-megatron": source_digest()}
     memory = psutil.virtual_memory().available / 1e9
     import torch  # noqa: F401  (for the store; its seconds pass while the devices are looked at)
 
-    found = worker.answer(limit_s)
+    found = worker.answer(max(1.0, deadline - time.monotonic()))
     if "error" in found:
         return NodeFacts(node, memory, disks, versions, error=f"looking at its devices failed: {found['error']}")
     return NodeFacts(node, memory, disks, versions | found.pop("versions"), **found)

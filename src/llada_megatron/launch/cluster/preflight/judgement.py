@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ class Finding:
 
     node: str
     kind: str
-    """`GPUs`, `disk`, …: findings of one kind on all nodes are not the nodes' fault."""
+    """`devices`, `disk`, …: findings of one kind on all nodes are not the nodes' fault."""
     text: str
 
     def __str__(self) -> str:
@@ -33,7 +34,7 @@ def findings(facts: NodeFacts, skew_s: float, cluster: ClusterConfig) -> list[Fi
     """All that is wrong with one node.
 
     Args:
-        skew_s: how far its clock is ahead of the first node's.
+        skew_s: how far its clock is ahead of the others'.
     """
     limits, found = cluster.preflight, []
 
@@ -43,12 +44,15 @@ def findings(facts: NodeFacts, skew_s: float, cluster: ClusterConfig) -> list[Fi
     if facts.error:
         note("devices", facts.error)
     elif len(facts.gpus) != cluster.gpus_per_node:
-        note("GPUs", f"{len(facts.gpus)} GPUs, expected {cluster.gpus_per_node} (gpus_per_node of the cluster file)")
-    for index, gpu in enumerate(facts.gpus):
-        for text in _of_device(gpu, limits.min_matmul_tflops):
-            note("GPUs", f"GPU {index} {text}")
-    for text in _of_device(facts.cpu or {}, limits.min_matmul_tflops):
-        note("CPU", f"CPU {text}")
+        expected = f"{cluster.gpus_per_node} (gpus_per_node of the cluster file)"
+        note("number", f"{len(facts.gpus)} GPUs, expected {expected}")
+    devices = {f"GPU {index}": gpu for index, gpu in enumerate(facts.gpus)} | {"CPU": facts.cpu or {}}
+    for name, device in devices.items():
+        for text in _broken(device):
+            note("devices", f"{name} {text}")
+        if device.get("tflops", limits.min_matmul_tflops) < limits.min_matmul_tflops:
+            speed = f"{device['tflops']:g} TFLOP/s in a matrix product, expected {limits.min_matmul_tflops:g}"
+            note("speed", f"{name} reaches {speed}")
     if facts.memory_gb < limits.min_memory_gb:
         note("memory", f"{facts.memory_gb:.1f} GB of memory free, expected {limits.min_memory_gb:g}")
     for disk in facts.disks:
@@ -57,14 +61,12 @@ def findings(facts: NodeFacts, skew_s: float, cluster: ClusterConfig) -> list[Fi
         elif disk.free_gb < limits.min_free_disk_gb:
             note("disk", f"{disk.free_gb:.2f} GB free in {disk.path}, expected {limits.min_free_disk_gb:g}")
     if abs(skew_s) > limits.max_clock_skew_s:
-        note(
-            "clock", f"its clock is {skew_s:+.1f} s from the first node's, expected {limits.max_clock_skew_s:g} at most"
-        )
+        note("clock", f"its clock is {skew_s:+.1f} s from the others', expected {limits.max_clock_skew_s:g} at most")
     return found
 
 
-def _of_device(device: Mapping[str, Any], min_tflops: float) -> list[str]:
-    """What is wrong with a GPU or CPU, as what follows its name."""
+def _broken(device: Mapping[str, Any]) -> list[str]:
+    """What makes a GPU or CPU useless, as what follows its name."""
     if "error" in device:
         return [f"fails: {device['error']}"]
     found = []
@@ -72,8 +74,6 @@ def _of_device(device: Mapping[str, Any], min_tflops: float) -> list[str]:
         found.append(f"has {device['free_gb']:.1f} of {device['total_gb']:.1f} GB free: another process uses it")
     if not device.get("exact", True):
         found.append("computes a wrong matrix product")
-    if device.get("tflops", min_tflops) < min_tflops:
-        found.append(f"reaches {device['tflops']:g} TFLOP/s in a matrix product, expected {min_tflops:g}")
     return found
 
 
@@ -91,6 +91,12 @@ def differences(all_facts: Sequence[NodeFacts]) -> list[str]:
     return lines
 
 
+def from_the_middle(clocks: Mapping[int, float]) -> dict[int, float]:
+    """How far each clock is ahead of the median one; of fewer than three, of the first node's."""
+    middle = statistics.median(clocks.values()) if len(clocks) > 2 else clocks[0]
+    return {index: clock - middle for index, clock in clocks.items()}
+
+
 def judge(found: Sequence[Finding], differing: Sequence[str], nodes: Sequence[str]) -> Verdict | None:
     """The verdict that keeps the job from training now; None when all is well."""
     if differing:
@@ -99,14 +105,17 @@ def judge(found: Sequence[Finding], differing: Sequence[str], nodes: Sequence[st
         return None
     bad = [node for node in nodes if any(finding.node == node for finding in found)]
     reason = "; ".join(map(str, found))
-    alike = {
-        finding.kind
-        for finding in found
-        if len({each.node for each in found if each.kind == finding.kind}) == len(nodes)
-    }
-    if alike or len(bad) == len(nodes):
+    if len(nodes) == 1 and all(finding.kind == "devices" for finding in found):  # no other node is needed to see that
+        return Verdict("exclude", reason, tuple(bad))
+    if len(bad) == len(nodes) or any(_on_all(kind, found, nodes) for kind in {each.kind for each in found}):
         return Verdict("failed", f"on every node, so no other node would help: {reason}")
+    if 2 * len(bad) > len(nodes):
+        return Verdict("requeue", f"on most nodes, so the cause is not the nodes but what they share: {reason}")
     return Verdict("exclude", reason, tuple(bad))
+
+
+def _on_all(kind: str, found: Sequence[Finding], nodes: Sequence[str]) -> bool:
+    return len({finding.node for finding in found if finding.kind == kind}) == len(nodes)
 
 
 def unreachable(size: int, failed_pairs: Sequence[tuple[int, int]], pairs: Sequence[tuple[int, int]]) -> list[int]:
