@@ -29,7 +29,7 @@ data:
   validation_fraction: 0.1
 optimizer: {{learning_rate: {{peak: 3e-3, warmup_steps: 2, decay_steps: 4}}}}
 layout: {{data_parallel: 2, expert_parallel: 2}}
-checkpoint: {{interval: {INTERVAL}, keep_last: 2}}
+checkpoint: {{interval: {INTERVAL}, keep_last: 9}}
 validation: {{interval: 6, sequences: 5}}
 logging: {{interval: 1, tensorboard: false}}
 output_dir: undisturbed
@@ -86,6 +86,12 @@ def last_checkpoint(run: Path) -> dict[str, torch.Tensor]:
     return run_ranks(tensors_of, 1, str(run / "checkpoints" / f"step-{STEPS:08d}"))[0]
 
 
+@pytest.fixture(scope="module")
+def expected(undisturbed) -> dict[str, torch.Tensor]:
+    """What the undisturbed run ended in."""
+    return last_checkpoint(undisturbed / "undisturbed")
+
+
 def kill_at_step(folder: Path, step: int, output: str) -> None:
     """Start a run and SIGKILL it, with all its ranks, once its metrics name `step`."""
     command = [sys.executable, "-m", "llada_megatron.cli", "train", "run.yaml", f"output_dir={output}"]
@@ -106,7 +112,7 @@ def kill_at_step(folder: Path, step: int, output: str) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_killed_run_ends_in_the_same_bits(undisturbed, seed):
+def test_killed_run_ends_in_the_same_bits(undisturbed, expected, seed):
     step = random.Random(seed).randrange(1, STEPS)
     kill_at_step(undisturbed, step, f"killed{seed}")
     resumed = llada("train", "run.yaml", f"output_dir=killed{seed}", cwd=undisturbed)
@@ -114,7 +120,7 @@ def test_killed_run_ends_in_the_same_bits(undisturbed, seed):
     if step > INTERVAL:
         assert "continuing from" in resumed.stderr
     assert lines(undisturbed / f"killed{seed}") == lines(undisturbed / "undisturbed")
-    expected, found = last_checkpoint(undisturbed / "undisturbed"), last_checkpoint(undisturbed / f"killed{seed}")
+    found = last_checkpoint(undisturbed / f"killed{seed}")
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
@@ -140,32 +146,30 @@ def lose_the_manifest(checkpoint: Path) -> None:
 
 DAMAGE = {
     12: (flip_a_byte, "SHA-256 differs"),
-    10: (cut_off, "has 100 bytes instead of"),
-    8: (lose_a_file, "is missing"),
-    6: (lose_the_manifest, "has no manifest.json"),
+    9: (cut_off, "has 100 bytes instead of"),
+    6: (lose_a_file, "is missing"),
+    3: (lose_the_manifest, "has no manifest.json"),
 }
 """By the step of the checkpoint: what happens to it, and what is said of it."""
 
 
-def test_damaged_checkpoints_are_passed_over_for_the_newest_whole_one_here_or_in_the_copies(undisturbed):
+def test_damaged_checkpoints_are_passed_over_for_the_newest_whole_one_here_or_in_the_copies(undisturbed, expected):
     run, copies = undisturbed / "damaged", undisturbed / "elsewhere"
-    options = ("output_dir=damaged", "checkpoint.interval=2", "checkpoint.keep_last=9", "checkpoint.copy_to=elsewhere")
-    first = llada("train", "run.yaml", *options, cwd=undisturbed)
-    assert first.returncode == 0, first.stderr
-    assert (copies / f"step-{STEPS:08d}/manifest.json").is_file()
-    shutil.rmtree(copies)
-    shutil.copytree(run / "checkpoints/step-00000006", copies / "step-00000006")
+    shutil.copytree(undisturbed / "undisturbed", run)
+    shutil.copytree(run / "checkpoints/step-00000003", copies / "step-00000003")
     for step, (damage, _) in DAMAGE.items():
         damage(run / f"checkpoints/step-{step:08d}")
-    resumed = llada("train", "run.yaml", *options, cwd=undisturbed)
+    resumed = llada("train", "run.yaml", "output_dir=damaged", "checkpoint.copy_to=elsewhere", cwd=undisturbed)
     assert resumed.returncode == 0, resumed.stderr
     said = " ".join(resumed.stderr.split())
     for _, message in DAMAGE.values():
         assert message in said
-    assert "elsewhere/step-00000006 at step 6" in said
+    assert "elsewhere/step-00000003 at step 3" in said
     assert lines(run) == lines(undisturbed / "undisturbed")
-    expected, found = last_checkpoint(undisturbed / "undisturbed"), last_checkpoint(run)
+    found = last_checkpoint(run)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+    last = f"step-{STEPS:08d}/manifest.json"
+    assert (copies / last).read_bytes() == (run / "checkpoints" / last).read_bytes()
 
 
 def test_metrics_tell_what_each_save_took(undisturbed):
@@ -176,18 +180,14 @@ def test_metrics_tell_what_each_save_took(undisturbed):
 
 
 def test_another_layout_continues_the_same_loss_curve(undisturbed):
-    first = llada(
-        "train",
-        "run.yaml",
-        "output_dir=moved",
-        "training.steps=6",
-        "optimizer.learning_rate.decay_steps=0",
-        cwd=undisturbed,
-    )
-    assert first.returncode == 0, first.stderr
+    moved = undisturbed / "moved"
+    shutil.copytree(undisturbed / "undisturbed", moved)
+    for step in (9, 12):
+        shutil.rmtree(moved / f"checkpoints/step-{step:08d}")
     layout = ("layout.data_parallel=1", "layout.expert_parallel=1", "layout.pipeline_parallel=2")
     second = llada("train", "run.yaml", "output_dir=moved", *layout, cwd=undisturbed)
     assert second.returncode == 0, second.stderr
+    assert "step-00000006 at step 6" in " ".join(second.stderr.split())
     pairs = zip(lines(undisturbed / "undisturbed"), lines(undisturbed / "moved"), strict=True)
     for expected, found in pairs:
         assert found == pytest.approx(expected, rel=1e-5)
