@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
     jobs = _chosen(args)
     queue = ask_slurm(jobs)
+    if not args.jobs and not args.all:  # a job may run for weeks without a word
+        jobs = [job for job in jobs if job.record.job_id in (queue or {}) or time.time() - _touched(job) < _RECENT_S]
     found = statuses(jobs, queue)
     if not args.jobs and not args.all:
         newest = {each.output_dir: each for each in found}
@@ -91,8 +93,7 @@ def _chosen(args: argparse.Namespace) -> list[SubmittedJob]:
 
     if args.jobs:
         return [job for word in args.jobs for job in records.find(word)]
-    jobs = records.jobs_of_user()
-    return jobs if args.all else [job for job in jobs if time.time() - _touched(job) < _RECENT_S]
+    return records.jobs_of_user()
 
 
 def _touched(job: SubmittedJob) -> float:

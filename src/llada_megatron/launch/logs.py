@@ -95,14 +95,16 @@ def _print_new(path: Path, position: int) -> int:
 
 def _is_over(job: SubmittedJob) -> bool:
     from llada_megatron.launch.cluster import slurm
+    from llada_megatron.launch.cluster.status import FINAL
 
     try:
         found = slurm.queue([job.record.job_id]).get(job.record.job_id)
-    except ResourceError:  # a controller that is away for a while
-        return False
+    except ResourceError:  # a controller that is away for a while, or a machine without SLURM
+        verdict = job.directory.read_verdict(job.directory.newest_attempt())
+        return verdict is not None and verdict.word in FINAL
     return found is None or not found.is_live
 
 
 def _write(text: bytes) -> None:
-    sys.stdout.write(text.decode("utf-8", errors="replace"))
+    sys.stdout.buffer.write(text)  # as it is: a block may end inside a character
     sys.stdout.flush()

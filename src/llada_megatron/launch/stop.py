@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from llada_megatron.console import emit_json, message
+from llada_megatron.llada_moe.errors import ResourceError
 
 if TYPE_CHECKING:
     from llada_megatron.launch.cluster.records import SubmittedJob
@@ -49,10 +50,14 @@ def _ask(job: SubmittedJob) -> bool:
         return False
     job.directory.stop.touch()  # before the signal: what the job does with it depends on this file
     if found.state == "PENDING":
-        slurm.cancel(number)
+        slurm.take_out_of_queue(number)
         message(f"job {number} was waiting in the queue; it is taken out of it")
-    else:
+        return True
+    try:
         slurm.ask_to_save(number)
+    except ResourceError:  # suspended, or its script is ending; the file is there for whatever runs again
+        message(f"job {number} is {found.state} and takes no signal now; should it run again, it saves and ends")
+    else:
         message(f"job {number} is asked to finish its step, save and end")
     return True
 
@@ -64,7 +69,7 @@ def _wait(job: SubmittedJob) -> None:
     number = job.record.job_id
     while (found := slurm.queue([number]).get(number)) is not None and found.is_live:
         if found.state == "PENDING":
-            slurm.cancel(number)
+            slurm.take_out_of_queue(number)
         time.sleep(_POLL_S)
 
 

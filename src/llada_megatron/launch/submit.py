@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import time
@@ -52,40 +53,50 @@ def run(args: argparse.Namespace) -> int:
     nodes = fit.nodes_needed(run, cluster, args.cluster)
     for warning in fit.layout_warnings(run, cluster):
         message(f"warning: {warning}")
-    job = records.new_directory(Path(run.output_dir))
+    output_dir = Path(os.path.abspath(run.output_dir))  # also `.` and `..` have a name then
+    job = records.new_directory(output_dir)
     smaller = node_counts(run, cluster.ranks_per_node, nodes)
-    script = render(cluster, nodes, job.path, Path(run.output_dir).name, Path.cwd(), smaller)
+    script = render(cluster, nodes, job.path, output_dir.name, Path.cwd(), smaller)
     if args.dry_run:
         return _show(script, run, cluster, nodes, args)
-    record = records.Record(
-        job_id=submit(run, cluster, job, script, args.cluster),
-        name=Path(run.output_dir).name,
-        submitted=time.time(),
-        output_dir=str(Path(run.output_dir).absolute()),
-        nodes=nodes,
-        ranks=run.layout.world_size,
-        steps=run.training.steps,
-        cluster=args.cluster,
-    )
-    records.write(job, record)
+    _check(run, cluster, nodes, args.cluster)
+    with records.alone(output_dir):
+        _check_no_live_job(run)  # once more: another submission may have been quicker
+        record = records.Record(
+            job_id=_submit(run, cluster, job, script, args.cluster),
+            name=output_dir.name,
+            submitted=time.time(),
+            output_dir=str(output_dir),
+            nodes=nodes,
+            ranks=run.layout.world_size,
+            steps=run.training.steps,
+            cluster=args.cluster,
+        )
+        records.write(job, record)
     return _tell(job, record, args)
 
 
-def submit(run: RunConfig, cluster: ClusterConfig, job: JobDirectory, script: str, cluster_file: str) -> int:
-    """Check everything that can be known now, write the job's directory, and give it to SLURM; returns its id.
-
-    Raises:
-        LladaError: before anything is written, or what SLURM says against it (the directory is removed again).
-    """
+def _check(run: RunConfig, cluster: ClusterConfig, nodes: int, cluster_file: str) -> None:
+    """Everything that can be known before anything is written. Raises LladaError."""
     from llada_megatron.launch.cluster import slurm
     from llada_megatron.launch.cluster.partition import check_partition
-    from llada_megatron.llada_moe.config import dump_yaml
 
     slurm.check_present()
     for check in _checks(run, cluster):
         check()
-    for warning in check_partition(cluster, run.layout.world_size // cluster.ranks_per_node, cluster_file):
+    for warning in check_partition(cluster, nodes, cluster_file):
         message(f"warning: {warning}")
+
+
+def _submit(run: RunConfig, cluster: ClusterConfig, job: JobDirectory, script: str, cluster_file: str) -> int:
+    """Write the job's directory and give it to SLURM; returns its id.
+
+    Raises:
+        LladaError: what SLURM says against it (the directory is removed again).
+    """
+    from llada_megatron.launch.cluster import slurm
+    from llada_megatron.llada_moe.config import dump_yaml
+
     job.path.mkdir(parents=True)
     try:
         job.run.write_text(dump_yaml(run), "utf-8")

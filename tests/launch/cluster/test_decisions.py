@@ -67,6 +67,8 @@ def test_attempts_without_progress_are_counted_back_from_the_last():
     assert barren_attempts(events, 4, 9) == 0
     asked = {"event": "end", "attempt": 3, "asked": True}
     assert barren_attempts([*events, asked], 4, 5) == 3
+    preempted = {"event": "asked", "attempt": 1}  # and killed before it could say how it ended
+    assert barren_attempts([*events, asked, preempted], 4, 5) == 2
 
 
 def test_a_run_goes_on_with_the_node_counts_that_its_batch_allows(tmp_path):

@@ -1,10 +1,12 @@
 """`llada jobs` and its records: what is said of a job at each stage, from SLURM's word and the job's own."""
 
 import json
+import os
 
 import pytest
 
-from llada_megatron.launch.cluster import records
+from llada_megatron import cli
+from llada_megatron.launch.cluster import records, slurm
 from llada_megatron.launch.cluster.job import JobDirectory, Verdict
 from llada_megatron.launch.cluster.slurm import QueuedJob
 from llada_megatron.launch.cluster.status import status, statuses
@@ -109,6 +111,20 @@ def test_a_job_is_found_by_its_id_its_run_and_its_directory(tmp_path, state):
     for word in ("9", str(tmp_path)):
         with pytest.raises(ConfigError, match=word):
             records.find(word)
+
+
+def test_a_job_that_runs_for_weeks_without_a_word_is_listed(job, monkeypatch, capsys):
+    """Old directories of jobs that SLURM has forgotten are not; what a full disk cut short is passed over."""
+    (job.directory.path / "events").mkdir()
+    (job.directory.path / "events" / "n1.jsonl").write_bytes(b'{"time": 1.0, "att\n7\n\xff\n')
+    for path in (job.directory.path, job.directory.path / "events"):
+        os.utime(path, (1e9, 1e9))
+    monkeypatch.setattr(slurm, "queue", lambda ids: {7: queued("RUNNING")})
+    assert cli.main(["jobs"]) == 0
+    assert "RUNNING" in capsys.readouterr().out
+    monkeypatch.setattr(slurm, "queue", lambda ids: {})
+    assert cli.main(["jobs"]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_times_for_people():

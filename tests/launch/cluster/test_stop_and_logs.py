@@ -48,7 +48,7 @@ def test_a_running_job_is_asked_to_save_and_waited_for(job, capsys):
 
 def test_a_waiting_job_is_taken_out_of_the_queue(job, capsys):
     (job.path.parents[2] / "after").write_text("CANCELLED\n")
-    assert stop(job, "PENDING") == (0, ["7"])
+    assert stop(job, "PENDING") == (0, ["--state=PENDING 7"])
     assert "job 7: stopped" in capsys.readouterr().out
 
 
@@ -64,7 +64,19 @@ def test_a_job_that_is_queued_again_meanwhile_is_taken_out(job):
     scancel = job.path.parents[2] / "bin" / "scancel"
     text = scancel.read_text()
     scancel.write_text(text + f"[ $1 = --batch ] && echo PENDING > {job.path.parents[2]}/state\ntrue\n")
-    assert stop(job, "RUNNING") == (0, ["--batch --signal=USR1 7", "7"])
+    assert stop(job, "RUNNING") == (0, ["--batch --signal=USR1 7", "--state=PENDING 7"])
+
+
+def test_a_job_that_takes_no_signal_is_still_stopped(job, capsys):
+    """It is going back into the queue (COMPLETING) and would come again; or it is suspended."""
+    scancel = job.path.parents[2] / "bin" / "scancel"
+    states = job.path.parents[2] / "state"
+    scancel.write_text(
+        f"#!/bin/sh\n[ $1 = --batch ] && {{ echo PENDING > {states}; exit 1; }}\necho CANCELLED > {states}\n"
+    )
+    assert stop(job, "COMPLETING")[0] == 0
+    assert "takes no signal now" in capsys.readouterr().err
+    assert job.stop.exists()
 
 
 def test_without_waiting_the_command_returns_at_once(job):
@@ -83,6 +95,14 @@ def test_logs_show_the_end_of_the_output_and_follow_it_to_the_end_of_the_job(job
     (folder / "state").write_text("COMPLETED\n")
     assert cli.main(["logs", str(folder / "run"), "--follow", "--lines", "1"]) == 0
     assert capsys.readouterr().out == "line 19999\n"
+
+
+def test_following_a_job_that_is_done_ends_without_slurm(job, capsys, monkeypatch):
+    job.output.write_bytes("▇\n".encode() * 50000)  # a block ends inside a character
+    job.write_verdict(0, Verdict("done", "trained to step 100"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert cli.main(["logs", "7", "--follow", "--lines", "50000"]) == 0
+    assert capsys.readouterr().out == "▇\n" * 50000
 
 
 def test_logs_of_a_rank(job, capsys):

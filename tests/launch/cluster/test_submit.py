@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,11 +67,36 @@ def test_two_jobs_must_not_write_one_run(place, capsys):
     assert submit() == 0
 
 
+def test_two_submissions_at_one_moment_make_one_job(place, capsys):
+    """The second one comes while sbatch is at work for the first: nothing is on record yet."""
+    again = f"{sys.executable} -m llada_megatron.cli submit {RUNS / 'demo.yaml'} --cluster cpu {' '.join(SMALL)}"
+    install(place / "bin", "sbatch", f"{again} > {place}/second 2>&1; echo $? >> {place}/codes; echo 41")
+    assert submit() == 0
+    assert (place / "codes").read_text() == "1\n"
+    assert "another `llada submit` is submitting" in (place / "second").read_text()
+
+
+def test_variables_of_the_shell_that_sbatch_reads_as_options_do_not_count(place, monkeypatch, capsys):
+    for name in ("SBATCH_PARTITION", "SRUN_CPUS_PER_TASK", "SLURM_JOB_ID", "LLADA_ATTEMPT"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    install(place / "bin", "sbatch", f"env > {place}/environment; echo 41")
+    assert submit("output_dir=.") == 0
+    names = {line.partition("=")[0] for line in (place / "environment").read_text().splitlines()}
+    assert "SLURM_CONF" in names and not names & {
+        "SBATCH_PARTITION",
+        "SRUN_CPUS_PER_TASK",
+        "SLURM_JOB_ID",
+        "LLADA_ATTEMPT",
+    }
+    assert f": {place.name} on 2 nodes" in capsys.readouterr().out
+
+
 def test_what_slurm_refuses_leaves_nothing_behind(place, capsys):
     install(place / "bin", "sbatch", "echo 'sbatch: error: invalid partition specified: x' >&2; exit 1")
     assert submit() == 2
     assert "partitions of this cluster: main" in capsys.readouterr().err
-    assert list((place / "runs" / "demo" / "jobs").iterdir()) == []
+    assert list((place / "runs" / "demo" / "jobs").glob("*/")) == []
     assert not (place / "state").exists()
 
 

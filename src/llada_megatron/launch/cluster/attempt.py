@@ -110,7 +110,8 @@ class Attempt:
         board = self.meeting.board
         if not self.node.first:
             return board.get("go") == b"yes", None
-        verdict = self._obstacle([name for name in before if name not in self.meeting.nodes], not before)
+        gone = [name for name in before or self.node.names() if name not in self.meeting.nodes]
+        verdict = self._obstacle(gone, not before)
         board.set("go", "no" if verdict else "yes")
         return verdict is None, verdict
 

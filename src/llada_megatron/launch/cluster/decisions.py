@@ -156,7 +156,7 @@ def barren_attempts(events: Sequence[Mapping[str, Any]], attempt: int, newest: i
     Those that were asked to end (time limit, preemption, a person) do not count, and do not break the row.
     """
     began: dict[int, int | None] = {}
-    asked = {event["attempt"] for event in events if event["event"] == "end" and event.get("asked")}
+    asked = {event["attempt"] for event in events if event["event"] == "asked" or event.get("asked")}
     for event in events:
         if event["event"] == "start":
             began.setdefault(event["attempt"], event["checkpoint"])

@@ -121,12 +121,15 @@ class JobDirectory:
             stream.write(json.dumps(line) + "\n")
 
     def events(self) -> list[dict[str, Any]]:
-        """All events of all nodes in order of time; lines cut short by a kill are left out."""
-        found = []
-        for path in (self.path / "events").glob("*.jsonl"):
-            for text in path.read_text("utf-8").splitlines():
-                try:
-                    found.append(json.loads(text))
-                except ValueError:
-                    continue
-        return sorted(found, key=lambda line: line["time"])
+        """All events of all nodes in order of time; lines cut short by a kill or a full disk are left out."""
+        paths = (self.path / "events").glob("*.jsonl")
+        found = [_event(text) for path in paths for text in path.read_text("utf-8", errors="replace").splitlines()]
+        return sorted(filter(None, found), key=lambda line: line["time"])
+
+
+def _event(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and {"time", "attempt", "event"} <= line.keys() else None

@@ -83,8 +83,11 @@ class Node:
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.name}: {text}", file=sys.stderr, flush=True)
 
     def event(self, event: str, **facts: Any) -> None:
-        """Note that something happened here."""
-        self.job.add_event(self.attempt, self.name, event, **facts)
+        """Note that something happened here; where that cannot be written, say so and go on."""
+        try:
+            self.job.add_event(self.attempt, self.name, event, **facts)
+        except OSError as error:  # a full disk must not end training
+            self.say(f"{event} could not be noted in {self.job.path}: {error.strerror}")
 
 
 def expand_nodes(text: str) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import time
@@ -10,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llada_megatron.launch.cluster.job import JobDirectory
-from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.llada_moe.errors import ConfigError, ResourceError
 
 JOBS = "jobs"
 """Folder of a run's output directory with one directory per submitted job."""
@@ -47,6 +49,27 @@ def new_directory(output_dir: Path) -> JobDirectory:
     folder = output_dir.absolute() / JOBS
     candidates = (folder / (name if number == 1 else f"{name}-{number}") for number in range(1, 1000))
     return JobDirectory(next(path for path in candidates if not path.exists()))
+
+
+@contextlib.contextmanager
+def alone(output_dir: Path) -> Iterator[None]:
+    """While this is open, no other `llada submit` checks or adds jobs of the same run.
+
+    Raises:
+        ResourceError: another one is at it.
+    """
+    folder = output_dir / JOBS
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".submitting").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResourceError(
+                f"another `llada submit` is submitting {output_dir} at this moment; two jobs must not write one run"
+            ) from None
+        except OSError:  # a file system without locks: the run directory's lease still keeps a second job out
+            pass
+        yield
 
 
 def write(job: JobDirectory, record: Record) -> None:

@@ -18,6 +18,8 @@ from llada_megatron.llada_moe.errors import ConfigError, LladaError, ResourceErr
 LIMIT_S = 60
 """For one call of a program of SLURM; without a controller they give up by themselves after about ten seconds."""
 
+_NOT_INHERITED = r"SLURM_(?!CONF$)|SBATCH_|SRUN_|LLADA_(JOB|ATTEMPT|RENDEZVOUS|PARENT|REPORTS|HEARTBEATS)$"
+
 _LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED")
 _LIVE += ("RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 _REMEDIES = (
@@ -105,9 +107,9 @@ def partitions() -> str:
     return done.stdout
 
 
-def cancel(job_id: int) -> None:
-    """Take a job out of the queue, or end it (SIGTERM, then SIGKILL). Raises ResourceError."""
-    _checked("scancel", str(job_id))
+def take_out_of_queue(job_id: int) -> None:
+    """Cancel a job that waits; one that has just started is left alone. Raises ResourceError."""
+    _checked("scancel", "--state=PENDING", str(job_id))
 
 
 def ask_to_save(job_id: int) -> None:
@@ -143,8 +145,11 @@ def _call(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Without what a job that this command runs in left: sbatch hands its own environment on to the new job."""
-    return {name: value for name, value in os.environ.items() if not re.match(r"SLURM_(?!CONF$)|LLADA_JOB$", name)}
+    """Without what a job that this command runs in left: sbatch hands its own environment on to the new job.
+
+    And without variables that sbatch and srun read as options: they would win over the script.
+    """
+    return {name: value for name, value in os.environ.items() if not re.match(_NOT_INHERITED, name)}
 
 
 def _message(text: str) -> str:

@@ -74,6 +74,8 @@ class Watch:
     def _look(self, finished: bool) -> NodeReport | None:
         """Pass a request to stop on, and see how the other nodes are."""
         if self._stop.asked:
+            if self._node.first and not self._asked:
+                self._node.event("asked")  # now: a preemption may leave no time to say more
             self._asked = True
             self._ranks.ask_to_stop()
         if self._node.first and not self._trained and self._hang.steps > 0:
