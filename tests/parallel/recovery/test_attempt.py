@@ -1,0 +1,67 @@
+"""The verdict on a step is the same on every rank, also where a rank has no loss of its own, or the same as another."""
+
+from __future__ import annotations
+
+import functools
+import math
+from types import SimpleNamespace
+
+import pytest
+from torch import distributed as dist
+
+from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.parallel.recovery.policy import History
+from llada_megatron.tools.bench.layouts import SIGMOID, parity_run
+from tests.ranks import run_ranks
+
+LAYOUTS = {
+    "PP2": LayoutConfig(pipeline_parallel=2),
+    "TP2": LayoutConfig(tensor_parallel=2, sequence_parallel=True),
+    "CP2": LayoutConfig(context_parallel=2),
+}
+
+
+def _attempt(layout):
+    """A step that the last rank wants to be the last, the next one with a NaN in the last rank's loss, and again."""
+    from llada_megatron.parallel import assembly, optimizer, topology
+    from llada_megatron.parallel.expert_load import ExpertLoad
+    from llada_megatron.parallel.recovery.attempt import Attempts
+    from llada_megatron.parallel.recovery.undo import Undo
+    from llada_megatron.parallel.step import TrainingStep
+    from llada_megatron.tools.bench.parity import SyntheticData
+
+    run = parity_run(SIGMOID, layout, global_batch_size=4, precision="fp32")
+    topology.initialize(run.layout, run.training.seed)
+    models = assembly.wrap(run, assembly.build_run_chunks(run))
+    step = TrainingStep(run, models, optimizer.build_optimizer(run, models), SyntheticData(run))
+    undo = Undo(models, ExpertLoad(models).counters)
+    attempts = Attempts(run, step, SimpleNamespace(history=History()), undo)
+    last, gradients = dist.get_rank() == dist.get_world_size() - 1, step.gradients
+
+    def spoilt(number):
+        losses = gradients(number)
+        if last:
+            losses.loss.fill_(math.nan)
+        return losses
+
+    good = attempts(0, lambda: last)
+    step.update(good.norm)
+    step.gradients = spoilt
+    bad = attempts(1, lambda: False)
+    step.gradients = gradients
+    again = attempts(1, lambda: False)
+    assert bad.fault is not None and math.isnan(bad.loss) and not bad.stop
+    assert good.stop and good.fault is again.fault is again.passed is None
+    return good.loss, good.grad_norm, again.loss, again.grad_norm
+
+
+@functools.cache
+def one_process():
+    return run_ranks(_attempt, 1, LayoutConfig())[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_ranks_have_the_loss_and_the_verdict_of_one_process(layout):
+    first, second = run_ranks(_attempt, 2, LAYOUTS[layout])
+    assert first == second
+    assert first == pytest.approx(one_process(), rel=1e-5)
