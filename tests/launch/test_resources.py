@@ -8,7 +8,8 @@ import pytest
 from llada_megatron.launch import resources
 from llada_megatron.llada_moe.config import load_run
 from llada_megatron.llada_moe.config.schema import LayoutConfig
-from llada_megatron.llada_moe.errors import DataError, ResourceError
+from llada_megatron.llada_moe.errors import ConfigError, DataError, ResourceError
+from llada_megatron.parallel.checkpoint import manifest
 
 
 @pytest.fixture
@@ -101,3 +102,17 @@ def test_checkpoints_that_will_not_fit_are_refused_with_the_arithmetic(demo, tmp
     free(0)
     (tmp_path / f"new/run/checkpoints/step-{run.training.steps:08d}").mkdir()
     resources.check_space(run)  # nothing is left to do
+
+
+def test_copies_of_another_run_are_not_gone_on_with(demo, tmp_path):
+    run = dataclasses.replace(_with(demo, copy_to=str(tmp_path / "copy")), output_dir=str(tmp_path / "mine"))
+    for step, owner in ((1, "theirs"), (2, "mine")):
+        checkpoint = tmp_path / f"copy/step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        manifest.write(checkpoint, manifest.Manifest({"run": {"output_dir": str(tmp_path / owner)}}, {}))
+    resources.check_weights(run)  # the newest is its own
+    (checkpoint / manifest.FILE_NAME).unlink()
+    with pytest.raises(ConfigError, match=r"mine has no checkpoints, .*/copy. are of the run in .*/theirs; set"):
+        resources.check_weights(run)
+    (tmp_path / "mine/checkpoints/step-00000001").mkdir(parents=True)
+    resources.check_weights(run)

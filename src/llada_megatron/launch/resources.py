@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import psutil
 
 from llada_megatron.launch.processes import available_cores
-from llada_megatron.llada_moe.errors import DataError, ResourceError
+from llada_megatron.llada_moe.errors import ConfigError, DataError, ResourceError
 from llada_megatron.llada_moe.model.parameters import count_parameters, rank_shares
 from llada_megatron.parallel.checkpoint import manifest as checkpoint_manifest
+from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
 from llada_megatron.parallel.checkpoint.search import weights_to_start_from
 from llada_megatron.parallel.recovery.policy import may_go_back
 
@@ -43,13 +44,33 @@ def check_data(run: RunConfig) -> None:
 
 
 def check_weights(run: RunConfig) -> None:
-    """Refuse a run that would start from weights that are not there or are another model's.
+    """Refuse a run that would start from weights that are not there or are another model's, or go on with another run.
 
     Raises:
         CheckpointError: says what is wrong with `checkpoint.load`. A run with checkpoints of its own does not need it.
+        ConfigError: there are none of its own, and those in `checkpoint.copy_to` are of another run.
     """
-    if not any(checkpoint_manifest.steps(place) for place in _places(run)):
+    own, *copies = (checkpoint_manifest.steps(place) for place in _places(run))
+    if own:
+        return
+    if any(copies):
+        _check_copies(run, copies[0])
+    else:
         weights_to_start_from(run)
+
+
+def _check_copies(run: RunConfig, copies: list[tuple[int, Path]]) -> None:
+    for _, path in copies:
+        try:
+            owner = checkpoint_manifest.read(path).facts["run"]["output_dir"]
+        except DamagedCheckpointError:
+            continue
+        if Path(owner).absolute() != Path(run.output_dir).absolute():
+            raise ConfigError(
+                f"{run.output_dir} has no checkpoints, and those in checkpoint.copy_to ({path.parent}) are of the run "
+                f"in {owner}; set another copy_to for a new run, or output_dir={owner} to go on with that one"
+            )
+        return
 
 
 def check_space(run: RunConfig) -> None:
@@ -69,12 +90,18 @@ def check_space(run: RunConfig) -> None:
         free -= claimed[disk.stat().st_dev]
         claimed[disk.stat().st_dev] += needed
         if needed > free:
+            kept = f", and those of checkpoint.keep_every {run.checkpoint.keep_every}" * bool(run.checkpoint.keep_every)
             raise ResourceError(
-                f"the checkpoints in {place} need {needed / 1e9:.3g} GB, but {max(0, free) / 1e9:.3g} GB are free: "
-                f"{together} will lie there (checkpoint.keep_last {run.checkpoint.keep_last}, the one being written, "
-                f"and those of checkpoint.keep_every {run.checkpoint.keep_every}), of {size / 1e9:.3g} GB each, and "
-                f"{len(there)} of them are there; make room, keep fewer, or write elsewhere"
+                f"the checkpoints in {place} need {_gigabytes(needed)}, but {_gigabytes(max(0, free))} are free: "
+                f"{together} will lie there (checkpoint.keep_last {run.checkpoint.keep_last}, the one being written"
+                f"{kept}), of {_gigabytes(size)} each, and {len(there)} of them are there; make room, keep fewer, or "
+                "write elsewhere"
             )
+
+
+def _gigabytes(size: float) -> str:
+    """`0.139 GB`, `5,760 GB`."""
+    return f"{float(f'{size / 1e9:.3g}'):,g} GB"
 
 
 def checkpoint_bytes(run: RunConfig) -> int:
