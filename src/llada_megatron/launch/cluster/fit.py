@@ -79,7 +79,13 @@ def _suggestion(run: RunConfig, per_node: int) -> str:
         for size in (below, above)
         if size
     ]
-    return "use " + " or ".join(usable) if usable else "change the axes of the layout, or ranks_per_node"
+    if usable:
+        return "use " + " or ".join(usable)
+    batch = run.training.global_batch_size
+    return (
+        "change ranks_per_node, or the axes of the layout and training.micro_batch_size "
+        f"({run.training.micro_batch_size}), which times data_parallel must divide global_batch_size {batch}"
+    )
 
 
 def _allowed(run: RunConfig, data_parallel: int) -> bool:
