@@ -42,6 +42,15 @@ def test_limits_follow_the_median_step(tmp_path, monkeypatch):
     assert len(watch.hung(clock[0] + 61)) == 2
 
 
+def test_a_watcher_that_was_suspended_itself_starts_anew(tmp_path):
+    """So was the whole job: the hour that has passed says nothing about the ranks."""
+    watch, began = HangWatch(tmp_path, LIMITS, range(2)), time.monotonic()
+    assert watch.hung(began + 10) == []
+    assert watch.hung(began + 3600) == []
+    assert watch.hung(began + 3600 + 59) == []
+    assert len(watch.hung(began + 3600 + 61)) == 2
+
+
 def test_a_stopped_process_is_the_suspect():
     stuck = [Stuck(0, 7, "step", 9.0), Stuck(1, 7, "step", 9.0)]
     assert suspects(stuck, {0: "sleeping", 1: "stopped"}) == [stuck[1]]

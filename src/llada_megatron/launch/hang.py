@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _STEPS_FOR_A_MEDIAN = 3
 _REMEMBERED = 128
+_SUSPENDED_S = 120.0
+"""Between two looks: nothing else keeps the watcher that long (`scontrol suspend`, a virtual machine that is moved)."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class HangWatch:
 
     def __init__(self, folder: Path, limits: RecoveryConfig, ranks: Sequence[int] = ()) -> None:
         self._folder, self._limits, self._ranks = folder, limits, ranks
-        self._began = time.monotonic()
+        self._began = self._looked = self._resumed = time.monotonic()
         self._last: Beat | None = None
         self._first_step: int | None = None
         self._durations: deque[float] = deque(maxlen=_REMEMBERED)
@@ -55,8 +57,11 @@ class HangWatch:
         """All ranks when none has got anywhere for too long (`now`: seconds of the monotonic clock), else nothing."""
         beats = read_beats(self._folder)
         self._learn(beats.values())
+        if now - self._looked > _SUSPENDED_S:  # this program was suspended, and most likely the ranks as well
+            self._resumed = now
+        self._looked = now
         newest = max((beat.at for beat in beats.values()), default=self._began)
-        if now - newest <= self._limit(beats.values()):
+        if now - max(newest, self._resumed) <= self._limit(beats.values()):
             return []
         return self._standing(beats, now)
 
