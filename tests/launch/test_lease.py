@@ -90,8 +90,16 @@ def test_what_a_kill_leaves_is_taken_over_at_once(tmp_path, holding):
 
 
 def test_a_number_given_to_another_process_is_not_the_holder(tmp_path):
-    leave(tmp_path, started=psutil.Process().create_time() - 3600)
+    leave(tmp_path, started=Holder.this_process(None).started - 3600)
     assert taken_over(tmp_path)
+
+
+def test_a_clock_that_is_put_right_does_not_make_the_holder_another_process(tmp_path, holding, monkeypatch):
+    holding()
+    created = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: created(process) + 3600)
+    with pytest.raises(ResourceError):
+        check_free(tmp_path)
 
 
 def test_a_holder_on_another_machine_counts_while_it_renews(tmp_path):

@@ -43,7 +43,7 @@ class Holder:
     """Boot and process namespace: process numbers mean the same only where this is equal."""
     pid: int
     started: float
-    """When the process began (seconds since 1970): numbers of processes are given out again."""
+    """When the process began (see `_started`): numbers of processes are given out again."""
     job_id: str | None
     since: float
     token: str
@@ -52,8 +52,7 @@ class Holder:
     def this_process(cls, job_id: str | None) -> Holder:
         """What this process writes."""
         pid = os.getpid()
-        started = psutil.Process(pid).create_time()
-        return cls(socket.gethostname(), _machine(), pid, started, job_id, time.time(), uuid.uuid4().hex)
+        return cls(socket.gethostname(), _machine(), pid, _started(pid), job_id, time.time(), uuid.uuid4().hex)
 
     def is_here(self) -> bool:
         """Whether it is a process that can be seen from this one."""
@@ -62,9 +61,8 @@ class Holder:
     def lives(self) -> bool:
         """Whether the process is still there; for one that `is_here`."""
         try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.started) < _CLOCK_STEP_S
-            return same and process.status() != psutil.STATUS_ZOMBIE
+            same = abs(_started(self.pid) - self.started) < _CLOCK_STEP_S
+            return same and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
 
@@ -253,6 +251,20 @@ def _in_use(path: Path, holder: Holder) -> ResourceError:
         f"{path.parent} is being trained by {holder}; stop that run, or set another output_dir: two runs must not "
         f"write one directory{wait}"
     )
+
+
+def _started(pid: int) -> float:
+    """When a process began: on Linux in seconds since the boot, so that putting the clock right changes nothing.
+
+    Raises:
+        psutil.NoSuchProcess: it is gone.
+    """
+    created = psutil.Process(pid).create_time()
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace").rpartition(")")[2]
+        return int(after_name.split()[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5)
+    except OSError:
+        return created
 
 
 def _machine() -> str:
