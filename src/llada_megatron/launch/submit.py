@@ -72,7 +72,10 @@ def run(args: argparse.Namespace) -> int:
             steps=run.training.steps,
             cluster=args.cluster,
         )
-        records.write(job, record)
+        try:
+            records.write(job, record)
+        except OSError as error:  # a full disk or a home that cannot be written: the job is there all the same
+            message(f"warning: job {record.job_id} cannot be put on record, so `llada jobs` may not list it: {error}")
     return _tell(job, record, args)
 
 

@@ -76,6 +76,14 @@ def test_two_submissions_at_one_moment_make_one_job(place, capsys):
     assert "another `llada submit` is submitting" in (place / "second").read_text()
 
 
+def test_a_job_that_cannot_be_put_on_record_is_told_of(place, capsys):
+    (place / "state").write_text("not a directory")
+    assert submit() == 0
+    told = capsys.readouterr()
+    assert told.out.startswith("job 41: ") and "cannot be put on record" in told.err
+    assert cli.main(["jobs", "runs/demo"]) == 0
+
+
 def test_variables_of_the_shell_that_sbatch_reads_as_options_do_not_count(place, monkeypatch, capsys):
     for name in ("SBATCH_PARTITION", "SRUN_CPUS_PER_TASK", "SLURM_JOB_ID", "LLADA_ATTEMPT"):
         monkeypatch.setenv(name, "7")
