@@ -50,7 +50,10 @@ class LocalHang:
             f"{locate(each.rank, self._layout)}: {each}, its process is {found.get(each.rank, 'gone')}"
             for each in suspects(stuck, found)
         )
-        return f"the run hangs, so its ranks were ended. {which}. Stacks of all ranks: {self._log_dir}"
+        return (
+            f"the run hangs, so its ranks were ended. {which}. Stacks of all ranks: {self._log_dir}. Where it really takes "
+            "so long, set a larger recovery.hang_other_s (the first 3 steps, and what is no step) or hang_minimum_s (steps)"
+        )
 
 
 def _ranks() -> dict[int, int]:
