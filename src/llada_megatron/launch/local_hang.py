@@ -51,8 +51,9 @@ class LocalHang:
             for each in suspects(stuck, found)
         )
         return (
-            f"the run hangs, so its ranks were ended. {which}. Stacks of all ranks: {self._log_dir}. Where it really takes "
-            "so long, set a larger recovery.hang_other_s (the first 3 steps, and what is no step) or hang_minimum_s (steps)"
+            f"the run hangs, so its ranks were ended. {which}. Stacks of all ranks: {self._log_dir}. Where it really "
+            "takes so long, set larger limits: recovery.hang_other_s (the first 3 steps, and what is no step) or "
+            "recovery.hang_minimum_s (later steps)"
         )
 
 
