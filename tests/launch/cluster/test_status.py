@@ -94,6 +94,13 @@ def test_an_end_without_a_verdict_is_told_in_the_words_of_slurm(job):
     assert status(job, None, False).state == "unknown"
 
 
+def test_a_stopped_job_says_whether_it_could_save(job):
+    job.directory.stop.touch()
+    assert "before its ranks ran" in status(job, queued("CANCELLED"), True).note
+    job.directory.add_event(0, "n1", "start", checkpoint=0)
+    assert status(job, queued("CANCELLED"), True).note == "killed before it had saved"
+
+
 def test_metrics_belong_to_the_newest_job_of_a_run(tmp_path, state):
     old = submitted(tmp_path / "demo", 7)
     new = submitted(tmp_path / "demo", 8, "20260102-000000")

@@ -50,10 +50,11 @@ def status(job: SubmittedJob, queued: QueuedJob | None, slurm: bool, newest: boo
     verdict = job.directory.read_verdict(attempt)
     final = verdict is not None and verdict.word in FINAL  # also while SLURM is still clearing up
     live = queued is not None and queued.is_live and not final
+    newest_events = [line for line in events if line["attempt"] == attempt]
     if queued is not None and live:
-        state, note = _live(queued, verdict, [line for line in events if line["attempt"] == attempt], job)
+        state, note = _live(queued, verdict, newest_events, job)
     else:
-        state, note = _over(queued, verdict, slurm, job)
+        state, note = _over(queued, verdict, newest_events, slurm, job)
     loss = last_metrics(record.output_dir, "loss") if newest else {}
     speed = last_metrics(record.output_dir, "seconds_per_step") if newest else {}
     step = loss.get("step", 0)
@@ -111,13 +112,17 @@ def _live(
     return queued.state, "; ".join(filter(None, (fewer, again)))
 
 
-def _over(queued: QueuedJob | None, verdict: Verdict | None, slurm: bool, job: SubmittedJob) -> tuple[str, str]:
+def _over(
+    queued: QueuedJob | None, verdict: Verdict | None, events: list[dict[str, Any]], slurm: bool, job: SubmittedJob
+) -> tuple[str, str]:
     """State and note of a job that SLURM does not run any more, or that it cannot be asked about."""
     if verdict is not None and verdict.word in FINAL:
         return verdict.word, verdict.reason
     reason = verdict.reason if verdict is not None else ""
     if job.directory.stop.exists() and slurm:
-        return "stopped", reason or "ended as asked before its ranks ran"
+        ran = any(line["event"] == "start" for line in events)
+        silent = "killed before it had saved" if ran else "ended as asked before its ranks ran"
+        return "stopped", reason or silent
     if queued is not None:
         return queued.state, reason or ("" if queued.reason in ("None", "") else queued.reason)
     if not slurm:
