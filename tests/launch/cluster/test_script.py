@@ -281,7 +281,7 @@ def wait_for(condition, limit_s=120.0):
 
 
 def test_the_environment_of_the_cluster_reaches_the_nodes(script):
-    cluster = dataclasses.replace(CLUSTER, environment=["OURS=yes"], setup=["cd /", "echo $UNSET_VARIABLE"])
+    cluster = dataclasses.replace(CLUSTER, environment=["OURS=yes"], setup=["cd /", "echo $UNSET_VARIABLE", "set -e"])
     assert script.run(cluster, AGENT=says("done"))[0] == 0, script.output
     assert all(line.endswith(" yes") for line in script.lines("started"))
     assert os.environ.get("OURS") is None
