@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
@@ -125,36 +126,41 @@ def test_steps_that_are_run_again_replace_what_was_written_of_them(tmp_path):
     assert (text.step, text.tensor_proto.string_val[0]) == (3, b"went back to step 2")
 
 
-@pytest.fixture
-def small_files():
-    """Files cannot grow beyond a size, as on a full disk: call it with the size, or with nothing for no limit."""
+@contextlib.contextmanager
+def small_files(size):
+    """Files cannot grow beyond `size` bytes, as on a full disk; within the test only: pytest writes its output too."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size=before[0]: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer
-def test_a_full_disk_delays_lines_and_loses_none(tmp_path, small_files, monkeypatch):
+def test_a_full_disk_delays_lines_and_loses_none(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def write(writer, step):
+        writer.write(step, {"loss": 1.0, "consumed_sequences": step})
+        writer.flush()
 
     monkeypatch.setattr(metrics_board, "RETRY_S", 0.0)
     with MetricsWriter(tmp_path) as writer:
-        for step in range(1, 5):
-            if step == 2:
-                small_files(150)  # in the middle of a line
-            if step == 4:
-                small_files()
-            writer.write(step, {"loss": 1.0, "consumed_sequences": step})
-            writer.flush()
+        write(writer, 1)
+        with small_files(150):  # in the middle of a line
+            write(writer, 2)
+            write(writer, 3)
+        write(writer, 4)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {1, 4} <= {event.step for event in board.Scalars("loss")}
 
 
-def test_lines_are_dropped_on_a_full_disk_as_well(tmp_path, small_files):
+def test_lines_are_dropped_on_a_full_disk_as_well(tmp_path):
     write_steps(tmp_path, range(1, 6))
-    small_files(0)
-    write_steps(tmp_path, [], from_step=3)
+    with small_files(0):
+        write_steps(tmp_path, [], from_step=3)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
 
