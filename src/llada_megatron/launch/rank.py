@@ -45,6 +45,7 @@ def quieten(rank: int, log_dir: Path) -> Callable[[], None]:
     sys.stderr = open(terminals[1], "w", buffering=1, errors="backslashreplace") if rank == 0 else log  # noqa: SIM115
     logging.basicConfig(stream=log, force=True, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # a log on a full disk is no reason for a stack per line
     faulthandler.enable(log)
     show_stacks_on_request(log)
 

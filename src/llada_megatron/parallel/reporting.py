@@ -31,7 +31,7 @@ class Reporter:
 
     def __init__(self, run: RunConfig, models: list[torch.nn.Module], data: TrainingData, first_step: int) -> None:
         """Collective: measures the machine's matrix-product peak on all ranks at once."""
-        self.run, self.data = run, data
+        self.run, self.data, self._first_step = run, data, first_step
         self.rank = torch.distributed.get_rank()
         directory = Path(run.output_dir)
         self.writer = MetricsWriter(directory, run.logging.tensorboard, first_step + 1) if self.rank == 0 else None
@@ -61,7 +61,8 @@ class Reporter:
             self.progress.message(
                 f"model FLOPs per token {work:.4g}; measured peak {float(peak):.4g} FLOP/s over all ranks"
             )
-            self.progress.message(FORMULA)
+            if self._first_step == 0:  # a restart need not say it again
+                self.progress.message(FORMULA)
 
     def _dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.run.training.precision == "bf16" else torch.float32

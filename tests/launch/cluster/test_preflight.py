@@ -159,7 +159,7 @@ def test_a_first_node_whose_devices_hang_is_left_out(tmp_path):
 
 @pytest.mark.timeout(900)
 def test_two_real_nodes(tmp_path):
-    """All is well; then another node's configuration differs. The port is free again for the agents."""
+    """All is well, and the port free for the agents; then another node's run differs; then the port is taken."""
     from torch.distributed import TCPStore
 
     well = Job(tmp_path, "well")
@@ -177,6 +177,12 @@ def test_two_real_nodes(tmp_path):
         verdict = well.ended()
         assert verdict is not None and verdict.word == "failed", well.said()
         assert "environments differ: run.yaml" in verdict.reason
+
+        with socket.create_server(("127.0.0.1", well.port)):  # a program that came after the script had looked
+            well.start("preflight", nodes=(0,), LLADA_RENDEZVOUS=f"127.0.0.1:{well.port}")
+            verdict = well.ended()
+        assert verdict is not None and verdict.word == "requeue", well.said()
+        assert "cannot meet" in verdict.reason
     finally:
         well.kill()
         other.kill()

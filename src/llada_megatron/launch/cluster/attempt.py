@@ -128,9 +128,9 @@ class Attempt:
         barren = decisions.barren_attempts(self.node.job.events(), self.node.attempt, checkpoint)
         if first and barren >= max(1, self.cluster.max_restarts):  # they were killed before they could say so
             return Verdict("failed", f"{barren} attempts in a row ended without a newer checkpoint; see their faults")
-        at = "from the beginning" if checkpoint is None else f"from step {checkpoint}"
+        newest = "no checkpoint yet" if checkpoint is None else f"newest checkpoint: step {checkpoint}"
         without = f", without {', '.join(gone)}" if gone else ""
-        self.node.say(f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {', '.join(nodes)} start {at}{without}")
+        self.node.say(f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {', '.join(nodes)} start{without}; {newest}")
         self.node.event("start", checkpoint=checkpoint, nodes=nodes, ranks=ranks)
         return None
 

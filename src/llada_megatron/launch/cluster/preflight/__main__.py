@@ -6,6 +6,7 @@ all nodes add up a tensor together. What each node found stays in JOB/preflight-
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import replace
@@ -30,6 +31,7 @@ _DEVICES_SHARE = 0.75
 
 def main(job: str) -> int:
     """Look at this node; what matters is the verdict, not the exit code."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that ends is no news; before torch is imported
     node = Node.here(JobDirectory(Path(job).absolute()))
     try:
         run, cluster = load_run(node.job.run), load_cluster(node.job.cluster)
@@ -60,7 +62,10 @@ def _together(node: Node, cluster: ClusterConfig, facts: NodeFacts, worker: Work
         else:
             attend(node, store, worker, facts)
     except (DistError, LladaError) as error:
-        node.say(f"error in the preflight: {error}")
+        why = f"error in the preflight: {error}"
+        node.say(why)
+        if node.first:  # most likely another program took the port; the next attempt has another
+            node.job.write_verdict(node.attempt, Verdict("requeue", why))
         return 1
     finally:
         worker.end()
