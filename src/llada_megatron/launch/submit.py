@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Submit; returns the exit code."""
     from llada_megatron.launch.cluster import fit, records
-    from llada_megatron.launch.cluster.config import load_cluster
+    from llada_megatron.launch.cluster.loader import load_cluster
     from llada_megatron.launch.cluster.resize import node_counts
     from llada_megatron.launch.cluster.script import render
     from llada_megatron.llada_moe.config import load_run

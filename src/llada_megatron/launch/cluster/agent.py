@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llada_megatron.launch.cluster.config import load_cluster
 from llada_megatron.launch.cluster.job import JobDirectory, Verdict, Word
+from llada_megatron.launch.cluster.loader import load_cluster
 from llada_megatron.launch.cluster.node import Node
 from llada_megatron.launch.cluster.signals import StopSignals
 from llada_megatron.llada_moe.config import load_run

@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
-
-from llada_megatron.launch.cluster.validation import validate_cluster
-from llada_megatron.llada_moe.config.named import Named
-from llada_megatron.llada_moe.config.parsing import parse
-
-CLUSTERS = Named("cluster", "clusters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +76,3 @@ class ClusterConfig:
     rendezvous_timeout_s: int = 600
     """How long the nodes of a job wait for each other."""
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
-
-
-def load_cluster(name_or_path: str | Path) -> ClusterConfig:
-    """The validated cluster in `configs/clusters/NAME.yaml` or in a YAML file (which may name one as its `base`).
-
-    Raises:
-        ConfigError: with file, line, key and what to change, one line per problem.
-    """
-    cluster, origins = parse(ClusterConfig, CLUSTERS.load(str(name_or_path)))
-    validate_cluster(cluster, origins)
-    return cluster

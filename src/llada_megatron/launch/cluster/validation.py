@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
+from llada_megatron.launch.cluster.config import ClusterConfig
 from llada_megatron.llada_moe.config.parsing import Origins, Problems
-
-if TYPE_CHECKING:
-    from llada_megatron.launch.cluster.config import ClusterConfig
 
 Refuse = Callable[[str, str], None]
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llada_megatron.launch.cluster.config import load_cluster
 from llada_megatron.launch.cluster.job import JobDirectory, Verdict
+from llada_megatron.launch.cluster.loader import load_cluster
 from llada_megatron.launch.cluster.node import Node
 from llada_megatron.launch.cluster.preflight.facts import gather
 from llada_megatron.launch.cluster.preflight.worker import Worker
