@@ -96,7 +96,9 @@ def test_a_job_submitted_from_inside_a_job_inherits_nothing_of_it(program, monke
         monkeypatch.setenv(name, "outer")
     assert slurm.submit(Path("job.sbatch"), "c.yaml") == 4711
     seen = Path(f"{sbatch}.env").read_text()
-    assert "SLURM_CONF=outer" in seen and "SLURM_JOB_ID" not in seen and "RESTART" not in seen and "LLADA_JOB" not in seen
+    assert (
+        "SLURM_CONF=outer" in seen and "SLURM_JOB_ID" not in seen and "RESTART" not in seen and "LLADA_JOB" not in seen
+    )
 
 
 def test_the_queue_is_read_and_what_slurm_has_forgotten_is_left_out(program):
