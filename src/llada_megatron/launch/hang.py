@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import statistics
 import time
 from collections import deque
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 
 _STEPS_FOR_A_MEDIAN = 3
 _REMEMBERED = 128
+_STACKS_S = 2.0
+"""For the ranks to write their stacks."""
 _SUSPENDED_S = 120.0
 """Between two looks: nothing else keeps the watcher that long (`scontrol suspend`, a virtual machine that is moved)."""
 
@@ -100,6 +105,15 @@ def suspects(stuck: Sequence[Stuck], states: Mapping[int, str]) -> list[Stuck]:
     stopped = [each for each in stuck if states.get(each.rank) == psutil.STATUS_STOPPED]
     fewest = min(each.step for each in stuck)
     return stopped or [each for each in stuck if each.step == fewest]
+
+
+def write_stacks(processes: Mapping[int, int]) -> dict[int, str]:
+    """Have each rank (rank to process id) write its stacks to its log; `states` of them meanwhile."""
+    for pid in processes.values():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR2)
+    time.sleep(_STACKS_S)
+    return states(processes)
 
 
 def states(processes: Mapping[int, int]) -> dict[int, str]:

@@ -7,7 +7,6 @@ another file of the same directory, so the clocks of two machines need not agree
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import socket
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from llada_megatron.launch import files
 from llada_megatron.llada_moe.errors import ResourceError
 
 FILE_NAME = "in-use.json"
@@ -30,7 +30,6 @@ STALE_S = 60.0
 HANDOVER_S = 30.0
 """How long a restart waits for the processes of its own job to end."""
 _CLOCK_STEP_S = 5.0
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _POLL_S = 0.2
 
 
@@ -171,31 +170,12 @@ def _acquire(path: Path, mine: Holder) -> None:
 
 def _put(path: Path, holder: Holder) -> bool:
     """Make the file, whole; False where there is one."""
-    temporary = _aside(path)
-    try:
-        temporary.write_text(json.dumps(asdict(holder)), "utf-8")
-        _link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    return True
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give a file a second name, or its content one where the storage has no hard links; never replaces a file."""
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        with target.open("x", encoding="utf-8") as stream:
-            stream.write(source.read_text("utf-8"))
+    return files.make_once(path, json.dumps(asdict(holder)))
 
 
 def _remove_stale(path: Path, stale: Holder) -> None:
     """Remove the lease of `stale`, and never that of a process which has just taken it over as well."""
-    aside = _aside(path)
+    aside = files.aside(path)
     try:
         path.rename(aside)
     except FileNotFoundError:
@@ -203,7 +183,7 @@ def _remove_stale(path: Path, stale: Holder) -> None:
     found, _ = _read(aside)
     if found is not None and found.token != stale.token:
         with contextlib.suppress(FileExistsError):
-            _link(aside, path)
+            files.link(aside, path)
     aside.unlink()
 
 
@@ -223,7 +203,7 @@ def _read(path: Path) -> tuple[Holder | None, float]:
 
 def _time_there(path: Path) -> float:
     """What time it is for the file system; this machine's where the directory cannot be written to."""
-    temporary = _aside(path)
+    temporary = files.aside(path)
     try:
         temporary.touch()
         now = temporary.stat().st_mtime
@@ -231,10 +211,6 @@ def _time_there(path: Path) -> float:
         return now
     except OSError:
         return time.time()
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 def _gone(path: Path, holder: Holder, renewed: float) -> bool:

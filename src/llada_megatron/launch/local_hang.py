@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from llada_megatron.launch.hang import HangWatch, Stuck, states, suspects
+from llada_megatron.launch.hang import HangWatch, Stuck, suspects, write_stacks
 from llada_megatron.parallel.coordinates import locate
 
 if TYPE_CHECKING:
     from llada_megatron.llada_moe.config.schema import LayoutConfig, RecoveryConfig
-
-_STACKS_S = 2.0
-"""For the ranks to write their stacks."""
 
 
 class LocalHang:
@@ -36,11 +33,7 @@ class LocalHang:
         if not stuck:
             return
         ranks = _ranks()
-        for pid in ranks.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGUSR2)
-        time.sleep(_STACKS_S)
-        self.found = self._describe(stuck, states(ranks))
+        self.found = self._describe(stuck, write_stacks(ranks))
         for pid in ranks.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)  # every rank leads a process group of its own

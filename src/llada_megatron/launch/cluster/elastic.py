@@ -76,12 +76,6 @@ class NodeRanks(LocalElasticAgent):
                 self._asked.add(process.pid)
                 process.send_signal(signal.SIGUSR1)
 
-    def show_stacks(self) -> None:
-        """Have every rank write the stacks of its threads to its log."""
-        for process in self.processes().values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGUSR2)
-
     def end(self) -> list[int]:
         """Kill what is left of the ranks and of their own processes; the ranks that would not go."""
         processes, deadline = self.processes(), time.monotonic() + _END_S

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llada_megatron.llada_moe.config import validate_run
+from llada_megatron.launch.cluster.resize import fits
 from llada_megatron.llada_moe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,8 +71,8 @@ def _suggestion(run: RunConfig, per_node: int) -> str:
     model_ranks = run.layout.world_size // run.layout.data_parallel
     unit = per_node // math.gcd(per_node, model_ranks)
     start = run.layout.data_parallel // unit
-    below = next((unit * n for n in range(start, 0, -1) if _allowed(run, unit * n)), None)
-    above = next((unit * n for n in range(start + 1, 4 * start + 5) if _allowed(run, unit * n)), None)
+    below = next((unit * n for n in range(start, 0, -1) if fits(run, unit * n * model_ranks)), None)
+    above = next((unit * n for n in range(start + 1, 4 * start + 5) if fits(run, unit * n * model_ranks)), None)
     usable = [
         f"layout.data_parallel={size} ({count_of_nodes(size * model_ranks // per_node)})"
         for size in (below, above)
@@ -86,14 +85,6 @@ def _suggestion(run: RunConfig, per_node: int) -> str:
         "change ranks_per_node, or the axes of the layout and training.micro_batch_size "
         f"({run.training.micro_batch_size}), which times data_parallel must divide global_batch_size {batch}"
     )
-
-
-def _allowed(run: RunConfig, data_parallel: int) -> bool:
-    try:
-        validate_run(dataclasses.replace(run, layout=dataclasses.replace(run.layout, data_parallel=data_parallel)))
-    except ConfigError:
-        return False
-    return True
 
 
 def count_of_nodes(number: int) -> str:

@@ -17,11 +17,12 @@ An attempt is one allocation: 0, then one more for each requeue (SLURM_RESTART_C
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from llada_megatron.launch.files import make_once
 
 JOB_VARIABLE = "LLADA_JOB"
 """Environment variable of every process of a job: its directory."""
@@ -92,16 +93,9 @@ class JobDirectory:
 
     def write_verdict(self, attempt: int, verdict: Verdict) -> None:
         """Say how an attempt ended, in two lines: `WORD [NODE,NODE]`, and the reason. The first verdict stays."""
-        target = self.verdict(attempt)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
         reason = " ".join(verdict.reason.split())
-        temporary.write_text(f"{verdict.word} {','.join(verdict.nodes)}".rstrip() + f"\n{reason}\n", "utf-8")
-        try:
-            os.link(temporary, target)
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink()
+        text = f"{verdict.word} {','.join(verdict.nodes)}".rstrip() + f"\n{reason}\n"
+        make_once(self.verdict(attempt), text)
 
     def read_verdict(self, attempt: int) -> Verdict | None:
         """How an attempt ended; None while it goes on, or when it was killed before it could say."""

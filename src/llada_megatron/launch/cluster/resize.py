@@ -25,10 +25,11 @@ def resized(run: RunConfig, ranks: int) -> RunConfig:
 
 def node_counts(run: RunConfig, ranks_per_node: int, nodes: int) -> list[int]:
     """The numbers of nodes, up to `nodes`, on which the run can go on; ascending."""
-    return [count for count in range(1, nodes + 1) if _fits(run, count * ranks_per_node)]
+    return [count for count in range(1, nodes + 1) if fits(run, count * ranks_per_node)]
 
 
-def _fits(run: RunConfig, ranks: int) -> bool:
+def fits(run: RunConfig, ranks: int) -> bool:
+    """Whether the run can go on with `ranks` ranks (see `resized`)."""
     try:
         resized(run, ranks)
     except ConfigError:

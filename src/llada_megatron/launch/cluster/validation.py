@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from llada_megatron.launch.cluster.config import ClusterConfig
-from llada_megatron.llada_moe.config.parsing import Origins, Problems
-
-Refuse = Callable[[str, str], None]
+from llada_megatron.llada_moe.config.parsing import Origins
+from llada_megatron.llada_moe.config.validation import Refuse, collector
 
 _TIME = re.compile(
     r"((?P<days>\d+)-(?P<day_hours>\d+)(:(?P<day_minutes>\d+)(:(?P<day_seconds>\d+))?)?"
@@ -28,11 +27,7 @@ _KEYS |= {name: name.replace("-", "_") for name in ("exclude", "requeue", "gpus-
 
 def validate_cluster(cluster: ClusterConfig, origins: Origins) -> None:
     """Raises: ConfigError: with file, line, key and what to change, one line per problem."""
-    problems = Problems()
-
-    def refuse(key: str, text: str) -> None:
-        problems.add(origins.where(key), key, text)
-
+    refuse, problems = collector(origins)
     _check_sizes(cluster, refuse)
     _check_times(cluster, refuse)
     _check_texts(cluster, refuse)

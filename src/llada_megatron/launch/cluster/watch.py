@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from llada_megatron.launch.cluster.decisions import Fault, NodeReport, faults_of_exits
-from llada_megatron.launch.hang import HangWatch, Stuck, states, suspects
+from llada_megatron.launch.hang import HangWatch, Stuck, suspects, write_stacks
 from llada_megatron.launch.rank import log_path
 from llada_megatron.launch.reports import read_failures
 
@@ -26,8 +26,6 @@ _POLL_S, _LOOK_S = 0.2, 1.0
 """Between looks at the processes of this node, and at the store."""
 _SETTLE_S = 0.5
 """For the other ranks here to fail as well, so that the one that failed first is known."""
-_STACKS_S = 2.0
-"""For the ranks to write their stacks."""
 _OVER = "over"
 
 
@@ -127,9 +125,8 @@ class Watch:
 
     def _stacks(self) -> dict[int, str]:
         """Have the ranks here write their stacks; what the system says of their processes meanwhile."""
-        self._ranks.show_stacks()
-        time.sleep(_STACKS_S)
-        return states({rank: process.pid for rank, process in self._ranks.processes().items()})
+        exits = self._ranks.exits()
+        return write_stacks({r: each.pid for r, each in self._ranks.processes().items() if r not in exits})
 
     def _faults(self) -> list[Fault]:
         told = read_failures(self._folder.reports)

@@ -29,7 +29,7 @@ Refuse = Callable[[str, str], None]
 
 def validate_model(model: ModelConfig, origins: Origins | None = None) -> None:
     """Raises: ConfigError: the architecture cannot be built."""
-    refuse, problems = _collector(origins)
+    refuse, problems = collector(origins)
     check_model(model, refuse)
     problems.raise_if_any()
 
@@ -37,7 +37,7 @@ def validate_model(model: ModelConfig, origins: Origins | None = None) -> None:
 def validate_run(run: RunConfig, origins: Origins | None = None) -> None:
     """Raises: ConfigError: with one line per combination that cannot work, at the file and line when "
     "`origins` is given."""
-    refuse, problems = _collector(origins)
+    refuse, problems = collector(origins)
     check_model(run.model, lambda key, message: refuse(f"model.{key}", message))
     problems.raise_if_any()  # what follows divides by the model's sizes
     check_objective(run.objective, refuse)
@@ -328,6 +328,7 @@ def _check_checkpoint(checkpoint: CheckpointConfig, output_dir: str, refuse: Ref
         refuse("checkpoint.copy_to", f"{checkpoint.copy_to!r} must name another folder than output_dir; null = none")
 
 
-def _collector(origins: Origins | None) -> tuple[Refuse, Problems]:
+def collector(origins: Origins | None) -> tuple[Refuse, Problems]:
+    """What notes that a key is wrong, at the place where it was written, and what raises all that was noted."""
     problems, places = Problems(), origins or Origins()
     return lambda key, message: problems.add(places.where(key), key, message), problems

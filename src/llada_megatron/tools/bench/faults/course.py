@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llada_megatron.console import message
 from llada_megatron.llada_moe.errors import LladaError
-from llada_megatron.parallel.metrics import FILE_NAME
+from llada_megatron.parallel.metrics_file import FILE_NAME
 from llada_megatron.tools.bench.faults import injecting, watching
 from llada_megatron.tools.bench.faults.drawing import Fault, Kind
 from llada_megatron.tools.bench.faults.small_run import Submitted
