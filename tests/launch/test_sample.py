@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 
 from llada_megatron.launch import demo_report
 from llada_megatron.launch.assessment import Assessment, Piece
+from tests.corpora import write_texts
 
 RUN = """
 model: {base: tiny-moe-softmax, vocab_size: 400}
@@ -53,10 +53,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     (folder / "run.yaml").write_text(RUN)
     (folder / "texts").mkdir()
-    words = random.Random(0)
-    for name in range(20):
-        letters = "".join(chr(33 + words.randrange(90)) for _ in range(600))
-        (folder / f"texts/{name}.txt").write_text(" ".join(letters[i : i + 5] for i in range(0, 600, 5)))
+    write_texts(folder / "texts", 20)
     done = demo(folder)
     assert done.returncode == 0, done.stderr
     (folder / "demo.stdout").write_text(done.stdout)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import time
 import pytest
 
 from llada_megatron.llada_moe.config import load_run
+from tests.corpora import PREPARE_OPTIONS, write_texts
 
 RUN = """
 model: {base: tiny-moe-softmax, vocab_size: 400}
@@ -37,13 +37,7 @@ def folder(tmp_path_factory):
     """A folder with a prepared corpus and run.yaml."""
     folder = tmp_path_factory.mktemp("train")
     (folder / "run.yaml").write_text(RUN)
-    words = random.Random(0)
-    for name in range(10):
-        letters = "".join(chr(33 + words.randrange(90)) for _ in range(600))
-        (folder / f"{name}.txt").write_text(" ".join(letters[i : i + 5] for i in range(0, 600, 5)))
-    inputs = [f"{name}.txt" for name in range(10)]
-    options = ["--output", "corpus", "--train-tokenizer", "--vocab-size", "400"]
-    done = _run(*LLADA, "prepare", *inputs, *options, cwd=folder)
+    done = _run(*LLADA, "prepare", *write_texts(folder), *PREPARE_OPTIONS, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import torch
 
 from llada_megatron.parallel import peak
@@ -18,3 +21,12 @@ def test_peak_memory_grows_with_use_and_stays_below_the_machine():
     block = torch.ones(128, 2**20 // 4 + int(before * 1e9) // 512)
     assert block.numel() > 0
     assert before < peak.peak_memory_gb() < peak.total_memory_gb()
+
+
+def test_peak_memory_is_this_process_own_and_not_that_of_the_one_that_started_it():
+    block = torch.ones(2**29)  # 2 GB: more than a process with torch alone
+    assert peak.peak_memory_gb() > 2
+    words = "from llada_megatron.parallel.peak import peak_memory_gb; print(peak_memory_gb())"
+    printed = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True).stdout
+    assert block.numel() > 0
+    assert 0.05 < float(printed) < 1.5

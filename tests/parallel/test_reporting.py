@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
-import random
-
 import pytest
 
-from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -23,7 +17,7 @@ from llada_megatron.llada_moe.config.schema import (
     ValidationConfig,
 )
 from llada_megatron.parallel.metrics_file import read_metrics
-from llada_megatron.tools import prepare
+from tests.corpora import model_for, prepared_set
 from tests.ranks import RankFailure, run_ranks
 
 STEPS, FAILS_AFTER = 6, 5
@@ -56,16 +50,9 @@ def train(run, fail_after):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("reporting")
-    words = random.Random(0)
-    texts = ["".join(words.choices("abcdefgh ", k=words.randint(40, 200))) for _ in range(60)]
-    (root / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    arguments = argparse.ArgumentParser()
-    prepare.add_arguments(arguments)
-    command = [str(root / "corpus.jsonl"), "--output", str(root / "set"), "--train-tokenizer", "--vocab-size", "280"]
-    _, tokenizer = prepare.prepare(arguments.parse_args([*command, "--workers", "1"]), root / "set")
-    ids = {"mask_token_id": tokenizer.mask_id, "eos_token_id": tokenizer.eos_id}
+    _, tokenizer = prepared_set(root)
     return RunConfig(
-        model=dataclasses.replace(load_model("tiny-moe"), vocab_size=tokenizer.vocab_size, **ids),
+        model=model_for(tokenizer),
         training=TrainingConfig(steps=STEPS, sequence_length=32, global_batch_size=4, precision="fp32"),
         data=DataConfig(sets=[DataSetConfig(path=str(root / "set"))], validation_fraction=0.2),
         optimizer=OptimizerConfig(learning_rate=LearningRateConfig(peak=1e-3)),

@@ -7,9 +7,12 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+"""Bytes in a unit of `ru_maxrss`."""
 _CPU_SIZE, _CUDA_SIZE = 2048, 8192
 _SECONDS = 0.3  # time spent per ceiling, after warm-up
 
@@ -57,8 +60,10 @@ def peak_memory_gb(device: torch.device | str = "cpu") -> float:
     """Largest memory so far, in GB (1e9 bytes): allocated on a CUDA device, else resident in this process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    if sys.platform == "linux":  # ru_maxrss there begins with what the process that started this one had used
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 1e9
 
 
 def total_memory_gb() -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -17,6 +16,7 @@ import psutil
 
 from llada_megatron.launch.cluster.job import JobDirectory, Verdict
 from llada_megatron.llada_moe.config import dump_yaml, load_run
+from tests.corpora import PREPARE_OPTIONS, write_texts
 
 STEPS, INTERVAL = 20, 4
 RUN = f"""
@@ -36,13 +36,7 @@ MODULE = "llada_megatron.launch.cluster."
 
 def prepare(folder: Path) -> None:
     """A small corpus in `folder`."""
-    words = random.Random(0)
-    for name in range(10):
-        letters = "".join(chr(33 + words.randrange(90)) for _ in range(600))
-        (folder / f"{name}.txt").write_text(" ".join(letters[i : i + 5] for i in range(0, 600, 5)))
-    inputs = [f"{name}.txt" for name in range(10)]
-    options = ["--output", "corpus", "--train-tokenizer", "--vocab-size", "400"]
-    command = [sys.executable, "-m", "llada_megatron.cli", "prepare", *inputs, *options]
+    command = [sys.executable, "-m", "llada_megatron.cli", "prepare", *write_texts(folder), *PREPARE_OPTIONS]
     subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=240)
 
 

@@ -1,7 +1,5 @@
 """A run killed with SIGKILL goes on as if nothing had happened; under another layout, within rounding."""
 
-import argparse
-import dataclasses
 import json
 import os
 import random
@@ -13,7 +11,6 @@ from pathlib import Path
 import pytest
 from torch import distributed as dist
 
-from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -25,7 +22,7 @@ from llada_megatron.llada_moe.config.schema import (
     RunConfig,
     TrainingConfig,
 )
-from llada_megatron.tools import prepare
+from tests.corpora import model_for, prepared_set
 from tests.ranks import RankFailure, run_ranks
 
 STEPS, INTERVAL = 6, 2
@@ -55,16 +52,9 @@ def _train(run, kill_after):
 @pytest.fixture(scope="module")
 def make_run(tmp_path_factory):
     root = tmp_path_factory.mktemp("resume")
-    words = random.Random(0)
-    texts = ["".join(words.choices("abcdefgh ", k=words.randint(40, 200))) for _ in range(60)]
-    (root / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    arguments = argparse.ArgumentParser()
-    prepare.add_arguments(arguments)
-    command = [str(root / "corpus.jsonl"), "--output", str(root / "set"), "--train-tokenizer", "--vocab-size", "280"]
-    manifest, tokenizer = prepare.prepare(arguments.parse_args([*command, "--workers", "1"]), root / "set")
+    manifest, tokenizer = prepared_set(root)
     assert manifest.tokens > 1000
-    ids = {"mask_token_id": tokenizer.mask_id, "eos_token_id": tokenizer.eos_id}
-    model = dataclasses.replace(load_model("tiny-moe"), vocab_size=tokenizer.vocab_size, **ids)
+    model = model_for(tokenizer)
 
     def make(name, layout=EXPERTS, asynchronous=False):
         return RunConfig(

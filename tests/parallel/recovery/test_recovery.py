@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import json
 import math
 import os
-import random
 from pathlib import Path
 
 import pytest
 import torch
 from torch import distributed as dist
 
-from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -30,8 +26,8 @@ from llada_megatron.llada_moe.config.schema import (
 )
 from llada_megatron.parallel.heartbeat import FOLDER_VARIABLE, read_beats
 from llada_megatron.parallel.metrics_file import read_metrics
-from llada_megatron.tools import prepare
 from llada_megatron.tools.bench.layouts import SIGMOID, parity_run
+from tests.corpora import model_for, prepared_set
 from tests.ranks import RankFailure, run_ranks
 
 STEPS, INTERVAL, ALWAYS = 8, 3, 99
@@ -83,18 +79,11 @@ def _train(run, faults, spike_at=None, kill_at=None):
 @pytest.fixture(scope="module")
 def make_run(tmp_path_factory):
     root = tmp_path_factory.mktemp("recovery")
-    words = random.Random(0)
-    texts = ["".join(words.choices("abcdefgh ", k=words.randint(40, 200))) for _ in range(60)]
-    (root / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    arguments = argparse.ArgumentParser()
-    prepare.add_arguments(arguments)
-    command = [str(root / "corpus.jsonl"), "--output", str(root / "set"), "--train-tokenizer", "--vocab-size", "280"]
-    _, tokenizer = prepare.prepare(arguments.parse_args([*command, "--workers", "1"]), root / "set")
-    ids = {"mask_token_id": tokenizer.mask_id, "eos_token_id": tokenizer.eos_id}
+    _, tokenizer = prepared_set(root)
 
     def make(name, layout="EP2", recovery=DEFAULT, steps=STEPS):
         name_of_model, spread, precision = LAYOUTS[layout]
-        model = dataclasses.replace(load_model(name_of_model), vocab_size=tokenizer.vocab_size, **ids)
+        model = model_for(tokenizer, name_of_model)
         if model.moe is not None:
             model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, expert_bias_update_rate=0.01))
         return RunConfig(

@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import message
 from llada_megatron.llada_moe.errors import ResourceError
+from llada_megatron.tools.bench.child import run_child
 from llada_megatron.tools.bench.claims import Claim, at_least, at_most, reported
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ MEMORY_GOAL_GB, TIME_GOAL, SIZE_GOAL_GB = 2.0, 3.0, 8.0
 _DISK_FACTOR = 4.1  # the source, both conversions of it, and a copy at a time
 _POOL_ELEMENTS = 2**25
 _SHARD_BYTES = 5 * 10**9
-_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 @dataclass(frozen=True)
@@ -179,17 +178,8 @@ def _copy(source: Path, target: Path) -> float:
 
 def _command(action: str, *words: str | Path) -> Measured:
     """Run `llada convert` as a user does, in a process of its own."""
-    command = [sys.executable, "-m", "llada_megatron.cli", "convert", action, *map(str, words), "--json"]
-    begin = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - begin
-    process.returncode = os.waitstatus_to_exitcode(status)
-    result = json.loads(output.splitlines()[-1]) if output else {}
-    if process.returncode and "equal" not in result:
-        raise ResourceError(
-            f"llada convert {action} ended with {process.returncode}: {result.get('error', 'see above')}"
-        )
-    return Measured(seconds, usage.ru_maxrss * _RSS_UNIT / 1e9, result)
+    child = run_child([sys.executable, "-m", "llada_megatron.cli", "convert", action, *map(str, words), "--json"])
+    result = json.loads(child.output.splitlines()[-1]) if child.output else {}
+    if child.status and "equal" not in result:
+        raise ResourceError(f"llada convert {action} ended with {child.status}: {result.get('error', 'see above')}")
+    return Measured(child.seconds, child.peak_gb, result)
