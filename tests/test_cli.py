@@ -192,4 +192,5 @@ def test_the_installed_program_is_this_one():
 
 
 def test_sizes_for_people():
-    assert [console.size_text(count) for count in (12, 1_500, 9_566_000_000)] == ["12 bytes", "1.5 KB", "9.57 GB"]
+    sizes = {12: "12 bytes", 1_500: "1.5 KB", 9_566_000_000: "9.57 GB", 999.9e9: "1000 GB", 5.757e12: "5.76 TB"}
+    assert [console.size_text(count) for count in sizes] == list(sizes.values())

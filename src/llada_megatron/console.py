@@ -32,9 +32,9 @@ def coloured(text: str, code: str, stream: TextIO) -> str:
     return f"\033[{code}m{text}\033[0m"
 
 
-def size_text(count: int) -> str:
-    """A number of bytes for people: `9.57 GB`, `72 KB`."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+def size_text(count: float) -> str:
+    """A number of bytes for people: `1.44 TB`, `9.57 GB`, `72 KB`."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
         if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} bytes"
+            return f"{float(f'{count / size:.3g}'):g} {unit}"
+    return f"{count:.0f} bytes"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from llada_megatron.console import size_text
 from llada_megatron.launch.processes import available_cores
 from llada_megatron.llada_moe.errors import ConfigError, DataError, ResourceError
 from llada_megatron.llada_moe.model.parameters import count_parameters, rank_shares
@@ -92,16 +93,11 @@ def check_space(run: RunConfig) -> None:
         if needed > free:
             kept = f", and those of checkpoint.keep_every {run.checkpoint.keep_every}" * bool(run.checkpoint.keep_every)
             raise ResourceError(
-                f"the checkpoints in {place} need {_gigabytes(needed)}, but {_gigabytes(max(0, free))} are free: "
+                f"the checkpoints in {place} need {size_text(needed)}, but {size_text(max(0, free))} are free: "
                 f"{together} will lie there (checkpoint.keep_last {run.checkpoint.keep_last}, the one being written"
-                f"{kept}), of {_gigabytes(size)} each, and {len(there)} of them are there; make room, keep fewer, or "
+                f"{kept}), of {size_text(size)} each, and {len(there)} of them are there; make room, keep fewer, or "
                 "write elsewhere"
             )
-
-
-def _gigabytes(size: float) -> str:
-    """`0.139 GB`, `5,760 GB`."""
-    return f"{float(f'{size / 1e9:.3g}'):,g} GB"
 
 
 def checkpoint_bytes(run: RunConfig) -> int:
