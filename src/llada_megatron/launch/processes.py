@@ -25,14 +25,20 @@ class StopRequest:
     def __init__(self, patient: bool = False) -> None:
         self._asked = False
         self._patient = patient
+        self._numbers: tuple[signal.Signals, ...] = ()
 
     def listen(self, signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM)) -> StopRequest:
         """Handle `signals` from now on (main thread only); one that came during the start counts as well."""
-        numbers = tuple(signals)
-        for number in numbers:
+        self._numbers = tuple(signals)
+        for number in self._numbers:
             signal.signal(number, self._handle)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._numbers)
         return self
+
+    def ignore(self) -> None:
+        """The work is done: signals no longer matter. Else they would kill a Python that is shutting down."""
+        for number in self._numbers:
+            signal.signal(number, signal.SIG_IGN)
 
     def __call__(self) -> bool:
         return self._asked

@@ -62,6 +62,7 @@ def quieten(rank: int, log_dir: Path) -> Callable[[], None]:
 def show_stacks_on_request(log: TextIO) -> None:
     """From now on SIGUSR2 writes the stacks of all threads to `log`, even where Python itself is stuck."""
     if hasattr(faulthandler, "register"):
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # what Python puts back when it shuts down
         faulthandler.register(signal.SIGUSR2, file=log, all_threads=True)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
 
@@ -82,6 +83,7 @@ def run_local_rank(work: Work, layout: LayoutConfig, log_dir: Path, stop: StopRe
         print(f"{locate(rank, layout)} failed\n{failure.stack}", flush=True)
         write_failure(reports, failure)
         _leave_at_once(1)
+    stop.ignore()
     if rank == 0:
         write_result(reports, facts)
     return 0

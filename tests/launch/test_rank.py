@@ -1,0 +1,35 @@
+"""The end of a rank: signals that come while Python shuts down no longer matter."""
+
+import os
+import subprocess
+import sys
+
+from llada_megatron.launch.reports import REPORTS_VARIABLE, read_result
+
+# Python gives signals their default action, to kill, before it takes modules apart: `late` is taken apart then.
+PROGRAM = """
+import os, signal, sys, time
+from pathlib import Path
+from llada_megatron.launch.processes import StopRequest
+from llada_megatron.launch.rank import run_local_rank
+from llada_megatron.llada_moe.config.schema import LayoutConfig
+
+class Late:
+    def __del__(self, kill=os.kill, me=os.getpid(), numbers=(signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR2)):
+        for number in numbers:
+            kill(me, number)
+        print("late", flush=True)
+
+late = Late()
+stop = StopRequest(patient=True).listen([signal.SIGUSR1, signal.SIGTERM])
+sys.exit(run_local_rank(lambda stop: {"steps": 3}, LayoutConfig(), Path("logs"), stop))
+"""
+
+
+def test_a_request_to_stop_that_comes_after_the_work_does_not_kill_the_rank(tmp_path):
+    (tmp_path / "reports").mkdir()
+    variables = os.environ | {"RANK": "0", "WORLD_SIZE": "1", REPORTS_VARIABLE: str(tmp_path / "reports")}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, env=variables, timeout=120)
+    assert done.returncode == 0
+    assert "late" in (tmp_path / "logs/rank-0.log").read_text()
+    assert read_result(tmp_path / "reports") == {"steps": 3}
