@@ -8,7 +8,7 @@ from llada_megatron.launch.reports import REPORTS_VARIABLE, read_result
 
 # Python gives signals their default action, to kill, before it takes modules apart: `late` is taken apart then.
 PROGRAM = """
-import os, signal, sys, time
+import os, signal, sys
 from pathlib import Path
 from llada_megatron.launch.processes import StopRequest
 from llada_megatron.launch.rank import run_local_rank
