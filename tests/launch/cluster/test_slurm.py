@@ -94,11 +94,10 @@ def test_a_job_submitted_from_inside_a_job_inherits_nothing_of_it(program, monke
     sbatch = program("sbatch", out="4711;cluster\n")
     for name in ("SLURM_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_CONF", "LLADA_JOB"):
         monkeypatch.setenv(name, "outer")
+    monkeypatch.delenv("LLADA_REQUIRE_SLURM", raising=False)  # the suite's own, of no job
     assert slurm.submit(Path("job.sbatch"), "c.yaml") == 4711
     seen = Path(f"{sbatch}.env").read_text()
-    assert (
-        "SLURM_CONF=outer" in seen and "SLURM_JOB_ID" not in seen and "RESTART" not in seen and "LLADA_JOB" not in seen
-    )
+    assert "SLURM_CONF=outer" in seen and "SLURM_JOB_ID" not in seen and "RESTART" not in seen and "LLADA" not in seen
 
 
 def test_the_queue_is_read_and_what_slurm_has_forgotten_is_left_out(program):
