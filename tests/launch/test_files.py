@@ -6,7 +6,7 @@ import os
 import pytest
 
 from llada_megatron.launch.cluster.job import JobDirectory, Verdict
-from llada_megatron.launch.files import make_once
+from llada_megatron.launch.files import make_once, replace
 
 
 @pytest.fixture(params=["links", "no links"])
@@ -30,3 +30,13 @@ def test_the_first_verdict_stays(storage):
     job.write_verdict(0, Verdict("exclude", "all\non n2", ("n2",)))
     job.write_verdict(0, Verdict("requeue", "later"))
     assert job.read_verdict(0) == Verdict("exclude", "all on n2", ("n2",))
+
+
+def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path):
+    (tmp_path / "folder").mkdir()
+    replace(tmp_path / "one", "first")
+    replace(tmp_path / "one", "second")
+    with pytest.raises(OSError, match="folder"):
+        replace(tmp_path / "folder", "text")
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "folder"}
+    assert (tmp_path / "one").read_text() == "second"

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.corpora import PREPARE_OPTIONS
 from tests.ranks import run_ranks
 
 STEPS, INTERVAL = 12, 3
@@ -52,16 +53,7 @@ def undisturbed(tmp_path_factory) -> Path:
             words.choice(["masked", "tokens", "fill", "the", "gaps", "of", "a", "text"]) for _ in range(400)
         )
         (folder / f"{name}.txt").write_text(text + "".join(chr(33 + words.randrange(90)) for _ in range(300)))
-    prepared = llada(
-        "prepare",
-        *(f"{n}.txt" for n in range(20)),
-        "--output",
-        "corpus",
-        "--train-tokenizer",
-        "--vocab-size",
-        "400",
-        cwd=folder,
-    )
+    prepared = llada("prepare", *(f"{n}.txt" for n in range(20)), *PREPARE_OPTIONS, cwd=folder)
     assert prepared.returncode == 0, prepared.stderr
     finished = llada("train", "run.yaml", "--json", cwd=folder)
     assert finished.returncode == 0, finished.stderr

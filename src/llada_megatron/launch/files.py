@@ -1,4 +1,4 @@
-"""Small files that several processes, also of several machines, may want to make at the same time."""
+"""Small files that other processes, also of other machines, read or want to make at the same time."""
 
 from __future__ import annotations
 
@@ -25,6 +25,20 @@ def make_once(path: Path, text: str) -> bool:
     finally:
         temporary.unlink(missing_ok=True)
     return True
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file so that whoever reads it finds it whole, as it was or as it is now.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
+    temporary = aside(path)
+    try:
+        temporary.write_text(text, "utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def link(source: Path, target: Path) -> None:

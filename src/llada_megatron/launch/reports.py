@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llada_megatron.launch import files
 from llada_megatron.llada_moe import errors
 
 REPORTS_VARIABLE = "LLADA_REPORTS"
@@ -51,12 +51,12 @@ class Failure:
 
 def write_failure(directory: Path, failure: Failure) -> None:
     """Leave the failure of a rank for the launcher."""
-    _write(directory / f"failure-{failure.rank}.json", asdict(failure))
+    files.replace(directory / f"failure-{failure.rank}.json", json.dumps(asdict(failure)))
 
 
 def write_result(directory: Path, facts: dict[str, Any]) -> None:
     """Leave the result of rank 0 for the launcher."""
-    _write(directory / "result.json", facts)
+    files.replace(directory / "result.json", json.dumps(facts))
 
 
 def read_failures(directory: Path) -> list[Failure]:
@@ -69,9 +69,3 @@ def read_result(directory: Path) -> dict[str, Any]:
     """The result of rank 0; empty where it left none."""
     path = directory / "result.json"
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content), "utf-8")
-    os.replace(temporary, path)

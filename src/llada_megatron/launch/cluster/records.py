@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from llada_megatron.launch import files
 from llada_megatron.launch.cluster.job import JobDirectory
 from llada_megatron.llada_moe.errors import ConfigError, ResourceError
 
@@ -74,9 +75,7 @@ def alone(output_dir: Path) -> Iterator[None]:
 
 def write(job: JobDirectory, record: Record) -> None:
     """Note a submitted job in its directory and in the registry of this user's jobs."""
-    temporary = job.path / ".job.json"
-    temporary.write_text(json.dumps(asdict(record)) + "\n", "utf-8")
-    temporary.replace(_record_path(job.path))
+    files.replace(_record_path(job.path), json.dumps(asdict(record)) + "\n")
     registry = _registry()
     registry.parent.mkdir(parents=True, exist_ok=True)
     with registry.open("a", encoding="utf-8") as stream:

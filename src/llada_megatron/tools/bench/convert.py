@@ -15,13 +15,12 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import message
 from llada_megatron.llada_moe.errors import ResourceError
-from llada_megatron.tools.bench.child import run_child
+from llada_megatron.tools.bench.child import Child, run_child
 from llada_megatron.tools.bench.claims import Claim, at_least, at_most, reported
 
 if TYPE_CHECKING:
@@ -34,17 +33,6 @@ MEMORY_GOAL_GB, TIME_GOAL, SIZE_GOAL_GB = 2.0, 3.0, 8.0
 _DISK_FACTOR = 4.1  # the source, both conversions of it, and a copy at a time
 _POOL_ELEMENTS = 2**25
 _SHARD_BYTES = 5 * 10**9
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One command, from its start to its end."""
-
-    seconds: float
-    peak_gb: float
-    """Largest resident memory of the process."""
-    result: dict[str, Any]
-    """The JSON object that it printed last."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,21 +71,21 @@ def _measure(scratch: Path, model: ModelConfig, gigabytes: float, layout: str | 
     for action, before, after, options in steps:
         copies = [_copy(before, scratch / "copy")]
         _forget(before)
-        measured = _command(action, before, after, *options)
+        child, _ = _command(action, before, after, *options)
         copies.append(_copy(before, scratch / "copy"))
-        claims += _claims(action, measured, copies, gigabytes)
-    same = _command("verify", source, exported, "--no-logits")
-    claims.append(at_most("tensors that differ after both directions", same.result["differing"], "", 0))
+        claims += _claims(action, child, copies, gigabytes)
+    _, same = _command("verify", source, exported, "--no-logits")
+    claims.append(at_most("tensors that differ after both directions", same["differing"], "", 0))
     return claims
 
 
-def _claims(action: str, measured: Measured, copies: list[float], gigabytes: float) -> list[Claim]:
+def _claims(action: str, child: Child, copies: list[float], gigabytes: float) -> list[Claim]:
     """One direction beside the copies of its input made before and after it."""
-    ratio = measured.seconds / statistics.mean(copies)
+    ratio = child.seconds / statistics.mean(copies)
     return [
-        at_most(f"{action}: peak memory of the process", measured.peak_gb, "GB", MEMORY_GOAL_GB),
+        at_most(f"{action}: peak memory of the process", child.peak_gb, "GB", MEMORY_GOAL_GB),
         at_most(f"{action}: time / time of a plain copy (mean of two)", ratio, "x", TIME_GOAL),
-        reported(f"{action}: throughput", 1000 * gigabytes / measured.seconds, "MB/s"),
+        reported(f"{action}: throughput", 1000 * gigabytes / child.seconds, "MB/s"),
         *(
             reported(f"plain copy {when} the {action}: throughput", 1000 * gigabytes / seconds, "MB/s")
             for when, seconds in zip(("before", "after"), copies, strict=True)
@@ -176,10 +164,10 @@ def _copy(source: Path, target: Path) -> float:
     return seconds
 
 
-def _command(action: str, *words: str | Path) -> Measured:
-    """Run `llada convert` as a user does, in a process of its own."""
+def _command(action: str, *words: str | Path) -> tuple[Child, dict[str, Any]]:
+    """Run `llada convert` as a user does, in a process of its own; also the JSON object that it printed last."""
     child = run_child([sys.executable, "-m", "llada_megatron.cli", "convert", action, *map(str, words), "--json"])
     result = json.loads(child.output.splitlines()[-1]) if child.output else {}
     if child.status and "equal" not in result:
         raise ResourceError(f"llada convert {action} ended with {child.status}: {result.get('error', 'see above')}")
-    return Measured(child.seconds, child.peak_gb, result)
+    return child, result
