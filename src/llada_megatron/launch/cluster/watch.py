@@ -60,9 +60,11 @@ class Watch:
         while True:
             time.sleep(_POLL_S)
             exits, now = self._ranks.exits(), time.monotonic()
+            stuck = self._hang.hung(now)
+            self._note_training()  # before any end, so that a start whose first steps were its last counts as well
             if any(exits.values()):
                 return self._failed()
-            if len(exits) < len(self._ranks.ranks) and (stuck := self._hang.hung(now)):
+            if len(exits) < len(self._ranks.ranks) and stuck:
                 return self._hung(stuck)
             if now >= look:
                 look = now + _LOOK_S
@@ -76,9 +78,6 @@ class Watch:
                 self._node.event("asked")  # now: a preemption may leave no time to say more
             self._asked = True
             self._ranks.ask_to_stop()
-        if self._node.first and not self._trained and self._hang.steps > 0:
-            self._trained = True
-            self._node.event("training")
         if finished:
             self._board.set(f"finished/{self._node.name}", "yes")
         absent = self._meeting.absent()
@@ -92,6 +91,11 @@ class Watch:
             self._board.set(_OVER, "end")
             return self._report(True)
         return None
+
+    def _note_training(self) -> None:
+        if self._node.first and not self._trained and self._hang.steps > 0:
+            self._trained = True
+            self._node.event("training")
 
     def _failed(self) -> NodeReport:
         time.sleep(_SETTLE_S)
