@@ -183,11 +183,11 @@ def test_loss_by_mask_ratio_is_the_mean_over_masked_positions_of_each_bin():
 def test_throughput_relates_tokens_per_second_to_the_peak(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    throughput = Throughput(flops_per_token=50.0, peak_flops=1000.0)
+    throughput = Throughput(flops_per_token=50.0)
     throughput.add(8)
     throughput.add(8)
     with throughput.paused():
         now[0] += 7.0
     now[0] += 2.0
-    figures = throughput.read()
+    figures = throughput.read(peak_flops=1000.0)
     assert figures == {"tokens_per_second": 8.0, "seconds_per_step": 1.0, "model_flops_utilization": 0.4}

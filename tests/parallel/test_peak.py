@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import torch
 
@@ -14,6 +15,18 @@ def test_ceilings_are_of_a_plausible_size(monkeypatch):
     monkeypatch.setattr(peak, "_SECONDS", 0.0)
     assert 1e9 < peak.matmul_peak("cpu", torch.float32) < 1e15
     assert 1e8 < peak.copy_peak("cpu") < 1e13
+
+
+def test_a_processor_without_instructions_for_the_type_is_not_waited_for(monkeypatch):
+    sizes = []
+
+    def slow_product(size, device, dtype):
+        sizes.append(size)
+        return lambda: time.sleep(0.1 * (size / 256) ** 3)
+
+    monkeypatch.setattr(peak, "_product", slow_product)
+    assert 0 < peak.matmul_peak("cpu", torch.bfloat16) <= 2 * 256**3 / 0.1
+    assert sizes == [256]
 
 
 def test_peak_memory_grows_with_use_and_stays_below_the_machine():

@@ -22,12 +22,19 @@ def assert_same_to_the_last_bit(calm, job):
     assert watching.different_tensors(last, job.output_dir / "checkpoints" / last.name) == []
 
 
-def assert_same_curve(calm, job):
-    """The loss curve of another layout, to 1e-5."""
+def assert_same_curve(calm, job, moved_at):
+    """The curve of a run that went on under another layout after step `moved_at`.
+
+    Every loss agrees to 1e-5, and so does the gradient norm up to the first step under the new layout. After it,
+    weights that differ in their last bits give norms that drift apart, faster on some processors than on others.
+    """
     expected, found = watching.curve(calm), watching.curve(job.output_dir)
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     for before, after in zip(expected, found, strict=True):
-        assert after == pytest.approx(before, rel=1e-5)
+        assert after.keys() == before.keys()
+        norms = {} if after["step"] > moved_at + 1 else {"grad_norm"}
+        for key in before.keys() - {"grad_norm"} | norms:
+            assert after[key] == pytest.approx(before[key], rel=1e-5), (after["step"], key)
 
 
 def status_of(place, job) -> dict:

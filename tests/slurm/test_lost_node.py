@@ -14,11 +14,12 @@ def test_training_goes_on_with_the_nodes_that_are_left(slurm, place, calm):
     slurm.set_node(slurm.nodes[1], "down")
     try:
         whole = watching.newest_whole(job.output_dir)
-        assert course.wait_for_start(slurm, job, since, offset) >= whole > 0
+        moved_at = course.wait_for_start(slurm, job, since, offset)
+        assert moved_at >= whole > 0
         assert watching.events(job.directory, "start")[-1]["nodes"] == slurm.nodes[:1]
         assert slurm.state(job.id) == "RUNNING", "in the allocation that is left"
         assert end_of(slurm, job) == "COMPLETED", output_of(job)
     finally:
         slurm.set_node(slurm.nodes[1], "resume")
     assert slurm.nodes[1] in str(watching.events(job.directory, "lost"))
-    assert_same_curve(calm, job)
+    assert_same_curve(calm, job, moved_at)

@@ -185,11 +185,11 @@ class MaskRatioLoss:
 class Throughput:
     """Tokens per second and model-FLOPs utilisation between two readings.
 
-    `flops_per_token`: see `llada_moe.model.flops`; `peak_flops`: measured FLOP/s of all ranks together.
+    `flops_per_token`: see `llada_moe.model.flops`.
     """
 
-    def __init__(self, flops_per_token: float, peak_flops: float) -> None:
-        self._flops_per_token, self._peak = flops_per_token, peak_flops
+    def __init__(self, flops_per_token: float) -> None:
+        self._flops_per_token = flops_per_token
         self._tokens, self._steps = 0, 0
         self._since = time.perf_counter()
 
@@ -209,13 +209,16 @@ class Throughput:
         """Starts the interval anew, e.g. after warm-up."""
         self._tokens, self._steps, self._since = 0, 0, time.perf_counter()
 
-    def read(self) -> dict[str, float]:
-        """Figures since the last reading, which it ends. Read after `flush`, which waits for the device."""
+    def read(self, peak_flops: float) -> dict[str, float]:
+        """Figures since the last reading, which it ends. Read after `flush`, which waits for the device.
+
+        `peak_flops`: measured FLOP/s of all ranks together.
+        """
         seconds = max(time.perf_counter() - self._since, 1e-9)
         tokens_per_second, steps = self._tokens / seconds, max(self._steps, 1)
         self.restart()
         return {
             "tokens_per_second": tokens_per_second,
             "seconds_per_step": seconds / steps,
-            "model_flops_utilization": tokens_per_second * self._flops_per_token / self._peak,
+            "model_flops_utilization": tokens_per_second * self._flops_per_token / peak_flops,
         }

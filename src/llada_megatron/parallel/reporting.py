@@ -30,7 +30,6 @@ class Reporter:
     """
 
     def __init__(self, run: RunConfig, models: list[torch.nn.Module], data: TrainingData, first_step: int) -> None:
-        """Collective: measures the machine's matrix-product peak on all ranks at once."""
         self.run, self.data, self._first_step = run, data, first_step
         self.rank = torch.distributed.get_rank()
         directory = Path(run.output_dir)
@@ -39,14 +38,13 @@ class Reporter:
         self.expert_load = ExpertLoad(models)
         self.by_ratio = MaskRatioLoss(device=device.current())
         self.throughput: Throughput | None = None
+        self._peak_flops: float | None = None
         self.last_loss = float("nan")
         self._waiting: list[tuple[int, dict[str, float]]] = []
         self._notes: dict[str, float] = {}
 
     def start(self, batches: list[Batch]) -> None:
-        """Measure the ceiling and the work per token, from the first step's batches (collective)."""
-        peak = torch.tensor(matmul_peak(device.current(), self._dtype()), dtype=torch.float64, device=device.current())
-        torch.distributed.all_reduce(peak)
+        """Count the work per token, from the first step's batches (collective)."""
         diffusion = self.run.objective.kind == "diffusion"
         objective = self.run.objective
         mean_ratio = 1.0 if objective.replace_ratio else (objective.mask_ratio_min + objective.mask_ratio_max) / 2
@@ -56,16 +54,23 @@ class Reporter:
             keys_per_query=self._keys_per_query(batches),
             supervised_share=mean_ratio if diffusion else 1.0,
         ).total
-        self.throughput = Throughput(work, float(peak))
+        self.throughput = Throughput(work)
         if self.rank == 0:
-            self.progress.message(
-                f"model FLOPs per token {work:.4g}; measured peak {float(peak):.4g} FLOP/s over all ranks"
-            )
+            self.progress.message(f"model FLOPs per token {work:.4g}")
             if self._first_step == 0:  # a restart need not say it again
                 self.progress.message(FORMULA)
 
-    def _dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.run.training.precision == "bf16" else torch.float32
+    def _measured_peak(self, throughput: Throughput) -> float:
+        """FLOP/s of all ranks, which measure at once; when a figure is first held against it (collective)."""
+        if self._peak_flops is None:
+            dtype = torch.bfloat16 if self.run.training.precision == "bf16" else torch.float32
+            with throughput.paused():
+                own = matmul_peak(device.current(), dtype)
+                peak = torch.tensor(own, dtype=torch.float64, device=device.current())
+                torch.distributed.all_reduce(peak)
+                self._peak_flops = float(peak)
+            self.progress.message(f"measured peak {self._peak_flops:.4g} FLOP/s over all ranks")
+        return self._peak_flops
 
     def _keys_per_query(self, batches: list[Batch]) -> float:
         """Keys that a token sees on average, in the segments of these batches."""
@@ -144,7 +149,9 @@ class Reporter:
             **self.by_ratio.reduce(),
             **load_scalars(self.expert_load.reduce()),
         }
-        return figures | (self.throughput.read() if self.throughput is not None else {})
+        if self.throughput is None:
+            return figures
+        return figures | self.throughput.read(self._measured_peak(self.throughput))
 
     def validation(self, number: int, result: Likelihood, bytes_per_token: float) -> float:
         """Keep the held-out bits per byte for the line of step `number`, which is reported next; returns them."""
