@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llada_megatron.llada_moe.huggingface.formats import FORMATS
-from llada_megatron.llada_moe.huggingface.modeling_files import modeling_files
+from llada_megatron.llada_moe.huggingface.formats import FORMATS, modeling_files
 
 ROOT = Path(__file__).parents[1]
 BUILD = "from setuptools.build_meta import build_wheel; build_wheel('built')"

@@ -12,10 +12,10 @@ from typing import Any
 __version__ = "0.1.0"
 # Names, not imports: every module of the package imports this one, and imports run one way.
 _INTERFACE = {
-    "Extent": "llada_megatron.launch.sampling.prompts",
-    "Prompt": "llada_megatron.launch.sampling.prompts",
-    "Sampler": "llada_megatron.launch.sampling.sampler",
-    "Settings": "llada_megatron.launch.sampling.settings",
+    "Extent": "llada_megatron.parallel.sampling.prompts",
+    "Prompt": "llada_megatron.parallel.sampling.prompts",
+    "Sampler": "llada_megatron.parallel.sampling.sampler",
+    "Settings": "llada_megatron.parallel.sampling.settings",
 }
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 
-from llada_megatron.launch.joining import check_world, find_place
-from llada_megatron.launch.processes import StopRequest
-from llada_megatron.launch.rank import run_joined_rank
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.launch.ranks.rank import StopRequest, run_joined_rank
+from llada_megatron.launch.ranks.rank_info import check_world, find_rank_info
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 
 LAYOUT = LayoutConfig(data_parallel=2)
 
@@ -28,7 +27,7 @@ def work(stop: StopRequest) -> dict:
 
 
 if __name__ == "__main__":
-    place = find_place()
+    place = find_rank_info()
     check_world(place, LAYOUT)
     os.environ.update(place.environment())
     facts, stopped = run_joined_rank(work, LAYOUT, Path(sys.argv[2]) / "logs", place.rank)

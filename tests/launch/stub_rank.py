@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from llada_megatron.launch import rank
-from llada_megatron.launch.processes import StopRequest
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.launch.ranks import rank
+from llada_megatron.launch.ranks.rank import StopRequest
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.errors import DataError
-from llada_megatron.parallel.heartbeat import Heartbeat
-from llada_megatron.parallel.lifetime import die_with_parent
+from llada_megatron.parallel.parent_death import die_with_parent
+from llada_megatron.parallel.training.heartbeat import Heartbeat
 
 LAYOUT = LayoutConfig(data_parallel=2)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.parallel.coordinates import locate
 from tests.ranks import run_ranks
 

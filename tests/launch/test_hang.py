@@ -2,10 +2,10 @@
 
 import time
 
-from llada_megatron.launch.hang import HangWatch, Stuck, suspects
-from llada_megatron.llada_moe.config.schema import RecoveryConfig
-from llada_megatron.parallel import heartbeat
-from llada_megatron.parallel.heartbeat import Heartbeat, beat_path
+from llada_megatron.launch.ranks.hang import HangWatch, StuckRank, suspects
+from llada_megatron.llada_moe.config.recovery import RecoveryConfig
+from llada_megatron.parallel.training import heartbeat
+from llada_megatron.parallel.training.heartbeat import Heartbeat, heartbeat_path
 
 LIMITS = RecoveryConfig(hang_factor=10.0, hang_minimum_s=5.0, hang_other_s=60.0)
 
@@ -16,7 +16,7 @@ def test_limits_follow_the_median_step(tmp_path, monkeypatch):
     watch = HangWatch(tmp_path, LIMITS, range(2))
     assert watch.hung(clock[0] + 59) == []
     assert [(each.rank, each.phase) for each in watch.hung(clock[0] + 61)] == [(0, "start"), (1, "start")]
-    hearts = [Heartbeat(beat_path(tmp_path, rank)) for rank in range(2)]
+    hearts = [Heartbeat(heartbeat_path(tmp_path, rank)) for rank in range(2)]
 
     def beat(step: int, phase: str = "step", ranks: tuple[int, ...] = (0, 1)) -> None:
         for rank in ranks:
@@ -52,6 +52,6 @@ def test_a_watcher_that_was_suspended_itself_starts_anew(tmp_path):
 
 
 def test_a_stopped_process_is_the_suspect():
-    stuck = [Stuck(0, 7, "step", 9.0), Stuck(1, 7, "step", 9.0)]
+    stuck = [StuckRank(0, 7, "step", 9.0), StuckRank(1, 7, "step", 9.0)]
     assert suspects(stuck, {0: "sleeping", 1: "stopped"}) == [stuck[1]]
     assert suspects(stuck, {}) == stuck

@@ -2,8 +2,8 @@
 
 import pytest
 
-from llada_megatron.launch.joining import Place, check_world, find_place
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.launch.ranks.rank_info import RankInfo, check_world, find_rank_info
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.errors import ConfigError, ResourceError
 
 TORCHRUN = {
@@ -25,35 +25,35 @@ SRUN = {
 
 
 def test_neither_launcher():
-    assert find_place({"HOME": "/"}) is None
+    assert find_rank_info({"HOME": "/"}) is None
 
 
 def test_torchrun():
-    assert find_place(TORCHRUN) == Place("torchrun", 5, 1, 8, "head", 29500)
+    assert find_rank_info(TORCHRUN) == RankInfo("torchrun", 5, 1, 8, "head", 29500)
 
 
 def test_torchrun_inside_a_slurm_step_wins():
-    assert find_place(SRUN | TORCHRUN).launcher == "torchrun"
+    assert find_rank_info(SRUN | TORCHRUN).launcher == "torchrun"
 
 
 def test_half_a_torchrun_environment_is_refused():
     with pytest.raises(ConfigError, match="MASTER_ADDR, MASTER_PORT not set"):
-        find_place({"RANK": "0", "WORLD_SIZE": "2"})
+        find_rank_info({"RANK": "0", "WORLD_SIZE": "2"})
 
 
 def test_srun_on_one_node():
-    place = find_place(SRUN)
+    place = find_rank_info(SRUN)
     assert (place.launcher, place.rank, place.local_rank, place.world_size, place.address) == ("srun", 3, 1, 4, "node7")
     assert 20000 <= place.port < 32000
 
 
 def test_srun_steps_of_one_job_have_ports_of_their_own():
-    assert find_place(SRUN).port != find_place(SRUN | {"SLURM_STEP_ID": "3"}).port
+    assert find_rank_info(SRUN).port != find_rank_info(SRUN | {"SLURM_STEP_ID": "3"}).port
 
 
 def test_a_batch_script_is_not_a_task():
     script = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}
-    assert find_place(script) is None
+    assert find_rank_info(script) is None
 
 
 def test_the_first_host_comes_from_scontrol(tmp_path, monkeypatch):
@@ -61,29 +61,31 @@ def test_the_first_host_comes_from_scontrol(tmp_path, monkeypatch):
     scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[7-8]" ] && printf "node7\\nnode8\\n"\n')
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert find_place(SRUN | {"SLURM_STEP_NODELIST": "node[7-8]"}).address == "node7"
+    assert find_rank_info(SRUN | {"SLURM_STEP_NODELIST": "node[7-8]"}).address == "node7"
 
 
 def test_without_scontrol_nothing_is_guessed(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ResourceError, match="scontrol is not in PATH.*set MASTER_ADDR"):
-        find_place(SRUN | {"SLURM_STEP_NODELIST": "node[7-8]"})
+        find_rank_info(SRUN | {"SLURM_STEP_NODELIST": "node[7-8]"})
 
 
 def test_master_variables_override_slurm(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    place = find_place(SRUN | {"SLURM_STEP_NODELIST": "node[7-8]", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"})
+    place = find_rank_info(
+        SRUN | {"SLURM_STEP_NODELIST": "node[7-8]", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
+    )
     assert (place.address, place.port) == ("10.0.0.1", 1234)
 
 
 def test_another_world_size_is_refused_with_the_arithmetic():
     layout = LayoutConfig(tensor_parallel=2, pipeline_parallel=2, data_parallel=2)
-    check_world(Place("torchrun", 0, 0, 8, "h", 1), layout)
+    check_world(RankInfo("torchrun", 0, 0, 8, "h", 1), layout)
     with pytest.raises(ConfigError) as error:
-        check_world(Place("srun", 0, 0, 12, "h", 1), layout)
+        check_world(RankInfo("srun", 0, 0, 12, "h", 1), layout)
     text = str(error.value)
     assert "tensor 2 x pipeline 2 x context 1 x data 2 = 8 ranks, but srun started 12" in text
     assert "start 8 processes (srun --ntasks), or set layout.data_parallel=3" in text
     with pytest.raises(ConfigError) as error:
-        check_world(Place("torchrun", 0, 0, 6, "h", 1), layout)
+        check_world(RankInfo("torchrun", 0, 0, 6, "h", 1), layout)
     assert "data_parallel=" not in str(error.value)

@@ -14,14 +14,14 @@ import time
 import psutil
 import pytest
 
-from llada_megatron.launch import lease
-from llada_megatron.launch.lease import Holder, Lease, check_free
+from llada_megatron.launch import run_lock
+from llada_megatron.launch.run_lock import Holder, RunLock, check_free
 from llada_megatron.llada_moe.errors import ResourceError
 
 ELSEWHERE = {"host": "node17", "machine": "another boot"}
 HOLD = """
 import sys, time
-from llada_megatron.launch.lease import Lease
+from llada_megatron.launch.run_lock import Lease
 with Lease.take(sys.argv[1], sys.argv[2] or None):
     print("held", flush=True)
     time.sleep(120)
@@ -31,16 +31,16 @@ with Lease.take(sys.argv[1], sys.argv[2] or None):
 def leave(directory, age_s=0.0, **values):
     """A lease as some process left it `age_s` seconds ago."""
     holder = dataclasses.replace(Holder.this_process(None), **values)
-    path = directory / lease.FILE_NAME
+    path = directory / run_lock.FILE_NAME
     path.write_text(json.dumps(dataclasses.asdict(holder)))
     os.utime(path, (time.time() - age_s,) * 2)
 
 
 def taken_over(directory, job_id=None):
     check_free(directory, job_id)
-    before = (directory / lease.FILE_NAME).read_text()
-    with Lease.take(directory, job_id):
-        after = json.loads((directory / lease.FILE_NAME).read_text())
+    before = (directory / run_lock.FILE_NAME).read_text()
+    with RunLock.take(directory, job_id):
+        after = json.loads((directory / run_lock.FILE_NAME).read_text())
         assert after["token"] != json.loads(before)["token"]
         assert after["pid"] == os.getpid()
     return os.listdir(directory) == []
@@ -67,14 +67,14 @@ def holding(tmp_path):
 
 def test_a_directory_is_free_before_while_nobody_trains_and_after(tmp_path):
     check_free(tmp_path / "new")
-    with Lease.take(tmp_path / "new"):
+    with RunLock.take(tmp_path / "new"):
         pass
     assert os.listdir(tmp_path / "new") == []
 
 
 def test_the_second_of_two_live_processes_is_refused_and_told_who_holds_it(tmp_path, holding):
     process = holding(job_id="42")
-    for ask in (lambda: check_free(tmp_path), lambda: Lease.take(tmp_path, "43").__enter__()):
+    for ask in (lambda: check_free(tmp_path), lambda: RunLock.take(tmp_path, "43").__enter__()):
         with pytest.raises(ResourceError) as caught:
             ask()
         said = f"is being trained by job 42, process {process.pid} on host {os.uname().nodename} since 20"
@@ -103,12 +103,12 @@ def test_a_clock_that_is_put_right_does_not_make_the_holder_another_process(tmp_
 
 
 def test_a_holder_on_another_machine_counts_while_it_renews(tmp_path):
-    leave(tmp_path, age_s=lease.STALE_S / 2, **ELSEWHERE)
+    leave(tmp_path, age_s=run_lock.STALE_S / 2, **ELSEWHERE)
     with pytest.raises(ResourceError, match=r"on host node17 .*try again in 60 seconds"):
         check_free(tmp_path)
     with pytest.raises(ResourceError, match="node17"):
-        Lease.take(tmp_path).__enter__()
-    leave(tmp_path, age_s=lease.STALE_S + 5, **ELSEWHERE)
+        RunLock.take(tmp_path).__enter__()
+    leave(tmp_path, age_s=run_lock.STALE_S + 5, **ELSEWHERE)
     assert taken_over(tmp_path)
 
 
@@ -122,9 +122,9 @@ def test_storage_without_hard_links_will_do(tmp_path, monkeypatch):
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
     monkeypatch.setattr(os, "link", refuse)
-    with Lease.take(tmp_path), pytest.raises(ResourceError, match=f"process {os.getpid()}"):
-        Lease.take(tmp_path, "43").__enter__()
-    leave(tmp_path, age_s=lease.STALE_S + 5, **ELSEWHERE)
+    with RunLock.take(tmp_path), pytest.raises(ResourceError, match=f"process {os.getpid()}"):
+        RunLock.take(tmp_path, "43").__enter__()
+    leave(tmp_path, age_s=run_lock.STALE_S + 5, **ELSEWHERE)
     assert taken_over(tmp_path)
 
 
@@ -133,7 +133,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            Lease.take(tmp_path).__enter__()
+            RunLock.take(tmp_path).__enter__()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == []
@@ -146,16 +146,16 @@ def test_a_restart_waits_for_the_last_process_of_its_own_job(tmp_path, holding):
 
 
 def test_an_unreadable_lease_counts_for_as_long_as_one_of_another_machine(tmp_path):
-    (tmp_path / lease.FILE_NAME).write_text("{")
+    (tmp_path / run_lock.FILE_NAME).write_text("{")
     with pytest.raises(ResourceError):
         check_free(tmp_path)
-    os.utime(tmp_path / lease.FILE_NAME, (0, 0))
+    os.utime(tmp_path / run_lock.FILE_NAME, (0, 0))
     check_free(tmp_path)
 
 
 def test_it_is_renewed_and_one_that_was_taken_over_is_noticed_and_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(lease, "RENEWAL_S", 0.05)
-    path = tmp_path / lease.FILE_NAME
+    monkeypatch.setattr(run_lock, "RENEWAL_S", 0.05)
+    path = tmp_path / run_lock.FILE_NAME
 
     def eventually(condition):
         deadline = time.monotonic() + 30
@@ -163,7 +163,7 @@ def test_it_is_renewed_and_one_that_was_taken_over_is_noticed_and_left_alone(tmp
             time.sleep(0.02)
         return condition()
 
-    with Lease.take(tmp_path) as held:
+    with RunLock.take(tmp_path) as held:
         os.utime(path, (0, 0))
         assert eventually(lambda: path.stat().st_mtime > 0)
         held.check()

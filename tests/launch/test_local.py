@@ -15,7 +15,7 @@ STUB = Path(__file__).with_name("stub_rank.py")
 LAUNCH = """
 import sys
 from pathlib import Path
-from llada_megatron.launch.local import Stopped, run_local
+from llada_megatron.launch.ranks.local import Stopped, run_local
 from llada_megatron.llada_moe.config.schema import LayoutConfig, RecoveryConfig
 from llada_megatron.llada_moe.errors import LladaError
 

@@ -4,14 +4,14 @@ import os
 import subprocess
 import sys
 
-from llada_megatron.launch.reports import REPORTS_VARIABLE, read_result
+from llada_megatron.launch.ranks.rank_reports import REPORTS_VARIABLE, read_result
 
 # Python gives signals their default action, to kill, before it takes modules apart: `late` is taken apart then.
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
-from llada_megatron.launch.processes import StopRequest
-from llada_megatron.launch.rank import run_local_rank
+from llada_megatron.launch.ranks.rank import StopRequest
+from llada_megatron.launch.ranks.rank import run_local_rank
 from llada_megatron.llada_moe.config.schema import LayoutConfig
 
 class Late:

@@ -7,7 +7,7 @@ import pytest
 
 from llada_megatron.launch import resources
 from llada_megatron.llada_moe.config import load_run
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.errors import ConfigError, DataError, ResourceError
 from llada_megatron.parallel.checkpoint import manifest
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llada_megatron.launch import demo_report
-from llada_megatron.launch.assessment import Assessment, Piece
+from llada_megatron.parallel.evaluation.assessment import Assessment, TextSpan
 from tests.corpora import write_texts
 
 RUN = """
@@ -193,13 +193,13 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder):
 
 
 def test_report_by_hand():
-    example = [Piece("for "), Piece("i in", "j in", tokens=2, right=1), Piece(" x:")]
+    example = [TextSpan("for "), TextSpan("i in", "j in", tokens=2, right=1), TextSpan(" x:")]
     result = Assessment(1.5, 3.0, 0.3, 0.1, 1, 20, {1: [10, 30, 0, 0]}, [example])
     assert result.gain == 0.5
     assert demo_report.before(example) == "for «??» x:"
     assert demo_report.after(example) == "for «j in» x:"
     assert demo_report.original(example) == "for i in x:"
-    places = demo_report.Places("c", "t", "r")
+    places = demo_report.ResultPaths("c", "t", "r")
     text = demo_report.as_text(result, {"train": 61.0}, 1.25, places, lambda text, code: text)
     for part in ("50.0% lower", "3.0 times", "1 of 2 tokens", "max/mean 3.00, dead 2", "1:01 of work"):
         assert part in text

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llada_megatron.launch.lease import Lease
+from llada_megatron.launch.run_lock import RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = str(ROOT / "configs/runs/demo.yaml")
@@ -77,6 +77,6 @@ def test_weights_to_start_from_that_are_not_there(tmp_path, prepared):
 
 
 def test_a_directory_that_another_process_trains_in(tmp_path, prepared):
-    with Lease.take(tmp_path / "busy", "17"):
+    with RunLock.take(tmp_path / "busy", "17"):
         done = _train(prepared, f"output_dir={tmp_path}/busy", cwd=tmp_path)
         _assert_refused(done, 1, f"busy is being trained by job 17, process {os.getpid()} on host")

@@ -9,7 +9,12 @@ from llada_megatron.parallel import device
 
 device.install()
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig, MoEConfig, TrainingConfig  # noqa: E402
+from llada_megatron.llada_moe.config.layout import LayoutConfig  # noqa: E402
+from llada_megatron.llada_moe.config.model import (  # noqa: E402
+    ModelConfig,
+    MoEConfig,
+)
+from llada_megatron.llada_moe.config.training import TrainingConfig  # noqa: E402
 from llada_megatron.llada_moe.model.transformer import build_model, transformer_config  # noqa: E402
 from llada_megatron.parallel import topology  # noqa: E402
 from llada_megatron.parallel.expert_load import ExpertLoad, load_scalars, summarize  # noqa: E402

@@ -12,15 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_megatron.parallel import metrics_board
-from llada_megatron.parallel.metrics import (
-    SCHEMA,
-    MaskRatioLoss,
-    MetricsWriter,
-    Throughput,
-    bits_per_byte,
-)
-from llada_megatron.parallel.metrics_file import last_metrics, read_metrics
+from llada_megatron.parallel.training import metrics_writer
+from llada_megatron.parallel.training.metrics import MaskRatioLoss, Throughput, bits_per_byte
+from llada_megatron.parallel.training.metrics_file import last_metrics, read_metrics
+from llada_megatron.parallel.training.metrics_writer import SCHEMA, MetricsWriter
 
 
 def write_steps(run_dir, steps, from_step=0, tensorboard=False):
@@ -145,7 +140,7 @@ def test_a_full_disk_delays_lines_and_loses_none(tmp_path, monkeypatch):
         writer.write(step, {"loss": 1.0, "consumed_sequences": step})
         writer.flush()
 
-    monkeypatch.setattr(metrics_board, "RETRY_S", 0.0)
+    monkeypatch.setattr(metrics_writer, "RETRY_S", 0.0)
     with MetricsWriter(tmp_path) as writer:
         write(writer, 1)
         with small_files(150):  # in the middle of a line

@@ -12,7 +12,8 @@ import torch
 from hypothesis import strategies
 
 from llada_megatron.llada_moe.config import validate_run
-from llada_megatron.llada_moe.config.schema import LayoutConfig, RunConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.tools.bench import parity
 from llada_megatron.tools.bench.layouts import DENSE_LAYOUTS, MODELS, MOE_LAYOUTS, parity_run
@@ -121,10 +122,11 @@ def test_norm_of_unit_gradients_of_a_dense_model(name):
 
 
 def unit_gradient_norm(run: RunConfig) -> float:
-    from llada_megatron.parallel import assembly, optimizer, topology
+    from llada_megatron.parallel import build, topology
+    from llada_megatron.parallel.training import optimizer
 
     topology.initialize(run.layout, run.training.seed)
-    models = assembly.wrap(run, assembly.build_run_chunks(run))
+    models = build.wrap(run, build.build_run_chunks(run))
     adam = optimizer.build_optimizer(run, models)
     for model in models:
         for parameter in model.parameters():
@@ -140,11 +142,12 @@ def test_norm_is_measured_where_nothing_is_clipped():
 
 
 def first_norm(run: RunConfig) -> float:
-    from llada_megatron.parallel import assembly, optimizer, topology
-    from llada_megatron.parallel.step import TrainingStep
+    from llada_megatron.parallel import build, topology
+    from llada_megatron.parallel.training import optimizer
+    from llada_megatron.parallel.training.step import TrainingStep
 
     topology.initialize(run.layout, run.training.seed)
-    models = assembly.wrap(run, assembly.build_run_chunks(run))
+    models = build.wrap(run, build.build_run_chunks(run))
     return TrainingStep(run, models, optimizer.build_optimizer(run, models), parity.SyntheticData(run))(0).grad_norm
 
 
@@ -158,11 +161,12 @@ def test_bfloat16_keeps_fp32_main_weights():
 
 def three_losses(run: RunConfig) -> list[float]:
     """Losses of three steps over the same samples."""
-    from llada_megatron.parallel import assembly, optimizer, topology
-    from llada_megatron.parallel.step import TrainingStep
+    from llada_megatron.parallel import build, topology
+    from llada_megatron.parallel.training import optimizer
+    from llada_megatron.parallel.training.step import TrainingStep
 
     topology.initialize(run.layout, run.training.seed)
-    models = assembly.wrap(run, assembly.build_run_chunks(run))
+    models = build.wrap(run, build.build_run_chunks(run))
     adam = optimizer.build_optimizer(run, models)
     step = TrainingStep(run, models, adam, parity.SyntheticData(run))
     losses = []

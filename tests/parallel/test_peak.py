@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from llada_megatron.parallel import peak
+from llada_megatron.parallel.training import peak
 
 
 def test_ceilings_are_of_a_plausible_size(monkeypatch):
@@ -39,7 +39,7 @@ def test_peak_memory_grows_with_use_and_stays_below_the_machine():
 def test_peak_memory_is_this_process_own_and_not_that_of_the_one_that_started_it():
     block = torch.ones(2**29)  # 2 GB: more than a process with torch alone
     assert peak.peak_memory_gb() > 2
-    words = "from llada_megatron.parallel.peak import peak_memory_gb; print(peak_memory_gb())"
+    words = "from llada_megatron.parallel.training.peak import peak_memory_gb; print(peak_memory_gb())"
     printed = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True).stdout
     assert block.numel() > 0
     assert 0.05 < float(printed) < 1.5

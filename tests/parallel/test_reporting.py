@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from llada_megatron.llada_moe.config.schema import (
-    CheckpointConfig,
-    DataConfig,
-    DataSetConfig,
-    LayoutConfig,
-    LearningRateConfig,
-    LoggingConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-    ValidationConfig,
-)
-from llada_megatron.parallel.metrics_file import read_metrics
+from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
+from llada_megatron.llada_moe.config.intervals import CheckpointConfig, LoggingConfig, ValidationConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.config.training import TrainingConfig
+from llada_megatron.parallel.training.metrics_file import read_metrics
 from tests.corpora import model_for, prepared_set
 from tests.ranks import RankFailure, run_ranks
 
@@ -34,7 +28,7 @@ EVERY_INTERVAL = {
 
 def train(run, fail_after):
     from llada_megatron.parallel import topology
-    from llada_megatron.parallel.trainer import Trainer
+    from llada_megatron.parallel.training.trainer import Trainer
 
     topology.initialize(run.layout, run.training.seed)
     trainer = Trainer(run)

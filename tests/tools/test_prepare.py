@@ -11,7 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from llada_megatron.cli import main
 from llada_megatron.llada_moe.data import encoding
 from llada_megatron.llada_moe.data.indexed import TokenWriter
-from llada_megatron.llada_moe.data.manifest import prefix_file, read_manifest, tokenizer_of
+from llada_megatron.llada_moe.data.set_manifest import prefix_file, read_manifest, tokenizer_of
 
 TRAIN = ("--train-tokenizer", "--vocab-size", "320")
 

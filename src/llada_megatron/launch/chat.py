@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llada_megatron.launch.sampling.conversation import Conversation
-    from llada_megatron.launch.sampling.settings import Settings
+    from llada_megatron.parallel.sampling.settings import Settings
 
 ANSWER_TOKENS, BLOCK_LENGTH = 128, 32
 """Of an answer and of its blocks, as in LLaDA's chat.py."""
@@ -44,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Talk until the input ends; raises ConfigError, DataError or CheckpointError."""
-    from llada_megatron.launch.sampling.chat_template import find_template
     from llada_megatron.launch.sampling.conversation import Conversation
-    from llada_megatron.launch.sampling.sampler import open_sampler
+    from llada_megatron.parallel.sampling.chat_template import find_template
+    from llada_megatron.parallel.sampling.sampler import open_sampler
 
     settings = _in_blocks(settings_of(args, ANSWER_TOKENS))
     if settings.layout.world_size > 1:
@@ -95,7 +95,7 @@ def _talk(conversation: Conversation, quiet: bool) -> bool:
 
 
 def _answer(conversation: Conversation, text: str, console: Console | None, quiet: bool) -> None:
-    from llada_megatron.launch.sampling.terminal import Screen, visible
+    from llada_megatron.launch.sampling.display import Screen, visible
 
     before = len(conversation.messages)
     with contextlib.ExitStack() as held:

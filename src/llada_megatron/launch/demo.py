@@ -1,31 +1,73 @@
-"""`make demo`: prepare a corpus, train a small LLaDA-MoE on it with two processes, and show what it learnt.
-
-Each phase is skipped when what it makes stands; an interrupted training goes on from its newest checkpoint.
-"""
+"""Memory of a program and all its processes, watched while it runs."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
+import psutil
+
 from llada_megatron.console import coloured, error, message
-from llada_megatron.launch.memory import PeakMemory
 from llada_megatron.llada_moe.errors import ConfigError, DataError, LladaError
 
 if TYPE_CHECKING:
-    from llada_megatron.launch.assessment import Assessment
-    from llada_megatron.llada_moe.config.schema import RunConfig
+    from llada_megatron.llada_moe.config.run import RunConfig
+    from llada_megatron.parallel.evaluation.assessment import Assessment
+
+
+class PeakMemory:
+    """Largest resident size of every process of this program during a `with` block.
+
+    Short peaks between two looks are missed; memory that processes share is counted in each.
+    """
+
+    def __init__(self, seconds_between_looks: float = 0.5) -> None:
+        self._pause = seconds_between_looks
+        self._peaks: dict[tuple[int, float], int] = {}
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
+
+    @property
+    def gigabytes(self) -> float:
+        """Sum over all processes seen of each one's peak, in GB (10^9 bytes)."""
+        return sum(self._peaks.values()) / 1e9
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        here = psutil.Process()
+        while True:
+            for process in [here, *here.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    name = process.pid, process.create_time()
+                    self._peaks[name] = max(self._peaks.get(name, 0), process.memory_info().rss)
+            if self._done.wait(self._pause):
+                return
+
 
 CONFIG = "configs/runs/demo.yaml"
+
 CORPUS = "python-stdlib"
+
 SEQUENCES = 512
 """Held-out windows that the figures are measured on."""
 
@@ -99,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
 
 def prepare(config: RunConfig, corpus: str, ledger: Ledger) -> None:
     """Make the run's prepared set, unless it stands. Raises DataError, or ConfigError if it is of another corpus."""
-    from llada_megatron.llada_moe.data.manifest import read_manifest
+    from llada_megatron.llada_moe.data.set_manifest import read_manifest
 
     prefix = config.data.sets[0].path
     try:
@@ -150,7 +192,7 @@ def report(config: RunConfig, sequences: int, ledger: Ledger) -> None:
         result, checkpoint = evaluate(directory, sequences)
     seconds = {name: phase.seconds for name, phase in ledger.phases.items()}
     memory = max(phase.peak_memory_gb for phase in ledger.phases.values())
-    places = demo_report.Places(checkpoint, str(directory / "tensorboard"), str(directory / "report.md"))
+    places = demo_report.ResultPaths(checkpoint, str(directory / "tensorboard"), str(directory / "report.md"))
     values = demo_report.as_json(result, seconds, memory, places)
     (directory / "report.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
     (directory / "report.md").write_text(demo_report.as_markdown(result, seconds, memory, places), "utf-8")
@@ -166,9 +208,9 @@ def evaluate(directory: Path, sequences: int) -> tuple[Assessment, str]:
     from llada_megatron.parallel import device
 
     device.install()
-    from llada_megatron.launch.assessment import assess
-    from llada_megatron.launch.sampling.tokenizers import checkpoint_tokenizer
-    from llada_megatron.parallel.inference import open_checkpoint
+    from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
+    from llada_megatron.parallel.evaluation.assessment import assess
+    from llada_megatron.parallel.sampling.checkpoint_tokenizer import checkpoint_tokenizer
 
     with open_checkpoint(directory) as loaded:
         return assess(loaded, checkpoint_tokenizer(loaded), sequences), str(loaded.path)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llada_megatron.launch.assessment import Assessment, Piece
+    from llada_megatron.parallel.evaluation.assessment import Assessment, TextSpan
 
 GAIN_GOAL, INFILL_GOAL = 0.25, 3.0
 """Bits per byte below the unigram baseline's by this share; infilling accuracy in majority shares."""
@@ -19,7 +19,7 @@ Paint = Callable[[str, str], str]
 
 
 @dataclass(frozen=True)
-class Places:
+class ResultPaths:
     """Where things are."""
 
     checkpoint: str
@@ -27,7 +27,9 @@ class Places:
     report: str
 
 
-def as_json(result: Assessment, seconds: dict[str, float], peak_memory_gb: float, places: Places) -> dict[str, Any]:
+def as_json(
+    result: Assessment, seconds: dict[str, float], peak_memory_gb: float, places: ResultPaths
+) -> dict[str, Any]:
     """What `report.json` holds. Times in seconds, of the work itself even where a later run reuses it."""
     return {
         "bits_per_byte": result.bits_per_byte,
@@ -46,7 +48,9 @@ def as_json(result: Assessment, seconds: dict[str, float], peak_memory_gb: float
     }
 
 
-def as_text(result: Assessment, seconds: dict[str, float], peak_memory_gb: float, places: Places, paint: Paint) -> str:
+def as_text(
+    result: Assessment, seconds: dict[str, float], peak_memory_gb: float, places: ResultPaths, paint: Paint
+) -> str:
     """What the demo prints."""
     parts = [paint("Filling in held-out code", BOLD) + " (15 % of the tokens are gaps, written one a step)"]
     for number, example in enumerate(result.examples, start=1):
@@ -64,7 +68,7 @@ def as_text(result: Assessment, seconds: dict[str, float], peak_memory_gb: float
     return "\n\n".join(parts) + "\n"
 
 
-def as_markdown(result: Assessment, seconds: dict[str, float], peak_memory_gb: float, places: Places) -> str:
+def as_markdown(result: Assessment, seconds: dict[str, float], peak_memory_gb: float, places: ResultPaths) -> str:
     """`report.md`."""
     phases = ", ".join(f"{name} {_clock(value)}" for name, value in seconds.items())
     parts = [
@@ -82,15 +86,15 @@ def as_markdown(result: Assessment, seconds: dict[str, float], peak_memory_gb: f
     return "\n\n".join(parts) + "\n"
 
 
-def before(example: list[Piece]) -> str:
+def before(example: list[TextSpan]) -> str:
     """The text with its gaps: one question mark a token."""
     return "".join(piece.original if piece.filled is None else f"«{'?' * piece.tokens}»" for piece in example)
 
 
-def after(example: list[Piece], paint: Paint | None = None) -> str:
+def after(example: list[TextSpan], paint: Paint | None = None) -> str:
     """The text with the gaps filled, what was filled in guillemets; green where all of it is as it was."""
 
-    def show(piece: Piece) -> str:
+    def show(piece: TextSpan) -> str:
         if piece.filled is None:
             return piece.original
         text = f"«{piece.filled}»"
@@ -99,12 +103,12 @@ def after(example: list[Piece], paint: Paint | None = None) -> str:
     return "".join(map(show, example))
 
 
-def original(example: list[Piece]) -> str:
+def original(example: list[TextSpan]) -> str:
     """The text as it was."""
     return "".join(piece.original for piece in example)
 
 
-def _score(example: list[Piece]) -> str:
+def _score(example: list[TextSpan]) -> str:
     right, gaps = sum(piece.right for piece in example), sum(piece.tokens for piece in example)
     return f"{right} of {gaps} tokens as in the original"
 

@@ -11,9 +11,9 @@ from llada_megatron.console import emit_json, message
 from llada_megatron.llada_moe.errors import ResourceError
 
 if TYPE_CHECKING:
-    from llada_megatron.launch.cluster.records import SubmittedJob
+    from llada_megatron.launch.cluster.registry import SubmittedJob
     from llada_megatron.launch.cluster.slurm import QueuedJob
-    from llada_megatron.launch.cluster.status import Status
+    from llada_megatron.launch.cluster.status import JobStatus
 
 EXAMPLES = """\
 examples:
@@ -67,7 +67,7 @@ def ask_slurm(jobs: list[SubmittedJob]) -> dict[int, QueuedJob] | None:
         return None
 
 
-def table(found: list[Status]) -> list[str]:
+def table(found: list[JobStatus]) -> list[str]:
     """Lines for people: columns, and below a job what there is to say about it."""
     rows = [_row(each) for each in found]
     widths = [max(map(len, column)) for column in zip(_HEADINGS, *rows, strict=True)]
@@ -89,11 +89,11 @@ def duration(seconds: float) -> str:
 
 
 def _chosen(args: argparse.Namespace) -> list[SubmittedJob]:
-    from llada_megatron.launch.cluster import records
+    from llada_megatron.launch.cluster import registry
 
     if args.jobs:
-        return [job for word in args.jobs for job in records.find(word)]
-    return records.jobs_of_user()
+        return [job for word in args.jobs for job in registry.find(word)]
+    return registry.jobs_of_user()
 
 
 def _touched(job: SubmittedJob) -> float:
@@ -101,7 +101,7 @@ def _touched(job: SubmittedJob) -> float:
     return max(path.stat().st_mtime for path in (job.directory.path, *job.directory.path.glob("events")))
 
 
-def _row(each: Status) -> tuple[str, ...]:
+def _row(each: JobStatus) -> tuple[str, ...]:
     return (
         str(each.job_id),
         each.run,

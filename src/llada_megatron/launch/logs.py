@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from llada_megatron.llada_moe.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
-    from llada_megatron.launch.cluster.records import SubmittedJob
+    from llada_megatron.launch.cluster.registry import SubmittedJob
 
 EXAMPLES = """\
 examples:
@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the log; returns the exit code."""
-    from llada_megatron.launch.cluster import records
+    from llada_megatron.launch.cluster import registry
 
-    job = records.find(args.job)[-1]
+    job = registry.find(args.job)[-1]
     path = job.directory.output
     if args.rank is not None:
         path = _rank_log(job, args.rank)
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _rank_log(job: SubmittedJob, rank: int) -> Path:
-    from llada_megatron.launch.rank import log_path
+    from llada_megatron.launch.ranks.rank import log_path
 
     if not 0 <= rank < job.record.ranks:
         raise ConfigError(f"--rank {rank}: the job has the ranks 0 to {job.record.ranks - 1}")

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 import psutil
 
 from llada_megatron.console import size_text
-from llada_megatron.launch.processes import available_cores
+from llada_megatron.launch.ranks.rank import available_cores
 from llada_megatron.llada_moe.errors import ConfigError, DataError, ResourceError
 from llada_megatron.llada_moe.model.parameters import count_parameters, rank_shares
 from llada_megatron.parallel.checkpoint import manifest as checkpoint_manifest
 from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
 from llada_megatron.parallel.checkpoint.search import weights_to_start_from
-from llada_megatron.parallel.recovery.policy import may_go_back
+from llada_megatron.parallel.training.recovery.policy import may_go_back
 
 if TYPE_CHECKING:
-    from llada_megatron.llada_moe.config.schema import RunConfig
+    from llada_megatron.llada_moe.config.run import RunConfig
 
 RANKS_PER_CORE = 4
 """More processes than this on one core spend their time waiting for each other."""

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llada_megatron.console import emit_json, message
-from llada_megatron.launch.joining import find_place
+from llada_megatron.launch.ranks.rank_info import find_rank_info
 from llada_megatron.launch.sampling.options import add_asked, add_method, add_model, asked_of, settings_of
-from llada_megatron.launch.sampling.printing import Printer
-from llada_megatron.launch.sampling.results import Result
-from llada_megatron.launch.sampling.sources import Source, read_lines, read_texts
+from llada_megatron.launch.sampling.printer import Printer
+from llada_megatron.launch.sampling.prompt_sources import PromptSource, read_lines, read_texts
 from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.parallel.sampling.results import Result
 
 if TYPE_CHECKING:
-    from llada_megatron.launch.sampling.settings import Settings
+    from llada_megatron.parallel.sampling.settings import Settings
 
 EXAMPLES = """\
 examples:
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     """Sample; raises ConfigError, DataError or CheckpointError."""
     if args.list_presets:
         return _list_presets(args)
-    if args.output is None and (place := None if args.local else find_place()) is not None and place.world_size > 1:
+    if args.output is None and (place := None if args.local else find_rank_info()) is not None and place.world_size > 1:
         if place.rank != 0:  # every rank finds the same; rank 0 says it
             return ConfigError.exit_code
         raise ConfigError(f"{place.launcher} started {place.world_size} processes: give --output FILE, or --local")
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         if args.jsonl:
             raise ConfigError("--jsonl is for standard output; FILE of --output holds JSON lines anyway")
-        from llada_megatron.launch.batching import run_batch
+        from llada_megatron.launch.sampling.batch_command import run_batch
 
         return run_batch(settings, source, args)
     if args.overwrite:
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     return _print_all(settings, source, args)
 
 
-def _print_all(settings: Settings, source: Source, args: argparse.Namespace) -> int:
+def _print_all(settings: Settings, source: PromptSource, args: argparse.Namespace) -> int:
     """Write all prompts and print the results in their order."""
     began = time.perf_counter()
     for text in source.broken:
@@ -97,9 +97,9 @@ def _print_all(settings: Settings, source: Source, args: argparse.Namespace) -> 
     return 1 if refused or source.broken else 0
 
 
-def _here(settings: Settings, source: Source, printer: Printer) -> tuple[str, int]:
+def _here(settings: Settings, source: PromptSource, printer: Printer) -> tuple[str, int]:
     """Sample in this process; returns the checkpoint and how many prompts could not be written."""
-    from llada_megatron.launch.sampling.sampler import open_sampler
+    from llada_megatron.parallel.sampling.sampler import open_sampler
 
     with open_sampler(settings) as sampler:
         session = sampler.session
@@ -113,13 +113,13 @@ def _here(settings: Settings, source: Source, printer: Printer) -> tuple[str, in
         return str(session.loaded.path), len(refused)
 
 
-def _in_ranks(settings: Settings, source: Source, printer: Printer) -> tuple[str, int]:
+def _in_ranks(settings: Settings, source: PromptSource, printer: Printer) -> tuple[str, int]:
     """The same with one process per rank of the layout."""
-    from llada_megatron.launch.sampling.batch import Batch, write_in_ranks
-    from llada_megatron.launch.sampling.parts import part_paths, records
+    from llada_megatron.launch.sampling.batch import PromptBatch, write_in_ranks
+    from llada_megatron.launch.sampling.batch_output import part_paths, records
 
     scratch = Path(tempfile.mkdtemp(prefix="llada-"))  # stays where a rank fails, with its log
-    batch = Batch(settings, source.prompts, scratch / "results", source.tolerant, progress=False)
+    batch = PromptBatch(settings, source.prompts, scratch / "results", source.tolerant, progress=False)
     outcome = write_in_ranks(batch, scratch)
     found = [record for path in part_paths(batch.base) for record, _ in records(path)]
     shutil.rmtree(scratch)
@@ -128,7 +128,7 @@ def _in_ranks(settings: Settings, source: Source, printer: Printer) -> tuple[str
     return outcome.checkpoint, len(outcome.refused)
 
 
-def _source(args: argparse.Namespace) -> Source:
+def _source(args: argparse.Namespace) -> PromptSource:
     """The prompts of the command line."""
     asked = asked_of(args)
     if args.prompts is None:

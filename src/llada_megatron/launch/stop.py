@@ -10,8 +10,8 @@ from llada_megatron.console import emit_json, message
 from llada_megatron.llada_moe.errors import ResourceError
 
 if TYPE_CHECKING:
-    from llada_megatron.launch.cluster.records import SubmittedJob
-    from llada_megatron.launch.cluster.status import Status
+    from llada_megatron.launch.cluster.registry import SubmittedJob
+    from llada_megatron.launch.cluster.status import JobStatus
 
 EXAMPLES = """\
 examples:
@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Stop the job; returns the exit code (1: it ended otherwise, for example because it failed meanwhile)."""
-    from llada_megatron.launch.cluster import records
+    from llada_megatron.launch.cluster import registry
 
-    job = records.find(args.job)[-1]
+    job = registry.find(args.job)[-1]
     if _ask(job) and not args.no_wait:
         _wait(job)
     return _tell(_status(job), args)
@@ -73,7 +73,7 @@ def _wait(job: SubmittedJob) -> None:
         time.sleep(_POLL_S)
 
 
-def _status(job: SubmittedJob) -> Status:
+def _status(job: SubmittedJob) -> JobStatus:
     from llada_megatron.launch.cluster import slurm
     from llada_megatron.launch.cluster.status import status
 
@@ -81,7 +81,7 @@ def _status(job: SubmittedJob) -> Status:
     return status(job, slurm.queue([number]).get(number), slurm=True)
 
 
-def _tell(found: Status, args: argparse.Namespace) -> int:
+def _tell(found: JobStatus, args: argparse.Namespace) -> int:
     if args.json:
         emit_json({"job_id": found.job_id, "state": found.state, "step": found.step, "note": found.note})
     else:

@@ -17,8 +17,8 @@ from llada_megatron.llada_moe.errors import LladaError, ResourceError
 if TYPE_CHECKING:
     from llada_megatron.launch.cluster.config import ClusterConfig
     from llada_megatron.launch.cluster.job import JobDirectory
-    from llada_megatron.launch.cluster.records import Record
-    from llada_megatron.llada_moe.config.schema import RunConfig
+    from llada_megatron.launch.cluster.registry import JobRecord
+    from llada_megatron.llada_moe.config.run import RunConfig
 
 EXAMPLES = """\
 examples:
@@ -43,9 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Submit; returns the exit code."""
-    from llada_megatron.launch.cluster import fit, records
-    from llada_megatron.launch.cluster.loader import load_cluster
-    from llada_megatron.launch.cluster.resize import node_counts
+    from llada_megatron.launch.cluster import fit, registry
+    from llada_megatron.launch.cluster.config import load_cluster
+    from llada_megatron.launch.cluster.fit import node_counts
     from llada_megatron.launch.cluster.script import render
     from llada_megatron.llada_moe.config import load_run
 
@@ -54,15 +54,15 @@ def run(args: argparse.Namespace) -> int:
     for warning in fit.layout_warnings(run, cluster):
         message(f"warning: {warning}")
     output_dir = Path(os.path.abspath(run.output_dir))  # also `.` and `..` have a name then
-    job = records.new_directory(output_dir)
+    job = registry.new_directory(output_dir)
     smaller = node_counts(run, cluster.ranks_per_node, nodes)
     script = render(cluster, nodes, job.path, output_dir.name, Path.cwd(), smaller)
     if args.dry_run:
         return _show(script, run, cluster, nodes, args)
     _check(run, cluster, nodes, args.cluster)
-    with records.alone(output_dir):
+    with registry.alone(output_dir):
         _check_no_live_job(run)  # once more: another submission may have been quicker
-        record = records.Record(
+        record = registry.JobRecord(
             job_id=_submit(run, cluster, job, script, args.cluster),
             name=output_dir.name,
             submitted=time.time(),
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
             cluster=args.cluster,
         )
         try:
-            records.write(job, record)
+            registry.write(job, record)
         except OSError as error:  # a full disk or a home that cannot be written: the job is there all the same
             message(f"warning: job {record.job_id} cannot be put on record, so `llada jobs` may not list it: {error}")
     return _tell(job, record, args)
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(run: RunConfig, cluster: ClusterConfig, nodes: int, cluster_file: str) -> None:
     """Everything that can be known before anything is written. Raises LladaError."""
     from llada_megatron.launch.cluster import slurm
-    from llada_megatron.launch.cluster.partition import check_partition
+    from llada_megatron.launch.cluster.fit import check_partition
 
     slurm.check_present()
     for check in _checks(run, cluster):
@@ -113,13 +113,13 @@ def _submit(run: RunConfig, cluster: ClusterConfig, job: JobDirectory, script: s
 
 def _checks(run: RunConfig, cluster: ClusterConfig) -> list[Callable[[], None]]:
     """What has to hold when the job starts, each raising an LladaError."""
-    from llada_megatron.launch import lease
+    from llada_megatron.launch import run_lock
     from llada_megatron.launch.cluster.fit import check_mounts
     from llada_megatron.launch.resources import check_data, check_space, check_weights
 
     return [
         lambda: _check_no_live_job(run),
-        lambda: lease.check_free(run.output_dir),
+        lambda: run_lock.check_free(run.output_dir),
         lambda: check_data(run),
         lambda: check_weights(run),
         lambda: check_space(run),
@@ -129,9 +129,9 @@ def _checks(run: RunConfig, cluster: ClusterConfig) -> list[Callable[[], None]]:
 
 def _check_no_live_job(run: RunConfig) -> None:
     """Two jobs must not write one run. Raises ResourceError."""
-    from llada_megatron.launch.cluster import records, slurm
+    from llada_megatron.launch.cluster import registry, slurm
 
-    jobs = records.jobs_of_run(Path(run.output_dir))
+    jobs = registry.jobs_of_run(Path(run.output_dir))
     if not jobs:
         return
     queued = slurm.queue([job.record.job_id for job in jobs])
@@ -160,7 +160,7 @@ def _show(script: str, run: RunConfig, cluster: ClusterConfig, nodes: int, args:
     return 0
 
 
-def _tell(job: JobDirectory, record: Record, args: argparse.Namespace) -> int:
+def _tell(job: JobDirectory, record: JobRecord, args: argparse.Namespace) -> int:
     """The job's id, and how to follow it."""
     from llada_megatron.launch.cluster.fit import count_of_nodes
 

@@ -14,9 +14,9 @@ from llada_megatron.console import emit_json, message
 from llada_megatron.llada_moe.errors import LladaError
 
 if TYPE_CHECKING:
-    from llada_megatron.launch.joining import Place
-    from llada_megatron.launch.local import Outcome
-    from llada_megatron.llada_moe.config.schema import RunConfig
+    from llada_megatron.launch.ranks.local import LocalOutcome
+    from llada_megatron.launch.ranks.rank_info import RankInfo
+    from llada_megatron.llada_moe.config.run import RunConfig
 
 EXAMPLES = """\
 examples:
@@ -39,12 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; returns the exit code (130 after Ctrl-C, 143 after SIGTERM)."""
-    from llada_megatron.launch.joining import check_world, find_place
-    from llada_megatron.launch.lease import check_free
+    from llada_megatron.launch.ranks.rank_info import check_world, find_rank_info
     from llada_megatron.launch.resources import check_data, check_space, check_weights
+    from llada_megatron.launch.run_lock import check_free
     from llada_megatron.llada_moe.config import load_run
 
-    place = None if args.local else find_place()
+    place = None if args.local else find_rank_info()
     if place is None:
         return _train_here(load_run(args.config, args.overrides), args)
     try:
@@ -61,16 +61,16 @@ def run(args: argparse.Namespace) -> int:
     return _train_as_rank(config, place, args)
 
 
-def start(run: RunConfig, oversubscribe: bool = False) -> Outcome:
+def start(run: RunConfig, oversubscribe: bool = False) -> LocalOutcome:
     """Check the machine and the data, then train `run` with one process per rank of its layout.
 
     Raises:
         LladaError: before any process starts, or the error of the rank that failed first.
         Stopped: a signal ended the run before a step could be finished.
     """
-    from llada_megatron.launch.lease import check_free
-    from llada_megatron.launch.local import python_program, run_local
+    from llada_megatron.launch.ranks.local import python_program, run_local
     from llada_megatron.launch.resources import check_data, check_machine, check_space, check_weights
+    from llada_megatron.launch.run_lock import check_free
     from llada_megatron.llada_moe.config import dump_yaml
 
     check_free(run.output_dir, os.environ.get("SLURM_JOB_ID"))
@@ -83,12 +83,12 @@ def start(run: RunConfig, oversubscribe: bool = False) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="llada-") as directory:
         resolved = Path(directory) / "run.yaml"
         resolved.write_text(dump_yaml(run), "utf-8")
-        program = python_program("llada_megatron.launch.worker", str(resolved))
+        program = python_program("llada_megatron.launch.ranks.training_rank", str(resolved))
         return run_local(program, run.layout, logs, limits=run.recovery)
 
 
 def _train_here(config: RunConfig, args: argparse.Namespace) -> int:
-    from llada_megatron.launch.local import Stopped
+    from llada_megatron.launch.ranks.local import Stopped
 
     try:
         outcome = start(config, args.oversubscribe)
@@ -98,9 +98,9 @@ def _train_here(config: RunConfig, args: argparse.Namespace) -> int:
     return _finish(outcome.facts, outcome.stopped_by, args)
 
 
-def _train_as_rank(config: RunConfig, place: Place, args: argparse.Namespace) -> int:
-    from llada_megatron.launch.rank import run_joined_rank
-    from llada_megatron.launch.worker import training_work
+def _train_as_rank(config: RunConfig, place: RankInfo, args: argparse.Namespace) -> int:
+    from llada_megatron.launch.ranks.rank import run_joined_rank
+    from llada_megatron.launch.ranks.training_rank import training_work
 
     os.environ.update(place.environment())
     os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import emit_json, message
 from llada_megatron.launch.sampling.options import add_asked, add_method, add_model, asked_of, settings_of
-from llada_megatron.launch.sampling.sources import read_texts
+from llada_megatron.launch.sampling.prompt_sources import read_texts
 from llada_megatron.llada_moe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llada_megatron.launch.sampling.prompts import Prompt
-    from llada_megatron.launch.sampling.results import Result
-    from llada_megatron.launch.sampling.sampler import SampledStep, Sampler
+    from llada_megatron.parallel.sampling.prompts import Prompt
+    from llada_megatron.parallel.sampling.results import Result
+    from llada_megatron.parallel.sampling.sampler import SampledStep, Sampler
 
 EXAMPLES = """\
 examples:
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write one text and show how; raises ConfigError, DataError or CheckpointError."""
-    from llada_megatron.launch.sampling.sampler import open_sampler
+    from llada_megatron.parallel.sampling.sampler import open_sampler
 
     if not 0 <= args.pause < threading.TIMEOUT_MAX:
         raise ConfigError(f"--pause {args.pause}: 0 or more")
@@ -68,14 +68,13 @@ def run(args: argparse.Namespace) -> int:
 def _watch(sampler: Sampler, prompt: Prompt, args: argparse.Namespace) -> tuple[list[SampledStep], Result]:
     from rich.console import Console
 
+    from llada_megatron.launch.sampling.display import Screen, SequenceView, coloured, legend
     from llada_megatron.launch.sampling.page import Recording
-    from llada_megatron.launch.sampling.picture import Picture
-    from llada_megatron.launch.sampling.terminal import Screen, coloured, legend
 
     console = Console(highlight=False)
     live = console.is_terminal and not console.is_dumb_terminal and not args.json
     jobs = sampler.jobs([prompt])
-    picture = Picture.of(jobs[0].draft, sampler.tokenizer)
+    picture = SequenceView.of(jobs[0].draft, sampler.tokenizer)
     recording = Recording(picture)
     screen = Screen(console) if live else None
     if screen is not None:

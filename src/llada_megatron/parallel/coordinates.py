@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llada_megatron.llada_moe.config.schema import LayoutConfig
+    from llada_megatron.llada_moe.config.layout import LayoutConfig
 
 
 @dataclass(frozen=True)
-class Coordinates:
+class RankCoordinates:
     """A rank's place along each axis of the layout."""
 
     rank: int
@@ -25,7 +25,7 @@ class Coordinates:
         return f"rank {self.rank} ({axes})"
 
 
-def locate(rank: int, layout: LayoutConfig) -> Coordinates:
+def locate(rank: int, layout: LayoutConfig) -> RankCoordinates:
     """The place of `rank` in `layout`, in Megatron-Core's order: tensor changes fastest, then context, data, pipeline.
 
     Within a pipeline stage the experts have an order of their own: expert-tensor fastest, then expert.
@@ -36,7 +36,7 @@ def locate(rank: int, layout: LayoutConfig) -> Coordinates:
     if not 0 <= rank < layout.world_size:
         raise ValueError(f"rank {rank} is not one of the layout's {layout.world_size} ranks")
     stage = layout.world_size // layout.pipeline_parallel
-    return Coordinates(
+    return RankCoordinates(
         rank=rank,
         data=rank // (layout.tensor_parallel * layout.context_parallel) % layout.data_parallel,
         pipeline=rank // stage,

@@ -9,10 +9,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.parallel import device
-from llada_megatron.parallel.coordinates import Coordinates
+from llada_megatron.parallel.coordinates import RankCoordinates
 
 TIME_LIMIT_S = 600.0
 """A collective that takes longer fails: a rank is gone or hangs."""
@@ -59,9 +59,9 @@ def initialize(layout: LayoutConfig, seed: int) -> None:
     model_parallel_cuda_manual_seed(seed)
 
 
-def coordinates() -> Coordinates:
+def coordinates() -> RankCoordinates:
     """This rank's place in the initialised layout."""
-    return Coordinates(
+    return RankCoordinates(
         rank=torch.distributed.get_rank(),
         data=parallel_state.get_data_parallel_rank(),
         pipeline=parallel_state.get_pipeline_model_parallel_rank(),

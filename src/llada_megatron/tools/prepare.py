@@ -16,9 +16,9 @@ from llada_megatron.console import emit_json, message
 from llada_megatron.llada_moe.errors import ConfigError, DataError, ResourceError
 
 if TYPE_CHECKING:
-    from llada_megatron.llada_moe.data.corpus import Chunk, Skipped, Source
+    from llada_megatron.llada_moe.data.corpus import Chunk, CorpusFile, Skipped
     from llada_megatron.llada_moe.data.encoding import Encoded, TokenizerChoice
-    from llada_megatron.llada_moe.data.manifest import Manifest
+    from llada_megatron.llada_moe.data.set_manifest import SetManifest
     from llada_megatron.llada_moe.data.tokenizer import Tokenizer
 
 EXAMPLES = """\
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the set; raises DataError or ConfigError."""
-    from llada_megatron.llada_moe.data.manifest import to_json
+    from llada_megatron.llada_moe.data.set_manifest import to_json
 
     _check_arguments(args)
     prefix = Path(args.output)
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def prepare(args: argparse.Namespace, prefix: Path) -> tuple[Manifest, Tokenizer]:
+def prepare(args: argparse.Namespace, prefix: Path) -> tuple[SetManifest, Tokenizer]:
     """Find, tokenise and write; the set appears under its name only when it is whole."""
     from llada_megatron.llada_moe.data.corpus import find_sources
 
@@ -124,12 +124,12 @@ class _Tally:
 
 def _write(
     args: argparse.Namespace,
-    sources: list[Source],
+    sources: list[CorpusFile],
     choice: TokenizerChoice,
     tokenizer: Tokenizer,
     folder: Path,
     prefix: Path,
-) -> Manifest:
+) -> SetManifest:
     """Tokenise everything into the folder; returns the manifest."""
     from llada_megatron.llada_moe.data.corpus import chunks, total_size
     from llada_megatron.llada_moe.data.encoding import encode_corpus
@@ -137,7 +137,7 @@ def _write(
 
     device.install()  # before the first import of megatron.core in this process, as everywhere
     from llada_megatron.llada_moe.data.indexed import TokenWriter, token_dtype
-    from llada_megatron.llada_moe.data.manifest import prefix_file
+    from llada_megatron.llada_moe.data.set_manifest import prefix_file
 
     workers = args.workers or min(16, _cores())
     tally = _Tally([0] * len(args.inputs), [0] * len(args.inputs))
@@ -164,13 +164,13 @@ def _write(
 
 
 def _manifest(
-    args: argparse.Namespace, sources: list[Source], tally: _Tally, tokenizer: Tokenizer, tokens: int, prefix: Path
-) -> Manifest:
+    args: argparse.Namespace, sources: list[CorpusFile], tally: _Tally, tokenizer: Tokenizer, tokens: int, prefix: Path
+) -> SetManifest:
     """The facts of the set."""
     import numpy as np
 
     from llada_megatron.llada_moe.data.indexed import token_dtype
-    from llada_megatron.llada_moe.data.manifest import Manifest, SourceFacts, TokenizerFacts
+    from llada_megatron.llada_moe.data.set_manifest import SetManifest, SourceFacts, TokenizerFacts
 
     facts = TokenizerFacts(
         file=prefix.name + _tokenizer_ending(tokenizer),
@@ -181,7 +181,7 @@ def _manifest(
     )
     passed_over = {skipped.path for skipped in tally.skipped}
     files = [sum(s.input == i and s.path not in passed_over for s in sources) for i in range(len(args.inputs))]
-    return Manifest(
+    return SetManifest(
         tokenizer=facts,
         documents=sum(tally.documents),
         tokens=tokens,
@@ -194,10 +194,10 @@ def _manifest(
     )
 
 
-def _tokenizer(args: argparse.Namespace, sources: list[Source], folder: Path) -> TokenizerChoice:
+def _tokenizer(args: argparse.Namespace, sources: list[CorpusFile], folder: Path) -> TokenizerChoice:
     """The given tokenizer, or one trained on the inputs."""
+    from llada_megatron.llada_moe.data.corpus import sample_texts
     from llada_megatron.llada_moe.data.encoding import TokenizerChoice
-    from llada_megatron.llada_moe.data.sample import sample_texts
     from llada_megatron.llada_moe.data.sentencepiece_tokenizer import train_sentencepiece
 
     if not args.train_tokenizer:
@@ -208,11 +208,11 @@ def _tokenizer(args: argparse.Namespace, sources: list[Source], folder: Path) ->
     return TokenizerChoice(str(path))
 
 
-def _publish(folder: Path, prefix: Path, manifest: Manifest) -> None:
+def _publish(folder: Path, prefix: Path, manifest: SetManifest) -> None:
     """Give the finished files their names; the manifest goes last and is what makes them a set."""
     import json
 
-    from llada_megatron.llada_moe.data.manifest import prefix_file, to_json
+    from llada_megatron.llada_moe.data.set_manifest import prefix_file, to_json
 
     text = json.dumps(to_json(manifest), indent=2, ensure_ascii=False)
     prefix_file(folder / _PART, MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -243,7 +243,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 def _check_free(prefix: Path, overwrite: bool) -> None:
     """Nothing that stands is written over unasked."""
-    from llada_megatron.llada_moe.data.manifest import prefix_file
+    from llada_megatron.llada_moe.data.set_manifest import prefix_file
 
     standing = [str(prefix_file(prefix, e)) for e in (*TOKENS, MANIFEST) if prefix_file(prefix, e).exists()]
     if standing and not overwrite:
@@ -252,7 +252,7 @@ def _check_free(prefix: Path, overwrite: bool) -> None:
         )
 
 
-def _announce(inputs: list[str], sources: list[Source]) -> None:
+def _announce(inputs: list[str], sources: list[CorpusFile]) -> None:
     """Say what `python-stdlib` stands for here."""
     from llada_megatron.llada_moe.data.corpus import PYTHON_STDLIB, stdlib_folder
 

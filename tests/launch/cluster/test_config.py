@@ -4,9 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llada_megatron.launch.cluster.config import ClusterConfig
-from llada_megatron.launch.cluster.loader import CLUSTERS, load_cluster
-from llada_megatron.launch.cluster.validation import seconds
+from llada_megatron.launch.cluster.config import CLUSTERS, ClusterConfig, load_cluster, seconds
 from llada_megatron.llada_moe.config import dump_yaml
 from llada_megatron.llada_moe.errors import ConfigError
 

@@ -6,22 +6,22 @@ from pathlib import Path
 import pytest
 
 from llada_megatron.launch.cluster.decisions import (
-    Fault,
-    Situation,
+    RankFault,
+    RestartContext,
     after_end,
     after_faults,
-    barren_attempts,
+    attempts_without_progress,
     cause,
     faults_of_exits,
 )
+from llada_megatron.launch.cluster.fit import node_counts, resized
 from llada_megatron.launch.cluster.node import expand_nodes
-from llada_megatron.launch.cluster.resize import node_counts, resized
-from llada_megatron.launch.reports import Failure
+from llada_megatron.launch.ranks.rank_reports import Failure
 from llada_megatron.llada_moe.config import load_run
 from llada_megatron.llada_moe.errors import ConfigError, DataError
 
-SITUATION = Situation(max_restarts=2, nodes=2, fits=True, barren=1, asked=False, stop_file=False)
-KILLED = Fault("killed", "n1", 3, "was killed", 10.0)
+SITUATION = RestartContext(max_restarts=2, nodes=2, fits=True, barren=1, asked=False, stop_file=False)
+KILLED = RankFault("killed", "n1", 3, "was killed", 10.0)
 
 
 def word(faults, **changes):
@@ -63,12 +63,12 @@ def test_attempts_without_progress_are_counted_back_from_the_last():
         return {"event": "start", "attempt": attempt, "checkpoint": checkpoint}
 
     events = [start(0, None), start(1, 5), start(2, 5), start(2, 8), start(3, 5), start(4, 5)]
-    assert barren_attempts(events, 4, 5) == 4
-    assert barren_attempts(events, 4, 9) == 0
+    assert attempts_without_progress(events, 4, 5) == 4
+    assert attempts_without_progress(events, 4, 9) == 0
     asked = {"event": "end", "attempt": 3, "asked": True}
-    assert barren_attempts([*events, asked], 4, 5) == 3
+    assert attempts_without_progress([*events, asked], 4, 5) == 3
     preempted = {"event": "asked", "attempt": 1}  # and killed before it could say how it ended
-    assert barren_attempts([*events, asked, preempted], 4, 5) == 2
+    assert attempts_without_progress([*events, asked, preempted], 4, 5) == 2
 
 
 def test_a_run_goes_on_with_the_node_counts_that_its_batch_allows(tmp_path):

@@ -13,8 +13,8 @@ import pytest
 from llada_megatron.launch.cluster.config import ClusterConfig, PreflightConfig
 from llada_megatron.launch.cluster.job import JobDirectory, Verdict
 from llada_megatron.launch.cluster.node import Node
-from llada_megatron.launch.cluster.preflight.facts import Disk, NodeFacts
-from llada_megatron.launch.cluster.preflight.judgement import (
+from llada_megatron.launch.cluster.preflight.node_report import Disk, NodeReport
+from llada_megatron.launch.cluster.preflight.verdict import (
     differences,
     findings,
     from_the_middle,
@@ -26,10 +26,10 @@ from tests.launch.cluster.agents import Job
 
 GPU = {"name": "H", "free_gb": 79.0, "total_gb": 80.0, "exact": True, "tflops": 600.0}
 CLUSTER = ClusterConfig(ranks_per_node=2, gpus_per_node=2, preflight=PreflightConfig(min_matmul_tflops=500))
-WELL = NodeFacts("n0", 100.0, [Disk("out", 50.0, None)], {"torch": "2.13.0"}, gpus=[GPU, GPU])
+WELL = NodeReport("n0", 100.0, [Disk("out", 50.0, None)], {"torch": "2.13.0"}, gpus=[GPU, GPU])
 
 
-def texts(facts: NodeFacts, skew_s: float = 0.0) -> list[str]:
+def texts(facts: NodeReport, skew_s: float = 0.0) -> list[str]:
     return [finding.text for finding in findings(facts, skew_s, CLUSTER)]
 
 
@@ -102,8 +102,8 @@ class FakeWorker:
 
 def council(tmp_path, monkeypatch, nodes: int, there: range, timeout_s: int) -> Verdict | None:
     """The verdict of a job of `nodes` nodes, those in `there` present, as threads of this process."""
-    from llada_megatron.launch.cluster.meeting import open_store
-    from llada_megatron.launch.cluster.preflight.council import Council, attend
+    from llada_megatron.launch.cluster.preflight.coordinator import PreflightCoordinator, attend
+    from llada_megatron.launch.cluster.rendezvous import open_store
 
     monkeypatch.setenv("SLURM_STEP_NODELIST", f"n[0-{nodes - 1}]")
     with socket.socket() as probe:
@@ -116,7 +116,7 @@ def council(tmp_path, monkeypatch, nodes: int, there: range, timeout_s: int) -> 
         node = Node(job, "17", 0, index, nodes, f"n{index}", "127.0.0.1", port)
         facts, store = replace(WELL, node=node.name), open_store(node, 30)
         if node.first:
-            Council(node, cluster, store, FakeWorker(), time.monotonic() + timeout_s).hold(facts)
+            PreflightCoordinator(node, cluster, store, FakeWorker(), time.monotonic() + timeout_s).hold(facts)
         else:
             attend(node, store, FakeWorker(), facts)
 

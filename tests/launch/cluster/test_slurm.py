@@ -8,7 +8,7 @@ import pytest
 
 from llada_megatron.launch.cluster import slurm
 from llada_megatron.launch.cluster.config import ClusterConfig
-from llada_megatron.launch.cluster.partition import check_partition
+from llada_megatron.launch.cluster.fit import check_partition
 from llada_megatron.llada_moe.errors import ConfigError, ResourceError
 
 REFUSALS = [

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from llada_megatron import cli
-from llada_megatron.launch.cluster import records, slurm
+from llada_megatron.launch.cluster import registry, slurm
 from llada_megatron.launch.cluster.job import JobDirectory, Verdict
 from llada_megatron.launch.cluster.slurm import QueuedJob
 from llada_megatron.launch.cluster.status import status, statuses
@@ -22,9 +22,9 @@ def state(tmp_path, monkeypatch):
 def submitted(output_dir, job_id=7, name="20260101-000000"):
     job = JobDirectory(output_dir / "jobs" / name)
     job.path.mkdir(parents=True)
-    record = records.Record(job_id, output_dir.name, float(job_id), str(output_dir), 2, 4, 100, "c.yaml")
-    records.write(job, record)
-    return records.SubmittedJob(job, record)
+    record = registry.JobRecord(job_id, output_dir.name, float(job_id), str(output_dir), 2, 4, 100, "c.yaml")
+    registry.write(job, record)
+    return registry.SubmittedJob(job, record)
 
 
 def begin(job, attempt):
@@ -110,14 +110,14 @@ def test_metrics_belong_to_the_newest_job_of_a_run(tmp_path, state):
 
 def test_a_job_is_found_by_its_id_its_run_and_its_directory(tmp_path, state):
     first, second = submitted(tmp_path / "a"), submitted(tmp_path / "b", 8)
-    assert records.find("7") == [first] and records.find("8") == [second]
-    assert records.find(str(tmp_path / "a")) == records.find(str(first.directory.path)) == [first]
-    assert records.jobs_of_user() == [first, second]
+    assert registry.find("7") == [first] and registry.find("8") == [second]
+    assert registry.find(str(tmp_path / "a")) == registry.find(str(first.directory.path)) == [first]
+    assert registry.jobs_of_user() == [first, second]
     another_cluster = submitted(tmp_path / "c", 7)
-    assert records.find("7") == [another_cluster]
+    assert registry.find("7") == [another_cluster]
     for word in ("9", str(tmp_path)):
         with pytest.raises(ConfigError, match=word):
-            records.find(word)
+            registry.find(word)
 
 
 def test_a_job_that_runs_for_weeks_without_a_word_is_listed(job, monkeypatch, capsys):

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from llada_megatron import cli
-from llada_megatron.launch.cluster import records
+from llada_megatron.launch.cluster import registry
 from llada_megatron.launch.cluster.job import JobDirectory, Verdict
 
 
@@ -24,7 +24,7 @@ def job(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     job = JobDirectory(tmp_path / "run" / "jobs" / "a")
     job.path.mkdir(parents=True)
-    records.write(job, records.Record(7, "run", 1.0, str(tmp_path / "run"), 2, 4, 100, "c.yaml"))
+    registry.write(job, registry.JobRecord(7, "run", 1.0, str(tmp_path / "run"), 2, 4, 100, "c.yaml"))
     (tmp_path / "after").write_text("COMPLETED\n")
     return job
 

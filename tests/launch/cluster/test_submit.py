@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from llada_megatron import cli
-from llada_megatron.launch.cluster.config import ClusterConfig, ContainerConfig
+from llada_megatron.launch.cluster.config import ClusterConfig, ContainerConfig, load_cluster
 from llada_megatron.launch.cluster.fit import check_mounts, layout_warnings, nodes_needed
 from llada_megatron.launch.cluster.job import JobDirectory
-from llada_megatron.launch.cluster.loader import load_cluster
 from llada_megatron.llada_moe.config import load_run
 from llada_megatron.llada_moe.errors import ConfigError
 

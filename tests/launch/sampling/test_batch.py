@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from llada_megatron.launch.sampling.journal import Journal, _taken
-from llada_megatron.launch.sampling.parts import PartFile, part_path, records
-from llada_megatron.launch.sampling.results import Result
+from llada_megatron.launch.sampling.batch_output import BatchOutput, PartFile, _taken, part_path, records
+from llada_megatron.parallel.sampling.results import Result
 from tests.launch.sampling.checkpoints import run_cli, start_cli
 
 METHOD = ["--max-new-tokens", "12", "--temperature", "1", "--seed", "5", "--batch-size", "2"]
@@ -214,7 +213,7 @@ def test_two_batches_do_not_write_one_file(dense, prompts, tmp_path, capsys):
 
 
 def test_a_lock_that_its_owner_just_removed_is_none(tmp_path):
-    journal = Journal(tmp_path / "out.jsonl")
+    journal = BatchOutput(tmp_path / "out.jsonl")
     path = tmp_path / "out.jsonl.lock"
     with path.open("w") as lock:
         path.unlink()
@@ -261,7 +260,7 @@ def test_files_that_are_no_parts_are_left_alone(dense, prompts, tmp_path, capsys
 
 
 def test_a_batch_holds_on_to_its_checkpoint(dense, prompts, tmp_path, capsys, monkeypatch):
-    run, begin = tmp_path / "run", Journal.begin
+    run, begin = tmp_path / "run", BatchOutput.begin
     shutil.copytree(dense, run)
     first, newer = (run / f"checkpoints/step-{number:08}" for number in (0, 9))
 
@@ -269,7 +268,7 @@ def test_a_batch_holds_on_to_its_checkpoint(dense, prompts, tmp_path, capsys, mo
         shutil.copytree(first, newer)
         return begin(*arguments)
 
-    monkeypatch.setattr(Journal, "begin", begin_while_a_training_goes_on)
+    monkeypatch.setattr(BatchOutput, "begin", begin_while_a_training_goes_on)
     prompts.write_text('{"text": "a"}\n')
     code, out, _ = run_cli(
         capsys, "sample", run, "--prompts", prompts, "--output", tmp_path / "out.jsonl", *METHOD, "--json"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from llada_megatron.launch.sampling.printing import Printer
-from llada_megatron.launch.sampling.results import Result
+from llada_megatron.launch.sampling.printer import Printer
 from llada_megatron.llada_moe.sampling.presets import PRESETS
+from llada_megatron.parallel.sampling.results import Result
 from tests.launch.sampling.checkpoints import run_cli
 
 

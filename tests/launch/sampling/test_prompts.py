@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llada_megatron.launch.sampling.pieces import token_pieces
-from llada_megatron.launch.sampling.prompts import Extent, Gap, Prompt, split_gaps
-from llada_megatron.launch.sampling.sources import Asked, parse_lines, read_lines, read_texts
+from llada_megatron.launch.sampling.prompt_sources import PromptOptions, parse_lines, read_lines, read_texts
 from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 from llada_megatron.llada_moe.errors import ConfigError, DataError
+from llada_megatron.parallel.sampling.prompts import Extent, Gap, Prompt, split_gaps
+from llada_megatron.parallel.sampling.results import token_pieces
 from tests.launch.sampling.checkpoints import tokenizer_in
 
 
@@ -55,7 +55,7 @@ def test_lines():
         "\n",
         '{"tokens": [1, 2, 3, 4], "gaps": [[0, 1], [2, 4]]}\n',
     ]
-    source = parse_lines(lines, "f", Asked())
+    source = parse_lines(lines, "f", PromptOptions())
     assert source.broken == []
     assert source.prompts == [
         Prompt(("a",), 1, "one", 5),
@@ -85,7 +85,7 @@ BROKEN = [
 
 def test_broken_lines_are_told_and_the_others_taken():
     lines = [text for broken, _ in BROKEN for text in (broken + "\n", json.dumps({"text": "fine"}) + "\n")]
-    source = parse_lines(lines, "in.jsonl", Asked())
+    source = parse_lines(lines, "in.jsonl", PromptOptions())
     assert [prompt.number for prompt in source.prompts] == list(range(2, 2 * len(BROKEN) + 1, 2))
     for i, (message, (_, reason)) in enumerate(zip(source.broken, BROKEN, strict=True)):
         assert message.startswith(f"in.jsonl, line {2 * i + 1}: ")
@@ -93,7 +93,9 @@ def test_broken_lines_are_told_and_the_others_taken():
 
 
 def test_lines_to_be_filled():
-    source = parse_lines(['{"text": "a <mask:2>"}', '{"text": "a"}', '{"tokens": [1]}'], "f", Asked(infill=True))
+    source = parse_lines(
+        ['{"text": "a <mask:2>"}', '{"text": "a"}', '{"tokens": [1]}'], "f", PromptOptions(infill=True)
+    )
     assert source.prompts == [Prompt(("a ", Gap(2)), 1)]
     assert "no <mask> to fill" in source.broken[0]
     assert '"gaps"' in source.broken[1]
@@ -101,21 +103,21 @@ def test_lines_to_be_filled():
 
 def test_lines_to_be_edited():
     lines = ['{"tokens": [1, 2, 3], "max_new_tokens": 2}', '{"tokens": [1, 2, 3]}', '{"tokens": [1], "gaps": [[0, 1]]}']
-    source = parse_lines(lines, "f", Asked(edit=Extent(0, 1), new_tokens=5))
+    source = parse_lines(lines, "f", PromptOptions(edit=Extent(0, 1), new_tokens=5))
     assert source.prompts == [Prompt((Gap(2), (2, 3)), 1), Prompt((Gap(5), (2, 3)), 2)]
     assert '"gaps" and --edit' in source.broken[0]
 
 
 def test_files_are_read_to_the_letter(tmp_path):
     (tmp_path / "text").write_bytes("a\r\nü\r".encode())
-    assert read_texts([], [str(tmp_path / "text")], Asked()).prompts == [Prompt(("a\r\nü\r",), 1)]
+    assert read_texts([], [str(tmp_path / "text")], PromptOptions()).prompts == [Prompt(("a\r\nü\r",), 1)]
     (tmp_path / "lines").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n\xff\n')
-    source = read_lines(str(tmp_path / "lines"), Asked())
+    source = read_lines(str(tmp_path / "lines"), PromptOptions())
     assert source.prompts == [Prompt(("a",), 1), Prompt(("b",), 2)]
     assert "line 3: not UTF-8" in source.broken[0]
     for wrong in ("nowhere", "."):
         with pytest.raises(DataError, match=f"{wrong}: "):
-            read_texts([], [str(tmp_path / wrong)], Asked())
+            read_texts([], [str(tmp_path / wrong)], PromptOptions())
 
 
 def test_standard_input_is_read_to_the_letter(monkeypatch):
@@ -123,12 +125,12 @@ def test_standard_input_is_read_to_the_letter(monkeypatch):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), "utf-8"))
 
     given_bytes(b"a\r\n")
-    assert read_texts([], [], Asked()).prompts == [Prompt(("a\r\n",), 1)]
+    assert read_texts([], [], PromptOptions()).prompts == [Prompt(("a\r\n",), 1)]
     given_bytes(b"\xff")
     with pytest.raises(DataError, match="standard input: not UTF-8"):
-        read_texts([], [], Asked())
+        read_texts([], [], PromptOptions())
     given_bytes(b'\xef\xbb\xbf{"text": "a"}\n\xff\n{"text": "b"}\n')
-    source = read_lines("-", Asked())
+    source = read_lines("-", PromptOptions())
     assert [prompt.number for prompt in source.prompts] == [1, 3]
     assert "standard input, line 2: not UTF-8" in source.broken[0]
 

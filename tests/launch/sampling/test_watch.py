@@ -9,9 +9,8 @@ import pytest
 from rich.console import Console
 
 from llada_megatron import Prompt, Sampler
+from llada_megatron.launch.sampling.display import MASK, Cell, Screen, SequenceView, colour_of, coloured
 from llada_megatron.launch.sampling.page import Recording
-from llada_megatron.launch.sampling.picture import Cell, Picture
-from llada_megatron.launch.sampling.terminal import MASK, Screen, colour_of, coloured
 from tests.launch.sampling.checkpoints import run_cli
 
 
@@ -74,7 +73,7 @@ def test_the_steps_as_json(dense, capsys):
 def test_a_picture_follows_every_step(dense, editor):
     with Sampler.open(dense, schedule="threshold", editor=editor, block_length=8) as sampler:
         jobs = sampler.jobs(Prompt.with_gaps("€<mask:12>ü"))
-        picture = Picture.of(jobs[0].draft, sampler.tokenizer)
+        picture = SequenceView.of(jobs[0].draft, sampler.tokenizer)
         recording = Recording(picture)
         assert picture.masked == 12
         for step in sampler.steps_of(jobs):
@@ -91,7 +90,7 @@ def test_on_a_terminal_masks_disappear(dense):
     console = Console(file=stream, force_terminal=True, width=40, height=8)
     with Sampler.open(dense) as sampler, Screen(console) as screen:
         jobs = sampler.jobs("abc", max_new_tokens=6)
-        picture = Picture.of(jobs[0].draft, sampler.tokenizer)
+        picture = SequenceView.of(jobs[0].draft, sampler.tokenizer)
         for step in sampler.steps_of(jobs):
             picture.apply(step)
             screen.show(picture, step.number, f"step {step.number}")
@@ -104,7 +103,7 @@ def test_a_long_text_shows_where_it_is_written(dense):
     console = Console(file=io.StringIO(), force_terminal=True, width=20, height=8)
     with Sampler.open(dense) as sampler, Screen(console) as screen:
         jobs = sampler.jobs("\n".join("line" for _ in range(20)) + "END", max_new_tokens=2)
-        picture = Picture.of(jobs[0].draft, sampler.tokenizer)
+        picture = SequenceView.of(jobs[0].draft, sampler.tokenizer)
         for step in sampler.steps_of(jobs):
             picture.apply(step)
             screen.show(picture, step.number, "")
@@ -120,7 +119,7 @@ def test_what_a_model_writes_moves_no_cursor():
 def test_no_token_ends_the_script_of_the_page(dense):
     pieces = ["</script><script>alert(1)</script>", "<!--", "\u2028\u2029", "\ud800", "/*DATA*/", "\\", '"']
     with Sampler.open(dense) as sampler:
-        picture = Picture(sampler.tokenizer, [Cell(True, 1, piece) for piece in pieces])
+        picture = SequenceView(sampler.tokenizer, [Cell(True, 1, piece) for piece in pieces])
     html = Recording(picture).html({"checkpoint": "</script>"})
     script = html.split("<script>")[1].split("</script>")[0]
     assert "go(last);" in script

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from llada_megatron.llada_moe.config import RunConfig, load_model, load_run
+from llada_megatron.llada_moe.config.optimizer import learning_rate
 from llada_megatron.llada_moe.config.parsing import key_paths
-from llada_megatron.llada_moe.diffusion.schedule import learning_rate
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 TOKENS_PER_STEP = 1280 * 4096

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada_megatron.llada_moe.config import from_dict, load_model, load_run, to_dict, validate_run
-from llada_megatron.llada_moe.config.schema import LayoutConfig, RunConfig
-from llada_megatron.llada_moe.config.validation_layout import data_parallel_for_experts
+from llada_megatron.llada_moe.config.layout import LayoutConfig, data_parallel_for_experts
+from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import ConfigError
 
 RUN = """\

@@ -7,18 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llada_megatron.llada_moe.config.schema import (
-    DataConfig,
-    DataSetConfig,
-    LearningRateConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig
+from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.data.indexed import TokenWriter
-from llada_megatron.llada_moe.data.manifest import Manifest, SourceFacts, TokenizerFacts, prefix_file, to_json
+from llada_megatron.llada_moe.data.set_manifest import SetManifest, SourceFacts, TokenizerFacts, prefix_file, to_json
 
 EOS, MASK = 2, 3
 
@@ -33,7 +29,7 @@ def write_set(tmp_path):
         writer = TokenWriter(prefix, np.uint16)
         writer.add(tokens, lengths, [3 * n for n in lengths])
         writer.finish()
-        manifest = Manifest(
+        manifest = SetManifest(
             tokenizer=TokenizerFacts(
                 file=f"{name}.tokenizer.model", sha256=sha256, vocab_size=vocab_size, mask_id=MASK, eos_id=EOS
             ),

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llada_megatron.llada_moe.data.blend import RESOLUTION, Blend
+from llada_megatron.llada_moe.data.packing import RESOLUTION, Blend
 from llada_megatron.llada_moe.errors import ConfigError
 
 

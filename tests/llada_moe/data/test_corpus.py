@@ -7,7 +7,7 @@ import os
 import pytest
 import zstandard
 
-from llada_megatron.llada_moe.data import corpus, sample
+from llada_megatron.llada_moe.data import corpus
 from llada_megatron.llada_moe.data.corpus import chunks, documents, find_sources
 from llada_megatron.llada_moe.errors import DataError
 
@@ -122,8 +122,8 @@ def test_python_stdlib():
 def test_sample_is_bounded_spread_and_the_same(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines(*({"text": f"{i:05d}" * 100} for i in range(1000))))
     sources = find_sources([str(tmp_path)])
-    assert sum(map(len, sample.sample_texts(sources, "text"))) == 500_000
-    pieces = list(sample.sample_texts(sources, "text", 50_000))
-    assert pieces == list(sample.sample_texts(sources, "text", 50_000))
+    assert sum(map(len, corpus.sample_texts(sources, "text"))) == 500_000
+    pieces = list(corpus.sample_texts(sources, "text", 50_000))
+    assert pieces == list(corpus.sample_texts(sources, "text", 50_000))
     assert 30_000 < sum(map(len, pieces)) < 70_000
     assert int(pieces[0][:5]) < 100 and int(pieces[-1][:5]) > 900

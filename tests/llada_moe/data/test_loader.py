@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from llada_megatron.llada_moe.data.loader import TrainingData
-from llada_megatron.llada_moe.data.manifest import prefix_file, read_manifest
+from llada_megatron.llada_moe.data.set_manifest import prefix_file, read_manifest
+from llada_megatron.llada_moe.data.training_data import TrainingData
 from llada_megatron.llada_moe.errors import ConfigError, DataError
 
 LENGTHS = [3, 70, 1, 200, 64, 15] * 30

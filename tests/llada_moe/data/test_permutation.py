@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llada_megatron.llada_moe.data.permutation import mix, mix_all, permute
+from llada_megatron.llada_moe.data.packing import mix, mix_all, permute
 
 
 @given(st.integers(1, 700), st.integers(0, 2**64 - 1))

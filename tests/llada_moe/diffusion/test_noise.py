@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llada_megatron.llada_moe.config.schema import ObjectiveConfig
-from llada_megatron.llada_moe.diffusion.noise import Coordinates, ForwardProcess, Words
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig
+from llada_megatron.llada_moe.diffusion.noise import ForwardProcess, ReplacementVocabulary, SampleCoordinates
 
 PLAIN = ObjectiveConfig()
 
@@ -16,7 +16,7 @@ def process(seed=0, batch=8, split="train", **keys):
 
 
 def at(number=0, set=0, epoch=0, window=0):
-    return Coordinates(number, set, epoch, window)
+    return SampleCoordinates(number, set, epoch, window)
 
 
 def test_golden_draws():
@@ -146,15 +146,15 @@ def test_another_word(size, special, choice, data):
     words = [i for i in range(size) if i not in special]
     if len(words) < 2:
         with pytest.raises(ValueError, match="no two words"):
-            Words(size, special)
+            ReplacementVocabulary(size, special)
         return
     token = data.draw(st.integers(0, size + 5))
-    (other,) = Words(size, special).other(np.array([token]), np.array([choice]))
+    (other,) = ReplacementVocabulary(size, special).other(np.array([token]), np.array([choice]))
     assert other in words and other != token
 
 
 def test_all_other_words_are_equally_likely():
-    words, choice = Words(10, {2, 3, 30}), (np.arange(8400) + 0.5) / 8400
+    words, choice = ReplacementVocabulary(10, {2, 3, 30}), (np.arange(8400) + 0.5) / 8400
     for token in (0, 4, 9, 3):
         found = np.bincount(words.other(np.full(8400, token), choice), minlength=10)
         others = [i for i in range(10) if i not in (2, 3, token)]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llada_megatron.llada_moe.data.batch import Batch
-from llada_megatron.llada_moe.diffusion.objective import NORMALIZATIONS, Counts, count, normalizer
+from llada_megatron.llada_moe.objectives.normalization import NORMALIZATIONS, TokenCounts, count, normalizer
 
 LENGTH = 16
 
@@ -42,7 +42,7 @@ def test_any_split_gives_the_loss_of_the_whole(kind, seed, size, cuts):
     cross_entropy = torch.rand(size, LENGTH, generator=torch.Generator().manual_seed(seed + 1))
     edges = [0, *sorted(c for c in cuts if c < size), size]
     parts = [slice(a, b) for a, b in pairwise(edges)]
-    counts = sum((count(part(batch, rows)) for rows in parts), Counts())
+    counts = sum((count(part(batch, rows)) for rows in parts), TokenCounts())
     assert counts == count(batch)
     pieces = sum(loss(kind, part(batch, rows), cross_entropy[rows], counts) for rows in parts)
     torch.testing.assert_close(pieces, loss(kind, batch, cross_entropy, counts))
@@ -53,7 +53,7 @@ def test_what_each_divides_by():
     cross_entropy = torch.rand(6, LENGTH)
     sums = (batch.weights * cross_entropy).sum(1).double()
     counts = count(batch)
-    assert counts == Counts(6, int(batch.live.sum()), int((batch.weights > 0).sum()))
+    assert counts == TokenCounts(6, int(batch.live.sum()), int((batch.weights > 0).sum()))
     expected = {
         "all_tokens": sums.sum() / batch.live.sum(),
         "masked_tokens": sums.sum() / (batch.weights > 0).sum(),
@@ -68,10 +68,10 @@ def test_nothing_to_count_is_zero(kind):
     batch = make_batch(0, 2)
     batch.weights.zero_()
     batch.answer.zero_()
-    factor = normalizer(kind, Counts(2, 0, 0), batch)
+    factor = normalizer(kind, TokenCounts(2, 0, 0), batch)
     assert factor.shape == (2,) and factor.dtype == torch.float32 and (factor == 0).all()
 
 
 def test_unknown_kind():
     with pytest.raises(ValueError, match="all_tokens"):
-        normalizer("tokens", Counts(1, 1, 1), make_batch(0, 1))
+        normalizer("tokens", TokenCounts(1, 1, 1), make_batch(0, 1))

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_megatron.llada_moe.config.schema import LearningRateConfig, LearningRateDropConfig
-from llada_megatron.llada_moe.diffusion.schedule import learning_rate
+from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, LearningRateDropConfig, learning_rate
 
 SHAPES = ("linear", "cosine", "inverse_sqrt")
 

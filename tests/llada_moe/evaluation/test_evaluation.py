@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from llada_megatron.llada_moe.config.schema import ObjectiveConfig
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.data.batch import Batch, collate, diffusion_row
-from llada_megatron.llada_moe.diffusion.noise import Coordinates, ForwardProcess
+from llada_megatron.llada_moe.diffusion.noise import ForwardProcess, SampleCoordinates
 from llada_megatron.llada_moe.evaluation import infilling, likelihood
 
 VOCAB, MASK, EOS, LENGTH = 12, 3, 2, 8
@@ -27,7 +27,7 @@ class Windows:
         return collate(
             [
                 diffusion_row(
-                    self.rows[n], edges, self.noise.corrupt(Coordinates(n, 0, 0, n), self.rows.shape[1]), MASK
+                    self.rows[n], edges, self.noise.corrupt(SampleCoordinates(n, 0, 0, n), self.rows.shape[1]), MASK
                 )
                 for n in numbers
             ]

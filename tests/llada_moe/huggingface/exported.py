@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llada_megatron.llada_moe.config.schema import ModelConfig
-from llada_megatron.llada_moe.huggingface.formats import export_format
+from llada_megatron.llada_moe.config.model import ModelConfig
+from llada_megatron.llada_moe.huggingface.formats import export_format, modeling_files
 from llada_megatron.llada_moe.huggingface.formats.table import write_config
-from llada_megatron.llada_moe.huggingface.modeling_files import modeling_files
 
 
 @contextmanager

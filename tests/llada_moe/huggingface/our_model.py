@@ -13,12 +13,13 @@ device.install()
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig  # noqa: E402
+from llada_megatron.llada_moe.config.layout import LayoutConfig  # noqa: E402
+from llada_megatron.llada_moe.config.model import ModelConfig  # noqa: E402  # noqa: E402
 from llada_megatron.llada_moe.huggingface.formats.table import Format  # noqa: E402
 from llada_megatron.llada_moe.huggingface.mapping import mappings, merge  # noqa: E402
 from llada_megatron.llada_moe.model.patterns import whole_sequences  # noqa: E402
 from llada_megatron.llada_moe.model.transformer import build_model, transformer_config  # noqa: E402
-from llada_megatron.parallel import assembly  # noqa: E402
+from llada_megatron.parallel import sharded_state  # noqa: E402
 
 
 def canonical(table: Format, model: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -41,7 +42,7 @@ def logits(model, weights, tokens, attention="full", block_size=None):
     config = transformer_config(model, LayoutConfig())
     ours = build_model(model, config, attention=attention, block_size=block_size).eval()
     filled = set()
-    for entry in nested_values(assembly.apply_factories_copy(ours)):
+    for entry in nested_values(sharded_state.apply_factories_copy(ours)):
         if isinstance(entry, ShardedTensor) and entry.data is not None:
             axes = entry.prepend_axis_num
             whole = weights[entry.key][entry.global_offset[:axes]]

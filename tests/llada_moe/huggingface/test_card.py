@@ -12,16 +12,11 @@ import torch
 import yaml
 
 from llada_megatron.llada_moe.config import RunConfig, load_model, to_dict
-from llada_megatron.llada_moe.config.schema import (
-    CheckpointConfig,
-    DataConfig,
-    DataSetConfig,
-    LearningRateConfig,
-    LearningRateDropConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    TrainingConfig,
-)
+from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
+from llada_megatron.llada_moe.config.intervals import CheckpointConfig
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig
+from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, LearningRateDropConfig, OptimizerConfig
+from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.huggingface.card import generation_config, model_card
 from llada_megatron.llada_moe.huggingface.formats import export_format
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llada_megatron.llada_moe.config import ModelConfig, MoEConfig, load_model, to_dict
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.huggingface.formats import FORMATS, export_format, find_format
 from llada_megatron.llada_moe.huggingface.formats.bailing import BAILING, BAILING_V2

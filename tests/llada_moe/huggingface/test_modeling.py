@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from llada_megatron.llada_moe.config import load_model
-from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.huggingface.formats import export_format
 from llada_megatron.llada_moe.huggingface.formats.table import read_config
 from llada_megatron.llada_moe.huggingface.mapping import tensor_shapes

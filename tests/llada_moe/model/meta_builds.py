@@ -21,7 +21,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from llada_megatron.llada_moe.config import load_model  # noqa: E402
-from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig  # noqa: E402
+from llada_megatron.llada_moe.config.layout import LayoutConfig  # noqa: E402
+from llada_megatron.llada_moe.config.model import ModelConfig  # noqa: E402  # noqa: E402
 from llada_megatron.llada_moe.model.transformer import (  # noqa: E402
     DiffusionTransformer,
     build_model,

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.model.attention import PatternAttention
 from llada_megatron.llada_moe.model.patterns import bands, seen_at_once, segments, whole_sequences
 from llada_megatron.parallel import topology

@@ -14,7 +14,11 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLPSubmodules  # noqa: E402
 from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig, MoEConfig  # noqa: E402
+from llada_megatron.llada_moe.config.layout import LayoutConfig  # noqa: E402
+from llada_megatron.llada_moe.config.model import (  # noqa: E402
+    ModelConfig,
+    MoEConfig,
+)
 from llada_megatron.llada_moe.model.experts import PermutedExperts  # noqa: E402
 from llada_megatron.llada_moe.model.transformer import build_model, transformer_config  # noqa: E402
 from llada_megatron.parallel import topology  # noqa: E402

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from llada_megatron.llada_moe.config.schema import ModelConfig, MoEConfig
+from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
 from llada_megatron.llada_moe.model.flops import FORMULA, block_causal_keys, causal_keys, flops_per_token
 
 LLADA_8B = ModelConfig(

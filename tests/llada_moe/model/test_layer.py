@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.tools.bench.layouts import DENSE_LAYOUTS, MODELS, MOE_LAYOUTS, parity_run
 from tests.ranks import run_ranks
 
@@ -37,10 +38,10 @@ def difference(model: ModelConfig, layout: LayoutConfig) -> float:
 
 def built(model: ModelConfig, layout: LayoutConfig):
     """A chunk with its initial weights, and `[2, 12]` inputs of this rank with some selected rows."""
-    from llada_megatron.parallel import assembly, topology
+    from llada_megatron.parallel import build, topology
 
     topology.initialize(layout, seed=0)
-    chunk = assembly.build_run_chunks(parity_run(model, layout))[0]
+    chunk = build.build_run_chunks(parity_run(model, layout))[0]
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randint(0, model.vocab_size, (2, 12), generator=generator)
     rows = torch.rand(2, 12, generator=generator) < 0.6

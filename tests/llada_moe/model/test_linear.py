@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.tools.bench.layouts import DENSE
 from tests.ranks import run_ranks
 
@@ -27,8 +27,7 @@ def test_equals_megatron(layout, bias):
 def outcomes(layout: LayoutConfig, bias: bool) -> dict[str, bool]:
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-    from llada_megatron.llada_moe.model.linear import ColumnLinear, RowLinear
-    from llada_megatron.llada_moe.model.product import torchs_own
+    from llada_megatron.llada_moe.model.linear import ColumnLinear, RowLinear, torchs_own
     from llada_megatron.llada_moe.model.transformer import transformer_config
     from llada_megatron.parallel import topology
 
@@ -58,8 +57,7 @@ def test_weight_given_at_call():
 
 
 def with_given_weight() -> bool:
-    from llada_megatron.llada_moe.model.linear import ColumnLinear
-    from llada_megatron.llada_moe.model.product import torchs_own
+    from llada_megatron.llada_moe.model.linear import ColumnLinear, torchs_own
     from llada_megatron.llada_moe.model.transformer import transformer_config
     from llada_megatron.parallel import topology
 

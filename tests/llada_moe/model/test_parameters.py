@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llada_megatron.llada_moe.config import load_model
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.model.parameters import count_parameters, rank_shares, stage_layers
 
 PUBLISHED = {

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llada_megatron.llada_moe.model import product as module
-from llada_megatron.llada_moe.model.product import product, torchs_own
+from llada_megatron.llada_moe.model import linear as module
+from llada_megatron.llada_moe.model.linear import product, torchs_own
 
 
 @pytest.mark.parametrize("shape", [(0, 24), (1, 24), (7, 1, 24), (33, 24)])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.model.patterns import block_numbers, segments, whole_sequences
 from llada_megatron.parallel import topology
 from llada_megatron.tools.bench.layouts import MODELS

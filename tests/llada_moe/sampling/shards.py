@@ -8,21 +8,21 @@ from threading import Barrier, Thread
 import torch
 from torch import Tensor
 
-from llada_megatron.llada_moe.sampling.rows import Rows
-from llada_megatron.llada_moe.sampling.statistics import Reader, Reading, Statistics
+from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor, Reader, Statistics
+from llada_megatron.llada_moe.sampling.token_buffer import LogitRows
 
 
 class Shards:
     """One reader per shard, each in a thread of its own while it reads; packets meet at a barrier."""
 
-    def __init__(self, reading: Reading, sizes: Sequence[int]) -> None:
+    def __init__(self, reading: LogitsProcessor, sizes: Sequence[int]) -> None:
         self._sizes = list(sizes)
         self._barrier = Barrier(len(sizes), timeout=60)
         self._packets: list[Tensor] = [torch.empty(0)] * len(sizes)
         firsts = [sum(sizes[:i]) for i in range(len(sizes))]
         self.readers = [Reader(reading, first, self._gather_of(i)) for i, first in enumerate(firsts)]
 
-    def read(self, logits: Tensor, rows: Rows) -> list[Statistics]:
+    def read(self, logits: Tensor, rows: LogitRows) -> list[Statistics]:
         """What each shard knows in the end, from logits `[rows, vocab]`."""
         results: list[Statistics | None] = [None] * len(self.readers)
 
@@ -52,10 +52,10 @@ class Shards:
         return gather
 
 
-def make_rows(count: int, step: int = 0, current: Sequence[int] | None = None) -> Rows:
+def make_rows(count: int, step: int = 0, current: Sequence[int] | None = None) -> LogitRows:
     """Rows of one sequence each."""
     numbers = torch.arange(count)
-    return Rows(
+    return LogitRows(
         slot=numbers,
         position=numbers + 40,
         stream=numbers,

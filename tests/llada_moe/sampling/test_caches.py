@@ -15,10 +15,10 @@ from llada_megatron.llada_moe.sampling.caches import (
     RefreshedCache,
     VicinityCache,
 )
-from llada_megatron.llada_moe.sampling.canvas import continuation
 from llada_megatron.llada_moe.sampling.loop import Group, Method
 from llada_megatron.llada_moe.sampling.passes import Pass
 from llada_megatron.llada_moe.sampling.statistics import Statistics
+from llada_megatron.llada_moe.sampling.token_buffer import continuation
 from tests.llada_moe.sampling.toy import MASK, steps
 
 WHOLE = (0, 36, 36)

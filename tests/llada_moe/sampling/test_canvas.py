@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llada_megatron.llada_moe.sampling.canvas import Canvas, Draft, continuation, infilling
+from llada_megatron.llada_moe.sampling.token_buffer import Request, TokenBuffer, continuation, infilling
 
 
 @given(st.integers(0, 40), st.integers(1, 40), st.integers(1, 9))
@@ -34,9 +34,9 @@ def test_blocks_of_an_infilling_hold_every_gap_once_in_order(gaps, size, on_grid
 
 
 def test_a_slot_forgets_what_it_held():
-    canvas = Canvas.empty(2, 10, 3, mask_id=3)
+    canvas = TokenBuffer.empty(2, 10, 3, mask_id=3)
     canvas.put(1, continuation([5] * 4, 6, 2))
-    canvas.put(1, Draft([6, 0, 7], [False, True, False], [(1, 2)], stream=9))
+    canvas.put(1, Request([6, 0, 7], [False, True, False], [(1, 2)], stream=9))
     assert canvas.tokens[1].tolist() == [6, 3, 7] + [3] * 7
     assert canvas.open[1].nonzero().flatten().tolist() == [1]
     assert canvas.given[1].tolist() == [True, False] + [True] * 8
@@ -47,12 +47,12 @@ def test_a_slot_forgets_what_it_held():
 @pytest.mark.parametrize(
     "draft",
     [
-        Draft([5] * 11, [True] * 11, [(0, 11)], 0),
-        Draft([5] * 4, [True] * 4, [(0, 1), (1, 2), (2, 3), (3, 4)], 0),
-        Draft([5] * 4, [True] * 4, [(0, 3)], 0),
-        Draft([5] * 4, [True] * 3, [(0, 4)], 0),
+        Request([5] * 11, [True] * 11, [(0, 11)], 0),
+        Request([5] * 4, [True] * 4, [(0, 1), (1, 2), (2, 3), (3, 4)], 0),
+        Request([5] * 4, [True] * 4, [(0, 3)], 0),
+        Request([5] * 4, [True] * 3, [(0, 4)], 0),
     ],
 )
 def test_what_does_not_fit_is_refused(draft):
     with pytest.raises(ValueError, match="fit|outside"):
-        Canvas.empty(1, 10, 3, mask_id=3).put(0, draft)
+        TokenBuffer.empty(1, 10, 3, mask_id=3).put(0, draft)

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_megatron.llada_moe.sampling.canvas import continuation, infilling
 from llada_megatron.llada_moe.sampling.loop import Group, Method
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps, Threshold
-from llada_megatron.llada_moe.sampling.statistics import Reading
+from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
+from llada_megatron.llada_moe.sampling.token_buffer import continuation, infilling
 from tests.llada_moe.sampling.toy import EOS, MASK, VOCAB, Toy, bidirectional, write
 
-READING = Reading(excluded=[MASK], seed=5)
+READING = LogitsProcessor(excluded=[MASK], seed=5)
 
 
 def rows_with_gaps() -> st.SearchStrategy:
@@ -31,7 +31,7 @@ def rows_with_gaps() -> st.SearchStrategy:
     slots=st.integers(1, 5),
 )
 def test_fills_the_gaps_touches_nothing_else_and_each_row_is_as_alone(rows, block, schedule, temperature, slots):
-    method = Method(schedule, reading=Reading(excluded=[MASK], temperature=temperature, seed=5))
+    method = Method(schedule, reading=LogitsProcessor(excluded=[MASK], temperature=temperature, seed=5))
     drafts = [infilling([t for t, _ in row], [g for _, g in row], block, i) for i, row in enumerate(rows)]
     together, _, _ = write(drafts, method, slots=slots)
     assert [finished.stream for finished in together] == list(range(len(rows)))
@@ -74,7 +74,9 @@ def test_low_confidence_keeps_the_most_confident():
 
 def test_seed_determines_the_sample_and_another_seed_draws_another():
     def text(seed: int) -> list[list[int]]:
-        method = Method(FixedSteps(5, "random", seed), reading=Reading(excluded=[MASK], temperature=3.0, seed=seed))
+        method = Method(
+            FixedSteps(5, "random", seed), reading=LogitsProcessor(excluded=[MASK], temperature=3.0, seed=seed)
+        )
         finished, _, _ = write([continuation([5, 6], 10, None, 0), continuation([9], 10, None, 1)], method)
         return [row.tokens for row in finished]
 
@@ -84,7 +86,7 @@ def test_seed_determines_the_sample_and_another_seed_draws_another():
 
 def test_temperature_draws_from_the_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0, 9.0])  # the last one is the mask and excluded
-    method = Method(FixedSteps(1), reading=Reading(excluded=[MASK], temperature=2.0))
+    method = Method(FixedSteps(1), reading=LogitsProcessor(excluded=[MASK], temperature=2.0))
     drafts = [continuation([0], 1, None, i) for i in range(4000)]
     finished, _, _ = write(drafts, method, lambda tokens: logits.expand(len(tokens), -1), slots=500)
     share = torch.bincount(torch.tensor([row.tokens[1] for row in finished]), minlength=4) / 4000
@@ -107,7 +109,7 @@ def test_stops_at_end_of_text_once_nothing_before_it_is_open():
 
 
 def test_an_end_of_text_in_the_prompt_does_not_stop():
-    method = Method(reading=Reading(excluded=[MASK, EOS]), stop_id=EOS)
+    method = Method(reading=LogitsProcessor(excluded=[MASK, EOS]), stop_id=EOS)
     finished, _, _ = write([continuation([EOS, 5], 4, None)], method)
     assert EOS not in finished[0].tokens[2:] and finished[0].passes == 4
 
@@ -127,7 +129,7 @@ def test_guidance_moves_away_from_the_unconditional_prediction():
         return rows
 
     for guidance, token in ((0.0, 8), (1.0, 9)):
-        method = Method(FixedSteps(1), reading=Reading(excluded=[MASK], guidance=guidance))
+        method = Method(FixedSteps(1), reading=LogitsProcessor(excluded=[MASK], guidance=guidance))
         finished, _, _ = write([continuation([5], 2, None)], method, logits)
         assert finished[0].tokens[1:] == [token, token]
 
@@ -168,7 +170,7 @@ def test_statistics_need_a_plan():
 
 @pytest.mark.parametrize(("guidance", "twins"), [(0.0, 1), (0.5, 2)])
 def test_counts_what_a_sequence_took(guidance, twins):
-    method = Method(reading=Reading(excluded=[MASK], guidance=guidance))
+    method = Method(reading=LogitsProcessor(excluded=[MASK], guidance=guidance))
     finished, _, _ = write([continuation([5] * 3, new, None, i) for i, new in enumerate([2, 4])], method)
     assert [row.passes for row in finished] == [2, 4]
     assert [row.positions_run for row in finished] == [2 * 5 * twins, 4 * 7 * twins]

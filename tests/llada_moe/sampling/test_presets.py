@@ -4,16 +4,17 @@ from dataclasses import replace
 
 import pytest
 
-from llada_megatron.llada_moe.config.schema import ModelConfig, ObjectiveConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.sampling import presets
 from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, DualCache, NoCache, Recompute, VicinityCache
-from llada_megatron.llada_moe.sampling.canvas import continuation
 from llada_megatron.llada_moe.sampling.editors import Levenshtein, NoEditor
 from llada_megatron.llada_moe.sampling.loop import Method
-from llada_megatron.llada_moe.sampling.names import name_of, settings_of
 from llada_megatron.llada_moe.sampling.presets import CACHES, EDITORS, PRESETS, SCHEDULES, Choice, choose
+from llada_megatron.llada_moe.sampling.published import name_of, settings_of
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps, RandomSteps, Threshold
+from llada_megatron.llada_moe.sampling.token_buffer import continuation
 from tests.llada_moe.sampling.toy import EOS, MASK, VOCAB, bidirectional, write
 
 FULL, CAUSAL = ObjectiveConfig(), ObjectiveConfig(block_size=4, replace_ratio=0.1)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.llada_moe.sampling.names import SCHEDULES
+from llada_megatron.llada_moe.sampling.published import SCHEDULES
 from llada_megatron.llada_moe.sampling.schedules import (
     CreditThreshold,
     EntropyBound,

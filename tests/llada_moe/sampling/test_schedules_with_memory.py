@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_megatron.llada_moe.sampling.canvas import continuation, infilling
 from llada_megatron.llada_moe.sampling.loop import Method
 from llada_megatron.llada_moe.sampling.schedules import CreditThreshold, SlowFast, Stable
-from llada_megatron.llada_moe.sampling.statistics import Reading
+from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
+from llada_megatron.llada_moe.sampling.token_buffer import continuation, infilling
 from tests.llada_moe.sampling.toy import EOS, MASK, VOCAB, bidirectional, write
 from tests.llada_moe.sampling.views import make_statistics, make_view
 
@@ -133,7 +133,7 @@ SHARPNESS = 0.35
     temperature=st.sampled_from([0.0, 0.7]),
 )
 def test_a_sequence_is_written_as_if_it_were_alone(schedule, rows, block, slots, temperature):
-    reading = Reading(frozenset(schedule.needs), [MASK], temperature=temperature, seed=5)
+    reading = LogitsProcessor(frozenset(schedule.needs), [MASK], temperature=temperature, seed=5)
     method = Method(schedule, reading=reading)
     drafts = [infilling([t for t, _ in row], [gap for _, gap in row], block, i) for i, row in enumerate(rows)]
     logits = bidirectional(1, SHARPNESS)
@@ -145,7 +145,7 @@ def test_a_sequence_is_written_as_if_it_were_alone(schedule, rows, block, slots,
 @pytest.mark.parametrize("schedule", RULES, ids=lambda rule: type(rule).__name__)
 def test_the_toy_makes_the_rules_work(schedule):
     """Else the test above would say little."""
-    reading = Reading(frozenset(schedule.needs), [MASK, EOS])
+    reading = LogitsProcessor(frozenset(schedule.needs), [MASK, EOS])
     runs = [
         write([continuation([5, 6], 16, None)], Method(schedule, reading=reading), bidirectional(seed, SHARPNESS))
         for seed in range(8)
@@ -157,7 +157,7 @@ def test_the_toy_makes_the_rules_work(schedule):
 def test_slowfast_cuts_the_text_behind_its_cycle_off():
     _, toy, _ = write(
         [continuation([5, 6], 16, None)],
-        Method(SlowFast(3, 0.2, 0.9), reading=Reading(excluded=[MASK, EOS])),
+        Method(SlowFast(3, 0.2, 0.9), reading=LogitsProcessor(excluded=[MASK, EOS])),
         bidirectional(4, 0.2),
     )
     widths = [len(shown[0]) for shown in toy.shown]
@@ -171,7 +171,7 @@ def test_credit_speeds_up_what_the_model_keeps_to():
 
     def passes(alpha: float) -> int:
         schedule = CreditThreshold(0.5, alpha, 0.9, 0.2)
-        method = Method(schedule, reading=Reading(frozenset(schedule.needs), [MASK]))
+        method = Method(schedule, reading=LogitsProcessor(frozenset(schedule.needs), [MASK]))
         return write([continuation([5], 16, None)], method, lambda tokens: table[: len(tokens)])[0][0].passes
 
     assert passes(0.0) == 16

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_megatron.llada_moe.sampling import draws, statistics
-from llada_megatron.llada_moe.sampling.credit import Account, Credit
-from llada_megatron.llada_moe.sampling.names import EDITORS, SCHEDULES
-from llada_megatron.llada_moe.sampling.statistics import Reading, Statistics
+from llada_megatron.llada_moe.sampling import row_memory, statistics
+from llada_megatron.llada_moe.sampling.published import EDITORS, SCHEDULES
+from llada_megatron.llada_moe.sampling.row_memory import Credit, CreditAccount
+from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor, Statistics
 from tests.llada_moe.sampling.shards import Shards, make_rows
 
 VOCAB = 24
@@ -28,7 +28,7 @@ def readings(draw):
     sizes = [b - a for a, b in zip([0, *cuts], [*cuts, VOCAB], strict=True)]
     start = draw(st.integers(0, VOCAB - 2))
     excluded = list(range(start, draw(st.integers(start, VOCAB - 2))))  # often a whole shard
-    reading = Reading(
+    reading = LogitsProcessor(
         needs=ALL | draw(st.sampled_from([frozenset(), frozenset({CREDIT})])),
         excluded=excluded,
         operations=[VOCAB - 1] if VOCAB - 2 not in excluded else [],
@@ -113,7 +113,7 @@ def test_credit_is_that_of_a_whole_matrix(case):
 
 
 def test_credit_keeps_one_number_for_a_token_that_gains_again_and_again():
-    account, token = Account(CREDIT), torch.tensor([4, 5])
+    account, token = CreditAccount(CREDIT), torch.tensor([4, 5])
     for step in range(50):
         account.raised(torch.zeros(2, VOCAB), 0, make_rows(2, step), token + (step % 2), torch.full((2,), 0.5))
     _, (tokens, credits) = account._entries.recall(make_rows(2, 50))
@@ -122,7 +122,7 @@ def test_credit_keeps_one_number_for_a_token_that_gains_again_and_again():
 
 def test_a_sequence_without_numbers_takes_no_other_along():
     """What a broken model said of one sequence is nothing to the next one in its slot."""
-    reading = Reading(ALL | {CREDIT})
+    reading = LogitsProcessor(ALL | {CREDIT})
     logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(0))
     broken, rows = Shards(reading, [10, 14]), make_rows(2, 0)
     found = broken.read(torch.full((2, VOCAB), torch.nan), rows)[0]
@@ -135,7 +135,7 @@ def test_a_sequence_without_numbers_takes_no_other_along():
 
 def test_entropy_of_a_large_vocabulary_is_right():
     logits = torch.randn(8, 157184, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 12, 8)[:, None]
-    found = Shards(Reading(frozenset({"entropy"})), [39296] * 4).read(logits, make_rows(8))[0]
+    found = Shards(LogitsProcessor(frozenset({"entropy"})), [39296] * 4).read(logits, make_rows(8))[0]
     logs = logits.double().log_softmax(-1)
     torch.testing.assert_close(found.entropy.double(), -(logs.exp() * logs).sum(-1), atol=2e-5, rtol=1e-5)
 
@@ -143,11 +143,11 @@ def test_entropy_of_a_large_vocabulary_is_right():
 @pytest.mark.parametrize("at_once", [1, 50, 72, 10**6])
 def test_noise_exists_for_some_rows_at_a_time(at_once, monkeypatch):
     logits = torch.randn(7, VOCAB, generator=torch.Generator().manual_seed(0))
-    reading = Reading(frozenset({"text"}), [3], [5], temperature=1.0)
+    reading = LogitsProcessor(frozenset({"text"}), [3], [5], temperature=1.0)
     [expected] = Shards(reading, [VOCAB]).read(logits, make_rows(7))
-    sizes, gumbel = [], draws.gumbel
+    sizes, gumbel = [], row_memory.gumbel
     monkeypatch.setattr(statistics, "DRAWS_AT_ONCE", at_once)
-    monkeypatch.setattr(draws, "gumbel", lambda *names: sizes.append((noise := gumbel(*names)).numel()) or noise)
+    monkeypatch.setattr(row_memory, "gumbel", lambda *names: sizes.append((noise := gumbel(*names)).numel()) or noise)
     [found] = Shards(reading, [VOCAB]).read(logits, make_rows(7))
     for field in ("token", "confidence", "text"):
         assert torch.equal(getattr(found, field), getattr(expected, field))
@@ -157,10 +157,10 @@ def test_noise_exists_for_some_rows_at_a_time(at_once, monkeypatch):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_packets_are_at_most_64_bytes(temperature):
     """All that can be asked for at once."""
-    shards = Shards(Reading(ALL | {CREDIT}, temperature=temperature), [12, 12])
+    shards = Shards(LogitsProcessor(ALL | {CREDIT}, temperature=temperature), [12, 12])
     shards.read(torch.zeros(3, VOCAB), make_rows(3))
     assert [reader.packet_bytes for reader in shards.readers] == [60 if temperature else 44] * 2
-    plain = Shards(Reading(temperature=temperature), [12, 12])
+    plain = Shards(LogitsProcessor(temperature=temperature), [12, 12])
     plain.read(torch.zeros(3, VOCAB), make_rows(3))
     assert plain.readers[0].packet_bytes == (24 if temperature else 12)
 
@@ -170,13 +170,13 @@ def test_packets_are_at_most_64_bytes(temperature):
 def test_of_any_method_at_most_64_bytes_of_a_row_leave_a_rank(schedule, editor):
     """Its packet to the other shards, and its statistics to the next pipeline stage."""
     needs = frozenset(SCHEDULES[schedule]().needs) | frozenset(EDITORS[editor]().needs)
-    shards = Shards(Reading(needs, temperature=1.0), [12, 12])
+    shards = Shards(LogitsProcessor(needs, temperature=1.0), [12, 12])
     shards.read(torch.zeros(3, VOCAB), make_rows(3))
     assert shards.readers[0].packet_bytes + 4 * Statistics.width(needs) <= 64
 
 
 def test_what_a_sequence_left_in_a_slot_is_nobodys():
-    reading = Reading(frozenset({"divergence", CREDIT}))
+    reading = LogitsProcessor(frozenset({"divergence", CREDIT}))
     logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(0))
     fresh = Shards(reading, [VOCAB])
     [expected] = fresh.read(logits, make_rows(4, 6))
@@ -195,7 +195,7 @@ def test_what_a_sequence_left_in_a_slot_is_nobodys():
 
 
 def test_rows_are_found_again_in_any_order_and_number():
-    shards = Shards(Reading(frozenset({"divergence"})), [VOCAB])
+    shards = Shards(LogitsProcessor(frozenset({"divergence"})), [VOCAB])
     logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(0))
     rows, later = make_rows(5), make_rows(5, 1)
     shards.read(logits, rows)
@@ -209,7 +209,7 @@ def test_rows_are_found_again_in_any_order_and_number():
 
 @pytest.mark.parametrize("needs", [frozenset(), frozenset({"current"}), ALL, ALL | {CREDIT}])
 def test_travel_to_another_rank_unchanged(needs):
-    shards = Shards(Reading(needs), [10, 14])
+    shards = Shards(LogitsProcessor(needs), [10, 14])
     found = shards.read(torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0)), make_rows(3))[0]
     packed = found.packed()
     assert packed.shape == (3, Statistics.width(needs))

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_megatron.llada_moe.sampling import draws
-from llada_megatron.llada_moe.sampling.canvas import continuation
+from llada_megatron.llada_moe.sampling import row_memory
 from llada_megatron.llada_moe.sampling.loop import Method
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps, Threshold
-from llada_megatron.llada_moe.sampling.statistics import Reading
+from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
+from llada_megatron.llada_moe.sampling.token_buffer import continuation
 from tests.llada_moe.sampling.toy import MASK, VOCAB, bidirectional, write
 
 
@@ -31,13 +31,17 @@ def of_the_paper(logits, prompt, new, block, steps, remasking, temperature, seed
             if temperature:
                 ids = torch.arange(VOCAB)[None]
                 places = position[:, None]
-                noise = draws.gumbel(seed, draws.TOKEN, *(torch.tensor(n) for n in (stream, number)), places, ids)
+                noise = row_memory.gumbel(
+                    seed, row_memory.TOKEN, *(torch.tensor(n) for n in (stream, number)), places, ids
+                )
                 chosen = (row.float().double() + temperature * noise).argmax(-1)
             else:
                 chosen = row.argmax(-1)
             sure = confidence[position, chosen]
             if remasking == "random":
-                sure = draws.uniform(seed, draws.REMASKING, torch.tensor(stream), torch.tensor(number), position)
+                sure = row_memory.uniform(
+                    seed, row_memory.REMASKING, torch.tensor(stream), torch.tensor(number), position
+                )
             masks.sort(key=lambda i: -float(sure[i]))
             if threshold is not None:
                 count = max(1, sum(float(sure[i]) >= threshold for i in masks))
@@ -61,7 +65,7 @@ def test_same_tokens_and_forwards(prompt, blocks, block, steps, remasking, tempe
     logits, steps = bidirectional(seed), min(steps, block)
     method = Method(
         FixedSteps(steps * blocks, remasking, seed),
-        reading=Reading(excluded=[MASK], temperature=temperature, seed=seed),
+        reading=LogitsProcessor(excluded=[MASK], temperature=temperature, seed=seed),
     )
     [finished], _, _ = write([continuation(prompt, blocks * block, block, stream=seed)], method, logits)
     expected, number = of_the_paper(
@@ -74,7 +78,7 @@ def test_same_tokens_and_forwards(prompt, blocks, block, steps, remasking, tempe
 @pytest.mark.parametrize("seed", range(6))
 def test_a_threshold_is_its_change_by_fast_dllm(seed):
     logits = bidirectional(seed, 1.0)
-    method = Method(Threshold(0.5), reading=Reading(excluded=[MASK]))
+    method = Method(Threshold(0.5), reading=LogitsProcessor(excluded=[MASK]))
     [finished], _, _ = write([continuation([5, 6, 7], 24, 8)], method, logits)
     expected, number = of_the_paper(logits, [5, 6, 7], 24, 8, 8, "low_confidence", 0.0, 0, 0, threshold=0.5)
     assert finished.tokens == expected

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from llada_megatron.llada_moe.sampling.canvas import Draft
 from llada_megatron.llada_moe.sampling.loop import Finished, Group, Method, Step
 from llada_megatron.llada_moe.sampling.passes import Pass
-from llada_megatron.llada_moe.sampling.statistics import Reader, Reading, Statistics
+from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor, Reader, Statistics
+from llada_megatron.llada_moe.sampling.token_buffer import Request
 
 VOCAB, MASK, EOS = 16, 3, 2
 Logits = Callable[[Tensor], Tensor]
@@ -34,7 +34,7 @@ def bidirectional(seed: int = 0, sharpness: float = 2.0) -> Logits:
 class Toy:
     """Runs passes over whole sequences (no cache) and remembers what it was shown."""
 
-    def __init__(self, logits: Logits, reading: Reading) -> None:
+    def __init__(self, logits: Logits, reading: LogitsProcessor) -> None:
         self.logits = logits
         self.reader = Reader(reading, 0, lambda packet: packet[None])
         self.shown: list[list[list[int]]] = []
@@ -57,7 +57,7 @@ class Toy:
         return self.reader.read(torch.cat(rows), work.rows)
 
 
-def steps(group: Group, drafts: Iterable[Draft], run: Callable[[Pass], Statistics]) -> Iterator[Step]:
+def steps(group: Group, drafts: Iterable[Request], run: Callable[[Pass], Statistics]) -> Iterator[Step]:
     """Write all drafts, as many at a time as the group has slots, and yield what each pass changed.
 
     `run` runs the model over a pass and reads the rows that it asks for.
@@ -73,7 +73,7 @@ def steps(group: Group, drafts: Iterable[Draft], run: Callable[[Pass], Statistic
 
 
 def write(
-    drafts: Sequence[Draft], method: Method, logits: Logits | None = None, slots: int | None = None
+    drafts: Sequence[Request], method: Method, logits: Logits | None = None, slots: int | None = None
 ) -> tuple[list[Finished], Toy, list[Step]]:
     """Write all drafts; returns the results in order of their streams, the toy, and the steps."""
     toy = Toy(logits or bidirectional(), method.reading)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llada_megatron.llada_moe.sampling.statistics import Statistics
-from llada_megatron.llada_moe.sampling.view import View
+from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock
 
 
 def make_view(
@@ -18,7 +18,7 @@ def make_view(
     step_in_block: Sequence[int] | int | None = None,
     slots: Sequence[int] | None = None,
     behind: int = 0,
-) -> View:
+) -> ActiveBlock:
     """Rows whose block is all of their columns, `behind` positions before the end of the sequence."""
     rows, columns = len(masked), len(masked[0])
     is_masked = torch.tensor(masked, dtype=torch.bool).view(rows, columns)
@@ -27,7 +27,7 @@ def make_view(
         return torch.tensor([values] * rows if isinstance(values, int) else list(values), dtype=torch.int64)
 
     first, slot = numbers(start), numbers(list(range(rows)) if slots is None else slots)
-    return View(
+    return ActiveBlock(
         slot=slot,
         stream=slot,
         first=first,

@@ -5,7 +5,7 @@ import functools
 import torch
 
 from llada_megatron.llada_moe.config import load_model
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.tools.bench.layouts import parity_run
 from tests.ranks import run_ranks
 
@@ -26,19 +26,19 @@ def run_of(model, layout):
 
 def chunks_of(run):
     """This rank's chunks with their initial weights, process groups included."""
-    from llada_megatron.parallel import assembly, topology
+    from llada_megatron.parallel import build, topology
 
     topology.initialize(run.layout, run.training.seed)
-    return assembly.build_run_chunks(run)
+    return build.build_run_chunks(run)
 
 
 def _weights(run):
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
-    from llada_megatron.parallel import assembly
+    from llada_megatron.parallel import sharded_state
 
     weights = {}
-    for entry in nested_values(assembly.apply_factories_copy(chunks_of(run)[0])):
+    for entry in nested_values(sharded_state.apply_factories_copy(chunks_of(run)[0])):
         whole = weights.setdefault(entry.key, torch.full(entry.global_shape, torch.nan, dtype=entry.dtype))
         data = entry.data.detach().view((1,) * entry.prepend_axis_num + tuple(entry.data.shape))
         whole[tuple(slice(a, a + n) for a, n in zip(entry.global_offset, data.shape, strict=True))] = data

@@ -16,15 +16,17 @@ from megatron.core import parallel_state  # isort: skip
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # isort: skip
 
 from llada_megatron.llada_moe.config import load_model  # isort: skip
-from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig  # isort: skip
-from llada_megatron.parallel import assembly  # isort: skip
+from llada_megatron.llada_moe.config.layout import LayoutConfig  # isort: skip
+
+from llada_megatron.llada_moe.config.model import ModelConfig  # isort: skip
+from llada_megatron.parallel import sharded_state  # isort: skip
 
 
 def boxes(model: ModelConfig, layout: LayoutConfig) -> list[tuple[str, list[int], list[int], list[int]]]:
     """Key, global shape, offsets and sizes of all that this rank's chunks are loaded from."""
     found = []
     for part in meta_builds.parts_of_rank(model, layout):
-        for entry in nested_values(assembly.apply_factories_copy(part)):
+        for entry in nested_values(sharded_state.apply_factories_copy(part)):
             sizes = (1,) * entry.prepend_axis_num + tuple(entry.local_shape)
             found.append((entry.key, list(entry.global_shape), list(entry.global_offset), list(sizes)))
     return found

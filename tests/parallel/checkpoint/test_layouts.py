@@ -9,7 +9,7 @@ from torch import distributed as dist
 
 from llada_megatron.launch.resources import checkpoint_bytes
 from llada_megatron.llada_moe.config import load_model
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.tools.bench.layouts import DENSE, SIGMOID, parity_run
 from tests.ranks import run_ranks
 
@@ -30,25 +30,27 @@ def _run(model, layout, **training):
 
 
 def _parts(run):
-    from llada_megatron.parallel import assembly, optimizer, topology
-    from llada_megatron.parallel.step import TrainingStep
+    from llada_megatron.parallel import build, topology
+    from llada_megatron.parallel.training import optimizer
+    from llada_megatron.parallel.training.step import TrainingStep
     from llada_megatron.tools.bench.parity import SyntheticData
 
     topology.initialize(run.layout, run.training.seed)
-    chunks = assembly.build_run_chunks(run)
-    models = assembly.wrap(run, chunks)
+    chunks = build.build_run_chunks(run)
+    models = build.wrap(run, chunks)
     return chunks, TrainingStep(run, models, optimizer.build_optimizer(run, models), SyntheticData(run))
 
 
 def _sharded(chunks, step, loading):
-    from llada_megatron.parallel import assembly, optimizer
+    from llada_megatron.parallel import sharded_state
+    from llada_megatron.parallel.training import optimizer
 
-    state = assembly.model_state(chunks)
+    state = sharded_state.model_state(chunks)
     return {**state, "optimizer": optimizer.optimizer_state(step.optimizer, state, loading)}
 
 
 def _train(run, step, numbers):
-    from llada_megatron.parallel.optimizer import set_learning_rate
+    from llada_megatron.parallel.training.optimizer import set_learning_rate
 
     outcome = []
     for number in numbers:
@@ -86,16 +88,16 @@ def _save_one_step(run, root):
 def _go_on(run, root):
     """The same two steps from the checkpoint."""
     from llada_megatron.llada_moe.config import to_dict
-    from llada_megatron.parallel import assembly
+    from llada_megatron.parallel import sharded_state
     from llada_megatron.parallel.checkpoint.store import CheckpointStore
-    from llada_megatron.parallel.optimizer import load_optimizer_state
+    from llada_megatron.parallel.training.optimizer import load_optimizer_state
 
     chunks, step = _parts(dataclasses.replace(run, training=dataclasses.replace(run.training, seed=99)))
     step.run = run
     step.data.__init__(run)
     store = CheckpointStore(root)
     state, facts = store.load(store.latest(), _sharded(chunks, step, True), to_dict(run.model))
-    assembly.load_model_state(chunks, state)
+    sharded_state.load_model_state(chunks, state)
     load_optimizer_state(step.optimizer, state["optimizer"])
     return _train(run, step, range(facts["step"], LAST))
 

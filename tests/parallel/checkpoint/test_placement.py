@@ -12,9 +12,9 @@ import torch
 from hypothesis import strategies as st
 
 from llada_megatron.llada_moe.config import load_model
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.parallel.checkpoint.placement import pieces
+from llada_megatron.parallel.checkpoint.conversion.placement import pieces
 
 MODELS = [
     ("tiny-dense", []),

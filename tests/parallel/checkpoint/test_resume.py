@@ -11,17 +11,12 @@ from pathlib import Path
 import pytest
 from torch import distributed as dist
 
-from llada_megatron.llada_moe.config.schema import (
-    CheckpointConfig,
-    DataConfig,
-    DataSetConfig,
-    LayoutConfig,
-    LearningRateConfig,
-    LoggingConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
+from llada_megatron.llada_moe.config.intervals import CheckpointConfig, LoggingConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.config.training import TrainingConfig
 from tests.corpora import model_for, prepared_set
 from tests.ranks import RankFailure, run_ranks
 
@@ -33,7 +28,7 @@ TENSOR = LayoutConfig(tensor_parallel=2, sequence_parallel=True)
 def _train(run, kill_after):
     """Train to the end, or until rank 1 is killed at some moment around step number `kill_after`; the steps taken."""
     from llada_megatron.parallel import topology
-    from llada_megatron.parallel.trainer import Trainer
+    from llada_megatron.parallel.training.trainer import Trainer
 
     topology.initialize(run.layout, run.training.seed)
     trainer = Trainer(run)

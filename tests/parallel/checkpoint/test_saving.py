@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from torch import distributed as dist
 
-from llada_megatron.llada_moe.config.schema import CheckpointConfig
+from llada_megatron.llada_moe.config.intervals import CheckpointConfig
 from llada_megatron.llada_moe.errors import LladaError, ResourceError
 from llada_megatron.parallel.checkpoint import manifest as manifests
 from llada_megatron.parallel.checkpoint.copier import copy_files
@@ -59,7 +59,7 @@ class Session:
     """A run of this rank whose steps do nothing but save."""
 
     def __init__(self, root, **options):
-        from llada_megatron.parallel import saving
+        from llada_megatron.parallel.training import saving
 
         settings = CheckpointConfig(**{"interval": 1, "keep_last": 2, **options})
         run = SimpleNamespace(output_dir=str(root / "run"), checkpoint=settings)  # all that is asked of a run

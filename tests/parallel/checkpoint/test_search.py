@@ -5,14 +5,11 @@ from dataclasses import replace
 import pytest
 
 from llada_megatron.llada_moe.config import load_model, to_dict
-from llada_megatron.llada_moe.config.schema import (
-    CheckpointConfig,
-    DataConfig,
-    LearningRateConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from llada_megatron.llada_moe.config.data import DataConfig
+from llada_megatron.llada_moe.config.intervals import CheckpointConfig
+from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.parallel.checkpoint import manifest as manifests
 from llada_megatron.parallel.checkpoint.search import require_model, weights_to_start_from

@@ -239,7 +239,7 @@ def test_a_background_save_holds_the_state_of_its_step(tmp_path):
 
 
 def _kill_the_writer(root):
-    from llada_megatron.parallel.checkpoint import writer as checkpoint_writer
+    from llada_megatron.parallel.checkpoint import saving_process as checkpoint_writer
 
     _save(root, [1])
     checkpoint_writer.write = lambda *_: time.sleep(60)
@@ -260,7 +260,7 @@ def test_a_killed_writer_fails_the_save_on_all_ranks(tmp_path):
 
 
 def _die_while_writing(root):
-    from llada_megatron.parallel.checkpoint import writer as checkpoint_writer
+    from llada_megatron.parallel.checkpoint import saving_process as checkpoint_writer
 
     checkpoint_writer.write = lambda *_: time.sleep(60)
     _store(root, asynchronous=True).save(1, _state(1), {"step": 1})
@@ -279,7 +279,7 @@ def test_a_writer_does_not_outlive_its_trainer(tmp_path):
 
 
 def _ask_without_fork(root):
-    from llada_megatron.parallel.checkpoint import writer as checkpoint_writer
+    from llada_megatron.parallel.checkpoint import saving_process as checkpoint_writer
 
     checkpoint_writer.multiprocessing.get_all_start_methods = lambda: ["spawn"]
     said = []

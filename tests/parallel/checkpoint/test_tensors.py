@@ -13,8 +13,8 @@ from llada_megatron.llada_moe.config import to_dict
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.parallel.checkpoint import manifest as manifests
 from llada_megatron.parallel.checkpoint import safety
+from llada_megatron.parallel.checkpoint.conversion.shard_reader import ShardedReader
 from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
-from llada_megatron.parallel.checkpoint.tensors import ShardedReader
 from tests.parallel.checkpoint.initial_weights import chunks_of, run_of, weights
 from tests.ranks import run_ranks
 
@@ -29,10 +29,10 @@ CASES = [
 
 def _save(run, root):
     """Save the initial weights, which are the same under every layout."""
-    from llada_megatron.parallel import assembly
+    from llada_megatron.parallel import sharded_state
     from llada_megatron.parallel.checkpoint.store import CheckpointStore
 
-    state = assembly.model_state(chunks_of(run)) | {"optimizer": {"updates": 3}}
+    state = sharded_state.model_state(chunks_of(run)) | {"optimizer": {"updates": 3}}
     CheckpointStore(root).save(1, state, {"step": 1, "model": to_dict(run.model)})
 
 

@@ -9,10 +9,10 @@ from llada_megatron.llada_moe.config import load_model, to_dict
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.parallel.checkpoint import manifest as manifests
 from llada_megatron.parallel.checkpoint import safety
-from llada_megatron.parallel.checkpoint.placement import pieces
-from llada_megatron.parallel.checkpoint.tensors import ShardedReader
-from llada_megatron.parallel.checkpoint.tensors_writer import TaskWriter, finalize
-from llada_megatron.parallel.inference import open_checkpoint
+from llada_megatron.parallel.checkpoint.conversion.placement import pieces
+from llada_megatron.parallel.checkpoint.conversion.shard_reader import ShardedReader
+from llada_megatron.parallel.checkpoint.conversion.shard_writer import TaskWriter, finalize
+from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
 from tests.parallel.checkpoint.initial_weights import LAYOUTS, run_of, weights
 from tests.ranks import run_ranks
 
@@ -44,9 +44,9 @@ def _facts(model, layout):
 def _load(run, path):
     """Save again what `load_checkpoint` gives."""
     from llada_megatron.parallel import topology
-    from llada_megatron.parallel.assembly import model_state
+    from llada_megatron.parallel.checkpoint.loaded_model import load_checkpoint
     from llada_megatron.parallel.checkpoint.store import CheckpointStore
-    from llada_megatron.parallel.inference import load_checkpoint
+    from llada_megatron.parallel.sharded_state import model_state
 
     topology.initialize(run.layout, 7)
     loaded = load_checkpoint(path, run.layout)

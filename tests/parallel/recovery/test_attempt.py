@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from torch import distributed as dist
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig
-from llada_megatron.parallel.recovery.policy import History
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.parallel.training.recovery.policy import History
 from llada_megatron.tools.bench.layouts import SIGMOID, parity_run
 from tests.ranks import run_ranks
 
@@ -23,19 +23,19 @@ LAYOUTS = {
 
 def _attempt(layout):
     """A step that the last rank wants to be the last, the next one with a NaN in the last rank's loss, and again."""
-    from llada_megatron.parallel import assembly, optimizer, topology
+    from llada_megatron.parallel import build, topology
     from llada_megatron.parallel.expert_load import ExpertLoad
-    from llada_megatron.parallel.recovery.attempt import Attempts
-    from llada_megatron.parallel.recovery.undo import Undo
-    from llada_megatron.parallel.step import TrainingStep
+    from llada_megatron.parallel.training import optimizer
+    from llada_megatron.parallel.training.recovery.attempt import RouterStateSnapshot, StepAttempts
+    from llada_megatron.parallel.training.step import TrainingStep
     from llada_megatron.tools.bench.parity import SyntheticData
 
     run = parity_run(SIGMOID, layout, global_batch_size=4, precision="fp32")
     topology.initialize(run.layout, run.training.seed)
-    models = assembly.wrap(run, assembly.build_run_chunks(run))
+    models = build.wrap(run, build.build_run_chunks(run))
     step = TrainingStep(run, models, optimizer.build_optimizer(run, models), SyntheticData(run))
-    undo = Undo(models, ExpertLoad(models).counters)
-    attempts = Attempts(run, step, SimpleNamespace(history=History()), undo)
+    undo = RouterStateSnapshot(models, ExpertLoad(models).counters)
+    attempts = StepAttempts(run, step, SimpleNamespace(history=History()), undo)
     last, gradients = dist.get_rank() == dist.get_world_size() - 1, step.gradients
 
     def spoilt(number):

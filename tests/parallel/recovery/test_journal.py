@@ -7,12 +7,12 @@ import math
 
 import pytest
 
-from llada_megatron.llada_moe.config.schema import RecoveryConfig
+from llada_megatron.llada_moe.config.recovery import RecoveryConfig
 from llada_megatron.llada_moe.errors import CheckpointError
-from llada_megatron.parallel.recovery import policy
-from llada_megatron.parallel.recovery.journal import Journal
+from llada_megatron.parallel.training.recovery import policy
+from llada_megatron.parallel.training.recovery.decision_log import DecisionLog
 
-FAULT = policy.Fault(step=7, reason="spike", loss=9.5, grad_norm=math.inf, deviations=8.25)
+FAULT = policy.StepFault(step=7, reason="spike", loss=9.5, grad_norm=math.inf, deviations=8.25)
 DECISIONS = [
     dataclasses.replace(decision, number=number)
     for number, decision in enumerate(
@@ -22,7 +22,7 @@ DECISIONS = [
 
 
 def test_a_line_that_a_kill_cut_short_is_left_out_and_spoils_no_other(tmp_path):
-    journal = Journal(tmp_path / "run")
+    journal = DecisionLog(tmp_path / "run")
     assert journal.read() == []
     journal.append(DECISIONS[0])
     with journal.path.open("a") as file:
@@ -33,14 +33,14 @@ def test_a_line_that_a_kill_cut_short_is_left_out_and_spoils_no_other(tmp_path):
 
 
 def test_a_line_that_means_nothing_is_refused_with_its_place(tmp_path):
-    journal = Journal(tmp_path)
+    journal = DecisionLog(tmp_path)
     journal.path.write_text('{"number": 1, "kind": "guess"}\n')
     with pytest.raises(CheckpointError, match=r"recovery\.jsonl.*expected one of retry, skip, rollback"):
         journal.read()
 
 
 def test_a_new_run_does_not_take_over_old_decisions(tmp_path):
-    journal = Journal(tmp_path)
+    journal = DecisionLog(tmp_path)
     journal.set_aside()
     journal.append(DECISIONS[0])
     journal.set_aside()

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llada_megatron.llada_moe.config import from_dict, to_dict
-from llada_megatron.llada_moe.config.schema import RecoveryConfig
-from llada_megatron.parallel.recovery import policy
-from llada_megatron.parallel.recovery.policy import Fault, History
+from llada_megatron.llada_moe.config.recovery import RecoveryConfig
+from llada_megatron.parallel.training.recovery import policy
+from llada_megatron.parallel.training.recovery.policy import History, StepFault
 
 SPIKES = RecoveryConfig(spike="skip", spike_window=16, spike_threshold=6.0)
 FINITE = st.floats(-1e6, 1e6)
@@ -29,7 +29,7 @@ def noise(count, seed=0):
 
 
 def fault(step=5, reason="not_finite"):
-    return Fault(step=step, reason=reason, loss=math.nan, grad_norm=1.0)
+    return StepFault(step=step, reason=reason, loss=math.nan, grad_norm=1.0)
 
 
 @given(NOT_FINITE, FINITE, st.booleans(), st.integers(0, 40))

@@ -12,20 +12,15 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from llada_megatron.llada_moe.config.schema import (
-    CheckpointConfig,
-    DataConfig,
-    DataSetConfig,
-    LayoutConfig,
-    LearningRateConfig,
-    LoggingConfig,
-    OptimizerConfig,
-    RecoveryConfig,
-    RunConfig,
-    TrainingConfig,
-)
-from llada_megatron.parallel.heartbeat import FOLDER_VARIABLE, read_beats
-from llada_megatron.parallel.metrics_file import read_metrics
+from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
+from llada_megatron.llada_moe.config.intervals import CheckpointConfig, LoggingConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
+from llada_megatron.llada_moe.config.recovery import RecoveryConfig
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.config.training import TrainingConfig
+from llada_megatron.parallel.training.heartbeat import FOLDER_VARIABLE, read_heartbeats
+from llada_megatron.parallel.training.metrics_file import read_metrics
 from llada_megatron.tools.bench.layouts import SIGMOID, parity_run
 from tests.corpora import model_for, prepared_set
 from tests.ranks import RankFailure, run_ranks
@@ -46,7 +41,7 @@ def _train(run, faults, spike_at=None, kill_at=None):
     `kill_at`: end without a farewell in this step once a decision has been taken.
     """
     from llada_megatron.parallel import topology
-    from llada_megatron.parallel.trainer import Trainer
+    from llada_megatron.parallel.training.trainer import Trainer
 
     os.environ[FOLDER_VARIABLE] = f"{run.output_dir}/beats"
     topology.initialize(run.layout, run.training.seed)
@@ -141,7 +136,7 @@ def test_a_passing_fault_leaves_no_trace_in_the_weights(make_run, calm, layout):
     assert same(found, expected) and lines(disturbed) == lines(undisturbed)
     assert {tuple(decisions) for _, _, decisions in found} == {(("retry", 2, None), ("retry", 5, None))}
     assert any("expert_bias" in name and tensor.any() for name, tensor in found[0][0].items()) == (layout == "EP2")
-    beats = read_beats(Path(disturbed.output_dir, "beats"))
+    beats = read_heartbeats(Path(disturbed.output_dir, "beats"))
     assert {rank: (beat.step, beat.phase) for rank, beat in beats.items()} == {0: (STEPS, "done"), 1: (STEPS, "done")}
 
 
@@ -209,12 +204,13 @@ def test_a_spike_is_left_out_and_never_part_of_the_window(make_run):
 
 
 def _two_updates(run, ours):
-    from llada_megatron.parallel import assembly, optimizer, topology
-    from llada_megatron.parallel.step import TrainingStep
+    from llada_megatron.parallel import build, topology
+    from llada_megatron.parallel.training import optimizer
+    from llada_megatron.parallel.training.step import TrainingStep
     from llada_megatron.tools.bench.parity import SyntheticData
 
     topology.initialize(run.layout, run.training.seed)
-    models = assembly.wrap(run, assembly.build_run_chunks(run))
+    models = build.wrap(run, build.build_run_chunks(run))
     step = TrainingStep(run, models, optimizer.build_optimizer(run, models), SyntheticData(run))
     norms = []
     for number in range(2):

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig
-from llada_megatron.llada_moe.sampling.canvas import Draft, continuation, infilling
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.sampling.loop import Finished, Method
-from llada_megatron.parallel.sampling.report import Report
+from llada_megatron.llada_moe.sampling.token_buffer import Request, continuation, infilling
+from llada_megatron.parallel.sampling.stage import GenerationReport
 from llada_megatron.tools.bench.layouts import BLOCKS, DENSE, SOFTMAX, parity_run
 from tests.ranks import run_ranks
 
 if TYPE_CHECKING:
-    from llada_megatron.parallel.inference import LoadedModel
+    from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
 
 GRID = 8
 """Block size of the block-causal models."""
@@ -41,7 +42,7 @@ class Case:
 
     model: str
     method: Method
-    drafts: Sequence[Draft]
+    drafts: Sequence[Request]
     batch_size: int = 3
     groups: int | None = None
 
@@ -52,12 +53,12 @@ class Written:
 
     finished: dict[int, Finished]
     """By their streams; of all replicas where results were joined."""
-    report: Report
+    report: GenerationReport
     unchanged: bool
     """The model's weights and counters are as they were."""
 
 
-def drafts(count: int, grid: int | None, seed: int = 0) -> list[Draft]:
+def drafts(count: int, grid: int | None, seed: int = 0) -> list[Request]:
     """Texts of very different lengths to be continued, and one with gaps.
 
     None begins with a mask: masks that see nothing else are all alike, and rounding decides which comes first.
@@ -96,7 +97,7 @@ def write(cases: Sequence[Case], layout: LayoutConfig) -> list[Written]:
     from megatron.core import parallel_state
 
     from llada_megatron.parallel import topology
-    from llada_megatron.parallel.sampling.writer import Writer
+    from llada_megatron.parallel.sampling.generator import Generator
 
     topology.initialize(layout, 0)
     replica, replicas = parallel_state.get_data_parallel_rank(), layout.data_parallel
@@ -108,7 +109,7 @@ def write(cases: Sequence[Case], layout: LayoutConfig) -> list[Written]:
         first = max(1, len(case.drafts) - replicas + 1)
         share = case.drafts[:first] if replica == 0 else case.drafts[first + replica - 1 : first + replica]
         before = {name: value.clone() for name, value in loaded.model.state_dict().items() if torch.is_tensor(value)}
-        writer = Writer(loaded, case.method, case.batch_size, case.groups)
+        writer = Generator(loaded, case.method, case.batch_size, case.groups)
         finished = {each.stream: each for step in writer.steps(share) for each in step.finished}
         after = loaded.model.state_dict()
         unchanged = all(torch.equal(value, after[name]) for name, value in before.items())
@@ -119,11 +120,11 @@ def write(cases: Sequence[Case], layout: LayoutConfig) -> list[Written]:
 
 def load(model: ModelConfig, layout: LayoutConfig, grid: int | None) -> LoadedModel:
     """This rank's part of a model with its initial weights, the output layer sharpened; the groups must exist."""
-    from llada_megatron.parallel import assembly
-    from llada_megatron.parallel.inference import LoadedModel
+    from llada_megatron.parallel import build
+    from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
 
     run = parity_run(model, layout, block_size=grid)
-    stage = assembly.build_run_chunks(run)[0].eval()
+    stage = build.build_run_chunks(run)[0].eval()
     if stage.post_process:
         with torch.no_grad():
             stage.output_layer.weight.mul_(_SHARPNESS)

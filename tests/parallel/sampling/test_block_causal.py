@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, Cache, Recompute
-from llada_megatron.llada_moe.sampling.canvas import Draft, continuation
 from llada_megatron.llada_moe.sampling.loop import Group, Method
 from llada_megatron.llada_moe.sampling.schedules import Threshold
-from llada_megatron.llada_moe.sampling.statistics import Reading
+from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
+from llada_megatron.llada_moe.sampling.token_buffer import Request, continuation
 from tests.parallel.sampling.spread import GRID, MASK, MODELS, drafts, load
 from tests.ranks import run_ranks
 
@@ -24,10 +24,10 @@ def test_logits_are_those_of_a_full_recomputation(model):
         assert passes > 5
 
 
-def compare(model: str, texts: list[Draft]) -> list[tuple[float, int]]:
+def compare(model: str, texts: list[Request]) -> list[tuple[float, int]]:
     """On a rank: largest relative error of the logits over all passes, and the number of passes."""
     from llada_megatron.parallel import topology
-    from llada_megatron.parallel.sampling.engine import Engine
+    from llada_megatron.parallel.sampling.stage import StageRunner
 
     topology.initialize(LayoutConfig(), 0)
     stage = load(MODELS[model], LayoutConfig(), GRID).model
@@ -37,7 +37,7 @@ def compare(model: str, texts: list[Draft]) -> list[tuple[float, int]]:
         for cache in (BlockCausalCache(), Recompute()):
             method = _method(cache)
             groups.append(Group(method, 3, 64, 8, MASK))
-            engines.append(Engine(stage, method, 3, 64))
+            engines.append(StageRunner(stage, method, 3, 64))
             for slot, draft in enumerate(together):
                 groups[-1].admit(slot, draft)
         worst, passes = 0.0, 0
@@ -62,13 +62,13 @@ def test_a_pass_for_every_step_and_at_most_one_before_them(prefill, more):
 def count(prefill: int) -> tuple[int, int, int]:
     """On a rank: passes, steps that committed something, and positions run for the long draft."""
     from llada_megatron.parallel import topology
-    from llada_megatron.parallel.sampling.writer import Writer
+    from llada_megatron.parallel.sampling.generator import Generator
 
     topology.initialize(LayoutConfig(), 0)
-    writer = Writer(load(MODELS["dense"], LayoutConfig(), GRID), _method(BlockCausalCache(prefill)), 1)
+    writer = Generator(load(MODELS["dense"], LayoutConfig(), GRID), _method(BlockCausalCache(prefill)), 1)
     steps = sum(bool(step.changed.any()) for step in writer.steps([LONG]))
     return writer.report.passes, steps, writer.report.positions_run
 
 
 def _method(cache: Cache) -> Method:
-    return Method(Threshold(0.5), cache, reading=Reading(excluded=[MASK]), grid=GRID)
+    return Method(Threshold(0.5), cache, reading=LogitsProcessor(excluded=[MASK]), grid=GRID)

@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, Cache, Recompute
-from llada_megatron.llada_moe.sampling.canvas import Draft
 from llada_megatron.llada_moe.sampling.editors import Editor, Levenshtein, TokenEditing, WideIn, Wino
 from llada_megatron.llada_moe.sampling.loop import Group, Method
 from llada_megatron.llada_moe.sampling.schedules import Threshold
-from llada_megatron.llada_moe.sampling.statistics import Reading
+from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
+from llada_megatron.llada_moe.sampling.token_buffer import Request
 from tests.parallel.sampling.spread import GRID, MASK, MODELS, drafts, load
 from tests.ranks import run_ranks
 
@@ -43,16 +43,16 @@ def test_logits_and_tokens_are_those_of_a_full_recomputation(model, editor):
     assert results[0] == results[1] and len(results[0]) == 4
 
 
-def compare(model: str, editor: Editor, texts: list[Draft]) -> tuple[float, int, list[list[tuple[int, list[int]]]]]:
+def compare(model: str, editor: Editor, texts: list[Request]) -> tuple[float, int, list[list[tuple[int, list[int]]]]]:
     """On a rank: largest relative error of the logits, changes of written tokens, and the results of either cache."""
     from llada_megatron.parallel import topology
-    from llada_megatron.parallel.sampling.engine import Engine
+    from llada_megatron.parallel.sampling.stage import StageRunner
 
     topology.initialize(LayoutConfig(), 0)
     stage = load(ARCHITECTURES[model], LayoutConfig(), GRID).model
     methods = [_method(editor, cache) for cache in (BlockCausalCache(), Recompute())]
     groups = [Group(method, len(texts), 64, 8, MASK) for method in methods]
-    engines = [Engine(stage, method, len(texts), 64) for method in methods]
+    engines = [StageRunner(stage, method, len(texts), 64) for method in methods]
     for group in groups:
         for slot, draft in enumerate(texts):
             group.admit(slot, draft)
@@ -69,5 +69,5 @@ def compare(model: str, editor: Editor, texts: list[Draft]) -> tuple[float, int,
 
 def _method(editor: Editor, cache: Cache) -> Method:
     schedule = WideIn(0.1, least=2, most=4) if isinstance(editor, Wino) else Threshold(0.2)
-    reading = Reading(frozenset(editor.needs), [MASK], editor.operations)
+    reading = LogitsProcessor(frozenset(editor.needs), [MASK], editor.operations)
     return Method(schedule, cache, editor, reading, grid=GRID)

@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, DualCache, NoCache, PrefixCache, Recompute
 from llada_megatron.llada_moe.sampling.editors import NoEditor, TokenEditing, Wino
 from llada_megatron.llada_moe.sampling.loop import Finished, Method
@@ -23,7 +23,7 @@ from llada_megatron.llada_moe.sampling.schedules import (
     Stable,
     Threshold,
 )
-from llada_megatron.llada_moe.sampling.statistics import Reading
+from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
 from tests.parallel.sampling.spread import EOS, GRID, MASK, Case, Written, drafts, write_on_ranks
 from tests.ranks import RankFailure
 
@@ -37,8 +37,8 @@ LAYOUTS = {
     "EP2.ETP2": {"tensor_parallel": 2, "data_parallel": 2, "expert_parallel": 2, "expert_tensor_parallel": 2},
     "DP2": {"data_parallel": 2},
 }
-GREEDY = Reading(excluded=[MASK])
-DRAWN = Reading(excluded=[MASK], temperature=1.0, seed=3)
+GREEDY = LogitsProcessor(excluded=[MASK])
+DRAWN = LogitsProcessor(excluded=[MASK], temperature=1.0, seed=3)
 BOTH = Method(Threshold(0.5), NoCache(), reading=GREEDY, stop_id=EOS)
 """For bidirectional models."""
 CAUSAL = Method(Threshold(0.5), BlockCausalCache(prefill=GRID), reading=GREEDY, stop_id=EOS, grid=GRID)

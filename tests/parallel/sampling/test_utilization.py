@@ -6,18 +6,18 @@ import time
 
 import torch
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig
-from llada_megatron.llada_moe.sampling.canvas import continuation
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.sampling.loop import Method
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps
-from llada_megatron.llada_moe.sampling.statistics import Reading
+from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
+from llada_megatron.llada_moe.sampling.token_buffer import continuation
 from llada_megatron.parallel.sampling.utilization import Load, stage_reports
 from llada_megatron.tools.bench.layouts import parity_run
 from tests.parallel.sampling.spread import MASK, MODELS, load
 from tests.ranks import run_ranks
 
 STAGE_SECONDS = 0.15
-METHOD = Method(FixedSteps(4), reading=Reading(excluded=[MASK]))
+METHOD = Method(FixedSteps(4), reading=LogitsProcessor(excluded=[MASK]))
 DRAFTS = [continuation([1, 2, 3], 8, 8, stream) for stream in range(8)]
 
 
@@ -30,10 +30,10 @@ def test_two_groups_keep_two_stages_busy():
 def busy_share(groups: int) -> float:
     """On a rank: the share of the time in which its stage works, of two stages that take much longer than messages."""
     from llada_megatron.parallel import topology
-    from llada_megatron.parallel.sampling import writer as module
-    from llada_megatron.parallel.sampling.engine import Engine
+    from llada_megatron.parallel.sampling import generator as module
+    from llada_megatron.parallel.sampling.stage import StageRunner
 
-    class SlowEngine(Engine):
+    class SlowEngine(StageRunner):
         def forward(self, *args: torch.Tensor) -> torch.Tensor:
             time.sleep(STAGE_SECONDS)
             return super().forward(*args)
@@ -41,9 +41,9 @@ def busy_share(groups: int) -> float:
     layout = LayoutConfig(pipeline_parallel=2)
     topology.initialize(layout, 0)
     loaded = load(MODELS["dense"], layout, None)
-    for engine, drafts in ((Engine, DRAFTS), (SlowEngine, DRAFTS[:4])):  # the first passes of a process are slow
+    for engine, drafts in ((StageRunner, DRAFTS), (SlowEngine, DRAFTS[:4])):  # the first passes of a process are slow
         module.Engine = engine
-        writer = module.Writer(loaded, METHOD, 2, groups)
+        writer = module.Generator(loaded, METHOD, 2, groups)
         assert len([done for step in writer.steps(drafts) for done in step.finished]) == len(drafts)
         torch.distributed.barrier()
     return writer.report.busy_share

@@ -26,7 +26,7 @@ TrainingStep = type("TrainingStep", (), {"gradients": lambda self, step: step})
 PROGRAM = """
 import torch
 from types import SimpleNamespace
-from llada_megatron.parallel.step import TrainingStep
+from llada_megatron.parallel.training.step import TrainingStep
 
 grad = torch.ones(8)
 group = SimpleNamespace(size=lambda: 2, rank=lambda: 1)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.llada_moe.model.transformer import build_model, transformer_config
 from llada_megatron.tools.bench import train
@@ -87,12 +87,12 @@ def test_the_peer_attends_in_both_directions_and_is_as_large(peer, one_process, 
 
 
 def test_both_sides_train(peer, one_process):
-    from llada_megatron.tools.bench.ours import Ours, run_config
+    from llada_megatron.tools.bench.ours import OurStep, run_config
 
     model = SMALL["moe"]
     batch = masked_batch(model, 2, 16, seed=0)
     for step in (
-        Ours(run_config(model, 2, 16, 1e-2, 1.0)).step,
+        OurStep(run_config(model, 2, 16, 1e-2, 1.0)).step,
         peer.Peer(peer.build(model, 16, "grouped_mm"), 1e-2, 1.0).step,
     ):
         first, *_, last = [step(batch) for _ in range(10)]

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from llada_megatron.llada_moe.config import to_dict
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.huggingface import weights as canonical
+from llada_megatron.parallel.checkpoint.conversion.shard_reader import ShardedReader
 from llada_megatron.parallel.checkpoint.search import run_of
-from llada_megatron.parallel.checkpoint.tensors import ShardedReader
-from llada_megatron.tools.convert import importing
-from llada_megatron.tools.convert.layouts import parse_layout
+from llada_megatron.tools.convert import importer
+from llada_megatron.tools.convert.target import parse_layout
 from tests.parallel.checkpoint import initial_weights
 from tests.ranks import run_ranks
 from tests.tools.convert.checkpoints import (
@@ -50,7 +50,7 @@ def no_waiting_for_the_disk():
 def small_parts(monkeypatch):
     """Embeddings in several blocks of rows, and several tasks."""
     monkeypatch.setattr(canonical, "BLOCK_ELEMENTS", 64 * 50)
-    monkeypatch.setattr(importing, "TASK_BYTES", 40_000)
+    monkeypatch.setattr(importer, "TASK_BYTES", 40_000)
 
 
 @functools.cache
@@ -156,14 +156,15 @@ def test_tokenizer_files_go_along_unchanged(tmp_path):
 
 def _train(run, root):
     """Save a run, optimizer included, after one step."""
-    from llada_megatron.parallel import assembly, optimizer
+    from llada_megatron.parallel import build
     from llada_megatron.parallel.checkpoint.store import CheckpointStore
-    from llada_megatron.parallel.state import RunState
-    from llada_megatron.parallel.step import TrainingStep
+    from llada_megatron.parallel.training import optimizer
+    from llada_megatron.parallel.training.state import RunState
+    from llada_megatron.parallel.training.step import TrainingStep
     from llada_megatron.tools.bench.parity import SyntheticData
 
     chunks = initial_weights.chunks_of(run)
-    models = assembly.wrap(run, chunks)
+    models = build.wrap(run, chunks)
     built = optimizer.build_optimizer(run, models)
     optimizer.set_learning_rate(run, built, 1)
     TrainingStep(run, models, built, SyntheticData(run))(1)
@@ -207,7 +208,7 @@ TOKENS = torch.randint(4, 256, (2, 32), generator=torch.Generator().manual_seed(
 def _logits(layout, path):
     """What `load_checkpoint` computes under a layout."""
     from llada_megatron.parallel import topology
-    from llada_megatron.parallel.inference import load_checkpoint
+    from llada_megatron.parallel.checkpoint.loaded_model import load_checkpoint
 
     topology.initialize(layout, 7)
     loaded = load_checkpoint(path, layout)

@@ -18,7 +18,7 @@ import pytest
 from llada_megatron import cli
 from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.errors import ResourceError
-from llada_megatron.tools.convert import importing
+from llada_megatron.tools.convert import importer
 from tests.tools.convert.checkpoints import config_of, files_of, tensors_of, to_sharded, write
 
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree")
@@ -32,7 +32,7 @@ LARGE = load_model(
 
 def _convert(words, task_bytes, number, event, seconds, result):
     """`llada convert` that sends itself a signal right before its event of this number, or after some seconds."""
-    importing.TASK_BYTES = task_bytes
+    importer.TASK_BYTES = task_bytes
     place, events = os.path.dirname(words[2]), itertools.count(1)
 
     def hook(name, arguments):

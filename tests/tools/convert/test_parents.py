@@ -12,7 +12,7 @@ from llada_megatron.llada_moe.huggingface.formats.bailing import BAILING, BAILIN
 from llada_megatron.llada_moe.huggingface.formats.table import read_config
 from llada_megatron.llada_moe.huggingface.mapping import tensor_shapes
 from llada_megatron.llada_moe.model.patterns import whole_sequences
-from llada_megatron.parallel.inference import open_checkpoint
+from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
 from tests.tools.convert.checkpoints import differing, read, to_huggingface, write
 
 MASK = 63

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
-from llada_megatron.tools.convert import exporting, importing, workspace
+from llada_megatron.tools.convert import exporter, importer, workspace
 from tests.tools.convert.checkpoints import (
     WORDS,
     differing,
@@ -25,7 +25,7 @@ def begun(tmp_path, monkeypatch):
     """The source of an import that was interrupted."""
     source = with_tokenizer(written(tmp_path / "source", "tiny-moe", "fp32", files=2))
     with monkeypatch.context() as patch:
-        patch.setattr(importing, "finalize", _interrupt)
+        patch.setattr(importer, "finalize", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             to_sharded(source, tmp_path / "out", "tensor_parallel=2")
     return source
@@ -82,7 +82,7 @@ def test_another_source_or_direction_does_not_go_on(begun, tmp_path):
 def test_other_options_of_an_export_do_not_go_on(tmp_path, monkeypatch):
     to_sharded(written(tmp_path / "source", "tiny-dense"), tmp_path / "sharded")
     with monkeypatch.context() as patch:
-        patch.setattr(exporting, "model_card", _interrupt)
+        patch.setattr(exporter, "model_card", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             to_huggingface(tmp_path / "sharded", tmp_path / "out", shard_bytes=10**5)
     with pytest.raises(ConfigError, match="--shard-size: 100000 -> 1000000"):
@@ -98,7 +98,7 @@ def test_an_export_does_not_go_on_with_another_tokenizer(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         with_tokenizer(tmp_path / name, f"{WORDS} {name}")
     with monkeypatch.context() as patch:
-        patch.setattr(exporting, "model_card", _interrupt)
+        patch.setattr(exporter, "model_card", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             to_huggingface(tmp_path / "sharded", tmp_path / "out", tokenizer=tmp_path / "first")
     with pytest.raises(ConfigError, match=r"differs in tokenizer, tokenizer.json: \w+ -> \w+"):
@@ -116,7 +116,7 @@ def test_an_export_goes_on_with_the_step_it_began_with(tmp_path, monkeypatch, ca
             if published:
                 patch.setattr(workspace.Workspace, "_clean", lambda self: self.target.exists() and _interrupt())
             else:
-                patch.setattr(exporting, "model_card", _interrupt)
+                patch.setattr(exporter, "model_card", _interrupt)
             with pytest.raises(KeyboardInterrupt):
                 to_huggingface(tmp_path / "run", tmp_path / "out")
         shutil.copytree(newer.with_name("step-00000000"), newer)
@@ -151,20 +151,20 @@ def test_a_finished_part_whose_file_is_gone_or_cut_is_done_again(begun, tmp_path
     to_sharded(begun, tmp_path / "out", "tensor_parallel=2")
     assert "files of 1 finished parts are gone or cut: these are done again" in capsys.readouterr().err
     to_sharded(begun, tmp_path / "undisturbed", "tensor_parallel=2")
-    weights = tmp_path / "out" / importing.STEP
+    weights = tmp_path / "out" / importer.STEP
     found = {path.name: path.read_bytes() for path in weights.iterdir() if path.name != "manifest.json"}
-    assert found == {name: (tmp_path / "undisturbed" / importing.STEP / name).read_bytes() for name in found}
+    assert found == {name: (tmp_path / "undisturbed" / importer.STEP / name).read_bytes() for name in found}
 
 
-@pytest.mark.parametrize("module", [importing, exporting])
+@pytest.mark.parametrize("module", [importer, exporter])
 @pytest.mark.parametrize("change", ["written", "removed"])
 def test_a_source_that_changes_meanwhile(tmp_path, monkeypatch, module, change):
     source = written(tmp_path / "source", "tiny-dense")
     convert, file = to_sharded, source / "model.safetensors"
-    if module is exporting:
+    if module is exporter:
         to_sharded(source, tmp_path / "run")
         source, convert = tmp_path / "run", to_huggingface
-        file = source / importing.STEP / "__0_0.distcp"
+        file = source / importer.STEP / "__0_0.distcp"
     run_tasks = module.run_tasks
 
     def run_and_change(*arguments):

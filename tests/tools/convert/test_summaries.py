@@ -5,7 +5,7 @@ import json
 import torch
 
 from llada_megatron import cli
-from llada_megatron.tools.convert import importing
+from llada_megatron.tools.convert import importer
 from tests.tools.convert.checkpoints import config_of, tensors_of, to_huggingface, to_sharded, with_tokenizer, write
 from tests.tools.convert.checkpoints import written as checkpoint
 
@@ -30,21 +30,21 @@ def test_files_larger_than_they_should_be_are_noted(tmp_path, capsys):
 def test_the_tokenizer_is_read_at_first(tmp_path, monkeypatch):
     source = with_tokenizer(checkpoint(tmp_path / "source", "tiny-dense"))
     before = (source / "tokenizer.json").read_bytes()
-    run_tasks = importing.run_tasks
+    run_tasks = importer.run_tasks
 
     def run_and_change(*arguments):
         (source / "tokenizer.json").write_text("{}")
         return run_tasks(*arguments)
 
-    monkeypatch.setattr(importing, "run_tasks", run_and_change)
+    monkeypatch.setattr(importer, "run_tasks", run_and_change)
     to_sharded(source, tmp_path / "run")
     assert (tmp_path / "run/tokenizer/tokenizer.json").read_bytes() == before
-    manifest = json.loads((tmp_path / "run" / importing.STEP / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "run" / importer.STEP / "manifest.json").read_text())
     assert manifest["facts"]["tokenizer"]["path"] == str(tmp_path / "run/tokenizer/tokenizer.json")
 
 
 def test_the_files_of_many_ranks_are_allowed_for(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(importing, "workers_for_files", lambda *numbers: asked.append(numbers) or 1)
+    monkeypatch.setattr(importer, "workers_for_files", lambda *numbers: asked.append(numbers) or 1)
     to_sharded(checkpoint(tmp_path / "source", "tiny-moe", files=2), tmp_path / "run", "expert_parallel=4", workers=8)
     assert asked == [(8, 4, 2)]

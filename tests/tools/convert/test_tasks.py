@@ -9,7 +9,7 @@ import pytest
 
 from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.parallel.checkpoint import manifest as checkpoint_manifest
-from llada_megatron.tools.convert.tasks import Result, StoppedError, Task, run_tasks
+from llada_megatron.tools.convert.tasks import StoppedError, Task, TaskResult, run_tasks
 from llada_megatron.tools.convert.workspace import Workspace
 from tests.tools.convert.checkpoints import to_huggingface, to_sharded, written
 
@@ -58,7 +58,7 @@ def test_a_failure_stops_the_others(tmp_path, capsys):
         waiting.wait()
         raise ValueError("no")
 
-    tasks = [Task(0, lambda progress: Result("done")), Task(1, patient), Task(2, failing)]
+    tasks = [Task(0, lambda progress: TaskResult("done")), Task(1, patient), Task(2, failing)]
     with pytest.raises(ValueError, match="no"), Workspace(tmp_path / "out", {}) as work:
         run_tasks(work, tasks, 2, "testing")
     assert stopped == [True] and "stopping …" in capsys.readouterr().err
@@ -67,7 +67,7 @@ def test_a_failure_stops_the_others(tmp_path, capsys):
 def test_hashing_is_a_part_of_the_work_and_stops(tmp_path, monkeypatch):
     to_sharded(written(tmp_path / "source", "tiny-dense"), tmp_path / "run")
     monkeypatch.setattr(checkpoint_manifest, "_BLOCK", 1000)
-    from llada_megatron.tools.convert import exporting
+    from llada_megatron.tools.convert import exporter
 
     seen = {}
 
@@ -81,6 +81,6 @@ def test_hashing_is_a_part_of_the_work_and_stops(tmp_path, monkeypatch):
                 seen[task.number] = len(counts)
         return [None] * len(tasks)
 
-    monkeypatch.setattr(exporting, "run_tasks", run)
+    monkeypatch.setattr(exporter, "run_tasks", run)
     to_huggingface(tmp_path / "run", tmp_path / "out")
     assert max(seen.values()) > 10

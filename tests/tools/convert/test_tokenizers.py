@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from llada_megatron.llada_moe.errors import CheckpointError, DataError
-from llada_megatron.parallel.checkpoint.tensors import ShardedReader
-from llada_megatron.tools.convert.importing import STEP
+from llada_megatron.parallel.checkpoint.conversion.shard_reader import ShardedReader
+from llada_megatron.tools.convert.importer import STEP
 from tests.tools.convert.checkpoints import (
     WORDS,
     read,

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from llada_megatron import cli
 from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.huggingface import weights as canonical
-from llada_megatron.tools.convert import comparing_logits, logits, verifying
-from llada_megatron.tools.convert.opening import open_source
+from llada_megatron.tools.convert import logits, verifier
+from llada_megatron.tools.convert.source import open_source
 from tests.tools.convert.checkpoints import (
     MODELS,
     WORDS,
@@ -206,9 +206,9 @@ class Held:
 def test_a_tensor_in_chunks(a, b, take, tolerance, chunk):
     b = [y if other else x for x, y, other in zip(a, b, take, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verifying, "_CHUNK", chunk)
-        found = verifying.difference(Held(a, torch.float32), Held(b, torch.bfloat16), TENSOR, tolerance)
-        same = verifying.difference(Held(a, torch.float32), Held(b, torch.float32), TENSOR, tolerance)
+        patch.setattr(verifier, "_CHUNK", chunk)
+        found = verifier.difference(Held(a, torch.float32), Held(b, torch.bfloat16), TENSOR, tolerance)
+        same = verifier.difference(Held(a, torch.float32), Held(b, torch.float32), TENSOR, tolerance)
     unequal = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if repr(x) != repr(y)]
     beyond = [i for i in unequal if tolerance == 0 or not abs(a[i] - b[i]) <= tolerance]
     assert (same is None) == (not unequal)
@@ -231,14 +231,14 @@ def test_an_interruption_ends_the_comparison(tmp_path, monkeypatch):
         met.append(unit)
         time.sleep(0.05)
 
-    monkeypatch.setattr(verifying, "difference", slow)
+    monkeypatch.setattr(verifier, "difference", slow)
 
     def interrupted(count):
         raise KeyboardInterrupt
 
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        list(verifying.differences(source, source, 0, 2, interrupted))
+        list(verifier.differences(source, source, 0, 2, interrupted))
     assert time.monotonic() - begin < 0.4 and len(met) <= 4
 
 
@@ -251,7 +251,7 @@ def test_progress_counts_every_byte_of_both(capsys, tmp_path, monkeypatch, name)
         shown[title] = [total, 0]
         yield lambda count: shown[title].__setitem__(1, shown[title][1] + count)
 
-    for module in (verifying, comparing_logits):
+    for module in (verifier, logits):
         monkeypatch.setattr(module, "progress_bar", bar)
     full, half = written(tmp_path / "full", name, "fp32"), written(tmp_path / "half", name)
     assert verify(capsys, full, half, "--tolerance", "1")[0] == 0
@@ -303,9 +303,9 @@ def test_logits_in_the_report(capsys, tmp_path):
 @pytest.mark.parametrize("tolerance", ["0", "0.001"])
 def test_equal_tensors_with_other_logits_are_not_equal(capsys, tmp_path, monkeypatch, tolerance):
     source = written(tmp_path / "source", "tiny-dense")
-    known = comparing_logits.logits
+    known = logits.logits
     added = iter((0.0, 0.5))
-    monkeypatch.setattr(comparing_logits, "logits", lambda *args: known(*args) + next(added))
+    monkeypatch.setattr(logits, "logits", lambda *args: known(*args) + next(added))
     code, lines, report = verify(capsys, source, source, "--tolerance", tolerance)
     assert code == 1 and not report["equal"] and report["differing"] == 0
     assert report["logits"]["largest"] == pytest.approx(0.5, abs=1e-3)

@@ -12,7 +12,7 @@ import pytest
 from llada_megatron import cli
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, ResourceError
 from llada_megatron.tools.convert import target, workspace
-from llada_megatron.tools.convert.open_files import workers_for_files
+from llada_megatron.tools.convert.tasks import workers_for_files
 from llada_megatron.tools.convert.workspace import Workspace
 from tests.tools.convert.checkpoints import to_huggingface, to_sharded, written
 

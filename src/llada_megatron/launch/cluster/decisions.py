@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llada_megatron.launch.cluster.job import Verdict
-from llada_megatron.launch.rank import log_path
-from llada_megatron.launch.reports import Failure
+from llada_megatron.launch.ranks.rank import log_path
+from llada_megatron.launch.ranks.rank_reports import Failure
 
 Kind = Literal["killed", "lost", "stopped", "user", "error", "hang"]
 """killed: a signal nobody but the machine or a person sends. lost: a node that no longer answers. stopped: a process
@@ -26,7 +26,7 @@ _OWN_FAULT = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, sign
 
 
 @dataclass(frozen=True)
-class Fault:
+class RankFault:
     """One thing that went wrong on one node."""
 
     kind: Kind
@@ -43,7 +43,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class NodeReport:
+class RankReport:
     """How the ranks on one node ended."""
 
     node: str
@@ -51,21 +51,21 @@ class NodeReport:
     """All of them with exit code 0."""
     asked: bool
     """Whether somebody had asked for the job to save and end."""
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[RankFault, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> NodeReport:
+    def from_dict(cls, values: dict[str, Any]) -> RankReport:
         """What `to_dict` wrote."""
-        return replace(cls(**values), faults=tuple(Fault(**fault) for fault in values["faults"]))
+        return replace(cls(**values), faults=tuple(RankFault(**fault) for fault in values["faults"]))
 
 
 def faults_of_exits(
     node: str, exits: Mapping[int, int], told: Sequence[Failure], logs: Path, now: float
-) -> list[Fault]:
+) -> list[RankFault]:
     """Faults of ranks that ended by themselves.
 
     Args:
@@ -79,22 +79,22 @@ def faults_of_exits(
         if code == 0:
             continue
         if failure is not None and failure.user_error:
-            faults.append(Fault("user", node, rank, f"failed: {failure.message}", failure.time))
+            faults.append(RankFault("user", node, rank, f"failed: {failure.message}", failure.time))
         elif failure is not None:
             what = f"failed: {textwrap.shorten(failure.headline, _LONGEST, placeholder=' …')}; full stack: {log}"
-            faults.append(Fault("error", node, rank, what, failure.time))
+            faults.append(RankFault("error", node, rank, what, failure.time))
         elif code < 0:
             name = signal.Signals(-code).name
             kind: Kind = "killed" if -code in _OWN_FAULT else "error"
             hint = " (out of memory?)" if -code == signal.SIGKILL else ""
-            faults.append(Fault(kind, node, rank, f"was killed by {name}{hint}; its output: {log}", now))
+            faults.append(RankFault(kind, node, rank, f"was killed by {name}{hint}; its output: {log}", now))
         else:
             what = f"ended with exit code {code} and said nothing; its output: {log}"
-            faults.append(Fault("error", node, rank, what, now))
+            faults.append(RankFault("error", node, rank, what, now))
     return faults
 
 
-def cause(faults: Iterable[Fault]) -> Fault:
+def cause(faults: Iterable[RankFault]) -> RankFault:
     """The fault that most likely brought the others about."""
     return min(faults, key=lambda fault: (_CAUSES.index(fault.kind), fault.time))
 
@@ -109,7 +109,7 @@ def after_end(steps: int, total: int, stop_file: bool) -> Verdict:
 
 
 @dataclass(frozen=True)
-class Situation:
+class RestartContext:
     """What else counts when a start has ended in a fault."""
 
     max_restarts: int
@@ -126,7 +126,7 @@ class Situation:
     """... by a person, who does not want it to come back."""
 
 
-def after_faults(faults: Sequence[Fault], now: Situation) -> Verdict | None:
+def after_faults(faults: Sequence[RankFault], now: RestartContext) -> Verdict | None:
     """What to do when the newest of `faults` has ended a start; None = start the ranks once more.
 
     Args:
@@ -150,7 +150,7 @@ def after_faults(faults: Sequence[Fault], now: Situation) -> Verdict | None:
     return Verdict("requeue", tried)
 
 
-def barren_attempts(events: Sequence[Mapping[str, Any]], attempt: int, newest: int | None) -> int:
+def attempts_without_progress(events: Sequence[Mapping[str, Any]], attempt: int, newest: int | None) -> int:
     """Attempts in a row up to `attempt`, that began at the checkpoint that is still the newest.
 
     Those that were asked to end (time limit, preemption, a person) do not count, and do not break the row.

@@ -15,7 +15,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
 if TYPE_CHECKING:
-    from llada_megatron.launch.cluster.meeting import Meeting
+    from llada_megatron.launch.cluster.rendezvous import JobRendezvous
 
 _END_S = 20.0
 """How long a killed process may take: one that sleeps in a driver ends when the driver lets it."""
@@ -28,7 +28,7 @@ class NodeRanks(LocalElasticAgent):
     wrong, and does not notice a node that is gone.
     """
 
-    def __init__(self, meeting: Meeting, ranks: int, program: Sequence[str], scratch: str) -> None:
+    def __init__(self, meeting: JobRendezvous, ranks: int, program: Sequence[str], scratch: str) -> None:
         spec = WorkerSpec(
             role="rank",
             local_world_size=ranks,

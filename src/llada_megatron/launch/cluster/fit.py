@@ -1,17 +1,98 @@
-"""Whether a run fits a cluster: its layout fills whole nodes, and its files can be seen there."""
+"""Whether a run fits a cluster: its layout fills whole nodes, its partition can run it, its files can be seen there."""
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from llada_megatron.launch.cluster.resize import fits
+from llada_megatron.launch.cluster import slurm
+from llada_megatron.launch.cluster.config import seconds
+from llada_megatron.llada_moe.config import validate_run
+from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import ConfigError
 
 if TYPE_CHECKING:
     from llada_megatron.launch.cluster.config import ClusterConfig
-    from llada_megatron.llada_moe.config.schema import RunConfig
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llada_megatron.launch.cluster.config import ClusterConfig
+    from llada_megatron.llada_moe.config.run import RunConfig
+
+
+def resized(run: RunConfig, ranks: int) -> RunConfig:
+    """`run` with the data_parallel that makes its layout one of `ranks` ranks.
+
+    Raises:
+        ConfigError: there is no such layout, or the batch or the experts do not fit it.
+    """
+    rest = run.layout.world_size // run.layout.data_parallel
+    if ranks < rest or ranks % rest:
+        raise ConfigError(f"layout: tensor x pipeline x context = {rest} ranks do not divide {ranks}")
+    changed = replace(run, layout=replace(run.layout, data_parallel=ranks // rest))
+    validate_run(changed)
+    return changed
+
+
+def node_counts(run: RunConfig, ranks_per_node: int, nodes: int) -> list[int]:
+    """The numbers of nodes, up to `nodes`, on which the run can go on; ascending."""
+    return [count for count in range(1, nodes + 1) if fits(run, count * ranks_per_node)]
+
+
+def fits(run: RunConfig, ranks: int) -> bool:
+    """Whether the run can go on with `ranks` ranks (see `resized`)."""
+    try:
+        resized(run, ranks)
+    except ConfigError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Limits of a partition."""
+
+    name: str
+    nodes: int
+    """All of them, also those that are down."""
+    time: str
+    """Longest allocation, as SLURM writes it; `infinite`."""
+
+
+def check_partition(cluster: ClusterConfig, nodes: int, cluster_file: str) -> list[str]:
+    """What to warn of: a time limit above the partition's (some accounts may exceed it).
+
+    Raises:
+        ConfigError: no partition that the job may run in has so many nodes.
+        ResourceError: SLURM cannot be asked.
+    """
+    wanted = cluster.partition.split(",") if cluster.partition else []
+    every, default = _partitions()
+    usable = [each for each in every if each.name in (wanted or default)]
+    if not usable:  # a partition that does not exist is SLURM's to refuse
+        return []
+    largest = max(usable, key=lambda each: each.nodes)
+    if nodes > largest.nodes:
+        raise ConfigError(
+            f"{cluster_file}: the layout fills {nodes} nodes, but partition {largest.name} has {largest.nodes}; lower "
+            f"layout.data_parallel, or name another partition ({', '.join(each.name for each in every)})"
+        )
+    limit, asked = seconds(largest.time), seconds(cluster.time)
+    if limit is not None and asked is not None and asked > limit:
+        return [
+            f"{cluster_file}: time {cluster.time} is more than the {largest.time} that {largest.name} allows: where "
+            "your account may not exceed that, the job waits for good (PartitionTimeLimit)"
+        ]
+    return []
+
+
+def _partitions() -> tuple[list[Partition], list[str]]:
+    """All partitions, and the names of the default ones."""
+    rows = [line.split("|") for line in slurm.partitions().splitlines()]
+    found = [(Partition(row[1], int(row[2]), row[3]), row[0].endswith("*")) for row in rows if len(row) == 4]
+    return [each for each, _ in found], [each.name for each, is_default in found if is_default]
 
 
 def nodes_needed(run: RunConfig, cluster: ClusterConfig, cluster_file: str) -> int:

@@ -30,7 +30,7 @@ ATTEMPT_VARIABLE = "LLADA_ATTEMPT"
 RENDEZVOUS_VARIABLE = "LLADA_RENDEZVOUS"
 """HOST:PORT on the first node, where the nodes meet."""
 
-Word = Literal["done", "stopped", "failed", "requeue", "exclude"]
+VerdictStatus = Literal["done", "stopped", "failed", "requeue", "exclude"]
 """done: trained to the last step. stopped: saved and ended because a person asked. failed: a person has to look.
 requeue: saved or lost its nodes, go on in a new allocation. exclude: the same, without the nodes named next."""
 
@@ -39,7 +39,7 @@ requeue: saved or lost its nodes, go on in a new allocation. exclude: the same, 
 class Verdict:
     """How an attempt ended."""
 
-    word: Word
+    word: VerdictStatus
     reason: str
     nodes: tuple[str, ...] = ()
     """Of `exclude`: the nodes to do without."""

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from llada_megatron.launch.cluster.job import Verdict
-from llada_megatron.launch.cluster.records import SubmittedJob
+from llada_megatron.launch.cluster.registry import SubmittedJob
 from llada_megatron.launch.cluster.slurm import QueuedJob
-from llada_megatron.parallel.metrics_file import last_metrics
+from llada_megatron.parallel.training.metrics_file import last_metrics
 
 FINAL = ("done", "stopped", "failed")
 
 
 @dataclass(frozen=True)
-class Status:
+class JobStatus:
     """One line of `llada jobs`."""
 
     job_id: int
@@ -39,7 +39,7 @@ class Status:
     nodes: str
 
 
-def status(job: SubmittedJob, queued: QueuedJob | None, slurm: bool, newest: bool = True) -> Status:
+def status(job: SubmittedJob, queued: QueuedJob | None, slurm: bool, newest: bool = True) -> JobStatus:
     """How `job` stands.
 
     `queued`: what SLURM knows of it; None = nothing (any more). `slurm`: whether SLURM could be asked. `newest`: no
@@ -60,7 +60,7 @@ def status(job: SubmittedJob, queued: QueuedJob | None, slurm: bool, newest: boo
     step = loss.get("step", 0)
     remaining = max(0, record.steps - step)
     running = live and queued is not None and queued.state == "RUNNING"
-    return Status(
+    return JobStatus(
         job_id=record.job_id,
         run=record.name,
         output_dir=record.output_dir,
@@ -79,7 +79,7 @@ def status(job: SubmittedJob, queued: QueuedJob | None, slurm: bool, newest: boo
     )
 
 
-def statuses(jobs: list[SubmittedJob], queue: Mapping[int, QueuedJob] | None) -> list[Status]:
+def statuses(jobs: list[SubmittedJob], queue: Mapping[int, QueuedJob] | None) -> list[JobStatus]:
     """`status` of each; `queue` is None where SLURM could not be asked."""
     newest = {job.record.output_dir: job.directory.path for job in jobs}
     known = queue or {}

@@ -15,24 +15,23 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import message
-from llada_megatron.launch.processes import PARENT_VARIABLE, StopRequest
-from llada_megatron.launch.rank import Work, run_local_rank
-from llada_megatron.launch.sampling.parts import PartFile, part_path
-from llada_megatron.launch.sampling.prompts import Prompt
-from llada_megatron.launch.sampling.settings import Settings
-from llada_megatron.launch.sampling.tally import ProgressLine, Tally
-from llada_megatron.parallel.lifetime import die_with_parent
+from llada_megatron.launch.ranks.rank import PARENT_VARIABLE, StopRequest, Work, run_local_rank
+from llada_megatron.launch.sampling.batch_output import PartFile, part_path
+from llada_megatron.launch.sampling.batch_progress import BatchProgress, ProgressLine
+from llada_megatron.parallel.parent_death import die_with_parent
+from llada_megatron.parallel.sampling.prompts import Prompt
+from llada_megatron.parallel.sampling.settings import Settings
 
 if TYPE_CHECKING:
-    from llada_megatron.launch.sampling.session import Session
-    from llada_megatron.llada_moe.sampling.canvas import Draft
+    from llada_megatron.llada_moe.sampling.token_buffer import Request
+    from llada_megatron.parallel.sampling.session import Session
 
 _MOST_REFUSALS = 20
 """Messages about single prompts that are said."""
 
 
 @dataclass(frozen=True)
-class Batch:
+class PromptBatch:
     """Prompts whose results go to part files."""
 
     settings: Settings
@@ -47,7 +46,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BatchOutcome:
     """What a run of a batch did."""
 
     checkpoint: str
@@ -57,32 +56,32 @@ class Outcome:
     """Of writing, without the loading."""
 
 
-def write_here(batch: Batch) -> Outcome:
+def write_here(batch: PromptBatch) -> BatchOutcome:
     """Write a batch in this process. Raises what `Sampler.open` does."""
-    from llada_megatron.launch.sampling.sampler import open_sampler
+    from llada_megatron.parallel.sampling.sampler import open_sampler
 
     with open_sampler(batch.settings) as sampler:
         return write(sampler.session, batch)
 
 
-def write_in_ranks(batch: Batch, logs: Path) -> Outcome:
+def write_in_ranks(batch: PromptBatch, logs: Path) -> BatchOutcome:
     """Write a batch with one process per rank of its layout, on this machine; their output goes to the folder `logs`.
 
     Raises:
         LladaError: a rank's own error, or a RankError that names the rank.
         Stopped: it was interrupted; what is finished is in the parts.
     """
-    from llada_megatron.launch.local import python_program, run_local
+    from llada_megatron.launch.ranks.local import python_program, run_local
 
     message(f"sampling with {batch.settings.layout.world_size} processes")
     with tempfile.TemporaryDirectory(prefix="llada-") as scratch:
         path = Path(scratch) / "batch"
         path.write_bytes(pickle.dumps(batch))
         program = python_program("llada_megatron.launch.sampling.batch", str(path), str(logs))
-        return Outcome(**run_local(program, batch.settings.layout, logs, stopping="stopping").facts)
+        return BatchOutcome(**run_local(program, batch.settings.layout, logs, stopping="stopping").facts)
 
 
-def rank_work(settings: Settings, begin: Callable[[], Batch]) -> Work:
+def rank_work(settings: Settings, begin: Callable[[], PromptBatch]) -> Work:
     """What a rank does; its place is in the environment. All ranks call `begin` once they have joined."""
 
     def work(_: StopRequest) -> dict[str, Any]:
@@ -93,9 +92,9 @@ def rank_work(settings: Settings, begin: Callable[[], Batch]) -> Work:
         device.install()
         from megatron.core import parallel_state
 
-        from llada_megatron.launch.sampling.session import Session
         from llada_megatron.parallel import topology
-        from llada_megatron.parallel.inference import load_checkpoint
+        from llada_megatron.parallel.checkpoint.loaded_model import load_checkpoint
+        from llada_megatron.parallel.sampling.session import Session
 
         topology.join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         topology.initialize(settings.layout, settings.seed)
@@ -117,8 +116,8 @@ def _leave(number: int, _: FrameType | None) -> None:
 
 
 def write(
-    session: Session, batch: Batch, replica: int = 0, replicas: int = 1, keeps: bool = True, shows: bool = True
-) -> Outcome:
+    session: Session, batch: PromptBatch, replica: int = 0, replicas: int = 1, keeps: bool = True, shows: bool = True
+) -> BatchOutcome:
     """Write this replica's share of a batch (collective over all ranks).
 
     Args:
@@ -137,14 +136,14 @@ def write(
     part = PartFile(part_path(batch.base, replica)) if keeps else None
     _all_here()
     progress = (
-        ProgressLine(Tally(batch.base), batch.finished, batch.finished + len(jobs))
+        ProgressLine(BatchProgress(batch.base), batch.finished, batch.finished + len(jobs))
         if shows and batch.progress
         else None
     )
     _all_here()
     began = time.perf_counter()
 
-    def share(drafts: list[Draft]) -> list[Draft]:
+    def share(drafts: list[Request]) -> list[Request]:
         return drafts[replica::replicas]
 
     for happened in session.run(jobs, share):
@@ -158,7 +157,7 @@ def write(
     _all_here()
     if progress is not None:
         progress.show(last=True)
-    return Outcome(str(session.loaded.path), refused, time.perf_counter() - began)
+    return BatchOutcome(str(session.loaded.path), refused, time.perf_counter() - began)
 
 
 def _all_here() -> None:
@@ -172,7 +171,7 @@ def _all_here() -> None:
 def main(path: str, logs: str) -> int:
     """Work on the batch in the file `path` as the rank that the environment names."""
     die_with_parent(int(os.environ[PARENT_VARIABLE]))
-    batch: Batch = pickle.loads(Path(path).read_bytes())
+    batch: PromptBatch = pickle.loads(Path(path).read_bytes())
     return run_local_rank(rank_work(batch.settings, lambda: batch), batch.settings.layout, Path(logs))
 
 

@@ -6,20 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from llada_megatron.launch.sampling.chat_template import ChatTemplate
-from llada_megatron.launch.sampling.picture import Picture
-from llada_megatron.launch.sampling.prompts import Prompt, require_text
+from llada_megatron.launch.sampling.display import SequenceView
+from llada_megatron.parallel.sampling.chat_template import ChatTemplate
+from llada_megatron.parallel.sampling.prompts import Prompt, require_text
 
 if TYPE_CHECKING:
-    from llada_megatron.launch.sampling.results import Result
-    from llada_megatron.launch.sampling.sampler import SampledStep, Sampler
+    from llada_megatron.parallel.sampling.results import Result
+    from llada_megatron.parallel.sampling.sampler import SampledStep, Sampler
 
 
 @dataclass
 class Answering:
     """An answer while it is written."""
 
-    picture: Picture
+    picture: SequenceView
     first: int
     """Position at which it begins."""
     step: SampledStep
@@ -56,7 +56,7 @@ class Conversation:
         asked = [*self.messages, {"role": "user", "content": text}]
         ids = self.template.encode(asked)
         jobs = self.sampler.jobs_of([Prompt.of(ids, number=len(self.results) + 1)])
-        picture = Picture.of(jobs[0].draft, self.sampler.tokenizer)
+        picture = SequenceView.of(jobs[0].draft, self.sampler.tokenizer)
         for step in self.sampler.steps_of(jobs):
             picture.apply(step)
             yield Answering(picture, len(ids), step)

@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llada_megatron.launch.sampling.prompts import GAP_WORD, Extent
-from llada_megatron.launch.sampling.settings import Settings
-from llada_megatron.launch.sampling.sources import Asked
-from llada_megatron.llada_moe.config.schema import LayoutConfig
-from llada_megatron.llada_moe.config.validation_layout import check_layout, data_parallel_for_experts
+from llada_megatron.launch.sampling.prompt_sources import PromptOptions
+from llada_megatron.llada_moe.config.layout import LayoutConfig, check_layout, data_parallel_for_experts
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
+from llada_megatron.parallel.sampling.prompts import GAP_WORD, Extent
+from llada_megatron.parallel.sampling.settings import Settings
 
 _PARTS = ("schedule", "cache", "editor")
 _AXES = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "expert_tensor_parallel", "data_parallel")
@@ -40,7 +39,7 @@ def add_asked(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def asked_of(args: argparse.Namespace) -> Asked:
+def asked_of(args: argparse.Namespace) -> PromptOptions:
     """The options of `add_asked`. Raises ConfigError where one says nothing beside another."""
     if args.edit is not None and args.infill:
         raise ConfigError("--edit and --infill: a text is edited at START:END, or its gaps are filled")
@@ -49,7 +48,7 @@ def asked_of(args: argparse.Namespace) -> Asked:
     if args.max_new_tokens is not None and args.infill:
         raise ConfigError("--max-new-tokens and --infill: a gap itself says how many tokens it has, such as <mask:5>")
     extent = None if args.edit is None else Extent.parse(args.edit)
-    return Asked(args.infill, args.gap_word or GAP_WORD, extent, args.max_new_tokens)
+    return PromptOptions(args.infill, args.gap_word or GAP_WORD, extent, args.max_new_tokens)
 
 
 def add_method(parser: argparse.ArgumentParser, temperature: float = 0.0, batched: bool = True) -> None:

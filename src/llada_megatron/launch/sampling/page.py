@@ -6,7 +6,7 @@ import json
 from importlib import resources
 from typing import Any
 
-from llada_megatron.launch.sampling.picture import Cell, Picture
+from llada_megatron.launch.sampling.display import Cell, SequenceView
 
 _PLACE = "/*DATA*/"
 
@@ -14,7 +14,7 @@ _PLACE = "/*DATA*/"
 class Recording:
     """The steps of a picture, one after the other."""
 
-    def __init__(self, picture: Picture) -> None:
+    def __init__(self, picture: SequenceView) -> None:
         self._picture = picture
         self._start = [[cell.piece, cell.token, cell.given] for cell in picture.cells]
         self._steps: list[list[list[Any]]] = []

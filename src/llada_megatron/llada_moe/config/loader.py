@@ -6,22 +6,18 @@ A model and a recovery policy may be named instead of written out (`named.py`).
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 import yaml
 
-from llada_megatron.llada_moe.config import source
+from llada_megatron.llada_moe.config import yaml_nodes
+from llada_megatron.llada_moe.config.model import ModelConfig, validate_model
 from llada_megatron.llada_moe.config.named import MODELS, SECTIONS
 from llada_megatron.llada_moe.config.parsing import Origins, closest, parse
-from llada_megatron.llada_moe.config.schema import ModelConfig, RunConfig
-from llada_megatron.llada_moe.config.validation import validate_model, validate_run
+from llada_megatron.llada_moe.config.run import RunConfig, validate_run
 from llada_megatron.llada_moe.errors import ConfigError
-
-T = TypeVar("T")
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -50,30 +46,11 @@ def load_model(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Model
 def is_run(name_or_path: str | Path) -> bool:
     """Whether a YAML file holds a run (it has a `model` key) rather than a model."""
     path = Path(name_or_path)
-    return path.is_file() and source.child(source.read_yaml(path), "model") is not None
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain dictionaries, lists and scalars (what a manifest stores)."""
-    return dataclasses.asdict(config)
-
-
-def dump_yaml(config: Any) -> str:
-    """A configuration as YAML that `load_run` and `load_model` read back unchanged."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-
-
-def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """The configuration of class `cls` that `to_dict` wrote; keys added since then take their defaults.
-
-    Raises:
-        ConfigError: an unknown key, a missing one, or a value of another type.
-    """
-    return parse(cls, yaml.representer.SafeRepresenter().represent_data(values))[0]
+    return path.is_file() and yaml_nodes.child(yaml_nodes.read_yaml(path), "model") is not None
 
 
 def _read_run(path: Path, overrides: Sequence[str]) -> tuple[RunConfig, Origins]:
-    root = source.read_yaml(path)
+    root = yaml_nodes.read_yaml(path)
     whole = [text for text in overrides if re.match(rf"\s*({'|'.join(SECTIONS)})\s*=", text)]
     root = _with_overrides(root, whole)  # a section named anew, before the changes to its keys
     pairs = [
@@ -86,7 +63,7 @@ def _read_run(path: Path, overrides: Sequence[str]) -> tuple[RunConfig, Origins]
 
 def _with_overrides(root: yaml.MappingNode, overrides: Sequence[str]) -> yaml.MappingNode:
     for text in overrides:
-        root = source.assigned(root, *source.parse_override(text))
+        root = yaml_nodes.assigned(root, *yaml_nodes.parse_override(text))
     return root
 
 

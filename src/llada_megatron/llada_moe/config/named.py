@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from llada_megatron.llada_moe.config import source
+from llada_megatron.llada_moe.config import yaml_nodes
 from llada_megatron.llada_moe.config.parsing import closest
 from llada_megatron.llada_moe.errors import ConfigError
 
@@ -41,20 +41,20 @@ class Named:
         return self._resolved(node, directory, ())
 
     def _content(self, file: Path, chain: tuple[Path, ...]) -> yaml.Node:
-        return self._resolved(source.read_yaml(file), file.parent, (*chain, file.resolve()))
+        return self._resolved(yaml_nodes.read_yaml(file), file.parent, (*chain, file.resolve()))
 
     def _resolved(self, node: yaml.Node, directory: Path, chain: tuple[Path, ...]) -> yaml.Node:
-        base = node if isinstance(node, yaml.ScalarNode) else source.child(node, "base")
+        base = node if isinstance(node, yaml.ScalarNode) else yaml_nodes.child(node, "base")
         if base is None:
             return node
-        where = source.location(base.start_mark)
-        if not isinstance(base, yaml.ScalarNode) or base.tag == source.NULL_TAG:
+        where = yaml_nodes.location(base.start_mark)
+        if not isinstance(base, yaml.ScalarNode) or base.tag == yaml_nodes.NULL_TAG:
             raise ConfigError(f"{where}: expected the name of a {self.what} or the path of its YAML file")
         file = self._find(base.value, directory, where)
         if file.resolve() in chain:
             raise ConfigError(f"{where}: {base.value!r} is its own base")
         content = self._content(file, chain)
-        return content if node is base else source.merged(content, source.without(node, "base"))
+        return content if node is base else yaml_nodes.merged(content, yaml_nodes.without(node, "base"))
 
     def _find(self, name: str, directory: Path, where: str) -> Path:
         """A path is relative to `directory`, then to the current one; a name is looked for beside, then in configs/."""

@@ -1,4 +1,4 @@
-"""Nodes to dataclasses: every key known, every value of its declared type, every problem with its place."""
+"""Nodes to dataclasses and back: every key known, every value of its declared type, every problem with its place."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import yaml
 
-from llada_megatron.llada_moe.config.source import NULL_TAG, location
+from llada_megatron.llada_moe.config.yaml_nodes import NULL_TAG, location
 from llada_megatron.llada_moe.errors import ConfigError
 
 INTEGER = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
+
 NUMBER = re.compile(r"[+-]?([0-9]+(_[0-9]+)*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
 TRUTH_WORDS = {
     "yes": "true",
     "on": "true",
@@ -28,6 +30,7 @@ TRUTH_WORDS = {
     "n": "false",
     "0": "false",
 }
+
 _FAILED = object()
 
 
@@ -210,3 +213,41 @@ def _choice(choices: tuple[str, ...], node: yaml.Node) -> str:
 
 
 _SCALARS = {bool: _boolean, int: _integer, float: _float, str: _string}
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain dictionaries, lists and scalars (what a manifest stores)."""
+    return dataclasses.asdict(config)
+
+
+def dump_yaml(config: Any) -> str:
+    """A configuration as YAML that `load_run` and `load_model` read back unchanged."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """The configuration of class `cls` that `to_dict` wrote; keys added since then take their defaults.
+
+    Raises:
+        ConfigError: an unknown key, a missing one, or a value of another type.
+    """
+    return parse(cls, yaml.representer.SafeRepresenter().represent_data(values))[0]
+
+
+Refuse = Callable[[str, str], None]
+"""Notes that a dotted key is wrong, and why."""
+
+
+def require_positive(values: dict[str, float], refuse: Refuse) -> None:
+    """Refuse each key whose value is zero or negative."""
+    for key, value in values.items():
+        if value <= 0:
+            refuse(key, f"{value} must be greater than 0")
+
+
+def collector(origins: Origins | None) -> tuple[Refuse, Problems]:
+    """What notes that a key is wrong, at the place where it was written, and what raises all that was noted."""
+    problems, places = Problems(), origins or Origins()
+    return lambda key, message: problems.add(places.where(key), key, message), problems

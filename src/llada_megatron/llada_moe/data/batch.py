@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llada_megatron.llada_moe.diffusion.noise import Corruption, Words
+from llada_megatron.llada_moe.diffusion.noise import Corruption, ReplacementVocabulary
 
 
 @dataclass
@@ -52,7 +52,7 @@ def diffusion_row(
     boundaries: NDArray[np.int32],
     noise: Corruption,
     mask_id: int,
-    words: Words | None = None,
+    words: ReplacementVocabulary | None = None,
 ) -> Row:
     """A masked sequence [seq]: its own tokens are the labels (no shift), weighted 1/p where masked.
 

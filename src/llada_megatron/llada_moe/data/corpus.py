@@ -9,24 +9,30 @@ import os
 import stat
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import zstandard
 
+from llada_megatron.llada_moe.data.packing import mix
 from llada_megatron.llada_moe.errors import DataError
 
 PYTHON_STDLIB = "python-stdlib"
 """An input that stands for the Python source files of the running interpreter's standard library."""
+
 _STDLIB_LEFT_OUT = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "_bundled"}
 )
+
 _COMPRESSED = {".gz", ".zst"}
+
 _LINES = {".jsonl", ".ndjson"}
+
 _CHUNK = 1 << 20
 """Bytes on disk that make one unit of work."""
+
 _CHUNK_FILES = 64
 
 
@@ -35,7 +41,7 @@ class NotText(Exception):
 
 
 @dataclass(frozen=True)
-class Source:
+class CorpusFile:
     """One file of the corpus."""
 
     path: Path
@@ -54,7 +60,7 @@ class Source:
 class Chunk:
     """A unit of work, whatever the number of workers: whole text files, or a run of lines of one JSON lines file."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[CorpusFile, ...]
     size: int
     """Bytes on disk that it stands for."""
     lines: tuple[bytes, ...] | None = None
@@ -70,28 +76,28 @@ class Skipped:
     reason: str
 
 
-def find_sources(inputs: Iterable[str]) -> list[Source]:
+def find_sources(inputs: Iterable[str]) -> list[CorpusFile]:
     """The files that inputs mean, folders entered in sorted order. Raises DataError for an input that does not exist.
 
     Hidden files and folders and `__pycache__` are left out; links to folders are not followed.
     """
-    sources: list[Source] = []
+    sources: list[CorpusFile] = []
     for number, name in enumerate(inputs):
         path = Path(name)
         if name == PYTHON_STDLIB:
-            sources += [Source(file, number, False) for file in _stdlib_files()]
+            sources += [CorpusFile(file, number, False) for file in _stdlib_files()]
         elif path.is_dir():
-            sources += [Source(file, number, False) for file in _walk(path)]
+            sources += [CorpusFile(file, number, False) for file in _walk(path)]
         elif path.exists():
-            sources.append(Source(path, number, True))
+            sources.append(CorpusFile(path, number, True))
         else:
             raise DataError(f"{path}: no such file or folder")
     return sources
 
 
-def chunks(sources: Iterable[Source]) -> Iterator[Chunk]:
+def chunks(sources: Iterable[CorpusFile]) -> Iterator[Chunk]:
     """The corpus in units of work, in order. Small text files share one; a JSON lines file is cut between lines."""
-    group: list[Source] = []
+    group: list[CorpusFile] = []
     size = 0
     for source in sources:
         if group and (source.lines or source.input != group[0].input or size >= _CHUNK or len(group) >= _CHUNK_FILES):
@@ -139,7 +145,7 @@ def read_text(path: Path) -> str:
     return text
 
 
-def total_size(sources: Iterable[Source]) -> int:
+def total_size(sources: Iterable[CorpusFile]) -> int:
     """Bytes on disk of all sources."""
     return sum(_size(source.path) for source in sources)
 
@@ -215,7 +221,7 @@ class _ZstandardFrames(io.RawIOBase):
         super().close()
 
 
-def _line_chunks(source: Source) -> Iterator[Chunk]:
+def _line_chunks(source: CorpusFile) -> Iterator[Chunk]:
     """The lines of one JSON lines file in units of about a megabyte of text."""
     held: list[bytes] = []
     first, size, total = 1, 0, 0
@@ -256,3 +262,36 @@ def _line_document(path: Path, number: int, line: bytes, key: str) -> str:
             f"{where}: {key!r} holds half a surrogate pair at character {error.start}: not Unicode text"
         ) from error
     return text
+
+
+VOCABULARY_SAMPLE = 32 << 20
+"""Characters that a vocabulary is trained on at most (byte-pair training takes about 0.2 s per million)."""
+
+_PIECE = 16 << 10
+"""Characters of one piece of the sample."""
+
+_EXPANSION = 4
+"""Text bytes assumed per byte of a compressed file, when the share to keep is estimated."""
+
+
+def sample_texts(sources: Sequence[CorpusFile], key: str, budget: int = VOCABULARY_SAMPLE) -> Iterator[str]:
+    """All texts of a corpus within the budget of characters; of a larger one, pieces chosen by a hash of their number.
+
+    They are spread over the whole corpus and the same in every run.
+    """
+    size = sum(
+        total_size([source]) * (_EXPANSION if source.path.suffix in (".gz", ".zst") else 1) for source in sources
+    )
+    share = min(1.0, budget / size) if size else 1.0
+    taken = number = 0
+    for chunk in chunks(sources):
+        for text in documents(chunk, key, []):
+            for start in range(0, len(text), _PIECE):
+                number += 1
+                if share < 1.0 and mix(number) >= share * 2.0**64:
+                    continue
+                if taken >= 2 * budget:
+                    return
+                piece = text[start : start + _PIECE]
+                taken += len(piece)
+                yield piece

@@ -13,7 +13,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from numpy.typing import NDArray
 
-from llada_megatron.llada_moe.data.manifest import prefix_file
+from llada_megatron.llada_moe.data.set_manifest import prefix_file
 from llada_megatron.llada_moe.errors import DataError
 
 

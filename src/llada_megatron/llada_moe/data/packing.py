@@ -1,7 +1,13 @@
-"""Documents packed into windows: the token stream of one split of one set, cut every `sequence_length` tokens."""
+"""Which tokens are sample number n: documents packed into windows, windows in a random order, sets in a blend.
+
+All of it is a function of the number alone: no table, no position to save.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
+from math import gcd, lcm
 from pathlib import Path
 from typing import Literal
 
@@ -9,10 +15,107 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llada_megatron.llada_moe.data.indexed import TokenFile
-from llada_megatron.llada_moe.data.permutation import mix_all, permute
-from llada_megatron.llada_moe.errors import DataError
+from llada_megatron.llada_moe.errors import ConfigError, DataError
+
+_WORD = (1 << 64) - 1
+
+_ROUNDS = 6
+
+
+def mix(value: int) -> int:
+    """A 64-bit integer hash (the finaliser of SplitMix64: Steele, Lea, Flood 2014)."""
+    value = (value + 0x9E3779B97F4A7C15) & _WORD
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _WORD
+    return value ^ (value >> 31)
+
+
+def mix_all(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """`mix` of every element."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def permute(index: int, size: int, key: tuple[int, ...]) -> int:
+    """Element `index` of a permutation of range(size) chosen by `key`.
+
+    A Feistel network over the next even number of bits, walked until it lands inside the range (Black and Rogaway 2002:
+    cycle walking); four walks on average at most.
+    """
+    if not 0 <= index < size:
+        raise IndexError(f"{index} is not in range({size})")
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    state = 0
+    for part in key:
+        state = mix(state ^ (part & _WORD))
+    keys = [mix(state + r) for r in range(_ROUNDS)]
+    while True:
+        left, right = index >> half, index & low
+        for round_key in keys:
+            left, right = right, left ^ (mix(round_key ^ right) & low)
+        index = left << half | right
+        if index < size:
+            return index
+
+
+RESOLUTION = 10_000
+"""Longest cycle. Shares with a common denominator up to this are exact; others are rounded to multiples of 1/10000."""
+
+
+class Blend:
+    """Shares of several sets, exact over every cycle of `len(self)` samples and spread evenly inside it."""
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        """Relative weights, any positive scale. Raises ConfigError for one that cannot be met."""
+        if not weights or any(not weight > 0 for weight in weights):
+            raise ConfigError("data.sets: every weight must be above 0 (remove the set instead)")
+        self.counts = _counts(weights)
+        # The j-th of c samples of a set wants place (j + 1/2)/c of the cycle; ties go to the earlier set.
+        wishes = sorted(((2 * j + 1) / (2 * c), k, j) for k, c in enumerate(self.counts) for j in range(c))
+        self._sets = np.array([k for _, k, _ in wishes], np.int32)
+        self._ranks = np.array([j for _, _, j in wishes], np.int64)
+
+    def __len__(self) -> int:
+        """Samples of one cycle."""
+        return len(self._sets)
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """Set of sample `number`, and how many samples of that set come before it."""
+        cycle, place = divmod(number, len(self))
+        chosen = int(self._sets[place])
+        return chosen, cycle * self.counts[chosen] + int(self._ranks[place])
+
+    @property
+    def shares(self) -> list[float]:
+        """The share of each set."""
+        return [c / len(self) for c in self.counts]
+
+
+def _counts(weights: Sequence[float]) -> list[int]:
+    """Samples of each set in a cycle of at most RESOLUTION, in lowest terms."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    shares = [weight / sum(exact) for weight in exact]
+    cycle = lcm(*(share.denominator for share in shares))
+    if cycle > RESOLUTION:
+        cycle = RESOLUTION
+    counts = [int(share * cycle) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda k: (counts[k] - shares[k] * cycle, k))
+    for k in by_remainder[: cycle - sum(counts)]:
+        counts[k] += 1
+    if 0 in counts:
+        k = counts.index(0)
+        raise ConfigError(
+            f"data.sets[{k}].weight: {weights[k]:g} is under 1/{RESOLUTION} of the blend; raise it or remove the set"
+        )
+    common = gcd(*counts)
+    return [c // common for c in counts]
+
 
 Split = Literal["train", "validation"]
+
 _HASH_BLOCK = 1 << 20
 """Documents hashed at a time when the held-out ones are looked up."""
 

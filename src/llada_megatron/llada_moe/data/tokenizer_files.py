@@ -1,16 +1,91 @@
-"""Which tokenizer a file holds."""
+"""Which tokenizer a file holds, and Hugging Face's `tokenizer.json`, read with the `tokenizers` package alone."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llada_megatron.llada_moe.data.huggingface_tokenizer import HuggingFaceTokenizer
+import tokenizers
+
 from llada_megatron.llada_moe.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from llada_megatron.llada_moe.data.tokenizer import Tokenizer
+from llada_megatron.llada_moe.data.tokenizer import EOS_NAMES, MASK_NAMES, Tokenizer, choose_name, eos_missing
 from llada_megatron.llada_moe.errors import DataError
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json`. Special tokens inside running text are ordinary text."""
+
+    def __init__(self, path: Path, data: bytes, sha256: str, eos_token: str | None, mask_token: str | None) -> None:
+        """Load from the bytes of the file; a `tokenizer_config.json` beside it may name the special tokens.
+
+        Raises DataError when the bytes are no tokenizer or when no end-of-text token can be told.
+        """
+        self.path, self.sha256 = path, sha256
+        named = _names_beside(path)
+        eos_token, mask_token = eos_token or named.get("eos_token"), mask_token or named.get("mask_token")
+        self._tokenizer = _load(path, data, {eos_token, mask_token, *EOS_NAMES, *MASK_NAMES})
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        size = max(vocabulary.values(), default=-1) + 1
+        eos = choose_name(eos_token, EOS_NAMES, set(vocabulary), "end-of-text", path)
+        if eos is None:
+            raise eos_missing(path)
+        self.eos_id = vocabulary[eos]
+        mask = choose_name(mask_token, MASK_NAMES, set(vocabulary), "mask", path)
+        if mask is not None and vocabulary[mask] in self.encode(f"a {mask} b{mask}"):
+            mask = None  # text can produce this token: it cannot stand for "unknown"
+        self.mask_was_added = mask is None
+        self.mask_id = size if mask is None else vocabulary[mask]
+        self.vocab_size = size + self.mask_was_added
+        self.unused_ids = sorted(set(range(self.vocab_size)) - set(vocabulary.values()))
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids = {token.content: id for id, token in added.items() if token.special}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without the tokens that the file's template would add around it."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids; special tokens and an added mask are left out."""
+        drop = (self.mask_id, self.eos_id)
+        return self._tokenizer.decode([int(i) for i in ids if i not in drop], skip_special_tokens=True)
+
+
+def _load(path: Path, data: bytes, special: set[str | None]) -> tokenizers.Tokenizer:
+    """Parse the file; added tokens with a special name are marked special, so that text cannot produce them."""
+    try:
+        content = json.loads(data)
+        for token in content.get("added_tokens") or []:
+            token["special"] = token.get("special") or token["content"] in special
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the package raises bare Exception for a file it cannot read
+        raise DataError(f"{path}: not a Hugging Face tokenizer ({error})") from error
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _names_beside(path: Path) -> dict[str, str]:
+    """The special tokens' names in `tokenizer_config.json` beside the tokenizer, if there is one."""
+    file = path.with_name("tokenizer_config.json")
+    if not file.is_file():
+        return {}
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: not a JSON object")
+    names = {}
+    for key in ("eos_token", "mask_token"):
+        value = content.get(key)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            names[key] = value
+    return names
 
 
 def load_tokenizer(path: str | Path, eos_token: str | None = None, mask_token: str | None = None) -> Tokenizer:

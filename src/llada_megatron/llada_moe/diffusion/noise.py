@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llada_megatron.llada_moe.config.schema import ObjectiveConfig
-from llada_megatron.llada_moe.data.permutation import permute
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig
+from llada_megatron.llada_moe.data.packing import permute
 
 _TIME, _MASK, _LENGTH, _STRATUM, _REPLACED, _SUBSTITUTE = range(6)
 """Purposes: streams that never share a draw."""
@@ -22,7 +22,7 @@ _SPLITS = {"train": 0, "validation": 1}
 
 
 @dataclass(frozen=True)
-class Coordinates:
+class SampleCoordinates:
     """Where a training sample comes from; together with the seed they determine its noise."""
 
     number: int
@@ -75,7 +75,7 @@ class ForwardProcess:
         self._cut_probability = objective.random_length_probability if training else 0.0
         self._replace_ratio = objective.replace_ratio if training else 0.0
 
-    def corrupt(self, at: Coordinates, length: int) -> Corruption:
+    def corrupt(self, at: SampleCoordinates, length: int) -> Corruption:
         """The noise of one sequence of `length` tokens."""
         ratio = self.mask_ratio(at)
         live = self._length(at, length)
@@ -83,7 +83,7 @@ class ForwardProcess:
         mask[live:] = False
         return Corruption(mask, ratio, live, self._replacement(at, mask, live))
 
-    def mask_ratio(self, at: Coordinates) -> float:
+    def mask_ratio(self, at: SampleCoordinates) -> float:
         """p of one sequence."""
         t = float(self._uniform(_TIME, at, 1)[0])
         if self._strata > 1:
@@ -92,7 +92,7 @@ class ForwardProcess:
         t = low + (high - low) * t
         return (1.0 - self._epsilon) * t + self._epsilon
 
-    def _replacement(self, at: Coordinates, mask: NDArray[np.bool_], live: int) -> Replacement | None:
+    def _replacement(self, at: SampleCoordinates, mask: NDArray[np.bool_], live: int) -> Replacement | None:
         if self._replace_ratio <= 0.0:
             return None
         replaced = (self._uniform(_REPLACED, at, len(mask)) < self._replace_ratio) & ~mask
@@ -104,14 +104,14 @@ class ForwardProcess:
         batch, place = divmod(number, self._strata)
         return permute(place, self._strata, (self._seed, self._split, _STRATUM, batch))
 
-    def _length(self, at: Coordinates, length: int) -> int:
+    def _length(self, at: SampleCoordinates, length: int) -> int:
         """Live tokens: all, or with the configured probability a draw from U{1..length}."""
         if self._cut_probability <= 0.0:
             return length
         chance, size = self._uniform(_LENGTH, at, 2)
         return 1 + int(size * length) if chance < self._cut_probability else length
 
-    def _uniform(self, purpose: int, at: Coordinates, count: int) -> NDArray[np.float64]:
+    def _uniform(self, purpose: int, at: SampleCoordinates, count: int) -> NDArray[np.float64]:
         """`count` draws of U[0, 1), multiples of 2^-53."""
         stream = purpose * len(_SPLITS) + self._split
         key = np.array([self._seed, at.set], dtype=np.uint64)
@@ -120,7 +120,7 @@ class ForwardProcess:
         return (words >> np.uint64(11)) * 2.0**-53
 
 
-class Words:
+class ReplacementVocabulary:
     """The ids that stand for text: those that take another token's place."""
 
     def __init__(self, size: int, special: Collection[int]) -> None:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llada_megatron.llada_moe.data.batch import Batch
-from llada_megatron.llada_moe.data.loader import TrainingData
 from llada_megatron.llada_moe.data.packing import PackedDataset
+from llada_megatron.llada_moe.data.training_data import TrainingData
 
 SequenceLoss = Callable[[Batch], Tensor]
 """Weighted cross-entropy of each sequence of a batch `[batch]`, in nats: sum_i weights_i * -log p(labels_i)."""

@@ -13,7 +13,9 @@ from typing import Any
 import yaml
 
 from llada_megatron.llada_moe.config import RunConfig, from_dict
-from llada_megatron.llada_moe.config.schema import LearningRateConfig, ModelConfig, MoEConfig, ObjectiveConfig
+from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig
+from llada_megatron.llada_moe.config.optimizer import LearningRateConfig
 from llada_megatron.llada_moe.huggingface.formats.table import Format
 from llada_megatron.llada_moe.model.parameters import count_parameters
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llada_megatron.llada_moe.config.schema import ModelConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.formats.table import Format

@@ -41,7 +41,7 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True)
-class Piece:
+class VocabularyPiece:
     """One entry of the vocabulary; its id is its place."""
 
     text: str
@@ -50,17 +50,17 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Model:
+class VocabularyModel:
     """What a SentencePiece file says."""
 
-    pieces: list[Piece]
+    pieces: list[VocabularyPiece]
     dummy_prefix: bool
     """A space is put before every text."""
     unlike: list[str]
     """What a `tokenizer.json` would not do alike."""
 
 
-def read_model(data: bytes) -> Model:
+def read_model(data: bytes) -> VocabularyModel:
     """The pieces and rules in the bytes of a `.model`. Raises DataError: they are no SentencePiece model."""
     try:
         top = list(_fields(data))
@@ -79,10 +79,10 @@ def read_model(data: bytes) -> Model:
         "it puts spaces before its own symbols": bool(rules.get(3, 1)) and Kind.USER_DEFINED in kinds,
         "it has pieces that are not used": Kind.UNUSED in kinds,
     }
-    return Model(pieces, bool(rules.get(3, 1)), [reason for reason, holds in reasons.items() if holds])
+    return VocabularyModel(pieces, bool(rules.get(3, 1)), [reason for reason, holds in reasons.items() if holds])
 
 
-def convert(model: Model) -> tokenizers.Tokenizer:
+def convert(model: VocabularyModel) -> tokenizers.Tokenizer:
     """The same vocabulary, ids and merges; control symbols are special tokens, which no text produces.
 
     `model` must have nothing in `unlike`. With a dummy prefix, a text that holds the character for spaces has fewer
@@ -103,7 +103,7 @@ def convert(model: Model) -> tokenizers.Tokenizer:
     return converted
 
 
-def _merges(model: Model) -> Iterator[tuple[str, str]]:
+def _merges(model: VocabularyModel) -> Iterator[tuple[str, str]]:
     """Pairs of pieces, best first."""
     normal = {piece.text.replace(SPACE_SYMBOL, " "): piece.score for piece in model.pieces if piece.kind is Kind.NORMAL}
     for text in sorted(normal, key=lambda text: -normal[text]):
@@ -112,11 +112,11 @@ def _merges(model: Model) -> Iterator[tuple[str, str]]:
                 yield text[:cut], text[cut:]
 
 
-def _piece(fields: dict[int, int | bytes]) -> Piece:
+def _piece(fields: dict[int, int | bytes]) -> VocabularyPiece:
     text, score = fields.get(1, b""), fields.get(2, b"\0\0\0\0")
     if not isinstance(text, bytes) or not isinstance(score, bytes):
         raise TypeError("a piece whose text or score is an integer")
-    return Piece(text.decode(), struct.unpack("<f", score)[0], Kind(fields.get(3, Kind.NORMAL)))
+    return VocabularyPiece(text.decode(), struct.unpack("<f", score)[0], Kind(fields.get(3, Kind.NORMAL)))
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llada_megatron.llada_moe.config.schema import ModelConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.data.tokenizer import EOS_NAMES, MASK_NAMES
 from llada_megatron.llada_moe.errors import DataError
 from llada_megatron.llada_moe.huggingface.hub_cache import require_own_file

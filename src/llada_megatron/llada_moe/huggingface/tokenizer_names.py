@@ -8,7 +8,7 @@ from typing import Any
 
 import tokenizers
 
-from llada_megatron.llada_moe.config.schema import ModelConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.data.tokenizer import MASK_NAMES
 from llada_megatron.llada_moe.errors import DataError
 

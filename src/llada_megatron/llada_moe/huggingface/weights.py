@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llada_megatron.llada_moe.config.schema import ModelConfig, MoEConfig
+from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
 
 BLOCK_ELEMENTS = 16 * 2**20
 """Tensors that convert row by row are cut into units of about this many elements (32 MB in bf16)."""

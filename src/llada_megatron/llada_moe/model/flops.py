@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llada_megatron.llada_moe.config.schema import ModelConfig
+    from llada_megatron.llada_moe.config.model import ModelConfig
 
 FORMULA = (
     "FLOPs/token = 6 * (layers * (2 h H d + 2 h G d) + dense_layers * 3 h f"

@@ -13,12 +13,11 @@ import torch
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from llada_megatron.llada_moe.model.linear import plain
-from llada_megatron.llada_moe.model.product import product
+from llada_megatron.llada_moe.model.linear import plain, product
 
 
 @dataclass(frozen=True)
-class Rows:
+class SupervisedRows:
     """Rows of the flattened `[seq * batch]` that this rank feeds to the output layer, and what they stand for.
 
     `index` is local to this rank's hidden states; `position` and `real` cover the rows of all tensor ranks in the order
@@ -31,7 +30,7 @@ class Rows:
     real: torch.Tensor
 
 
-def select_rows(selected: torch.Tensor, tensor_rank: int, tensor_shards: int) -> Rows:
+def select_rows(selected: torch.Tensor, tensor_rank: int, tensor_shards: int) -> SupervisedRows:
     """Which rows run.
 
     Args:
@@ -45,7 +44,7 @@ def select_rows(selected: torch.Tensor, tensor_rank: int, tensor_shards: int) ->
     real = [torch.arange(longest, device=selected.device) < part.numel() for part in parts]
     per_part = selected.numel() // tensor_shards
     position = torch.cat([part + shard * per_part for shard, part in enumerate(padded)])
-    return Rows(padded[tensor_rank], position, torch.cat(real))
+    return SupervisedRows(padded[tensor_rank], position, torch.cat(real))
 
 
 def supervised_loss(
@@ -94,7 +93,7 @@ def selected_logits(model: Any, hidden: torch.Tensor, selected: torch.Tensor) ->
     return logits[rows.real][order]
 
 
-def _rows(model: Any, selected: torch.Tensor) -> Rows:
+def _rows(model: Any, selected: torch.Tensor) -> SupervisedRows:
     group = model.pg_collection.tp
     shards = group.size() if model.config.sequence_parallel else 1
     return select_rows(selected, group.rank() if shards > 1 else 0, shards)

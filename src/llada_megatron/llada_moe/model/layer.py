@@ -61,7 +61,7 @@ class DirectAttention(SelfAttention):
         if not unrecorded(self):
             return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **arguments)
         query, key, value = self.get_query_key_value_tensors(hidden_states)
-        cosine, sine = turns(rotary_pos_emb, query.dtype)
+        cosine, sine = rotary_table(rotary_pos_emb, query.dtype)
         out = self.core_attention(rotate(query, cosine, sine), rotate(key, cosine, sine), value, attention_mask)
         return self.linear_proj(out)
 
@@ -81,7 +81,7 @@ class DirectExperts(MoELayer):
         return out if self.shared_experts is None else out.add_(self.shared_experts(hidden_states)), None
 
 
-def turns(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_table(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines, and sines that are negative in the first half, of `angles` `[seq, 1, 1, rotary_dim]`."""
     sine = angles.sin()
     sine[..., : angles.size(-1) // 2].neg_()

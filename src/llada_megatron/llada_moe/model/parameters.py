@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
 
 SWIGLU_MATRICES = 3
 BUFFERS = frozenset({"expert_bias"})

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from llada_megatron.llada_moe.config.schema import MoEConfig
+from llada_megatron.llada_moe.config.model import MoEConfig
 from llada_megatron.llada_moe.model.attention import PatternAttention
 from llada_megatron.llada_moe.model.experts import PermutedExperts
 from llada_megatron.llada_moe.model.layer import DirectAttention, DirectExperts, DirectLayer

@@ -11,7 +11,9 @@ from megatron.core.package_info import __version__ as megatron_version
 from megatron.core.transformer.transformer_config import TransformerConfig
 from packaging.version import Version
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig, MoEConfig, TrainingConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
+from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.model.head import selected_logits, supervised_loss
 from llada_megatron.llada_moe.model.patterns import Kind, seen_at_once
 from llada_megatron.llada_moe.model.spec import block_spec, transformer_engine_active

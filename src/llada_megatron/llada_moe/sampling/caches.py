@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.llada_moe.sampling.view import View
+from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock
 
 
 @dataclass(frozen=True)
-class Plan:
+class CachePlan:
     """Of each row, int64 `[rows]`: run positions [low, high), each seeing the keys [0, keys)."""
 
     low: Tensor
@@ -29,7 +29,7 @@ class Cache(Protocol):
     causal: bool
     """For block-causal models (True), whose keys never depend on what lies behind their block; or for the others."""
 
-    def plan(self, view: View, valid: Tensor) -> Plan:
+    def plan(self, view: ActiveBlock, valid: Tensor) -> CachePlan:
         """What to run. It must cover [view.first, view.end) of each row.
 
         Args:
@@ -46,7 +46,7 @@ class NoCache:
     keeps = False
     causal = False
 
-    def plan(self, view: View, valid: Tensor) -> Plan:
+    def plan(self, view: ActiveBlock, valid: Tensor) -> CachePlan:
         """See `Cache`."""
         return _whole(view)
 
@@ -58,9 +58,9 @@ class Recompute:
     keeps = False
     causal = True
 
-    def plan(self, view: View, valid: Tensor) -> Plan:
+    def plan(self, view: ActiveBlock, valid: Tensor) -> CachePlan:
         """See `Cache`."""
-        return Plan(torch.zeros_like(view.end), view.end, view.end)
+        return CachePlan(torch.zeros_like(view.end), view.end, view.end)
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class PrefixCache:
         """Raises: ConfigError: a setting is out of range."""
         _require(refresh_every=(self.refresh_every, 1))
 
-    def plan(self, view: View, valid: Tensor) -> Plan:
+    def plan(self, view: ActiveBlock, valid: Tensor) -> CachePlan:
         """See `Cache`."""
-        return _refreshed(Plan(view.first, view.length, view.length), view, self.refresh_every)
+        return _refreshed(CachePlan(view.first, view.length, view.length), view, self.refresh_every)
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ class DualCache:
             refresh_every=(self.refresh_every, 1),
         )
 
-    def plan(self, view: View, valid: Tensor) -> Plan:
+    def plan(self, view: ActiveBlock, valid: Tensor) -> CachePlan:
         """See `Cache`."""
         low = (view.first - self.before).clamp(min=0)
         high = torch.minimum(view.end + self.behind, view.length)
-        plan = _refreshed(Plan(low, high, view.length), view, self.refresh_every)
+        plan = _refreshed(CachePlan(low, high, view.length), view, self.refresh_every)
         return _where(view.step < self.warm_up, _whole(view), plan)
 
 
@@ -151,24 +151,24 @@ class BlockCausalCache:
         """Raises: ConfigError: a setting is out of range."""
         _require(prefill=(self.prefill, 1))
 
-    def plan(self, view: View, valid: Tensor) -> Plan:
+    def plan(self, view: ActiveBlock, valid: Tensor) -> CachePlan:
         """See `Cache`."""
         low = torch.minimum(valid, view.first)
-        return Plan(low, view.end, view.end)
+        return CachePlan(low, view.end, view.end)
 
 
-def _whole(view: View) -> Plan:
-    return Plan(torch.zeros_like(view.length), view.length, view.length)
+def _whole(view: ActiveBlock) -> CachePlan:
+    return CachePlan(torch.zeros_like(view.length), view.length, view.length)
 
 
-def _refreshed(plan: Plan, view: View, every: int | None) -> Plan:
+def _refreshed(plan: CachePlan, view: ActiveBlock, every: int | None) -> CachePlan:
     """The plan, but the whole sequence at the first step of a block and every so many steps of it."""
     since = view.step_in_block if every is None else view.step_in_block % every
     return _where(since == 0, _whole(view), plan)
 
 
-def _where(condition: Tensor, one: Plan, other: Plan) -> Plan:
-    return Plan(
+def _where(condition: Tensor, one: CachePlan, other: CachePlan) -> CachePlan:
+    return CachePlan(
         torch.where(condition, one.low, other.low),
         torch.where(condition, one.high, other.high),
         torch.where(condition, one.keys, other.keys),

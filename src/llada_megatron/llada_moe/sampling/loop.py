@@ -12,13 +12,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, Cache, NoCache, Plan
-from llada_megatron.llada_moe.sampling.canvas import Canvas, Draft
+from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, Cache, CachePlan, NoCache
 from llada_megatron.llada_moe.sampling.editors import Editor, NoEditor, Revision
 from llada_megatron.llada_moe.sampling.passes import Pass, pack
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps, Schedule
-from llada_megatron.llada_moe.sampling.statistics import Reading, Statistics
-from llada_megatron.llada_moe.sampling.view import View
+from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor, Statistics
+from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock, Request, TokenBuffer
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Method:
     schedule: Schedule = field(default_factory=FixedSteps)
     cache: Cache = field(default_factory=NoCache)
     editor: Editor = field(default_factory=NoEditor)
-    reading: Reading = field(default_factory=Reading)
+    reading: LogitsProcessor = field(default_factory=LogitsProcessor)
     stop_id: int | None = None
     """A sequence ends at this token, once nothing before it is open and its block is edited; the rest of it is filled
     with it. What stands before it is what would stand there without an end, unless an editor reaches into earlier
@@ -63,7 +62,7 @@ class Finished:
 class Step:
     """What one pass changed."""
 
-    view: View
+    view: ActiveBlock
     """Before it."""
     statistics: Statistics
     """`[rows, columns]`."""
@@ -74,11 +73,11 @@ class Step:
 
 
 @dataclass(frozen=True)
-class _Pending:
+class _PlannedPass:
     """A pass that was planned and has not been applied."""
 
-    view: View
-    plan: Plan
+    view: ActiveBlock
+    plan: CachePlan
     work: Pass
     prefilling: Tensor
     """[rows] bool: rows that only run a piece of their prompt."""
@@ -90,7 +89,7 @@ class Group:
     def __init__(self, method: Method, slots: int, seq: int, blocks: int, mask_id: int) -> None:
         """Room for `slots` sequences of up to `seq` positions in up to `blocks` blocks."""
         self.method = method
-        self.canvas = Canvas.empty(slots, seq, blocks, mask_id)
+        self.canvas = TokenBuffer.empty(slots, seq, blocks, mask_id)
         self.passes = 0
         """Forward passes of the group."""
         self._schedule = method.schedule.start(slots, seq)
@@ -101,14 +100,14 @@ class Group:
         self._masks, self._valid = zeros.clone(), zeros.clone()
         self._kept = zeros.clone()  # positions of the result
         self._taken = torch.zeros(slots, 3, dtype=torch.int64)  # passes, positions run, rows read
-        self._pending: _Pending | None = None
+        self._pending: _PlannedPass | None = None
 
     @property
     def free(self) -> list[int]:
         """Slots that hold nothing unfinished."""
         return (~self._active).nonzero().flatten().tolist()
 
-    def admit(self, slot: int, draft: Draft) -> None:
+    def admit(self, slot: int, draft: Request) -> None:
         """Begin a sequence in a free slot.
 
         Raises:
@@ -131,14 +130,14 @@ class Group:
         plan = self.method.cache.plan(view, self._valid[view.slot])
         reach = self._schedule.reach(view)
         if reach is not None:
-            plan = Plan(plan.low, torch.minimum(plan.high, reach), torch.minimum(plan.keys, reach))
+            plan = CachePlan(plan.low, torch.minimum(plan.high, reach), torch.minimum(plan.keys, reach))
         plan, prefilling = self._in_pieces(plan, view)
         ask = view.masked | view.editable if self.method.editor.edits else view.masked
         ask = ask & (view.positions < plan.high[:, None]) & ~prefilling[:, None]
         work = pack(self.canvas, view, plan, ask, self.method.editor.shadow, bool(self.method.reading.guidance))
         self._taken[view.slot] += torch.stack([torch.ones_like(view.slot), work.totals(len(view.slot)), ask.sum(1)], 1)
         self.passes += 1
-        self._pending = _Pending(view, plan, work, prefilling)
+        self._pending = _PlannedPass(view, plan, work, prefilling)
         return work
 
     def apply(self, statistics: Statistics) -> Step:
@@ -154,7 +153,7 @@ class Group:
         self._account(view, pending.plan, revision, changed, live)
         return Step(view, placed, revision, changed, self._finished(view))
 
-    def _view(self) -> View:
+    def _view(self) -> ActiveBlock:
         """The stretches of the active sequences that can change now."""
         canvas, slot = self.canvas, self._active.nonzero().flatten()
         block = self._block[slot]
@@ -166,7 +165,7 @@ class Group:
         is_open = canvas.open[slot[:, None], position] & inside
         new = self._step_in_block[slot] == 0
         self._masks[slot] = torch.where(new, is_open.sum(1), self._masks[slot])
-        return View(
+        return ActiveBlock(
             slot=slot,
             stream=canvas.stream[slot],
             first=first,
@@ -183,7 +182,7 @@ class Group:
             masks=self._masks[slot],
         )
 
-    def _in_pieces(self, plan: Plan, view: View) -> tuple[Plan, Tensor]:
+    def _in_pieces(self, plan: CachePlan, view: ActiveBlock) -> tuple[CachePlan, Tensor]:
         """Cut plans with a long way to the view short: those rows run a piece of their prompt and ask for nothing."""
         cache, grid = self.method.cache, self.method.grid
         if not isinstance(cache, BlockCausalCache) or grid is None:
@@ -191,9 +190,9 @@ class Group:
         piece = max(grid, cache.prefill // grid * grid)
         long = view.first - plan.low > piece
         high = torch.where(long, plan.low + piece, plan.high)
-        return Plan(plan.low, high, high), long
+        return CachePlan(plan.low, high, high), long
 
-    def _write(self, view: View, revision: Revision, live: Tensor) -> Tensor:
+    def _write(self, view: ActiveBlock, revision: Revision, live: Tensor) -> Tensor:
         """Put a revised view into the canvas; returns the changed positions `[rows, columns]`."""
         masked = revision.masked & live[:, None]
         tokens = revision.tokens.masked_fill(masked, self.canvas.mask_id)
@@ -205,7 +204,7 @@ class Group:
         self.canvas.open[slot, position] = masked[row, column]
         return changed
 
-    def _account(self, view: View, plan: Plan, revision: Revision, changed: Tensor, live: Tensor) -> None:
+    def _account(self, view: ActiveBlock, plan: CachePlan, revision: Revision, changed: Tensor, live: Tensor) -> None:
         """Advance the counters, go on to the next block where one is done, and end what met its stop token."""
         slot, done = view.slot, revision.done & live
         self._step[slot] += live.long()
@@ -215,7 +214,7 @@ class Group:
         stopped = self._stop(view, done | (live & (not self.method.editor.edits)))
         self._active[slot] = ~stopped & (self._block[slot] < view.blocks)
 
-    def _still_valid(self, view: View, plan: Plan, loose: Tensor) -> Tensor:
+    def _still_valid(self, view: ActiveBlock, plan: CachePlan, loose: Tensor) -> Tensor:
         """Below which position the kept keys are those of the tokens that stand there, int64 `[rows]`.
 
         A pass makes the keys of what it runs; those of a block with a token that changed since, or is still open, are
@@ -226,7 +225,7 @@ class Group:
         column = torch.where(loose.any(1), loose.long().argmax(1), plan.high - view.first)
         return torch.minimum((view.first + column) // self.method.grid * self.method.grid, plan.high)
 
-    def _stop(self, view: View, settled: Tensor) -> Tensor:
+    def _stop(self, view: ActiveBlock, settled: Tensor) -> Tensor:
         """End the settled rows whose block holds a written stop token with nothing open before it: bool `[rows]`.
 
         The rest of what they were to write becomes that token.
@@ -248,7 +247,7 @@ class Group:
             canvas.open[slot, rest] = False
         return found.any(1)
 
-    def _finished(self, view: View) -> list[Finished]:
+    def _finished(self, view: ActiveBlock) -> list[Finished]:
         """The sequences of a view that are no longer active."""
         finished = []
         for slot in view.slot[~self._active[view.slot]].tolist():

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from llada_megatron.llada_moe.model.windows import Window
-from llada_megatron.llada_moe.sampling.caches import Plan
-from llada_megatron.llada_moe.sampling.canvas import Canvas
-from llada_megatron.llada_moe.sampling.rows import Rows
-from llada_megatron.llada_moe.sampling.view import View
+from llada_megatron.llada_moe.sampling.caches import CachePlan
+from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock, LogitRows, TokenBuffer
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Pass:
     """They fill `total` in this order."""
     asked: Tensor
     """[total] bool: rows that meet the output layer. With guidance their second half is that of the blank twins."""
-    rows: Rows
+    rows: LogitRows
     """Names of the rows that are asked for, without the twins', in order."""
     place: Tensor
     """[rows] int64: their offsets in the flattened view."""
@@ -42,11 +40,11 @@ class Pass:
     def idle(cls, mask_id: int) -> Pass:
         """One token that nobody asks for: for a rank that must take part in the experts' exchange of others."""
         none = torch.zeros(0, dtype=torch.int64)
-        rows = Rows(none, none, none, none, none)
+        rows = LogitRows(none, none, none, none, none)
         return cls(torch.tensor([mask_id]), [Window(0, 0, 1, 1)], torch.zeros(1, dtype=torch.bool), rows, none)
 
 
-def pack(canvas: Canvas, view: View, plan: Plan, ask: Tensor, shadow: bool, guided: bool) -> Pass:
+def pack(canvas: TokenBuffer, view: ActiveBlock, plan: CachePlan, ask: Tensor, shadow: bool, guided: bool) -> Pass:
     """The pass of the rows of a view.
 
     Args:
@@ -73,7 +71,7 @@ def pack(canvas: Canvas, view: View, plan: Plan, ask: Tensor, shadow: bool, guid
             blank += [canvas.tokens[slot, low:high].masked_fill(given, canvas.mask_id), shadows]
     place, index = _asked(windows, view, ask, shadow)
     row, column = place // ask.shape[1], place % ask.shape[1]
-    rows = Rows(
+    rows = LogitRows(
         slot=view.slot[row],
         position=view.first[row] + column,
         stream=view.stream[row],
@@ -89,7 +87,7 @@ def pack(canvas: Canvas, view: View, plan: Plan, ask: Tensor, shadow: bool, guid
     return Pass(torch.cat([*tokens, *blank]), windows, asked, rows, place)
 
 
-def _asked(windows: list[Window], view: View, ask: Tensor, shadow: bool) -> tuple[Tensor, Tensor]:
+def _asked(windows: list[Window], view: ActiveBlock, ask: Tensor, shadow: bool) -> tuple[Tensor, Tensor]:
     """Offsets in the flattened view and in the pass of the positions asked for, in the pass's order."""
     row, column = ask.nonzero(as_tuple=True)
     position = view.first[row] + column

@@ -9,18 +9,30 @@ from typing import Any
 
 import yaml
 
-from llada_megatron.llada_moe.config import source
+from llada_megatron.llada_moe.config import yaml_nodes
+from llada_megatron.llada_moe.config.model import ModelConfig
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.parsing import closest, fields_of, parse
-from llada_megatron.llada_moe.config.schema import ModelConfig, ObjectiveConfig
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, Cache, NoCache, Recompute
 from llada_megatron.llada_moe.sampling.editors import Editor, Levenshtein, TokenEditing
 from llada_megatron.llada_moe.sampling.editors import trained_for_editing as learnt_editing
 from llada_megatron.llada_moe.sampling.loop import Method
-from llada_megatron.llada_moe.sampling.names import CACHES, EDITORS, PARTS, SCHEDULES, in_words, name_of, settings_of
-from llada_megatron.llada_moe.sampling.published import PRESETS, Preset, describe, table
+from llada_megatron.llada_moe.sampling.published import (
+    CACHES,
+    EDITORS,
+    PARTS,
+    PRESETS,
+    SCHEDULES,
+    Preset,
+    describe,
+    in_words,
+    name_of,
+    settings_of,
+    table,
+)
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps, Schedule
-from llada_megatron.llada_moe.sampling.statistics import Reading
+from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
 
 __all__ = ["CACHES", "EDITORS", "PRESETS", "SCHEDULES", "Choice", "Preset", "choose", "describe", "table"]
 
@@ -56,7 +68,7 @@ class Choice:
         schedule = self.schedule
         if "seed" in fields_of(type(schedule)):
             schedule = dataclasses.replace(schedule, seed=seed)  # type: ignore[type-var]
-        reading = Reading(
+        reading = LogitsProcessor(
             excluded=tuple(excluded),
             temperature=temperature,
             guidance=guidance,
@@ -134,15 +146,15 @@ def _overridden(parts: dict[str, Any], overrides: Mapping[str, str]) -> dict[str
                 f"override {key}={text}: the {kind} {name_of(parts[kind])!r} has no setting {setting!r}"
                 f"{closest(setting, names)}; {known}"
             )
-        _, node = source.parse_override(f"{key}={text}")
-        nodes[kind].append((yaml.ScalarNode(source.STRING_TAG, setting, node.start_mark, node.end_mark), node))
+        _, node = yaml_nodes.parse_override(f"{key}={text}")
+        nodes[kind].append((yaml.ScalarNode(yaml_nodes.STRING_TAG, setting, node.start_mark, node.end_mark), node))
     return {kind: _with(part, nodes[kind]) for kind, part in parts.items()}
 
 
 def _with(part: Any, values: list[tuple[yaml.Node, yaml.Node]]) -> Any:
     if not values:
         return part
-    parsed, _ = parse(type(part), yaml.MappingNode(source.YAML_TAG + "map", values))
+    parsed, _ = parse(type(part), yaml.MappingNode(yaml_nodes.YAML_TAG + "map", values))
     return dataclasses.replace(part, **{key.value: getattr(parsed, key.value) for key, _ in values})
 
 

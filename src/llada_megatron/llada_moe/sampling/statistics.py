@@ -13,10 +13,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from llada_megatron.llada_moe.sampling import draws
-from llada_megatron.llada_moe.sampling.carried import Carried
-from llada_megatron.llada_moe.sampling.credit import Account, Credit
-from llada_megatron.llada_moe.sampling.rows import Rows
+from llada_megatron.llada_moe.sampling import row_memory
+from llada_megatron.llada_moe.sampling.row_memory import Credit, CreditAccount, StepCache
+from llada_megatron.llada_moe.sampling.token_buffer import LogitRows
 
 Statistic = Literal["entropy", "current", "text", "divergence"]
 """The fields of `Statistics` that are read where they are asked for."""
@@ -82,7 +81,7 @@ class Statistics:
 
 
 @dataclass(frozen=True)
-class Reading:
+class LogitsProcessor:
     """How logits are read, the same for every row of a run."""
 
     needs: frozenset[Need] = frozenset()
@@ -103,7 +102,7 @@ class Reader:
     A row is not followed over a reading that leaves it out: its divergence is unknown then, and its credit lost.
     """
 
-    def __init__(self, reading: Reading, first_id: int, gather: Gather) -> None:
+    def __init__(self, reading: LogitsProcessor, first_id: int, gather: Gather) -> None:
         """`first_id`: of this shard of the vocabulary; `gather`: see `Gather`."""
         self.reading = reading
         self.packet_bytes = 0
@@ -112,10 +111,10 @@ class Reader:
         self._places: dict[str, Tensor] = {}
         self._gather = gather
         credit = next((need for need in reading.needs if isinstance(need, Credit)), None)
-        self._account = None if credit is None else Account(credit)
-        self._before = Carried()  # logits, and the logarithms of their sums over all shards
+        self._account = None if credit is None else CreditAccount(credit)
+        self._before = StepCache()  # logits, and the logarithms of their sums over all shards
 
-    def read(self, logits: Tensor, rows: Rows) -> Statistics:
+    def read(self, logits: Tensor, rows: LogitRows) -> Statistics:
         """Statistics of the rows (collective over the shards).
 
         Args:
@@ -159,7 +158,7 @@ class Reader:
         weights = (logits - shift[:, None]).exp()
         return [shift, weights.sum(-1), (choice + self._first).float()], weights
 
-    def _packet(self, logits: Tensor, rows: Rows, before: list[Tensor]) -> list[Tensor]:
+    def _packet(self, logits: Tensor, rows: LogitRows, before: list[Tensor]) -> list[Tensor]:
         """This shard's numbers of each row, each float32 `[rows]`; `_merge` reads them in this order.
 
         `before`: logits and normalizers of the step before, if there are any.
@@ -184,7 +183,7 @@ class Reader:
             packet += [(weights * change).sum(-1)]
         return packet
 
-    def _text(self, logits: Tensor, rows: Rows) -> list[Tensor]:
+    def _text(self, logits: Tensor, rows: LogitRows) -> list[Tensor]:
         """The best token that is no operation, and its score: as one float32, or as two of a perturbed one."""
         logits = self._without(logits, "operations")
         if self.reading.temperature:
@@ -192,7 +191,7 @@ class Reader:
         best, choice = logits.max(-1)
         return [(choice + self._first).float(), best]
 
-    def _drawn(self, logits: Tensor, rows: Rows) -> list[Tensor]:
+    def _drawn(self, logits: Tensor, rows: LogitRows) -> list[Tensor]:
         """The best perturbed score (a float64 as the sum of two float32), its token, and its logit."""
         ids = torch.arange(self._first, self._first + logits.shape[1], device=logits.device)
         names = [n.to(logits.device)[:, None] for n in (rows.stream, rows.step, rows.position)]
@@ -204,7 +203,7 @@ class Reader:
 
     def _best_drawn(self, logits: Tensor, *names: Tensor, ids: Tensor) -> list[Tensor]:
         """The same of some rows."""
-        noise = draws.gumbel(self.reading.seed, draws.TOKEN, *names, ids)
+        noise = row_memory.gumbel(self.reading.seed, row_memory.TOKEN, *names, ids)
         score, choice = noise.mul_(self.reading.temperature).add_(logits).max(-1)
         high = score.float()
         low = (score - high.double()).nan_to_num(0.0).float()

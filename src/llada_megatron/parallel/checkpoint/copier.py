@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from llada_megatron.parallel.checkpoint.manifest import FileRecord, verify_digest
-from llada_megatron.parallel.lifetime import die_with_parent
+from llada_megatron.parallel.parent_death import die_with_parent
 
 _NICENESS = 10
 

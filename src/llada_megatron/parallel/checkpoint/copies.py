@@ -21,9 +21,9 @@ import torch
 from torch import distributed as dist
 
 from llada_megatron.llada_moe.errors import LladaError, ResourceError
-from llada_megatron.parallel.agreement import agree, explain, on_rank_0
 from llada_megatron.parallel.checkpoint import manifest as manifests
-from llada_megatron.parallel.checkpoint.shelf import Shelf, fault, remove
+from llada_megatron.parallel.checkpoint.retention import Retention, fault, remove
+from llada_megatron.parallel.collectives import agree, explain, on_rank_0
 
 _POLL_S = 0.2
 
@@ -43,7 +43,7 @@ class _Order:
 class Copies:
     """A second directory of a run's checkpoints."""
 
-    def __init__(self, shelf: Shelf, report: Callable[[str], None]) -> None:
+    def __init__(self, shelf: Retention, report: Callable[[str], None]) -> None:
         """`report` receives one-line messages, on rank 0 only."""
         self._shelf, self._report = shelf, report
         self._waiting: Path | None = None

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llada_megatron.llada_moe.config import from_dict, to_dict
-from llada_megatron.llada_moe.config.architecture import architecture
-from llada_megatron.llada_moe.config.schema import ModelConfig, RunConfig
+from llada_megatron.llada_moe.config.model import ModelConfig, architecture
+from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.parallel.checkpoint import manifest as checkpoint_manifest
 

@@ -24,24 +24,24 @@ from megatron.core import dist_checkpointing
 from torch import distributed as dist
 
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, LladaError, ResourceError
-from llada_megatron.parallel.agreement import agree, as_error, explain, on_rank_0, try_together
 from llada_megatron.parallel.checkpoint import manifest as manifests
 from llada_megatron.parallel.checkpoint import safety
-from llada_megatron.parallel.checkpoint import writer as writing
+from llada_megatron.parallel.checkpoint import saving_process as writing
 from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError, Manifest
-from llada_megatron.parallel.checkpoint.shelf import Shelf, remove
+from llada_megatron.parallel.checkpoint.retention import Retention, remove
+from llada_megatron.parallel.collectives import agree, as_error, explain, on_rank_0, try_together
 
 _HEADROOM = 1.02  # what file formats add to the bytes of the tensors
 
 
 @dataclass
-class _Pending:
+class _PendingSave:
     """A save that has been planned and is being written."""
 
     step: int
     directory: Path
     facts: dict[str, Any]
-    plan: writing.Plan
+    plan: writing.WritePlan
     process: writing.BackgroundWrite | None
 
 
@@ -68,12 +68,12 @@ class CheckpointStore:
             copies: a second directory of the same run's checkpoints, which `latest` looks into as well.
         """
         self.directory = Path(directory).absolute()
-        self.shelf = Shelf(self.directory, max(1, keep_last), keep_every)
+        self.shelf = Retention(self.directory, max(1, keep_last), keep_every)
         self.copies = Path(copies).absolute() if copies else None
         self.spared: Collection[str] = ()
         """Names of step directories that are being read, and stay for that time (of rank 0)."""
         self._report = report or (lambda text: print(text, file=sys.stderr, flush=True))
-        self._pending: _Pending | None = None
+        self._pending: _PendingSave | None = None
         self._verified: Path | None = None
         reason = writing.why_not_asynchronous() if asynchronous else None
         self._asynchronous = asynchronous and reason is None
@@ -129,7 +129,7 @@ class CheckpointStore:
             self._discard(directory)
             raise
         process = writing.BackgroundWrite(planned) if self._asynchronous else None
-        self._pending = _Pending(step, directory, dict(facts), planned, process)
+        self._pending = _PendingSave(step, directory, dict(facts), planned, process)
         if process is None:
             self.finish()
 
@@ -176,7 +176,7 @@ class CheckpointStore:
 
         on_rank_0(check)
 
-    def _complete(self, pending: _Pending, parts: list[writing.Written]) -> Path:
+    def _complete(self, pending: _PendingSave, parts: list[writing.WrittenFile]) -> Path:
         """Rank 0: turn what the ranks wrote into a checkpoint, or say why it cannot be one."""
         reason = next((f"rank {rank}: {part.error}" for rank, part in enumerate(parts) if part.error), None)
         try:
@@ -188,7 +188,7 @@ class CheckpointStore:
             f"the checkpoint of step {pending.step} could not be written ({reason}); earlier checkpoints are untouched"
         )
 
-    def _publish(self, pending: _Pending, parts: list[writing.Written]) -> Path:
+    def _publish(self, pending: _PendingSave, parts: list[writing.WrittenFile]) -> Path:
         """Complete the partial directory, verify it, and give it its name."""
         directory = pending.directory
         pending.plan.writer.finish(pending.plan.metadata, [part.results for part in parts])

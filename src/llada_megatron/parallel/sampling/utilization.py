@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from llada_megatron.llada_moe.config.schema import RunConfig
-from llada_megatron.llada_moe.sampling.canvas import Draft
+from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.sampling.loop import Method
+from llada_megatron.llada_moe.sampling.token_buffer import Request
 from llada_megatron.parallel.ranks import run_ranks
-from llada_megatron.parallel.sampling.report import Report
+from llada_megatron.parallel.sampling.stage import GenerationReport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +21,14 @@ class Load:
 
     run: RunConfig
     method: Method
-    drafts: Sequence[Draft]
+    drafts: Sequence[Request]
     """Every data-parallel replica writes all of them."""
     batch_size: int
 
 
 def stage_reports(
     load: Load, groups: Sequence[int], repeats: int = 1, timeout: float = 600.0
-) -> dict[int, list[Report]]:
+) -> dict[int, list[GenerationReport]]:
     """Write the same drafts with each number of groups in turn, on forked processes of this machine.
 
     Args:
@@ -41,26 +41,26 @@ def stage_reports(
         By the number of groups the report of each rank.
     """
     parts = run_ranks(_measure, load.run.layout.world_size, load, list(groups) * repeats, timeout=timeout)
-    best: dict[int, list[Report]] = {}
+    best: dict[int, list[GenerationReport]] = {}
     for number, *reports in zip(list(groups) * repeats, *parts, strict=True):
         if number not in best or reports[0].seconds < best[number][0].seconds:
             best[number] = reports
     return best
 
 
-def _measure(load: Load, groups: Sequence[int]) -> list[Report]:
+def _measure(load: Load, groups: Sequence[int]) -> list[GenerationReport]:
     """On a rank: one report for each number of groups."""
-    from llada_megatron.parallel import assembly, topology
-    from llada_megatron.parallel.inference import LoadedModel
-    from llada_megatron.parallel.sampling.writer import Writer
+    from llada_megatron.parallel import build, topology
+    from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
+    from llada_megatron.parallel.sampling.generator import Generator
 
     topology.initialize(load.run.layout, 0)
-    loaded = LoadedModel(assembly.build_run_chunks(load.run)[0].eval(), load.run, Path(), {})
-    for _ in Writer(loaded, load.method, load.batch_size, max(groups)).steps(load.drafts[: load.batch_size]):
+    loaded = LoadedModel(build.build_run_chunks(load.run)[0].eval(), load.run, Path(), {})
+    for _ in Generator(loaded, load.method, load.batch_size, max(groups)).steps(load.drafts[: load.batch_size]):
         pass  # the first passes make buffers and connections
     reports = []
     for number in groups:
-        writer = Writer(loaded, load.method, load.batch_size, number)
+        writer = Generator(loaded, load.method, load.batch_size, number)
         torch.distributed.barrier()
         for _ in writer.steps(load.drafts):
             pass

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llada_megatron.llada_moe.config.schema import ModelConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
 
 
 @dataclass(frozen=True)

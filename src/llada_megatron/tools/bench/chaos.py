@@ -20,7 +20,7 @@ from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.tools.bench.claims import Claim, at_least, at_most, reported
 
 if TYPE_CHECKING:
-    from llada_megatron.tools.bench.faults.course import Recovery
+    from llada_megatron.tools.bench.faults.course import FaultOutcome
     from llada_megatron.tools.bench.faults.small_run import Submitted, Workplace
     from llada_megatron.tools.bench.private_slurm import PrivateSlurm
 
@@ -60,7 +60,9 @@ def _undisturbed(place: Workplace, slurm: PrivateSlurm, steps: str) -> Submitted
     return job
 
 
-def _disturbed(place: Workplace, slurm: PrivateSlurm, plan: Sequence, steps: str) -> tuple[Submitted, list[Recovery]]:
+def _disturbed(
+    place: Workplace, slurm: PrivateSlurm, plan: Sequence, steps: str
+) -> tuple[Submitted, list[FaultOutcome]]:
     """The disturbed run saves in the background, where the installed versions can."""
     from llada_megatron.tools.bench.faults import course, not_a_number
 
@@ -79,7 +81,7 @@ def _wait_for_end(slurm: PrivateSlurm, job: Submitted) -> None:
     watching.wait_until(lambda: slurm.state(job.id) in watching.OVER, f"the end of job {job.id}", 1800, 0.5)
 
 
-def _outcome(calm: Submitted, job: Submitted, planned: int, recoveries: Sequence[Recovery]) -> list[Claim]:
+def _outcome(calm: Submitted, job: Submitted, planned: int, recoveries: Sequence[FaultOutcome]) -> list[Claim]:
     """What must hold."""
     from llada_megatron.parallel.checkpoint import manifest as manifests
     from llada_megatron.tools.bench.faults import watching
@@ -99,7 +101,7 @@ def _outcome(calm: Submitted, job: Submitted, planned: int, recoveries: Sequence
     ]
 
 
-def _costs(calm: Submitted, job: Submitted, recoveries: Sequence[Recovery]) -> list[Claim]:
+def _costs(calm: Submitted, job: Submitted, recoveries: Sequence[FaultOutcome]) -> list[Claim]:
     """What the faults and the saves took."""
     from llada_megatron.tools.bench.faults import watching
     from llada_megatron.tools.bench.faults.drawing import KINDS

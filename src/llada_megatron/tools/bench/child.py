@@ -34,7 +34,7 @@ class Child:
 
 def run_child(command: Sequence[str]) -> Child:
     """Run a command and wait for it; its stderr goes where ours goes."""
-    from llada_megatron.parallel.peak import RSS_UNIT
+    from llada_megatron.parallel.training.peak import RSS_UNIT
 
     starter = [sys.executable, "-I", "-S", "-c", _STARTER, *command]
     printed = subprocess.run(starter, stdout=subprocess.PIPE, text=True, check=True).stdout

@@ -26,7 +26,7 @@ from llada_megatron.tools.bench.claims import Claim, at_least, at_most, reported
 if TYPE_CHECKING:
     import torch
 
-    from llada_megatron.llada_moe.config.schema import ModelConfig
+    from llada_megatron.llada_moe.config.model import ModelConfig
     from llada_megatron.llada_moe.huggingface.safetensors_writer import ShardWriter
 
 MEMORY_GOAL_GB, TIME_GOAL, SIZE_GOAL_GB = 2.0, 3.0, 8.0

@@ -5,18 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from llada_megatron.llada_moe.config.schema import (
-    DataConfig,
-    DataSetConfig,
-    LayoutConfig,
-    LearningRateConfig,
-    ModelConfig,
-    MoEConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig
+from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.config.training import TrainingConfig
 
 DENSE = ModelConfig(
     family="llada",

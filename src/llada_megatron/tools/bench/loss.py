@@ -115,7 +115,8 @@ def _peak(problem: Problem, loss: Callable[[], torch.Tensor]) -> int:
 def _problem(args: argparse.Namespace) -> Problem:
     import torch
 
-    from llada_megatron.llada_moe.config.schema import LayoutConfig, ModelConfig
+    from llada_megatron.llada_moe.config.layout import LayoutConfig
+    from llada_megatron.llada_moe.config.model import ModelConfig
     from llada_megatron.llada_moe.model.transformer import build_model, transformer_config
 
     model = ModelConfig(

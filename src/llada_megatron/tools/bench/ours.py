@@ -6,21 +6,17 @@ from collections.abc import Sequence
 
 import torch
 
-from llada_megatron.llada_moe.config.schema import (
-    DataConfig,
-    DataSetConfig,
-    LearningRateConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
+from llada_megatron.llada_moe.config.intervals import LoggingConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
+from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.data.batch import Batch
 from llada_megatron.llada_moe.model.patterns import whole_sequences
-from llada_megatron.parallel.assembly import build_run_chunks, wrap
-from llada_megatron.parallel.optimizer import build_optimizer
-from llada_megatron.parallel.step import TrainingStep
+from llada_megatron.parallel.build import build_run_chunks, wrap
+from llada_megatron.parallel.training.optimizer import build_optimizer
+from llada_megatron.parallel.training.step import TrainingStep
 from llada_megatron.tools.bench.batches import MaskedBatch
 
 
@@ -37,7 +33,7 @@ class FixedData:
         return self.current
 
 
-class Ours:
+class OurStep:
     """Model, optimizer and step of a run of one process, as `llada train` builds them."""
 
     def __init__(self, run: RunConfig) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from llada_megatron.console import message
-from llada_megatron.llada_moe.config.schema import LayoutConfig, RunConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.tools.bench.claims import Claim, at_most
 from llada_megatron.tools.bench.layouts import DENSE_LAYOUTS, MODELS, MOE_LAYOUTS, parity_run
 
@@ -108,12 +109,13 @@ def rank_gradients(run: RunConfig) -> tuple[float, float, list[tuple[str, Sequen
     """On one rank: loss, gradient norm, and this rank's parts of the gradients of step 0."""
     import torch
 
-    from llada_megatron.parallel import assembly, optimizer, topology
-    from llada_megatron.parallel.step import TrainingStep
+    from llada_megatron.parallel import build, topology
+    from llada_megatron.parallel.training import optimizer
+    from llada_megatron.parallel.training.step import TrainingStep
 
     topology.initialize(run.layout, run.training.seed)
-    chunks = assembly.build_run_chunks(run)
-    models = assembly.wrap(run, chunks)
+    chunks = build.build_run_chunks(run)
+    models = build.wrap(run, chunks)
     step = TrainingStep(run, models, optimizer.build_optimizer(run, models), SyntheticData(run))
     loss = step.gradients(0).loss
     # tensor ranks hold the loss of the same rows, so the sum over the world counts each tensor_parallel times
@@ -141,7 +143,7 @@ def gradient_parts(chunks: Sequence[Any]) -> list[tuple[str, Sequence[int], Sequ
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from llada_megatron.parallel import assembly
+    from llada_megatron.parallel import sharded_state
 
     parts = []
     for chunk in chunks:
@@ -149,7 +151,7 @@ def gradient_parts(chunks: Sequence[Any]) -> list[tuple[str, Sequence[int], Sequ
         kept = {name: parameter.data for name, parameter in named.items()}
         for parameter in named.values():
             parameter.data = parameter.main_grad.to(parameter.dtype)
-        for entry in nested_values(assembly.apply_factories_copy(chunk)):
+        for entry in nested_values(sharded_state.apply_factories_copy(chunk)):
             if isinstance(entry, ShardedTensor) and "expert_bias" not in entry.key:
                 values = entry.data.detach().reshape((1,) * entry.prepend_axis_num + tuple(entry.data.shape))
                 parts.append((entry.key, entry.global_shape, entry.global_offset, values.float().numpy().copy()))
@@ -173,7 +175,7 @@ class SyntheticData:
         )
 
     def batch(self, indices: Sequence[int]) -> Any:
-        """Samples as `llada_moe.data.loader.TrainingData.batch` gives them."""
+        """Samples as `llada_moe.data.training_data.TrainingData.batch` gives them."""
         from llada_megatron.llada_moe.data.batch import collate
 
         return collate([self._row(number) for number in indices])
@@ -182,8 +184,8 @@ class SyntheticData:
         import numpy as np
 
         from llada_megatron.llada_moe.data.batch import autoregressive_row, diffusion_row
-        from llada_megatron.llada_moe.data.loader import special_ids
-        from llada_megatron.llada_moe.diffusion.noise import Coordinates, Words
+        from llada_megatron.llada_moe.data.training_data import special_ids
+        from llada_megatron.llada_moe.diffusion.noise import ReplacementVocabulary, SampleCoordinates
 
         length = self.run.training.sequence_length
         generator = np.random.default_rng(number)
@@ -192,6 +194,6 @@ class SyntheticData:
         boundaries = np.sort(np.concatenate([[0, length], cuts])).astype(np.int32)
         if self.noise is None:
             return autoregressive_row(tokens, boundaries)
-        noise = self.noise.corrupt(Coordinates(number, 0, 0, number), length)
-        words = Words(self.run.model.vocab_size, special_ids(self.run.model))
+        noise = self.noise.corrupt(SampleCoordinates(number, 0, 0, number), length)
+        words = ReplacementVocabulary(self.run.model.vocab_size, special_ids(self.run.model))
         return diffusion_row(tokens, boundaries, noise, self.run.model.mask_token_id, words)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llada_megatron.llada_moe.config.schema import ModelConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.tools.bench.batches import MaskedBatch
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from llada_megatron.llada_moe.errors import ResourceError
-from llada_megatron.parallel.lifetime import die_with_parent
+from llada_megatron.parallel.parent_death import die_with_parent
 
 PROGRAMS = ("sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel", "slurmctld", "slurmd", "munged")
 PACKAGES = "slurmctld slurmd slurm-client munge"

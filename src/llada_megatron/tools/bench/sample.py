@@ -22,8 +22,8 @@ from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.tools.bench.claims import Claim, at_least, at_most, reported
 
 if TYPE_CHECKING:
-    from llada_megatron.parallel.inference import LoadedModel
-    from llada_megatron.tools.bench.sampling.contenders import Contender, Entry, Ours
+    from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
+    from llada_megatron.tools.bench.sampling.contenders import Candidate, Contender, OurCandidate
     from llada_megatron.tools.bench.sampling.measuring import Figures
     from llada_megatron.tools.bench.sampling.peers import Peers
 
@@ -132,8 +132,8 @@ def _models(directory: Path, threads: int) -> dict[str, Path]:
 @contextlib.contextmanager
 def _loaded(paths: dict[str, Path]) -> Iterator[dict[str, LoadedModel]]:
     """All models at once, in a world of this process alone."""
-    from llada_megatron.llada_moe.config.schema import LayoutConfig
-    from llada_megatron.parallel.inference import load_checkpoint
+    from llada_megatron.llada_moe.config.layout import LayoutConfig
+    from llada_megatron.parallel.checkpoint.loaded_model import load_checkpoint
     from llada_megatron.tools.bench.single import single_process
 
     with single_process():
@@ -141,14 +141,14 @@ def _loaded(paths: dict[str, Path]) -> Iterator[dict[str, LoadedModel]]:
 
 
 def _compare(
-    args: argparse.Namespace, entries: Sequence[Entry], loaded: dict[str, LoadedModel], peers: Peers | None
+    args: argparse.Namespace, entries: Sequence[Candidate], loaded: dict[str, LoadedModel], peers: Peers | None
 ) -> list[Claim]:
     """One sequence at a time, then the best presets in batches; prints the tables and draws the picture."""
     from llada_megatron.tools.bench.sampling import contenders, measuring, models
 
     recipe = models.RECIPES["bidirectional"]
     prompts = [recipe.language.held_out(number).prompt for number in range(args.prompts)]
-    ours = contenders.Ours(loaded, recipe.new_tokens)
+    ours = contenders.OurCandidate(loaded, recipe.new_tokens)
     entrants = _entrants(ours, entries, peers)
     alone = measuring.measure(entrants, prompts, recipe.language, args.rounds, args.batch_size)
     reference = alone[contenders.LLADA_PEER if peers else contenders.LLADA.name + contenders.WHOLE]
@@ -169,7 +169,7 @@ def _compare(
     ]
 
 
-def _entrants(ours: Ours, entries: Sequence[Entry], peers: Peers | None) -> list[Contender]:
+def _entrants(ours: OurCandidate, entries: Sequence[Candidate], peers: Peers | None) -> list[Contender]:
     """Who takes part one sequence at a time; those that are compared closely run one after another."""
     from llada_megatron.tools.bench.sampling.contenders import DUAL, LLADA, peers_contenders
 
@@ -258,7 +258,7 @@ def _batch_claims(alone: dict[str, Figures], together: dict[str, Figures]) -> li
     return claims
 
 
-def _bytes_claims(entries: Sequence[Entry], paths: dict[str, Path]) -> list[Claim]:
+def _bytes_claims(entries: Sequence[Candidate], paths: dict[str, Path]) -> list[Claim]:
     """The most that leaves a rank for a row, over all presets, greedy and at temperature 1."""
     from llada_megatron.tools.bench.sampling.packets import LAYOUTS, bytes_per_row
 

@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 
 
 @contextlib.contextmanager

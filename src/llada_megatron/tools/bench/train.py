@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import message
-from llada_megatron.llada_moe.config.schema import ModelConfig, MoEConfig
+from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
 from llada_megatron.llada_moe.model.flops import FORMULA, flops_per_token
 from llada_megatron.tools.bench.claims import Claim, at_least, reported
 
@@ -133,10 +133,10 @@ def _compare(name: str, repeats: int) -> list[Claim]:
 def _contenders(name: str) -> tuple[dict[str, Callable[[MaskedBatch], float]], str]:
     """The steps to compare, and which experts implementation is the peer's fastest."""
     from llada_megatron.tools.bench import peer
-    from llada_megatron.tools.bench.ours import Ours, run_config
+    from llada_megatron.tools.bench.ours import OurStep, run_config
 
     model = MODELS[name]
-    ours = Ours(run_config(model, SEQUENCES, LENGTH, LEARNING_RATE, CLIP))
+    ours = OurStep(run_config(model, SEQUENCES, LENGTH, LEARNING_RATE, CLIP))
     implementation = _fastest_experts(model) if model.moe else None
     other = peer.Peer(peer.build(model, LENGTH, implementation), LEARNING_RATE, CLIP)
     rows_only = peer.Peer(peer.build(model, LENGTH, implementation), LEARNING_RATE, CLIP, rows_only=True)
@@ -168,7 +168,7 @@ def _take_turns(contenders: dict[str, Callable[[MaskedBatch], float]], model: Mo
     import torch
 
     from llada_megatron.parallel import device
-    from llada_megatron.parallel.peak import matmul_peak
+    from llada_megatron.parallel.training.peak import matmul_peak
 
     turns = Turns({name: [] for name in contenders})
     for turn in range(repeats + 1):

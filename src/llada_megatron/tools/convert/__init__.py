@@ -81,8 +81,8 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from llada_megatron.tools.convert.importing import ImportOptions, import_checkpoint
-    from llada_megatron.tools.convert.layouts import parse_layout
+    from llada_megatron.tools.convert.importer import ImportOptions, import_checkpoint
+    from llada_megatron.tools.convert.target import parse_layout
     from llada_megatron.tools.convert.tasks import default_workers
 
     options = ImportOptions(
@@ -95,7 +95,7 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from llada_megatron.tools.convert.exporting import ExportOptions, export_checkpoint
+    from llada_megatron.tools.convert.exporter import ExportOptions, export_checkpoint
     from llada_megatron.tools.convert.tasks import default_workers
 
     options = ExportOptions(
@@ -120,9 +120,9 @@ def _report(args: argparse.Namespace, summary: dict[str, Any], place: str) -> in
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from llada_megatron.tools.convert.opening import open_source
+    from llada_megatron.tools.convert.source import open_source
     from llada_megatron.tools.convert.tasks import default_workers
-    from llada_megatron.tools.convert.verifying import verify
+    from llada_megatron.tools.convert.verifier import verify
 
     if not 0 <= args.tolerance < math.inf:
         raise ConfigError(f"--tolerance {args.tolerance}: a number, 0 or more")
@@ -149,8 +149,8 @@ def _text(path: str) -> str:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from llada_megatron.tools.convert.inspecting import as_text, describe
-    from llada_megatron.tools.convert.opening import open_source
+    from llada_megatron.tools.convert.description import as_text, describe
+    from llada_megatron.tools.convert.source import open_source
 
     source = open_source(Path(args.source))
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from llada_megatron.llada_moe.config.schema import ModelConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.huggingface.weights import BLOCK_ELEMENTS
 from llada_megatron.llada_moe.model.parameters import count_parameters

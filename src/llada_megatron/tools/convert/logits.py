@@ -1,27 +1,33 @@
-"""The logits of a checkpoint of either kind on a text, computed by our model in float32."""
+"""The logits of checkpoints of either kind on a text, computed by our model in float32, and how two compare."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
-from llada_megatron.llada_moe.config.schema import ModelConfig, ObjectiveConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 from llada_megatron.llada_moe.errors import LladaError
 from llada_megatron.llada_moe.huggingface.weights import Unit, units
 from llada_megatron.llada_moe.model.parameters import count_parameters
 from llada_megatron.parallel import device
-from llada_megatron.tools.convert.opening import Source, unit_bytes
+from llada_megatron.tools.convert.source import CheckpointSource, stored_bytes, unit_bytes
+from llada_megatron.tools.convert.tasks import progress_bar
 
 TEXT = """\
 It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. \
 学而时习之，不亦说乎？ def gcd(a, b): return a if b == 0 else gcd(b, a % b)  # 1071 and 462 have 21.
 """
 """Dickens, Confucius, Euclid: words, another script, code and numbers."""
+
 _MASKED_EVERY = 6
+
 _LONGEST = 256
 
 
@@ -33,7 +39,7 @@ def missing_memory(model: ModelConfig) -> str | None:
     return None
 
 
-def token_ids(a: Source, b: Source, text: str | None) -> tuple[torch.Tensor, str]:
+def token_ids(a: CheckpointSource, b: CheckpointSource, text: str | None) -> tuple[torch.Tensor, str]:
     """`[1, seq]` ids of the text, every sixth masked for a model of masks; and what they are.
 
     Args:
@@ -47,7 +53,7 @@ def token_ids(a: Source, b: Source, text: str | None) -> tuple[torch.Tensor, str
 
 
 def logits(
-    source: Source, objective: ObjectiveConfig, tokens: torch.Tensor, show: Callable[[int], object]
+    source: CheckpointSource, objective: ObjectiveConfig, tokens: torch.Tensor, show: Callable[[int], object]
 ) -> torch.Tensor:
     """Logits `[seq, vocab]` of `tokens` `[1, seq]`, float32, with the attention of `objective`.
 
@@ -55,7 +61,7 @@ def logits(
         show: told how many bytes of weights were read.
     """
     device.install()
-    from llada_megatron.parallel.inference import open_weights
+    from llada_megatron.parallel.checkpoint.loaded_model import open_weights
 
     by_place: dict[tuple[str, tuple[int, ...]], list[Unit]] = {}
     for unit in units(source.model):
@@ -76,7 +82,7 @@ def logits(
             return model(tokens, boundaries, rows=rows).float()
 
 
-def _encode(a: Source, b: Source, text: str | None) -> tuple[list[int], str]:
+def _encode(a: CheckpointSource, b: CheckpointSource, text: str | None) -> tuple[list[int], str]:
     """Ids, and in words what they are."""
     obstacles = []
     for source in (a, b):
@@ -102,3 +108,68 @@ def _ids(tokenizer: Path, text: str, vocabulary: int) -> list[int] | str:
     if max(ids) >= vocabulary:
         return f"the tokenizer of {tokenizer} gives id {max(ids)}, beyond the vocabulary of {vocabulary}"
     return ids
+
+
+ROUNDING = 1e-6
+"""Of the largest logit: a float32 product of equal matrices may differ by it, with where they lie in memory."""
+
+
+def compare_logits(a: CheckpointSource, b: CheckpointSource, text: str | None, tolerance: float) -> dict[str, Any]:
+    """How the logits of both compare.
+
+    Args:
+        text: None = a few sentences.
+        tolerance: largest absolute difference that counts as equal, beside that of rounding.
+
+    Returns:
+        JSON values: whether they were `compared`, or else why `not_compared`; whether they are `equal`; the `largest`
+        difference, null where only one of two is a number; the `first_position` that differs, its `token`, and
+        `apart_there`; what the logits of the first `reach`; what they were computed `on`.
+    """
+    obstacle = missing_memory(a.model)
+    if obstacle:
+        unknown = dict.fromkeys(("equal", "largest", "first_position", "token", "apart_there", "reach", "on"))
+        return {"compared": False, "not_compared": obstacle, **unknown}
+    tokens, how = token_ids(a, b, text)
+    if (a.objective.kind, a.objective.block_size) != (b.objective.kind, b.objective.block_size):
+        how += f", both with the attention of {a.directory}"
+    with progress_bar("logits", stored_bytes(a) + stored_bytes(b)) as show:
+        one, other = (logits(source, a.objective, tokens, show) for source in (a, b))
+    same = (one == other) | (one.isnan() & other.isnan())
+    apart = torch.where(same, 0.0, (one - other).abs()).amax(dim=1)
+    reach = float(one[one.isfinite()].abs().max()) if one.isfinite().any() else 0.0
+    differing = (~(apart <= max(tolerance, ROUNDING * reach))).nonzero()
+    first = int(differing[0]) if len(differing) else None
+    return {
+        "compared": True,
+        "not_compared": None,
+        "equal": first is None,
+        "largest": _number(float(apart.max())),
+        "first_position": first,
+        "token": None if first is None else int(tokens[0, first]),
+        "apart_there": None if first is None else _number(float(apart[first])),
+        "reach": reach,
+        "on": how,
+    }
+
+
+def as_line(found: dict[str, Any]) -> str:
+    """The same for people."""
+    if not found["compared"]:
+        return f"logits: not compared: {found['not_compared']}"
+    largest, reach = _words(found["largest"]), f"logits reach {found['reach']:.3g}"
+    if found["equal"]:
+        return f"logits: equal on {found['on']} (largest difference {largest}, {reach})"
+    return (
+        f"logits: on {found['on']} they differ by up to {largest}, first at position {found['first_position']} (token "
+        f"{found['token']}, by {_words(found['apart_there'])}); {reach}"
+    )
+
+
+def _number(value: float) -> float | None:
+    """JSON has no others."""
+    return value if math.isfinite(value) else None
+
+
+def _words(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""Where a conversion may put its output, and the lock that keeps a second process away from it."""
+"""Where a conversion may put its output, for which layout, and the lock that keeps a second process away from it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,49 @@ from pathlib import Path
 from typing import TextIO
 
 from llada_megatron.console import message
+from llada_megatron.llada_moe.config.layout import LayoutConfig, check_layout, data_parallel_for_experts
+from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, LladaError, ResourceError
 
+AXES = ("tensor_parallel", "pipeline_parallel", "pipeline_chunks_per_rank", "expert_parallel", "expert_tensor_parallel")
+"""The axes that cut weights; the others hold copies."""
+
+
+def parse_layout(text: str | None) -> LayoutConfig:
+    """`tensor_parallel=2,expert_parallel=4` as a layout with as many data-parallel ranks as the experts need.
+
+    Raises:
+        ConfigError: an axis that cuts no weights or is given twice, or a value that is no number from 1.
+    """
+    axes: dict[str, int] = {}
+    for word in text.split(",") if text else ():
+        name, _, value = word.strip().partition("=")
+        if name not in AXES or not value.isdecimal() or int(value) < 1:
+            raise ConfigError(f"--layout {word}: it takes {', '.join(f'{axis}=N' for axis in AXES)}, with commas")
+        if name in axes:
+            raise ConfigError(f"--layout {text}: {name} twice")
+        axes[name] = int(value)
+    tensor = axes.get("tensor_parallel", 1)
+    data = data_parallel_for_experts(tensor, axes.get("expert_parallel", 1), axes.get("expert_tensor_parallel", 1))
+    return LayoutConfig(**axes, data_parallel=data, sequence_parallel=tensor > 1)
+
+
+def require_layout(run: RunConfig) -> None:
+    """Raises: ConfigError: the run's model cannot be cut as its layout says; with every reason."""
+    reasons: list[str] = []
+    check_layout(run, lambda key, reason: reasons.append(f"{key.removeprefix('layout.')}: {reason}"))
+    if reasons:
+        raise ConfigError(f"--layout: {'; '.join(reasons)}")
+
+
 _LOCK = "lock"
+
 _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN)
+
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 

@@ -1,9 +1,10 @@
-"""Runs the tasks of a conversion in threads, skips those done before, and shows how far it is."""
+"""How many files a conversion may hold open at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import sys
 import threading
@@ -18,7 +19,36 @@ from typing import Any
 from llada_megatron.console import message
 from llada_megatron.tools.convert.workspace import Workspace
 
+_OTHERS = 64  # libraries, streams, the journal
+
+
+def workers_for_files(workers: int, files_each: int, files: int) -> int:
+    """How many of `workers` threads may run, with this process's limit raised as far as is needed and allowed.
+
+    Args:
+        files_each: most files that one thread writes at a time.
+        files: those open for all of them.
+    """
+    fixed = files + _OTHERS
+    wanted = fixed + workers * files_each
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and limit < wanted:
+        raised = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+        with contextlib.suppress(OSError, ValueError):  # refused where the system has a lower limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, most))
+            limit = raised
+        if limit < wanted:
+            fewer = max(1, (limit - fixed) // files_each)
+            message(
+                f"{fewer} workers instead of {workers}: each may write {files_each} files at a time, and this process "
+                f"may open {limit} (raise the hard limit, `ulimit -Hn`, for more)"
+            )
+            return min(fewer, workers)
+    return workers
+
+
 MOST_WORKERS = 8
+
 _LINE_SECONDS = 30.0
 
 
@@ -26,7 +56,7 @@ class StoppedError(Exception):
     """Raised inside a task when another one failed or the user interrupted; never seen outside."""
 
 
-class Progress:
+class ByteProgress:
     """Bytes done, told by tasks in several threads; `advance` is also where a task learns that it should stop."""
 
     def __init__(self, advance: Callable[[int], object]) -> None:
@@ -50,7 +80,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Result:
+class TaskResult:
     """What a task has done."""
 
     record: Any = None
@@ -64,7 +94,7 @@ class Task:
     """A part of a conversion that is done as a whole or again. It tells its progress in bytes of both kinds."""
 
     number: int
-    run: Callable[[Progress], Result]
+    run: Callable[[ByteProgress], TaskResult]
     writes: int = 0
     """Bytes of tensors that it writes."""
     reads: int = 0
@@ -96,20 +126,20 @@ def run_tasks(workspace: Workspace, tasks: Sequence[Task], workers: int, title: 
     with progress_bar(title, sum(task.size for task in tasks)) as show:
         show(sum(task.size for task in tasks if task.number in records))
 
-        def work(task: Task, progress: Progress) -> None:
+        def work(task: Task, progress: ByteProgress) -> None:
             progress.advance(0)  # a task that waited is not begun any more
             result = task.run(progress)
             workspace.finish(task.number, result.record, result.files)
             records[task.number] = result.record
 
-        failures = _run(work, open_tasks, workers, Progress(show))
+        failures = _run(work, open_tasks, workers, ByteProgress(show))
     for failure in sorted(failures, key=lambda error: isinstance(error, StoppedError)):
         raise failure
     return [records[task.number] for task in tasks]
 
 
 def _run(
-    work: Callable[[Task, Progress], None], tasks: Sequence[Task], workers: int, progress: Progress
+    work: Callable[[Task, ByteProgress], None], tasks: Sequence[Task], workers: int, progress: ByteProgress
 ) -> list[BaseException]:
     """Work on the tasks in threads until all are done or one fails; what those raised that did."""
     pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="convert")
@@ -125,7 +155,7 @@ def _run(
 
 
 @contextlib.contextmanager
-def _postponed_interrupt(progress: Progress) -> Iterator[None]:
+def _postponed_interrupt(progress: ByteProgress) -> Iterator[None]:
     """Ctrl-C stops the tasks, and is raised when they have: until then the files and the lock on them are in use."""
     seen = False
 

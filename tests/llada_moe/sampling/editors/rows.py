@@ -10,7 +10,7 @@ from torch import Tensor
 from llada_megatron.llada_moe.sampling.editors import Editor
 from llada_megatron.llada_moe.sampling.loop import Method
 from llada_megatron.llada_moe.sampling.schedules import Schedule
-from llada_megatron.llada_moe.sampling.statistics import Reading
+from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
 from tests.llada_moe.sampling.toy import EOS, MASK, VOCAB, Logits
 
 DELETE, INSERT = 14, 15
@@ -18,7 +18,7 @@ DELETE, INSERT = 14, 15
 
 def method(schedule: Schedule, editor: Editor, stop_id: int | None = None, grid: int | None = None) -> Method:
     """Greedy, without a cache."""
-    reading = Reading(
+    reading = LogitsProcessor(
         needs=frozenset({*schedule.needs, *editor.needs}),
         excluded=[MASK, *{DELETE, INSERT} - set(editor.operations)],
         operations=editor.operations,

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from llada_megatron.llada_moe.model.windows import Window
 from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, Cache, Recompute
-from llada_megatron.llada_moe.sampling.canvas import Draft, continuation, infilling
 from llada_megatron.llada_moe.sampling.editors import Editor, Levenshtein, NoEditor, TokenEditing, WideIn, Wino
 from llada_megatron.llada_moe.sampling.loop import Finished, Group
 from llada_megatron.llada_moe.sampling.passes import Pass
 from llada_megatron.llada_moe.sampling.schedules import Threshold
 from llada_megatron.llada_moe.sampling.statistics import Reader, Statistics
+from llada_megatron.llada_moe.sampling.token_buffer import Request, continuation, infilling
 from tests.llada_moe.sampling.editors.rows import DELETE, INSERT, MASK, VOCAB, method
 from tests.llada_moe.sampling.toy import steps
 
@@ -86,7 +86,7 @@ class Compared:
 
 
 def run(
-    drafts: list[Draft], editor: Editor, cache: Cache, seed: int, slots: int, stop_id: int | None = 12
+    drafts: list[Request], editor: Editor, cache: Cache, seed: int, slots: int, stop_id: int | None = 12
 ) -> tuple[list[Finished], Compared]:
     schedule = WideIn(0.3) if isinstance(editor, Wino) else Threshold(0.4)
     how = dataclasses.replace(method(schedule, editor, stop_id, GRID), cache=cache)

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.llada_moe.sampling.canvas import Draft, continuation, infilling
 from llada_megatron.llada_moe.sampling.editors import Levenshtein, NoEditor, never_written
-from llada_megatron.llada_moe.sampling.rows import Rows
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps, Threshold
-from llada_megatron.llada_moe.sampling.statistics import Reader, Reading, Statistics
+from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor, Reader, Statistics
+from llada_megatron.llada_moe.sampling.token_buffer import LogitRows, Request, continuation, infilling
 from tests.llada_moe.sampling.editors.rows import DELETE, INSERT, MASK, method, probabilities, says
 from tests.llada_moe.sampling.toy import Logits, bidirectional, write
 
@@ -34,7 +33,7 @@ def answers(*script: list[int]) -> Logits:
     return logits
 
 
-def states(draft: Draft, logits: Logits, editor: Levenshtein = EDITOR) -> list[list[int]]:
+def states(draft: Request, logits: Logits, editor: Levenshtein = EDITOR) -> list[list[int]]:
     """What the model is shown in each pass, and the result."""
     finished, toy, _ = write([draft], method(Threshold(0.5), editor), logits)
     return [shown[0] for shown in toy.shown] + [finished[0].tokens]
@@ -161,7 +160,7 @@ def test_a_model_without_operations_is_refused():
         Levenshtein().start(1, 4)
 
 
-def plainly(draft: Draft, logits: Logits, threshold: float, editor: Levenshtein) -> tuple[list[int], int]:
+def plainly(draft: Request, logits: Logits, threshold: float, editor: Levenshtein) -> tuple[list[int], int]:
     """LLaDA2.2's loop over one block after another: tokens, and forward passes."""
     cells = [(MASK, True) if gap else (token, False) for token, gap in zip(draft.tokens, draft.gaps, strict=True)]
     passes = 0
@@ -245,10 +244,10 @@ def test_as_the_plain_loop(rows, block, threshold, edit_threshold, max_post_step
 def test_the_second_choice_is_read_from_shards_as_from_the_whole(temperature):
     logits = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
     logits[:25, DELETE] = 9.0
-    rows = Rows(*[torch.arange(50)] * 5)
-    reading = Reading(frozenset({"text", "entropy"}), [MASK], [DELETE, INSERT], temperature)
+    rows = LogitRows(*[torch.arange(50)] * 5)
+    reading = LogitsProcessor(frozenset({"text", "entropy"}), [MASK], [DELETE, INSERT], temperature)
     whole = Reader(reading, 0, lambda packet: packet[None]).read(logits, rows)
-    plain = Reading(frozenset(), [MASK, DELETE, INSERT], (), temperature)
+    plain = LogitsProcessor(frozenset(), [MASK, DELETE, INSERT], (), temperature)
     assert torch.equal(whole.text, Reader(plain, 0, lambda packet: packet[None]).read(logits, rows).token)
     packets: list[Tensor] = []
     for first in (0, 4, 8, 12):

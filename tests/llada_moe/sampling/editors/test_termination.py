@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_megatron.llada_moe.sampling.canvas import Draft, continuation, infilling
 from llada_megatron.llada_moe.sampling.editors import Editor, Levenshtein, TokenEditing, WideIn, Wino
 from llada_megatron.llada_moe.sampling.loop import Group
 from llada_megatron.llada_moe.sampling.passes import Pass
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps, Threshold
 from llada_megatron.llada_moe.sampling.statistics import Statistics
+from llada_megatron.llada_moe.sampling.token_buffer import Request, continuation, infilling
 from tests.llada_moe.sampling.editors.rows import DELETE, INSERT, MASK, method
 from tests.llada_moe.sampling.toy import steps
 
@@ -39,7 +39,7 @@ class Whim:
         return Statistics(chosen, sure, current=current, text=text)
 
 
-def bound(draft: Draft, editor: Editor) -> int:
+def bound(draft: Request, editor: Editor) -> int:
     """Steps that a sequence takes at most."""
     masks = [sum(draft.gaps[start:end]) for start, end in draft.blocks]
     budget = 0 if isinstance(editor, Wino) else editor.max_post_steps

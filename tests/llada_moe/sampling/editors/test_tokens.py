@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_megatron.llada_moe.config.schema import ObjectiveConfig
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.llada_moe.sampling.canvas import Draft, continuation
 from llada_megatron.llada_moe.sampling.editors import NoEditor, TokenEditing, trained_for_editing
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps, Threshold
+from llada_megatron.llada_moe.sampling.token_buffer import Request, continuation
 from tests.llada_moe.sampling.editors.rows import MASK, method, probabilities, says
 from tests.llada_moe.sampling.toy import Logits, bidirectional, write
 
@@ -19,7 +19,7 @@ TEXT = [5, 6, 7, 8, 9, 10, 11, 12]
 WRONG = 13
 
 
-def plainly(draft: Draft, logits: Logits, threshold: float, editor: TokenEditing) -> tuple[list[int], int]:
+def plainly(draft: Request, logits: Logits, threshold: float, editor: TokenEditing) -> tuple[list[int], int]:
     """LLaDA2.1's loop: tokens, and forward passes."""
     tokens = [MASK if gap else token for token, gap in zip(draft.tokens, draft.gaps, strict=True)]
     is_open, passes = list(draft.gaps), 0

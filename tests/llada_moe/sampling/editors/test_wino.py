@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llada_megatron.llada_moe.sampling.canvas import Draft, continuation
 from llada_megatron.llada_moe.sampling.editors import WideIn, Wino
 from llada_megatron.llada_moe.sampling.loop import Finished, Group, Method, Step
 from llada_megatron.llada_moe.sampling.passes import Pass
 from llada_megatron.llada_moe.sampling.schedules import Schedule, SlowFast
 from llada_megatron.llada_moe.sampling.statistics import Reader, Statistics
+from llada_megatron.llada_moe.sampling.token_buffer import Request, continuation
 from tests.llada_moe.sampling.editors.rows import MASK, method, probabilities, says
 from tests.llada_moe.sampling.toy import Logits, bidirectional, steps
 
@@ -41,7 +41,7 @@ def masked(tokens: Tensor, at: int) -> Tensor:
     return tokens.index_fill(0, torch.tensor([at]), MASK)
 
 
-def run(drafts: list[Draft], schedule: Schedule, editor: Wino, logits: Logits) -> tuple[list[Finished], list[Step]]:
+def run(drafts: list[Request], schedule: Schedule, editor: Wino, logits: Logits) -> tuple[list[Finished], list[Step]]:
     how = method(schedule, editor)
     size = max(len(draft.tokens) for draft in drafts), max(len(draft.blocks) for draft in drafts)
     taken = list(steps(Group(how, len(drafts), *size, MASK), drafts, Shadowed(logits, how)))
@@ -49,7 +49,7 @@ def run(drafts: list[Draft], schedule: Schedule, editor: Wino, logits: Logits) -
     return sorted(finished, key=lambda row: row.stream), taken
 
 
-def plainly(draft: Draft, logits: Logits, wide: WideIn, narrow: float) -> tuple[list[int], int]:
+def plainly(draft: Request, logits: Logits, wide: WideIn, narrow: float) -> tuple[list[int], int]:
     """The published loop: tokens, and forward passes."""
     tokens, passes = [MASK if gap else t for t, gap in zip(draft.tokens, draft.gaps, strict=True)], 0
     for start, end in draft.blocks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llada_megatron.llada_moe.huggingface.modeling_files import modeling_files
+from llada_megatron.llada_moe.huggingface.formats import modeling_files
 
 ONE_FORWARD = """
 import torch

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from llada_megatron.llada_moe.model.patterns import whole_sequences
-from llada_megatron.parallel.inference import open_checkpoint
+from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
 from llada_megatron.tools.bench.sampling import models
 from llada_megatron.tools.bench.sampling.language import Language
 from llada_megatron.tools.bench.sampling.models import Recipe, train_or_find
-from llada_megatron.tools.convert.inspecting import describe
-from llada_megatron.tools.convert.opening import open_source
+from llada_megatron.tools.convert.description import describe
+from llada_megatron.tools.convert.source import open_source
 from llada_megatron.tools.inspect import load_model
 
 TINY = Recipe(
@@ -91,10 +91,10 @@ def test_a_model_is_an_ordinary_checkpoint(directory):
 
 
 def test_training_learns(directory):
-    from llada_megatron.tools.bench.ours import Ours
+    from llada_megatron.tools.bench.ours import OurStep
     from llada_megatron.tools.bench.single import single_process
 
     with single_process():
-        ours = Ours(TINY.run)
+        ours = OurStep(TINY.run)
         losses = [ours.step_on(TINY.lessons.batch(0)) for _ in range(12)]
     assert losses[-1] < 0.8 * losses[0]

@@ -11,7 +11,7 @@ import torch
 
 from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.llada_moe.model.patterns import whole_sequences
-from llada_megatron.parallel.inference import open_checkpoint
+from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
 from llada_megatron.tools.bench.sampling.language import Language
 from llada_megatron.tools.bench.sampling.models import Recipe, train_or_find
 from llada_megatron.tools.bench.sampling.peer_files import import_peers

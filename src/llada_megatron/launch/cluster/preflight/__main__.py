@@ -13,17 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llada_megatron.launch.cluster.config import load_cluster
 from llada_megatron.launch.cluster.job import JobDirectory, Verdict
-from llada_megatron.launch.cluster.loader import load_cluster
 from llada_megatron.launch.cluster.node import Node
-from llada_megatron.launch.cluster.preflight.facts import gather
-from llada_megatron.launch.cluster.preflight.worker import Worker
+from llada_megatron.launch.cluster.preflight.device_process import DeviceProcess
+from llada_megatron.launch.cluster.preflight.node_report import gather
 from llada_megatron.llada_moe.config import load_run
 from llada_megatron.llada_moe.errors import LladaError
 
 if TYPE_CHECKING:
     from llada_megatron.launch.cluster.config import ClusterConfig
-    from llada_megatron.launch.cluster.preflight.facts import NodeFacts
+    from llada_megatron.launch.cluster.preflight.node_report import NodeReport
 
 _DEVICES_SHARE = 0.75
 """Of the time limit, for devices to answer: the first node must be there for the others even when its own hang."""
@@ -41,7 +41,7 @@ def main(job: str) -> int:
             node.job.write_verdict(node.attempt, Verdict("failed", f"the job's configuration is not valid: {error}"))
         return 1
     began, limit = time.monotonic(), cluster.preflight.timeout_s
-    worker = Worker()
+    worker = DeviceProcess()
     facts = gather(node.name, run.output_dir, node.job.run, worker, began + _DEVICES_SHARE * limit)
     folder = node.job.preflight(node.attempt)
     folder.mkdir(exist_ok=True)
@@ -49,16 +49,16 @@ def main(job: str) -> int:
     return _together(node, cluster, facts, worker, began + limit)
 
 
-def _together(node: Node, cluster: ClusterConfig, facts: NodeFacts, worker: Worker, deadline: float) -> int:
+def _together(node: Node, cluster: ClusterConfig, facts: NodeReport, worker: DeviceProcess, deadline: float) -> int:
     from torch.distributed import DistError
 
-    from llada_megatron.launch.cluster.meeting import open_store
-    from llada_megatron.launch.cluster.preflight.council import Council, attend
+    from llada_megatron.launch.cluster.preflight.coordinator import PreflightCoordinator, attend
+    from llada_megatron.launch.cluster.rendezvous import open_store
 
     try:
         store = open_store(node, max(1.0, deadline - time.monotonic()))
         if node.first:
-            Council(node, cluster, store, worker, deadline).hold(facts)
+            PreflightCoordinator(node, cluster, store, worker, deadline).hold(facts)
         else:
             attend(node, store, worker, facts)
     except (DistError, LladaError) as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from llada_megatron.llada_moe.config.schema import ModelConfig
+from pathlib import Path
+
+from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.huggingface.formats.bailing import BAILING, BAILING_V2
 from llada_megatron.llada_moe.huggingface.formats.llada import LLADA
@@ -45,3 +47,11 @@ def export_format(model: ModelConfig) -> Format:
         if table.exports is not None:
             return table
     raise CheckpointError(f"a model of family {model.family} cannot be exported: {tables[0].why_not_exported}")
+
+
+_ROOT = Path(__file__).parents[1] / "modeling"
+
+
+def modeling_files(folder: str) -> list[Path]:
+    """The files of the format whose own are in `modeling/<folder>`, and the one that all formats share."""
+    return sorted([*(_ROOT / folder).glob("*.py"), *(_ROOT / "common").glob("*.py")])

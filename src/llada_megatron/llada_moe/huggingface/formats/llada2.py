@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llada_megatron.llada_moe.config.schema import ModelConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.huggingface import weights as w
 from llada_megatron.llada_moe.huggingface.formats.table import Config, Export, Field, Format, head_dim
 

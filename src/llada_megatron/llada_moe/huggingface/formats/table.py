@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llada_megatron.llada_moe.config import from_dict, to_dict, validate_model
-from llada_megatron.llada_moe.config.architecture import architecture
-from llada_megatron.llada_moe.config.schema import ModelConfig, MoEConfig
+from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig, architecture
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 
 REQUIRED = object()

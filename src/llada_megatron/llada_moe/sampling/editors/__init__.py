@@ -10,7 +10,7 @@ from llada_megatron.llada_moe.sampling.editors.base import (
     trained_for_editing,
 )
 from llada_megatron.llada_moe.sampling.editors.levenshtein import Levenshtein
-from llada_megatron.llada_moe.sampling.editors.tokens import TokenEditing
+from llada_megatron.llada_moe.sampling.editors.token_editing import TokenEditing
 from llada_megatron.llada_moe.sampling.editors.wino import WideIn, Wino
 
 __all__ = [

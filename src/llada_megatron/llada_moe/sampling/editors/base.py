@@ -8,10 +8,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from llada_megatron.llada_moe.config.schema import ModelConfig, ObjectiveConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.sampling.statistics import Need, Statistics
-from llada_megatron.llada_moe.sampling.view import View
+from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Revision:
 class Revising(Protocol):
     """An editor at work on one group of slots."""
 
-    def revise(self, statistics: Statistics, view: View, chosen: Tensor) -> Revision:
+    def revise(self, statistics: Statistics, view: ActiveBlock, chosen: Tensor) -> Revision:
         """What becomes of a view whose schedule chose to commit `chosen` `[rows, columns]`.
 
         It must make progress: every row ends its block after finitely many steps. A row with masks of which none is
@@ -85,13 +86,13 @@ class NoEditor:
         """See `Editor`."""
         return self
 
-    def revise(self, statistics: Statistics, view: View, chosen: Tensor) -> Revision:
+    def revise(self, statistics: Statistics, view: ActiveBlock, chosen: Tensor) -> Revision:
         """See `Revising`."""
         masked = view.masked & ~chosen
         return Revision(commit(statistics, view, chosen), masked, ~masked.any(1))
 
 
-def commit(statistics: Statistics, view: View, chosen: Tensor) -> Tensor:
+def commit(statistics: Statistics, view: ActiveBlock, chosen: Tensor) -> Tensor:
     """The view's tokens with the chosen predictions written: `[rows, columns]`."""
     return statistics.token.where(chosen, view.tokens)
 

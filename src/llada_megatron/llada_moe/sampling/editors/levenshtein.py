@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.llada_moe.sampling.canvas import stretches
 from llada_megatron.llada_moe.sampling.editors.base import Revising, Revision, require_in_range
 from llada_megatron.llada_moe.sampling.schedules import best
 from llada_megatron.llada_moe.sampling.statistics import Need, Statistics
-from llada_megatron.llada_moe.sampling.view import View
+from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock, stretches
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class _Levenshtein:
         self._first = torch.zeros(slots, seq, dtype=torch.bool)  # the block's first masks, by column
         self._memory = [_Memory() for _ in range(slots)]
 
-    def revise(self, statistics: Statistics, view: View, chosen: Tensor) -> Revision:
+    def revise(self, statistics: Statistics, view: ActiveBlock, chosen: Tensor) -> Revision:
         """See `Revising`."""
         if statistics.text is None:
             raise RuntimeError("deleting and inserting needs a second choice; the reading lacks 'text'")
@@ -102,7 +101,7 @@ class _Levenshtein:
         self._first[view.slot, :width] = first
         return Revision(tokens, masked, done)
 
-    def _floor(self, statistics: Statistics, view: View, chosen: Tensor, first: Tensor) -> Tensor:
+    def _floor(self, statistics: Statistics, view: ActiveBlock, chosen: Tensor, first: Tensor) -> Tensor:
         """Further positions to commit in rows that commit any: bool `[rows, columns]`."""
         others = (view.masked & ~first).sum(1)
         least = torch.where(first.any(1), others + 1, view.masked.shape[1])
@@ -118,7 +117,7 @@ class _Levenshtein:
         memory.post += not has_first
         return last
 
-    def _written(self, statistics: Statistics, view: View, row: int, at: Tensor, last: bool) -> dict[int, int]:
+    def _written(self, statistics: Statistics, view: ActiveBlock, row: int, at: Tensor, last: bool) -> dict[int, int]:
         """Column -> token or operation of what a row writes at the columns `at`."""
         assert statistics.text is not None
         columns = at.nonzero().flatten().tolist()
@@ -138,7 +137,7 @@ class _Levenshtein:
         return {c: text[c] if c in dropped else token[c] for c in columns if is_masked[c] or c not in dropped}
 
     def _carry_out(
-        self, written: dict[int, int], row: int, view: View, tokens: Tensor, masked: Tensor, first: Tensor
+        self, written: dict[int, int], row: int, view: ActiveBlock, tokens: Tensor, masked: Tensor, first: Tensor
     ) -> None:
         """Write into a row of `tokens`, `masked` and `first`, each stretch between given tokens by itself."""
         free = view.masked[row] | view.editable[row]

@@ -10,7 +10,7 @@ from torch import Tensor
 from llada_megatron.llada_moe.sampling.editors.base import Revising, Revision, commit
 from llada_megatron.llada_moe.sampling.schedules import Stateless, best, top
 from llada_megatron.llada_moe.sampling.statistics import Need, Statistics
-from llada_megatron.llada_moe.sampling.view import View
+from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class WideIn(Stateless):
     least: int = 5
     most: int = 20
 
-    def select(self, statistics: Statistics, view: View) -> Tensor:
+    def select(self, statistics: Statistics, view: ActiveBlock) -> Tensor:
         """See `schedules.Running`."""
         cap = (view.masked.sum(1) * self.share).long().clamp(self.least, self.most)
         wide = view.masked & (statistics.confidence > self.threshold)
@@ -57,7 +57,7 @@ class _Wino:
         self._settings = settings
         self._committed = torch.zeros(slots, dtype=torch.int64)  # in each slot's last step
 
-    def revise(self, statistics: Statistics, view: View, chosen: Tensor) -> Revision:
+    def revise(self, statistics: Statistics, view: ActiveBlock, chosen: Tensor) -> Revision:
         """See `Revising`."""
         if statistics.current is None:
             raise RuntimeError("WINO judges written tokens by their probabilities; the reading lacks 'current'")

@@ -1,17 +1,17 @@
 """Which of the open positions are committed in a step: the published rules."""
 
 from llada_megatron.llada_moe.sampling.schedules.base import Running, Schedule, Stateless, best, top
-from llada_megatron.llada_moe.sampling.schedules.confidence import (
+from llada_megatron.llada_moe.sampling.schedules.stateful import SlowFast, Stable
+from llada_megatron.llada_moe.sampling.schedules.stateless import (
     CreditThreshold,
+    EntropyBound,
     Factor,
+    FixedSteps,
     FlooredThreshold,
     Hierarchical,
+    RandomSteps,
     Threshold,
 )
-from llada_megatron.llada_moe.sampling.schedules.entropy import EntropyBound
-from llada_megatron.llada_moe.sampling.schedules.slowfast import SlowFast
-from llada_megatron.llada_moe.sampling.schedules.stable import Stable
-from llada_megatron.llada_moe.sampling.schedules.steps import FixedSteps, RandomSteps
 
 __all__ = [
     "CreditThreshold",

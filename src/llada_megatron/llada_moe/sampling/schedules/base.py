@@ -10,17 +10,17 @@ from torch import Tensor
 
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.sampling.statistics import Need, Statistics
-from llada_megatron.llada_moe.sampling.view import View
+from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock
 
 
 class Running(Protocol):
     """A schedule at work on one group of slots; what it remembers of them is its own."""
 
-    def reach(self, view: View) -> Tensor | None:
+    def reach(self, view: ActiveBlock) -> Tensor | None:
         """Where the model stops looking in this step, int64 `[rows]`; None = nowhere before the row's end."""
         ...
 
-    def select(self, statistics: Statistics, view: View) -> Tensor:
+    def select(self, statistics: Statistics, view: ActiveBlock) -> Tensor:
         """Positions to commit: bool `[rows, columns]`, at least one of every row that has masked ones, all masked.
 
         `statistics` is `[rows, columns]`; only what it says of asked positions (masked, editable) counts.
@@ -53,7 +53,7 @@ class Stateless:
         """See `Schedule`."""
         return self  # type: ignore[return-value]
 
-    def reach(self, view: View) -> Tensor | None:
+    def reach(self, view: ActiveBlock) -> Tensor | None:
         """See `Running`."""
         return None
 

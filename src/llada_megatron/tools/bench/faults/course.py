@@ -9,9 +9,9 @@ from pathlib import Path
 
 from llada_megatron.console import message
 from llada_megatron.llada_moe.errors import LladaError
-from llada_megatron.parallel.metrics_file import FILE_NAME
+from llada_megatron.parallel.training.metrics_file import FILE_NAME
 from llada_megatron.tools.bench.faults import injecting, watching
-from llada_megatron.tools.bench.faults.drawing import Fault, Kind
+from llada_megatron.tools.bench.faults.drawing import Kind, PlannedFault
 from llada_megatron.tools.bench.faults.small_run import Submitted
 from llada_megatron.tools.bench.private_slurm import PrivateSlurm
 
@@ -22,10 +22,10 @@ _LIMIT_S = 300.0
 
 
 @dataclass(frozen=True)
-class Recovery:
+class FaultOutcome:
     """What came of one fault."""
 
-    fault: Fault
+    fault: PlannedFault
     step: int
     """The newest finished step when it struck."""
     seconds: float
@@ -46,7 +46,7 @@ class Recovery:
         return 0 if self.began is None else max(0, self.step - self.began)
 
 
-def disturb(slurm: PrivateSlurm, job: Submitted, plan: Sequence[Fault], hook: Path) -> list[Recovery]:
+def disturb(slurm: PrivateSlurm, job: Submitted, plan: Sequence[PlannedFault], hook: Path) -> list[FaultOutcome]:
     """Bring every fault of `plan` about in its turn, each once training really goes on after the one before.
 
     Raises:
@@ -66,16 +66,16 @@ def disturb(slurm: PrivateSlurm, job: Submitted, plan: Sequence[Fault], hook: Pa
     return found
 
 
-def _one(slurm: PrivateSlurm, job: Submitted, fault: Fault, inject: injecting.Injector) -> Recovery:
+def _one(slurm: PrivateSlurm, job: Submitted, fault: PlannedFault, inject: injecting.Injector) -> FaultOutcome:
     step, struck, output = watching.last_step(job.output_dir), time.time(), watching.output_size(job.directory)
     message(f"fault {fault.number + 1}, {fault.kind}, after step {step}{' in a save' * fault.during_save}")
     message(f"  {inject(fault)}")
     whole = watching.newest_whole(job.output_dir)
     if fault.kind not in RESTARTING:
         wait_alive(slurm, job, watching.last_step(job.output_dir) + 1)
-        return Recovery(fault, step, time.time() - struck, whole, None)
+        return FaultOutcome(fault, step, time.time() - struck, whole, None)
     began = wait_for_start(slurm, job, struck, output)
-    return Recovery(fault, step, time.time() - struck, whole, began)
+    return FaultOutcome(fault, step, time.time() - struck, whole, began)
 
 
 def wait_for_start(slurm: PrivateSlurm, job: Submitted, since: float, output_before: int) -> int:

@@ -12,7 +12,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
-class Fault:
+class PlannedFault:
     """One fault of the plan."""
 
     number: int
@@ -27,12 +27,12 @@ class Fault:
     """In [0, 1): which of the ranks or nodes."""
 
 
-def draw(seed: int, count: int, spacing: int) -> list[Fault]:
+def draw(seed: int, count: int, spacing: int) -> list[PlannedFault]:
     """`count` faults, one at a random step of every `spacing` after the first; all kinds in turn, in random orders."""
     random_ = random.Random(seed)
     kinds = list(_in_turns(random_, count))
     return [
-        Fault(
+        PlannedFault(
             number=number,
             kind=kind,
             step=spacing * (number + 1) + random_.randrange(1, spacing),

@@ -14,7 +14,7 @@ import psutil
 from llada_megatron.llada_moe.errors import LladaError
 from llada_megatron.parallel.checkpoint import manifest as manifests
 from llada_megatron.tools.bench.faults import not_a_number, watching
-from llada_megatron.tools.bench.faults.drawing import Fault
+from llada_megatron.tools.bench.faults.drawing import PlannedFault
 from llada_megatron.tools.bench.faults.small_run import INTERVAL, Submitted
 from llada_megatron.tools.bench.private_slurm import PrivateSlurm
 
@@ -38,7 +38,7 @@ class Injector:
             "hang": self._hang,
         }
 
-    def __call__(self, fault: Fault) -> str:
+    def __call__(self, fault: PlannedFault) -> str:
         """Bring `fault` about now; returns to whom it happened. The run has started its ranks.
 
         Raises:
@@ -46,19 +46,19 @@ class Injector:
         """
         return self._by_kind[fault.kind](fault)
 
-    def _kill_rank(self, fault: Fault) -> str:
+    def _kill_rank(self, fault: PlannedFault) -> str:
         return _send(_one(watching.ranks(self._slurm), fault), signal.SIGKILL)
 
-    def _kill_agent(self, fault: Fault) -> str:
+    def _kill_agent(self, fault: PlannedFault) -> str:
         return _send(_one(self._slurm.processes(watching.AGENT), fault), signal.SIGKILL)
 
-    def _terminate(self, fault: Fault) -> str:
+    def _terminate(self, fault: PlannedFault) -> str:
         return _send(_one(self._slurm.processes(watching.AGENT), fault), signal.SIGTERM)
 
-    def _hang(self, fault: Fault) -> str:
+    def _hang(self, fault: PlannedFault) -> str:
         return _send(_one(watching.ranks(self._slurm), fault), signal.SIGSTOP)
 
-    def _damage(self, fault: Fault) -> str:
+    def _damage(self, fault: PlannedFault) -> str:
         """Other bytes in the middle of the newest checkpoint's largest file; then a killed rank, so that it is read.
 
         An older one has to be there: a run whose only checkpoint is damaged ends, and asks a person.
@@ -77,7 +77,7 @@ class Injector:
         found = manifests.steps(self._job.output_dir / "checkpoints")
         return found if len(found) > 1 else []
 
-    def _fill(self, fault: Fault) -> str:
+    def _fill(self, fault: PlannedFault) -> str:
         """No file of a rank may grow any more over the time of the next save."""
         output = self._job.output_dir
         due = (watching.last_step(output) // INTERVAL + 1) * INTERVAL
@@ -87,7 +87,7 @@ class Injector:
             raise LladaError(f"the checkpoint of step {due} was written on a full disk")
         return f"{count} ranks over the save of step {due}"
 
-    def _not_a_number(self, fault: Fault) -> str:
+    def _not_a_number(self, fault: PlannedFault) -> str:
         ask = not_a_number.ask_path(self._hook)
         ask.touch()
         watching.wait_until(lambda: not ask.exists(), "a rank that takes the NaN", 60, 0.02)
@@ -101,7 +101,7 @@ def wait_for_save(output_dir: Path, limit_s: float = 30) -> None:
         time.sleep(0.002)
 
 
-def _one(processes: Sequence[psutil.Process], fault: Fault) -> psutil.Process:
+def _one(processes: Sequence[psutil.Process], fault: PlannedFault) -> psutil.Process:
     if not processes:
         raise LladaError(f"fault {fault.number}, {fault.kind}: no such process is running")
     return sorted(processes, key=_name)[int(fault.victim * len(processes))]

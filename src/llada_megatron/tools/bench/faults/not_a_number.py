@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_TARGET = "llada_megatron.parallel.step"
+_TARGET = "llada_megatron.parallel.training.step"
 
 
 def prepare(folder: Path) -> Path:

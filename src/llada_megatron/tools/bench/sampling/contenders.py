@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.llada_moe.model.product import torchs_own
-from llada_megatron.llada_moe.sampling.canvas import continuation
+from llada_megatron.llada_moe.model.linear import torchs_own
 from llada_megatron.llada_moe.sampling.loop import Method
 from llada_megatron.llada_moe.sampling.presets import PRESETS, Choice, choose
-from llada_megatron.parallel.inference import LoadedModel
-from llada_megatron.parallel.sampling.writer import Writer
+from llada_megatron.llada_moe.sampling.token_buffer import continuation
+from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
+from llada_megatron.parallel.sampling.generator import Generator
 from llada_megatron.tools.bench.sampling.peers import Generated, Peers, Work
 
 BLOCK_LENGTH, THRESHOLD, FACTOR = 32, 0.9, 1.0
@@ -23,7 +23,7 @@ LLADA_PEER, DUAL_PEER = "LLaDA's generate.py", "Fast-dLLM's own: dual cache"
 
 
 @dataclass(frozen=True)
-class Entry:
+class Candidate:
     """A preset on one of the two models."""
 
     preset: str
@@ -38,7 +38,7 @@ class Entry:
         return f"{self.preset} (block-causal)" if both else self.preset
 
 
-LLADA, DUAL = Entry("llada", "bidirectional"), Entry("fast-dllm-dual", "bidirectional")
+LLADA, DUAL = Candidate("llada", "bidirectional"), Candidate("fast-dllm-dual", "bidirectional")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Ours:
+class OurCandidate:
     """The presets on loaded models."""
 
     models: dict[str, LoadedModel]
@@ -62,7 +62,7 @@ class Ours:
     new_tokens: int
 
     def contender(
-        self, entry: Entry, *, stop: bool = True, batch_size: int = 1, torchs: bool = False, plotted: bool = False
+        self, entry: Candidate, *, stop: bool = True, batch_size: int = 1, torchs: bool = False, plotted: bool = False
     ) -> Contender:
         """A preset on a model.
 
@@ -97,7 +97,7 @@ class Ours:
         ]
         alone = batch_size == 1  # then each is a call of its own, as a user at a prompt makes it
         for part in [[draft] for draft in drafts] if alone else [drafts]:
-            writer = Writer(loaded, method, batch_size)
+            writer = Generator(loaded, method, batch_size)
             finished = {each.stream: each for step in writer.steps(part) for each in step.finished}
             for stream, each in sorted(finished.items()):
                 work = Work(each.passes, each.positions_run, each.rows_read)
@@ -113,7 +113,7 @@ def fitted(preset: str, loaded: LoadedModel) -> Choice:
     return choose(preset, None, None, None, {}, loaded.run.objective, loaded.run.model, trained_for_editing=True)
 
 
-def runnable(presets: Sequence[str], models: dict[str, LoadedModel]) -> tuple[list[Entry], dict[str, str]]:
+def runnable(presets: Sequence[str], models: dict[str, LoadedModel]) -> tuple[list[Candidate], dict[str, str]]:
     """The presets on each of the models that they are for, and of those that cannot run the reason."""
     entries, reasons = [], {}
     for preset in presets:
@@ -123,7 +123,7 @@ def runnable(presets: Sequence[str], models: dict[str, LoadedModel]) -> tuple[li
                 continue
             try:
                 fitted(preset, models[attention])
-                entries.append(Entry(preset, attention))
+                entries.append(Candidate(preset, attention))
             except ConfigError as error:
                 reasons[preset] = str(error)
     return entries, reasons

@@ -15,14 +15,11 @@ import torch
 from llada_megatron import __version__
 from llada_megatron.console import message
 from llada_megatron.llada_moe.config import dump_yaml, to_dict
-from llada_megatron.llada_moe.config.schema import (
-    DataConfig,
-    LearningRateConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    RunConfig,
-)
+from llada_megatron.llada_moe.config.data import DataConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig
+from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
+from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.parallel.checkpoint.manifest import steps, write_durably
 from llada_megatron.tools.bench.sampling.language import Language
 from llada_megatron.tools.bench.sampling.lessons import Lessons
@@ -158,20 +155,20 @@ def train_or_find(directory: Path, recipe: Recipe, threads: int = 1) -> Path:
 
 
 def _train(target: Path, recipe: Recipe, parent: Path | None) -> None:
-    from llada_megatron.parallel.assembly import load_model_state, model_state
     from llada_megatron.parallel.checkpoint.search import find_checkpoints
     from llada_megatron.parallel.checkpoint.store import CheckpointStore
-    from llada_megatron.parallel.optimizer import set_learning_rate
-    from llada_megatron.parallel.progress import Progress
-    from llada_megatron.tools.bench.ours import Ours
+    from llada_megatron.parallel.sharded_state import load_model_state, model_state
+    from llada_megatron.parallel.training.optimizer import set_learning_rate
+    from llada_megatron.parallel.training.progress import TrainingProgress
+    from llada_megatron.tools.bench.ours import OurStep
 
     run, lessons, store = recipe.run, recipe.lessons, CheckpointStore(target / "checkpoints")
-    ours = Ours(run)
+    ours = OurStep(run)
     if parent is not None:
         state, _ = store.load(find_checkpoints(parent)[0], model_state([ours.chunk]))
         load_model_state([ours.chunk], state)
         ours.optimizer.reload_model_params()
-    with Progress(recipe.steps, line_seconds=20.0) as progress:
+    with TrainingProgress(recipe.steps, line_seconds=20.0) as progress:
         for step in range(recipe.steps):
             set_learning_rate(run, ours.optimizer, step)
             loss = ours.step_on(lessons.batch(step))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig
-from llada_megatron.llada_moe.sampling.canvas import continuation
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.sampling.token_buffer import continuation
 from llada_megatron.parallel.ranks import run_ranks
-from llada_megatron.tools.bench.sampling.contenders import Entry, fitted
+from llada_megatron.tools.bench.sampling.contenders import Candidate, fitted
 
 LAYOUTS = {"TP2": LayoutConfig(tensor_parallel=2), "TP2.PP2": LayoutConfig(tensor_parallel=2, pipeline_parallel=2)}
 _TEMPERATURES = (0.0, 1.0)
@@ -16,7 +16,7 @@ _NEW_TOKENS, _TIMEOUT_S = 8, 600.0
 
 
 def bytes_per_row(
-    paths: dict[str, Path], entries: Sequence[Entry], layout: LayoutConfig
+    paths: dict[str, Path], entries: Sequence[Candidate], layout: LayoutConfig
 ) -> dict[tuple[str, float], int]:
     """Of each entry's name and temperature (0 and 1) the most that left any rank of `layout`.
 
@@ -29,11 +29,11 @@ def bytes_per_row(
     return {key: max(rank[key] for rank in ranks) for key in ranks[0]}
 
 
-def _count(paths: dict[str, Path], entries: list[Entry], layout: LayoutConfig) -> dict[tuple[str, float], int]:
+def _count(paths: dict[str, Path], entries: list[Candidate], layout: LayoutConfig) -> dict[tuple[str, float], int]:
     """On a rank: write a few tokens with each of them at each temperature."""
     from llada_megatron.parallel import topology
-    from llada_megatron.parallel.inference import load_checkpoint
-    from llada_megatron.parallel.sampling.writer import Writer
+    from llada_megatron.parallel.checkpoint.loaded_model import load_checkpoint
+    from llada_megatron.parallel.sampling.generator import Generator
 
     topology.initialize(layout, 0)
     models = {name: load_checkpoint(path, layout) for name, path in paths.items()}
@@ -43,7 +43,7 @@ def _count(paths: dict[str, Path], entries: list[Entry], layout: LayoutConfig) -
         choice = fitted(entry.preset, loaded)
         drafts = [continuation([0, 1, 2], _NEW_TOKENS, choice.block_length, 0, choice.grid)]
         for temperature in _TEMPERATURES:
-            writer = Writer(loaded, choice.method(temperature=temperature), batch_size=1)
+            writer = Generator(loaded, choice.method(temperature=temperature), batch_size=1)
             for _ in writer.steps(drafts):
                 pass
             counted[entry.name, temperature] = writer.report.bytes_per_row

@@ -18,7 +18,7 @@ import torch
 from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.llada_moe.huggingface.safetensors_reader import TensorDirectory
 from llada_megatron.tools.bench.sampling.peer_files import PeerFiles, import_peers
-from llada_megatron.tools.convert.exporting import ExportOptions, export_checkpoint
+from llada_megatron.tools.convert.exporter import ExportOptions, export_checkpoint
 
 Cache = Literal["none", "prefix", "dual"]
 _FAST_DLLM = {"none": "generate", "prefix": "generate_with_prefix_cache", "dual": "generate_with_dual_cache"}

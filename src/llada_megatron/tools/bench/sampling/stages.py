@@ -6,10 +6,11 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
-from llada_megatron.llada_moe.config.schema import LayoutConfig, RunConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.llada_moe.sampling.canvas import continuation
 from llada_megatron.llada_moe.sampling.presets import choose
+from llada_megatron.llada_moe.sampling.token_buffer import continuation
 from llada_megatron.parallel.sampling.utilization import Load, stage_reports
 
 PRESET = "fast-dllm-dual"

@@ -1,0 +1,144 @@
+"""Whether a job can train on its nodes, from what they said of themselves. Pure functions."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llada_megatron.launch.cluster.job import Verdict
+
+if TYPE_CHECKING:
+    from llada_megatron.launch.cluster.config import ClusterConfig
+    from llada_megatron.launch.cluster.preflight.node_report import NodeReport
+
+_FREE_SHARE = 0.9
+"""Of a GPU's memory: less than this is free only where something else runs on it."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with one node."""
+
+    node: str
+    kind: str
+    """`devices`, `disk`, …: findings of one kind on all nodes are not the nodes' fault."""
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.text}"
+
+
+def findings(facts: NodeReport, skew_s: float, cluster: ClusterConfig) -> list[Finding]:
+    """All that is wrong with one node.
+
+    Args:
+        skew_s: how far its clock is ahead of the others'.
+    """
+    limits, found = cluster.preflight, []
+
+    def note(kind: str, text: str) -> None:
+        found.append(Finding(facts.node, kind, text))
+
+    if facts.error:
+        note("devices", facts.error)
+    elif len(facts.gpus) != cluster.gpus_per_node:
+        expected = f"{cluster.gpus_per_node} (gpus_per_node of the cluster file)"
+        note("number", f"{len(facts.gpus)} GPUs, expected {expected}")
+    devices = {f"GPU {index}": gpu for index, gpu in enumerate(facts.gpus)} | {"CPU": facts.cpu or {}}
+    for name, device in devices.items():
+        for text in _broken(device):
+            note("devices", f"{name} {text}")
+        if device.get("tflops", limits.min_matmul_tflops) < limits.min_matmul_tflops:
+            speed = f"{device['tflops']:g} TFLOP/s in a matrix product, expected {limits.min_matmul_tflops:g}"
+            note("speed", f"{name} reaches {speed}")
+    if facts.memory_gb < limits.min_memory_gb:
+        note("memory", f"{facts.memory_gb:.1f} GB of memory free, expected {limits.min_memory_gb:g}")
+    for disk in facts.disks:
+        if disk.error:
+            note("disk", f"cannot write in {disk.path}: {disk.error}")
+        elif disk.free_gb < limits.min_free_disk_gb:
+            note("disk", f"{disk.free_gb:.2f} GB free in {disk.path}, expected {limits.min_free_disk_gb:g}")
+    if abs(skew_s) > limits.max_clock_skew_s:
+        note("clock", f"its clock is {skew_s:+.1f} s from the others', expected {limits.max_clock_skew_s:g} at most")
+    return found
+
+
+def _broken(device: Mapping[str, Any]) -> list[str]:
+    """What makes a GPU or CPU useless, as what follows its name."""
+    if "error" in device:
+        return [f"fails: {device['error']}"]
+    found = []
+    if "total_gb" in device and device["free_gb"] < _FREE_SHARE * device["total_gb"]:
+        found.append(f"has {device['free_gb']:.1f} of {device['total_gb']:.1f} GB free: another process uses it")
+    if not device.get("exact", True):
+        found.append("computes a wrong matrix product")
+    return found
+
+
+def differences(all_facts: Sequence[NodeReport]) -> list[str]:
+    """Versions that are not the same on all nodes, one line each; nodes that could not be asked do not count."""
+    answered = [facts for facts in all_facts if not facts.error]
+    names = sorted({name for facts in answered for name in facts.versions})
+    lines = []
+    for name in names:
+        nodes: dict[str, list[str]] = {}
+        for facts in answered:
+            nodes.setdefault(facts.versions.get(name, "missing"), []).append(facts.node)
+        if len(nodes) > 1:
+            lines.append(f"{name}: " + "; ".join(f"{value} on {', '.join(on)}" for value, on in nodes.items()))
+    return lines
+
+
+def from_the_middle(clocks: Mapping[int, float]) -> dict[int, float]:
+    """How far each clock is ahead of the median one; of fewer than three, of the first node's."""
+    middle = statistics.median(clocks.values()) if len(clocks) > 2 else clocks[0]
+    return {index: clock - middle for index, clock in clocks.items()}
+
+
+def judge(found: Sequence[Finding], differing: Sequence[str], nodes: Sequence[str]) -> Verdict | None:
+    """The verdict that keeps the job from training now; None when all is well."""
+    if differing:
+        return Verdict("failed", "the nodes' environments differ: " + " | ".join(differing))
+    if not found:
+        return None
+    bad = [node for node in nodes if any(finding.node == node for finding in found)]
+    reason = "; ".join(map(str, found))
+    if len(nodes) == 1 and all(finding.kind == "devices" for finding in found):  # no other node is needed to see that
+        return Verdict("exclude", reason, tuple(bad))
+    if len(bad) == len(nodes) or any(_on_all(kind, found, nodes) for kind in {each.kind for each in found}):
+        return Verdict("failed", f"on every node, so no other node would help: {reason}")
+    if 2 * len(bad) > len(nodes):
+        return Verdict("requeue", f"on most nodes, so the cause is not the nodes but what they share: {reason}")
+    return Verdict("exclude", reason, tuple(bad))
+
+
+def _on_all(kind: str, found: Sequence[Finding], nodes: Sequence[str]) -> bool:
+    return len({finding.node for finding in found if finding.kind == kind}) == len(nodes)
+
+
+def unreachable(size: int, failed_pairs: Sequence[tuple[int, int]], pairs: Sequence[tuple[int, int]]) -> list[int]:
+    """Nodes none of whose pairs could all-reduce, where others could; empty when that names nobody."""
+    bad = [node for node in range(size) if all(pair in failed_pairs for pair in pairs if node in pair)]
+    return bad if len(bad) < size else []
+
+
+def pairs_of(size: int) -> list[list[tuple[int, int]]]:
+    """Rounds of pairs, in which every one of at least three nodes meets its two neighbours in a ring."""
+    if size < 3:
+        return []
+    ring = [(node, (node + 1) % size) for node in range(size)]
+    rounds = [ring[0 : size - size % 2 : 2], ring[1::2] if size % 2 == 0 else ring[1 : size - 1 : 2]]
+    return [*rounds, [ring[-1]]] if size % 2 else rounds
+
+
+def describe(facts: NodeReport, skew_s: float) -> str:
+    """A node in one line."""
+    if facts.gpus and all("tflops" in gpu for gpu in facts.gpus):
+        speeds = [gpu["tflops"] for gpu in facts.gpus]
+        devices = f"{len(facts.gpus)} x {facts.gpus[0]['name']}, {min(speeds):.0f} to {max(speeds):.0f} TFLOP/s each"
+    else:
+        devices = f"{len(facts.gpus)} GPUs" if facts.cpu is None else f"CPU, {facts.cpu['tflops']:g} TFLOP/s"
+    disks = ", ".join(f"{disk.free_gb:.0f} GB free in {disk.path}" for disk in facts.disks)
+    return f"node {facts.node}: {devices}; {facts.memory_gb:.0f} GB of memory free; {disks}; clock {skew_s:+.1f} s"

@@ -1,0 +1,123 @@
+"""The rendezvous of a job's nodes: torch's own, with ranks in the order of the nodes and a new store for each start."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousInfo, RendezvousStoreInfo
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
+
+from llada_megatron.llada_moe.errors import ResourceError
+
+if TYPE_CHECKING:
+    from llada_megatron.launch.cluster.node import Node
+
+STORE_TIMEOUT_S = 30
+"""Of one question to the store: when the first node is gone without a word, the others end after this long."""
+
+KEEP_ALIVE_S, MISSED = 3, 5
+"""An agent that has given no sign of life for so many intervals is dead to the others."""
+
+_POLL_S = 0.5
+
+
+def open_store(node: Node, timeout_s: float, stopped: Callable[[], bool] = lambda: False) -> Store:
+    """The store of this attempt: served by the first node, joined by the others.
+
+    Raises:
+        ResourceError: the first node's cannot be reached in time, the port is taken, or the job is to stop.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not node.first:
+        with contextlib.suppress(OSError), socket.create_connection((node.host, node.port), 5):
+            break
+        if stopped() or time.monotonic() > deadline:
+            raise ResourceError(f"no agent on the first node answers at {node.host}:{node.port}")
+        time.sleep(_POLL_S)
+    try:
+        store = TCPStore(
+            node.host,
+            node.port,
+            is_master=node.first,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=2 * STORE_TIMEOUT_S),
+        )
+    except DistError as error:
+        raise ResourceError(f"the nodes cannot meet at {node.host}:{node.port}: {error}") from error
+    store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
+    return PrefixStore(f"job-{node.job_id}.{node.attempt}", store)
+
+
+class JobRendezvous(DynamicRendezvousHandler):
+    """Torch's rendezvous of the agents.
+
+    Its own store for the ranks is kept between rounds under the address of a node that may be gone by then, with the
+    keys of the last round in it; so each round gets a new one here, on the node that rank 0 is on.
+    """
+
+    node: Node
+    nodes: list[str]
+    """Names of those that met, in the order of their ranks."""
+    board: Store
+    """What the agents tell each other in this round."""
+
+    @classmethod
+    def of(cls, node: Node, store: Store, fewest: int, late_s: float, timeout_s: float) -> JobRendezvous:
+        """A rendezvous of at least `fewest` of the job's nodes.
+
+        Args:
+            late_s: how long the others are waited for once `fewest` are there.
+            timeout_s: how long `fewest` are waited for.
+        """
+        backend = C10dRendezvousBackend(store, "nodes")
+        limits = RendezvousTimeout(join=timedelta(seconds=timeout_s), last_call=timedelta(seconds=late_s))
+        meeting = cls.from_backend(
+            "nodes", store, backend, fewest, node.count, node.address, limits, KEEP_ALIVE_S, MISSED
+        )
+        meeting.node, meeting.nodes = node, []
+        return meeting
+
+    @property
+    def use_agent_store(self) -> bool:
+        """The ranks meet at a store that an agent serves; see the class."""
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Wait for the other nodes; ranks follow SLURM's numbers of the nodes.
+
+        Raises:
+            RendezvousError, DistError: torch's own.
+        """
+        info = super().next_rendezvous()
+        board, me = info.store, self.node
+        board.set(f"node/{info.rank}", json.dumps([me.index, me.name, repr(self._this_node)]))
+        met = sorted(json.loads(board.get(f"node/{rank}")) for rank in range(info.world_size))
+        self.board, self.nodes = board, [name for _, name, _ in met]
+        self._signs = {name: sign for _, name, sign in met}
+        rank = self.nodes.index(me.name)
+        if rank == 0:
+            self._ranks_store = TCPStore(me.address, 0, is_master=True, wait_for_workers=False)
+            board.set("ranks", json.dumps([me.address, self._ranks_store.port]))
+        host, port = json.loads(board.get("ranks"))
+        return RendezvousInfo(board, rank, info.world_size, RendezvousStoreInfo(host, port))
+
+    def require_open(self) -> None:
+        """Raise RendezvousClosedError when the first node has closed the rendezvous: there is a verdict."""
+        if self.is_closed():
+            raise RendezvousClosedError
+
+    def absent(self) -> list[str]:
+        """Nodes of this round that have left it, or given no sign of life for too long."""
+        with self._heartbeat_lock:
+            self._state_holder.sync()
+            state = self._state_holder.state
+        there = {repr(sign) for sign in (*state.participants, *state.wait_list)}
+        return [name for name in self.nodes if self._signs[name] not in there]

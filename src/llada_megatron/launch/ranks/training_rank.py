@@ -1,0 +1,99 @@
+"""The program of one training rank. `llada train` starts it once per rank; under torchrun or srun `llada train` is it.
+
+Megatron-Core is imported only inside `training_work`, after `device.install()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llada_megatron.launch.ranks.rank import PARENT_VARIABLE, StopRequest, Work, run_local_rank
+from llada_megatron.launch.run_lock import RunLock
+from llada_megatron.llada_moe.errors import ResourceError
+from llada_megatron.parallel.parent_death import die_with_parent
+
+if TYPE_CHECKING:
+    from llada_megatron.llada_moe.config.run import RunConfig
+
+
+def training_work(run: RunConfig) -> Work:
+    """What a rank of `run` does; RANK and WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from the environment.
+
+    Rank 0 holds the output directory and that of the copies, and writes the resolved configuration to
+    OUTPUT_DIR/config.yaml.
+    """
+    from llada_megatron.llada_moe.config import dump_yaml
+
+    def work(stop: StopRequest) -> dict[str, Any]:
+        from llada_megatron.parallel import device
+
+        device.install()
+        from llada_megatron.parallel import topology
+        from llada_megatron.parallel.training.trainer import Trainer
+
+        rank = int(os.environ["RANK"])
+        topology.join(rank, int(os.environ["WORLD_SIZE"]))
+        with _held(run) as leases:
+            topology.initialize(run.layout, run.training.seed)
+            trainer = Trainer(run)
+            if rank == 0:  # only now: a run that cannot continue what is there leaves its configuration as it was
+                (Path(run.output_dir) / "config.yaml").write_text(dump_yaml(run), "utf-8")
+            facts = trainer.train(lambda: _asked(stop, leases))
+        topology.leave()
+        return facts
+
+    return work
+
+
+@contextlib.contextmanager
+def _held(run: RunConfig) -> Iterator[list[RunLock]]:
+    """Rank 0 holds the run's directories while this is open; where one is in use, all ranks fail with the same message.
+
+    Gives rank 0's leases.
+    """
+    from llada_megatron.parallel.collectives import on_rank_0
+
+    leases: list[RunLock] = []
+    with contextlib.ExitStack() as stack:
+
+        def take(directory: str) -> None:
+            leases.append(stack.enter_context(RunLock.take(directory, os.environ.get("SLURM_JOB_ID"))))
+
+        def take_both() -> None:
+            try:
+                take(run.output_dir)
+            except OSError as error:
+                raise ResourceError(
+                    f"{run.output_dir} cannot be written to ({error.strerror}); make room, put its permissions right, "
+                    "or set another output_dir"
+                ) from None
+            if run.checkpoint.copy_to:
+                with contextlib.suppress(OSError):  # storage that is away or full is reported when a copy is made
+                    take(run.checkpoint.copy_to)
+
+        on_rank_0(take_both)
+        yield leases
+
+
+def _asked(stop: StopRequest, leases: list[RunLock]) -> bool:
+    for lease in leases:
+        lease.check()
+    return stop()
+
+
+def main(config: str) -> int:
+    """Train the resolved run in the YAML file `config` as the rank that the environment names."""
+    from llada_megatron.llada_moe.config import load_run
+
+    die_with_parent(int(os.environ[PARENT_VARIABLE]))
+    run = load_run(config)
+    return run_local_rank(training_work(run), run.layout, Path(run.output_dir) / "logs")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,93 @@
+"""What is learnt: the keys of `objective`, and what cannot work.
+
+Source named below: P8B = arXiv 2502.09992 and the GUIDELINES of ML-GSAI/LLaDA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from llada_megatron.llada_moe.config.parsing import Refuse
+
+if TYPE_CHECKING:
+    from llada_megatron.llada_moe.config.run import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is learnt. The noise keys and the block size are read by the diffusion objective only."""
+
+    kind: Literal["diffusion", "autoregressive"] = "diffusion"
+    block_size: int | None = None
+    """Attention is full inside blocks of this many positions, counted from the start of each document, and causal
+    between them; null = full (LLaDA2: 32)."""
+    time_sampling: Literal["uniform", "stratified"] = "uniform"
+    """t per sequence: independent (P8B training code), or one stratum of [0, 1) per sequence of the global batch."""
+    epsilon: float = 1e-3
+    """Mask ratio p = (1 - epsilon) t + epsilon (P8B)."""
+    mask_ratio_min: float = 0.0
+    mask_ratio_max: float = 1.0
+    """Band that t is drawn from (LLaDA2 SFT: 0.3-0.8)."""
+    random_length_probability: float = 0.01
+    """Share of sequences cut to a length drawn from U{1..sequence_length} (P8B: 1 %)."""
+    normalization: Literal["all_tokens", "answer_length", "masked_tokens"] = "all_tokens"
+    """What the weighted cross-entropy is divided by (P8B: all tokens of the batch); masked_tokens = the supervised."""
+    replace_ratio: float = 0.0
+    """Training for editing, as LLaDA2.1 has it: this share of the tokens that are not masked is shown as another,
+    random token, and all that are not masked are supervised too, with weight 1: which are wrong, and what they should
+    be. 0 = off. LLaDA2.1's own rate is not published."""
+
+
+def check_objective(objective: ObjectiveConfig, refuse: Refuse) -> None:
+    """Noise that is a probability and never divides by zero, and blocks that are there to be seen."""
+    block = objective.block_size
+    if block is not None and objective.kind != "diffusion":
+        refuse(
+            "objective.block_size",
+            f"{block} with kind {objective.kind}, whose attention is causal; remove the block size",
+        )
+    elif block is not None and block <= 0:
+        refuse("objective.block_size", f"{block} must be greater than 0; null is full attention")
+    if not 0 <= objective.replace_ratio < 1:
+        refuse("objective.replace_ratio", f"{objective.replace_ratio} must be at least 0 and less than 1")
+    elif objective.replace_ratio > 0 and objective.kind != "diffusion":
+        refuse(
+            "objective.replace_ratio",
+            f"{objective.replace_ratio} with kind {objective.kind}, which has no noise; remove the replace ratio",
+        )
+    low, high = objective.mask_ratio_min, objective.mask_ratio_max
+    if not 0 <= low < high <= 1:
+        refuse(
+            "objective.mask_ratio_min",
+            f"the band {low} to {high} must satisfy 0 <= mask_ratio_min < mask_ratio_max <= 1",
+        )
+    if not 0 <= objective.epsilon < 1:
+        refuse("objective.epsilon", f"{objective.epsilon} must be at least 0 and less than 1")
+    elif objective.epsilon == 0 and low == 0:
+        refuse(
+            "objective.epsilon",
+            "0 with mask_ratio_min 0 lets the mask ratio be 0, and the loss divides by it; the published value is 1e-3",
+        )
+    if not 0 <= objective.random_length_probability <= 1:
+        refuse("objective.random_length_probability", f"{objective.random_length_probability} must lie between 0 and 1")
+
+
+def check_routing_of_run(run: RunConfig, refuse: Refuse) -> None:
+    """What a token is routed by is nothing that it must not see."""
+    moe, objective = run.model.moe, run.objective
+    if moe is None or moe.expert_capacity == 0:
+        return
+    size, block = moe.routing_block_size, objective.block_size
+    if objective.kind == "autoregressive":
+        refuse(
+            "objective.kind",
+            f"autoregressive with model.moe.expert_capacity {moe.expert_capacity}: the experts of a token would depend "
+            "on the tokens after it, which it has to predict; use diffusion, or expert_capacity 0",
+        )
+    elif block is not None and block > 0 and block % size:
+        refuse(
+            "objective.block_size",
+            f"{block} is not a multiple of model.moe.routing_block_size {size}: tokens would be routed by tokens of "
+            f"the next block, which they do not see; use {max(block // size, 1) * size}",
+        )

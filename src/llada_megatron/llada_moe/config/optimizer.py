@@ -1,0 +1,135 @@
+"""AdamW and its learning rate over the steps: the keys of `optimizer`, what cannot work, and the rate itself."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llada_megatron.llada_moe.config.parsing import Refuse
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRateConfig:
+    """Learning rate over steps: warm-up, constant with drops, decay to the end (warmup-stable-decay)."""
+
+    peak: float
+    warmup_steps: int = 0
+    drops: list[LearningRateDropConfig] = field(default_factory=list)
+    decay_steps: int = 0
+    """Length of the decay that ends at the last step of the run."""
+    decay_shape: Literal["linear", "cosine", "inverse_sqrt"] = "linear"
+    final: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRateDropConfig:
+    """From this step on the constant part runs at `value`."""
+
+    step: int
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (Megatron's, with the state sharded over data-parallel ranks)."""
+
+    learning_rate: LearningRateConfig
+    beta1: float = 0.9
+    beta2: float = 0.95
+    """PV2, SMDM."""
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    """P8B."""
+    clip_grad_norm: float = 1.0
+    """SMDM, PV2; 0 = no clipping."""
+
+
+def check_optimizer(optimizer: OptimizerConfig, steps: int, refuse: Refuse) -> None:
+    """AdamW's numbers and the learning rate."""
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(optimizer, key) < 1:
+            refuse(f"optimizer.{key}", f"{getattr(optimizer, key)} must be at least 0 and less than 1")
+    if optimizer.epsilon <= 0:
+        refuse("optimizer.epsilon", f"{optimizer.epsilon} must be greater than 0")
+    for key in ("weight_decay", "clip_grad_norm"):
+        if getattr(optimizer, key) < 0:
+            refuse(f"optimizer.{key}", f"{getattr(optimizer, key)} must not be negative")
+    check_learning_rate(
+        optimizer.learning_rate, steps, lambda key, message: refuse(f"optimizer.learning_rate.{key}", message)
+    )
+
+
+def check_learning_rate(rate: LearningRateConfig, steps: int, refuse: Refuse) -> None:
+    """Warm-up, drops and decay that follow one another within the run's steps."""
+    decay_start = steps - rate.decay_steps
+    if rate.peak <= 0:
+        refuse("peak", f"{rate.peak} must be greater than 0")
+    for key in ("warmup_steps", "decay_steps"):
+        if getattr(rate, key) < 0:
+            refuse(key, f"{getattr(rate, key)} must not be negative")
+    if rate.warmup_steps > decay_start:
+        refuse(
+            "decay_steps",
+            f"warmup_steps {rate.warmup_steps} + decay_steps {rate.decay_steps} = "
+            f"{rate.warmup_steps + rate.decay_steps} is more than training.steps {steps}",
+        )
+    for i, drop in enumerate(rate.drops):
+        if drop.value <= 0:
+            refuse(f"drops.{i}.value", f"{drop.value} must be greater than 0")
+        if not rate.warmup_steps <= drop.step < decay_start:
+            refuse(
+                f"drops.{i}.step",
+                f"{drop.step} is outside the constant part, steps {rate.warmup_steps} to {decay_start - 1}",
+            )
+    for i, (before, after) in enumerate(itertools.pairwise(rate.drops), start=1):
+        if after.step <= before.step:
+            refuse(
+                f"drops.{i}.step",
+                f"{after.step} does not come after the drop at step {before.step}; list them in order",
+            )
+    _check_final(rate, refuse)
+
+
+def _check_final(rate: LearningRateConfig, refuse: Refuse) -> None:
+    start = rate.drops[-1].value if rate.drops else rate.peak
+    if not 0 <= rate.final <= start:
+        refuse("final", f"{rate.final} must lie between 0 and the rate before the decay, {start}")
+    elif rate.final > 0 and rate.decay_steps == 0:
+        refuse("final", f"{rate.final} is never reached: decay_steps is 0")
+    elif rate.decay_steps > 0 and rate.decay_shape == "inverse_sqrt" and rate.final == 0:
+        refuse(
+            "final", "an inverse square root never reaches 0; give final a value, or use decay_shape linear or cosine"
+        )
+
+
+def learning_rate(config: LearningRateConfig, step: int, steps: int) -> float:
+    """Learning rate of the update number `step` (from 0) in a run of `steps` updates.
+
+    Warm-up rises linearly and reaches `peak` with its last step; the constant part follows `drops`; the decay starts
+    from the rate before it and reaches `final` with the last step of the run, where it then stays.
+
+    * linear: start + (final - start) f
+    * cosine: final + (start - final) (1 + cos(pi f)) / 2
+    * inverse_sqrt: start / sqrt(1 + (start^2 / final^2 - 1) f)
+
+    with f the share of the decay that is done, 1 at the last step.
+    """
+    if step < config.warmup_steps:
+        return config.peak * (step + 1) / config.warmup_steps
+    decay_start = steps - config.decay_steps
+    start = constant_rate(config, min(step, decay_start - 1))
+    if step < decay_start or config.decay_steps == 0:
+        return start
+    done = min((step - decay_start + 1) / config.decay_steps, 1.0)
+    if config.decay_shape == "linear":
+        return start + (config.final - start) * done
+    if config.decay_shape == "cosine":
+        return config.final + (start - config.final) * (1 + math.cos(math.pi * done)) / 2
+    return start / math.sqrt(1 + ((start / config.final) ** 2 - 1) * done)
+
+
+def constant_rate(config: LearningRateConfig, step: int) -> float:
+    """Rate of the constant part at `step`: the last drop that has been reached, else the peak."""
+    return next((drop.value for drop in reversed(config.drops) if drop.step <= step), config.peak)

@@ -1,0 +1,126 @@
+"""PREFIX.json: what a prepared set holds, and the check that its files are whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from llada_megatron.llada_moe.data.tokenizer import Tokenizer
+from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
+from llada_megatron.llada_moe.errors import DataError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFacts:
+    """The tokenizer that a set was prepared with."""
+
+    file: str
+    """File name beside the manifest."""
+    sha256: str
+    vocab_size: int
+    mask_id: int
+    eos_id: int
+
+    @property
+    def suffix(self) -> str:
+        """`.model` (SentencePiece) or `.json` (Hugging Face)."""
+        return Path(self.file).suffix
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFacts:
+    """One input of `llada prepare`."""
+
+    input: str
+    files: int
+    documents: int
+    bytes: int
+    """UTF-8 bytes of text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetManifest:
+    """Facts of a prepared set."""
+
+    schema: int = SCHEMA
+    tokenizer: TokenizerFacts
+    documents: int
+    tokens: int
+    """End-of-text tokens (one per document) included."""
+    bytes: int
+    """UTF-8 bytes of the text of all documents."""
+    dtype: str
+    """numpy name of a token's type in the .bin file."""
+    sources: list[SourceFacts]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text that a token stands for on average."""
+        return self.bytes / self.tokens
+
+
+def prefix_file(prefix: str | Path, ending: str) -> Path:
+    """PREFIX with an ending such as `.bin`; a dot in PREFIX is part of the name."""
+    prefix = Path(prefix)
+    return prefix.with_name(prefix.name + ending)
+
+
+def to_json(manifest: SetManifest) -> dict[str, Any]:
+    """The manifest as JSON holds it."""
+    return asdict(manifest)
+
+
+def read_manifest(prefix: str | Path) -> SetManifest:
+    """Read PREFIX.json and check the files beside it. Raises DataError for a missing, damaged or truncated set."""
+    path = prefix_file(prefix, ".json")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such prepared set; `llada prepare INPUT --output {prefix}` writes one") from error
+    except ValueError as error:
+        raise DataError(f"{path}: damaged manifest ({error}); prepare the set again") from error
+    manifest = _parse(path, content)
+    _check_files(prefix, manifest)
+    return manifest
+
+
+def tokenizer_of(prefix: str | Path, manifest: SetManifest | None = None) -> Tokenizer:
+    """The tokenizer beside a prepared set, checked against its manifest. Raises DataError if it is another one."""
+    facts = (manifest or read_manifest(prefix)).tokenizer
+    tokenizer = load_tokenizer(Path(prefix).parent / facts.file)
+    if tokenizer.sha256 != facts.sha256:
+        raise DataError(f"{tokenizer.path}: not the tokenizer that {prefix_file(prefix, '.json')} was prepared with")
+    tokenizer.eos_id, tokenizer.mask_id, tokenizer.vocab_size = facts.eos_id, facts.mask_id, facts.vocab_size
+    return tokenizer
+
+
+def _parse(path: Path, content: Any) -> SetManifest:
+    """Build the manifest from JSON, keys checked."""
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        found = content.get("schema") if isinstance(content, dict) else None
+        raise DataError(f"{path}: manifest schema {found}, this version reads {SCHEMA}; prepare the set again")
+    try:
+        return SetManifest(
+            **{f.name: content[f.name] for f in fields(SetManifest) if f.name not in ("tokenizer", "sources")},
+            tokenizer=TokenizerFacts(**content["tokenizer"]),
+            sources=[SourceFacts(**source) for source in content["sources"]],
+        )
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: damaged manifest ({error}); prepare the set again") from error
+
+
+def _check_files(prefix: str | Path, manifest: SetManifest) -> None:
+    """The token files stand, and the .bin holds exactly the tokens of the manifest."""
+    for ending in (".bin", ".idx", ".bytes"):
+        if not prefix_file(prefix, ending).is_file():
+            raise DataError(f"{prefix_file(prefix, ending)}: missing; prepare the set again")
+    binary = prefix_file(prefix, ".bin")
+    size, expected = binary.stat().st_size, manifest.tokens * {"uint16": 2, "int32": 4}[manifest.dtype]
+    if size != expected:
+        raise DataError(
+            f"{binary}: {size} bytes, but {manifest.tokens} tokens take {expected}: truncated or not of this manifest"
+        )

@@ -1,0 +1,65 @@
+"""Token editing of LLaDA2.1: written tokens that the model would now write otherwise are replaced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.llada_moe.sampling.editors.base import Revising, Revision, require_in_range
+from llada_megatron.llada_moe.sampling.statistics import Need, Statistics
+from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock
+
+
+@dataclass(frozen=True)
+class TokenEditing:
+    """Replace a written token by another prediction more probable than a threshold (LLaDA2.1 report, "T2T").
+
+    A block ends with the first step that changes nothing, or when the budget is spent. The threshold for masks is the
+    schedule's. It needs a model that was trained on replaced tokens (`objective.replace_ratio`).
+    """
+
+    edit_threshold: float = 0.5
+    """Published: 0.5 (quality), 0.0 (speed)."""
+    max_post_steps: int = 16
+    """Steps in a block that begin with no mask in it."""
+    reach: int = 0
+    """Blocks before the current one that are edited too (multi-block editing). They are run again in every step.
+
+    Under block-causal attention a block does not see what comes behind it: it changes later only if its budget was
+    spent before it was settled. The report does not say how its model has it.
+    """
+
+    needs = frozenset[Need]()
+    edits = True
+    shadow = False
+    operations = ()
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError: a setting is out of range."""
+        require_in_range(self.edit_threshold, self.max_post_steps)
+        if self.reach < 0:
+            raise ConfigError(f"editor.reach: {self.reach} must not be negative; 0 edits the current block only")
+
+    def start(self, slots: int, seq: int) -> Revising:
+        """See `Editor`."""
+        return _TokenEditing(self, slots)
+
+
+class _TokenEditing:
+    def __init__(self, settings: TokenEditing, slots: int) -> None:
+        self._settings = settings
+        self._post = torch.zeros(slots, dtype=torch.int64)
+
+    def revise(self, statistics: Statistics, view: ActiveBlock, chosen: Tensor) -> Revision:
+        """See `Revising`."""
+        sure = statistics.confidence > self._settings.edit_threshold
+        replaced = view.editable & sure & (statistics.token != view.tokens)
+        written = chosen | replaced
+        masked = view.masked & ~chosen
+        post = torch.where(view.step_in_block == 0, 0, self._post[view.slot]) + (~view.masked.any(1)).long()
+        self._post[view.slot] = post
+        settled = ~written.any(1) | (post >= self._settings.max_post_steps)
+        return Revision(statistics.token.where(written, view.tokens), masked, ~masked.any(1) & settled)

@@ -1,0 +1,1 @@
+"""Sharded checkpoints read and written slice by slice, without process groups: what conversion needs."""

@@ -1,0 +1,168 @@
+"""A checkpoint of any layout as a model to run: in this process alone, or spread over ranks under another layout."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+from llada_megatron.console import message
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.data.batch import Batch
+from llada_megatron.llada_moe.model.transformer import DiffusionTransformer, transformer_config
+from llada_megatron.parallel import build, device, sharded_state, topology
+from llada_megatron.parallel.checkpoint.search import find_checkpoints, first_whole, run_of
+from llada_megatron.parallel.checkpoint.store import CheckpointStore
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run: this rank's part of it, on its device."""
+
+    model: DiffusionTransformer
+    run: RunConfig
+    """The run that made it."""
+    path: Path
+    """The step directory it was read from."""
+    facts: dict[str, Any]
+    """The checkpoint's facts."""
+
+    @torch.no_grad()
+    def logits(self, tokens: torch.Tensor, rows: torch.Tensor, boundaries: torch.Tensor) -> torch.Tensor:
+        """Logits `[rows, vocab]` on the host of the selected rows of `tokens` `[batch, seq]`, equal on all ranks.
+
+        For evaluation and for comparing models; sampling reads statistics where the logits are (`parallel.sampling`).
+        Every rank gives the same arguments (collective).
+        """
+        count = int(rows.sum())
+        if count == 0:
+            return torch.zeros(0, self.run.model.vocab_size)
+        where = device.current()
+        shard = self._last_stage_output(tokens.to(where), rows.to(where), boundaries)
+        if torch.distributed.get_world_size() == 1:
+            return shard.float().cpu()
+        return _equal_everywhere(shard, count, self.run.model.vocab_size).cpu()
+
+    def _last_stage_output(
+        self, tokens: torch.Tensor, rows: torch.Tensor, boundaries: torch.Tensor
+    ) -> torch.Tensor | None:
+        """`[rows, vocab / tensor_parallel]` on the last pipeline stage, None before it."""
+
+        def forward_step(_: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            return model(tokens, boundaries, rows=rows), lambda output, non_loss_data=True: output
+
+        stored = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=None,
+            model=self.model,
+            num_microbatches=1,
+            seq_length=tokens.shape[1],
+            micro_batch_size=tokens.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        return stored[0] if stored else None
+
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Weighted cross-entropy of each sequence `[batch]`, in nats; in a world of one process."""
+        where = device.current()
+        labels, weights = batch.labels.to(where), batch.weights.to(where)
+        return self.model(batch.inputs.to(where), batch.boundaries, labels, weights).cpu()
+
+
+@contextmanager
+def open_checkpoint(path: str | Path) -> Iterator[LoadedModel]:
+    """Load a step directory, or the newest whole one of a run, in a world of one process.
+
+    Of a run's checkpoints a damaged one is passed over for the one before it. Reading changes nothing in the run's
+    directory, which a training may be writing to.
+
+    Raises:
+        CheckpointError: there is none, none is whole, or the model in it is of another kind than this version's.
+    """
+    candidates = find_checkpoints(path)
+    with _world_of_one() as scratch:
+        yield _load_first(candidates, LayoutConfig(), CheckpointStore(scratch))
+
+
+@contextmanager
+def _world_of_one() -> Iterator[str]:
+    """Process groups of this process alone; yields a directory that goes away with them."""
+    with tempfile.TemporaryDirectory(prefix="llada-") as scratch:
+        topology.join(0, 1, f"file://{scratch}/rendezvous")
+        try:
+            topology.initialize(LayoutConfig(), seed=0)
+            yield scratch
+        finally:
+            topology.leave()
+
+
+@contextmanager
+def open_weights(
+    model: ModelConfig, objective: ObjectiveConfig, read: Callable[[str, tuple[int, ...]], torch.Tensor]
+) -> Iterator[DiffusionTransformer]:
+    """A model in float32 in a world of one process, whose weights `read` gives (see `assembly.fill_weights`)."""
+    with _world_of_one():
+        with warnings.catch_warnings():  # torch and Megatron announce coming changes of their own insides
+            warnings.simplefilter("ignore")
+            config = transformer_config(model, LayoutConfig())
+            kind = build.attention_kind(objective)
+            chunks = build.build_chunks(model, LayoutConfig(), config, kind, objective.block_size)
+        with torch.no_grad():
+            sharded_state.fill_weights(chunks, read)
+        yield chunks[0].eval()
+
+
+def load_checkpoint(path: str | Path, layout: LayoutConfig) -> LoadedModel:
+    """The same under `layout`, whose process groups exist (collective)."""
+    with tempfile.TemporaryDirectory(prefix="llada-") as scratch:
+        return _load_first(find_checkpoints(path), layout, CheckpointStore(scratch))
+
+
+def _equal_everywhere(shard: torch.Tensor | None, rows: int, vocab: int) -> torch.Tensor:
+    """The whole logits `[rows, vocab]`, from the shards of the last stage's tensor ranks.
+
+    All ranks take those of one of them: data-parallel copies may differ in the last bit.
+    """
+    if shard is None:
+        whole = torch.empty(rows, vocab, device=device.current())
+    else:
+        whole = gather_from_tensor_model_parallel_region(shard).float().contiguous()
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    world = torch.distributed.get_world_size()
+    torch.distributed.broadcast(whole, src=(stages - 1) * (world // stages))  # stages are the slowest axis of the ranks
+    return whole
+
+
+def _load_first(candidates: list[Path], layout: LayoutConfig, store: CheckpointStore) -> LoadedModel:
+    def report(text: str) -> None:
+        if torch.distributed.get_rank() == 0:
+            message(text)
+
+    with warnings.catch_warnings():  # torch and Megatron announce coming changes of their own insides
+        warnings.simplefilter("ignore")
+        return first_whole(candidates, lambda path: _load(path, layout, store), report)
+
+
+def _load(path: Path, layout: LayoutConfig, store: CheckpointStore) -> LoadedModel:
+    run = run_of(path)
+    config = transformer_config(run.model, layout, run.training)
+    chunks = build.build_chunks(
+        run.model, layout, config, build.attention_kind(run.objective), run.objective.block_size
+    )
+    state, facts = store.load(path, sharded_state.model_state(chunks))
+    sharded_state.load_model_state(chunks, state)
+    return LoadedModel(chunks[0].eval(), run, path, facts)

@@ -1,1 +1,0 @@
-"""What a run does about a step that went wrong: see `policy`."""

@@ -1,0 +1,189 @@
+"""Conversations as token ids, by the chat template that a checkpoint's tokenizer came with."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llada_megatron.llada_moe.data.tokenizer import Tokenizer
+from llada_megatron.llada_moe.errors import ConfigError, DataError
+
+LLADA = (
+    "{{ '<|startoftext|>' }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+"""The role markers of LLaDA-8B-Instruct, for checkpoints that have its tokens and lost its template."""
+
+_LLADA_NAMES = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+_OPEN, _CLOSE = "\ue000", "\ue001"
+"""Around the numbers that stand for messages: characters of no script."""
+
+Message = Mapping[str, str]
+"""`role` (system, user or assistant) and `content`."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A Jinja template as Hugging Face writes them, run in a sandbox, and the tokenizer whose tokens it names."""
+
+    template: str
+    tokenizer: Tokenizer
+    names: Mapping[str, str]
+    """Special tokens that the template may ask for, such as `bos_token`."""
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation, up to where the assistant's answer begins.
+
+        Only the template's own text makes special tokens; their names in a message are ordinary text.
+
+        Raises:
+            DataError: the template cannot be run.
+            ConfigError: it refuses the conversation, or changes its messages so that this cannot be kept apart.
+        """
+        ids: list[int] = []
+        text = ""
+        for part in self._parts(messages):
+            if isinstance(part, str):
+                text += part
+            else:
+                ids += [*self._encoded(text), part.id]
+                text = ""
+        return ids + self._encoded(text)
+
+    @property
+    def end_of_turn(self) -> int | None:
+        """The token that the template puts behind an answer; None where it puts none."""
+        text = self._render([{"role": "user", "content": "-"}, {"role": "assistant", "content": _OPEN}], False)
+        found = next(self._named(text.partition(_OPEN)[2]), None)
+        return None if found is None else self.tokenizer.special_ids[found[0]]
+
+    def _encoded(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text) if text else []
+
+    def _parts(self, messages: Sequence[Message]) -> list[str | _Special]:
+        """The rendered conversation: texts, and the special tokens that the template put between them."""
+        marked = [{"role": message["role"], "content": f"{_OPEN}{i}{_CLOSE}"} for i, message in enumerate(messages)]
+        pieces = re.split(f"{_OPEN}(\\d+){_CLOSE}", self._render(marked, True))
+        whole = self._render(messages, True)
+        for change in (str, str.strip):
+            contents = [change(message["content"]) for message in messages]
+            filled = [contents[int(piece)] if i % 2 else piece for i, piece in enumerate(pieces)]
+            if "".join(filled) == whole:
+                return [part for i, piece in enumerate(filled) for part in ([piece] if i % 2 else self._split(piece))]
+        told = "\n".join(message["content"] for message in messages)
+        if (name := next(self._named(told), None)) is not None:
+            raise ConfigError(f"a message holds {name[0]}, which this chat template would make a special token of")
+        return self._split(whole)
+
+    def _split(self, text: str) -> list[str | _Special]:
+        """A text of the template at its special tokens."""
+        parts: list[str | _Special] = []
+        at = 0
+        for name, start in self._named(text):
+            parts += [text[at:start], _Special(self.tokenizer.special_ids[name])]
+            at = start + len(name)
+        return [*parts, text[at:]]
+
+    def _named(self, text: str) -> Any:
+        """Names of special tokens in a text and where they begin, the longest first where several do."""
+        names = sorted(self.tokenizer.special_ids, key=len, reverse=True)
+        if not names:
+            return iter(())
+        return ((match[0], match.start()) for match in re.finditer("|".join(map(re.escape, names)), text))
+
+    def _render(self, messages: Sequence[Message], answer_follows: bool) -> str:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.datetime.now().strftime}
+        try:
+            return environment.from_string(self.template).render(
+                messages=[dict(message) for message in messages], add_generation_prompt=answer_follows, **self.names
+            )
+        except TemplateError as error:
+            raise DataError(f"the chat template cannot be run ({type(error).__name__}: {error})") from error
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            raise DataError(f"the chat template fails ({type(error).__name__}: {error})") from error
+
+
+@dataclass(frozen=True)
+class _Special:
+    """A token that only a template writes."""
+
+    id: int
+
+
+def find_template(tokenizer: Tokenizer, wanted: str | None) -> ChatTemplate:
+    """The chat template of a tokenizer, `llada` for the published role markers, or a file with one.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    names = _special_names(tokenizer.path.parent)
+    if wanted == "llada":
+        missing = [name for name in _LLADA_NAMES if name not in tokenizer.special_ids]
+        if missing:
+            raise DataError(f"--template llada: the tokenizer {tokenizer.path} has no token {', '.join(missing)}")
+        return ChatTemplate(LLADA, tokenizer, names)
+    if wanted is not None:
+        try:
+            return ChatTemplate(Path(wanted).read_text("utf-8"), tokenizer, names)
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"--template {wanted}: {error}; give llada, or a file with a Jinja template") from error
+    text = _template_beside(tokenizer.path.parent)
+    if text is None:
+        raise DataError(
+            f"the checkpoint has no chat template (looked in {tokenizer.path.parent}): it was not trained to hold a "
+            "conversation, or its template was lost; use llada sample, or give --template llada or --template FILE"
+        )
+    return ChatTemplate(text, tokenizer, names)
+
+
+def _template_beside(folder: Path) -> str | None:
+    """What Hugging Face's files in a folder say: a file of its own, or a key of `tokenizer_config.json`."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text("utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = _json_object(folder / name).get("chat_template")
+        if isinstance(found, list):  # several by name
+            named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+            found = named.get("default", next(iter(named.values()), None))
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def _special_names(folder: Path) -> dict[str, str]:
+    """`bos_token` and the like of `tokenizer_config.json`."""
+    names = {}
+    for key, value in _json_object(folder / "tokenizer_config.json").items():
+        value = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(value, str):
+            names[key] = value
+    return names
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: not JSON ({error})") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _refuse(text: str) -> NoReturn:
+    """What a template calls when it does not take a conversation."""
+    raise ConfigError(f"the chat template refuses this conversation: {text}")

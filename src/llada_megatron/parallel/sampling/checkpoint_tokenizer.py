@@ -1,0 +1,52 @@
+"""The tokenizer of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llada_megatron.llada_moe.errors import DataError
+
+if TYPE_CHECKING:
+    from llada_megatron.llada_moe.config.model import ModelConfig
+    from llada_megatron.llada_moe.data.tokenizer import Tokenizer
+    from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
+
+
+def checkpoint_tokenizer(loaded: LoadedModel, path: str | None = None) -> Tokenizer:
+    """The tokenizer of the checkpoint's data. Raises DataError if it is not there, or another one."""
+    return find_tokenizer(loaded.path, loaded.facts, loaded.run.model, path)
+
+
+def find_tokenizer(step: Path, facts: Mapping[str, Any], model: ModelConfig, path: str | None = None) -> Tokenizer:
+    """The tokenizer of a step directory, its end and mask tokens those of the model.
+
+    Args:
+        step: the directory.
+        facts: its facts.
+        model: its model.
+        path: where the tokenizer is now; None = where it was.
+
+    Raises:
+        DataError: it is not there, or another one.
+    """
+    from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer, require_tokenizer
+    from llada_megatron.parallel.checkpoint.search import tokenizer_place
+
+    file = path or tokenizer_place(step, dict(facts))
+    if file is None or not Path(file).exists():
+        where = f"is not at {file}" if file else "is not known (it was imported without one)"
+        raise DataError(
+            f"the checkpoint's tokenizer {where}; say where it is with --tokenizer FILE, or give token ids in the "
+            "place of texts"
+        )
+    require_tokenizer(file, facts.get("tokenizer"), step)
+    tokenizer = load_tokenizer(file)
+    tokenizer.eos_id, tokenizer.mask_id = model.eos_token_id, model.mask_token_id
+    return tokenizer
+
+
+def ids_without_token(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """Ids of a model's vocabulary that stand for nothing in its tokenizer."""
+    return [*tokenizer.unused_ids, *range(tokenizer.vocab_size, vocab_size)]

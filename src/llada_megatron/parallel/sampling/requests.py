@@ -1,0 +1,113 @@
+"""From prompts to drafts: encoding, and what cannot be written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llada_megatron.llada_moe.config.model import ModelConfig
+from llada_megatron.llada_moe.data.tokenizer import Tokenizer, encode_long
+from llada_megatron.llada_moe.errors import ConfigError, DataError
+from llada_megatron.llada_moe.sampling.token_buffer import Request, continuation, infilling
+from llada_megatron.parallel.sampling.prompts import Gap, Piece, Prompt, require_text
+
+
+@dataclass(frozen=True)
+class RequestBuilder:
+    """How prompts become drafts for one model."""
+
+    model: ModelConfig
+    tokenizer: Tokenizer | None
+    """None where prompts are token ids only."""
+    max_new_tokens: int
+    block_length: int | None
+    grid: int | None
+    """Block size of a block-causal model."""
+
+    def draft(self, prompt: Prompt) -> Request:
+        """What is to be written; its stream is the prompt's number less one.
+
+        Raises:
+            ConfigError: it is too long for the model, or has an id that the model does not have.
+            DataError: it is a text, and there is no tokenizer.
+        """
+        pieces = [(self._ids(piece, prompt), isinstance(piece, Gap)) for piece in prompt.pieces]
+        stream = prompt.number - 1
+        if not prompt.infilling:
+            tokens = [token for ids, _ in pieces for token in ids]
+            new = self.max_new_tokens if prompt.max_new_tokens is None else prompt.max_new_tokens
+            self._require_room(len(tokens), new, prompt)
+            return continuation(tokens, new, self.block_length, stream, self.grid)
+        self._require_length(sum(len(ids) for ids, _ in pieces), prompt)
+        tokens = [token for ids, _ in pieces for token in ids]
+        gaps = [gap for ids, gap in pieces for _ in ids]
+        if not any(gaps):
+            raise ConfigError(f"{prompt}: there is nothing to fill, the text that is cut out has no tokens")
+        return infilling(tokens, gaps, self.block_length, stream, self.grid)
+
+    def _ids(self, piece: Piece, prompt: Prompt) -> Sequence[int]:
+        """Token ids; of a gap as many numbers, which mean nothing."""
+        if isinstance(piece, Gap) and piece.tokens is not None:
+            return range(piece.tokens)  # however many: the length is looked at before there is a list
+        if isinstance(piece, tuple):
+            wrong = next((i for i in piece if not 0 <= i < self.model.vocab_size), None)
+            if wrong is not None:
+                raise ConfigError(
+                    f"{prompt}: the model has no token {wrong}, its ids are 0 to {self.model.vocab_size - 1}"
+                )
+            return piece
+        if self.tokenizer is None:
+            raise DataError(f"{prompt}: a text needs a tokenizer")
+        text = piece.instead_of if isinstance(piece, Gap) else piece
+        require_text(text, str(prompt))
+        return encode_long(self.tokenizer, text)
+
+    def _require_room(self, given: int, new: int, prompt: Prompt) -> None:
+        """A continuation fits the model's context, its last block filled up."""
+        grid, longest = self.grid or 1, self.model.max_sequence_length
+        length = -(-(given + new) // grid) * grid
+        if length <= longest:
+            return
+        filled = f" = {given + new}" + (f", in whole blocks of {grid} = {length}" if length != given + new else "")
+        left = longest // grid * grid - given
+        remedy = f"at most {left} new tokens fit" if left > 0 else f"shorten the prompt by {new - left} tokens"
+        raise ConfigError(
+            f"{prompt}: {given} tokens and {new} new ones{filled}; the model takes {longest}, "
+            f"that is {length - longest} too many: {remedy}"
+        )
+
+    def _require_length(self, length: int, prompt: Prompt) -> None:
+        longest = self.model.max_sequence_length
+        if length > longest:
+            raise ConfigError(
+                f"{prompt}: {length} tokens with the gaps; the model takes {longest}, "
+                f"that is {length - longest} too many"
+            )
+
+
+def longest_first(drafts: Sequence[Request]) -> list[Request]:
+    """Drafts in the order in which they are written: what needs the most memory is known at once."""
+    return sorted(drafts, key=lambda draft: (-len(draft.tokens), draft.stream))
+
+
+def steps_note(draft: Request, steps: int) -> str | None:
+    """What is done where a number of steps cannot be shared out evenly over a draft; None where it can."""
+    blocks, tokens = len(draft.blocks), sum(draft.gaps)
+    sizes = [sum(draft.gaps[start:end]) for start, end in draft.blocks]
+    shares = [max(1, steps // blocks + (block < steps % blocks)) for block in range(blocks)]
+    taken = sum(map(min, shares, sizes))
+    if steps < blocks:
+        return f"{steps} steps for {blocks} blocks: each block takes at least one, {taken} in all"
+    if taken < steps:
+        return f"{steps} steps for {tokens} tokens: no block takes more steps than it has tokens, {taken} in all"
+    if steps % blocks or any(size % share for size, share in zip(sizes, shares, strict=True)):
+        shared = f"; the {blocks} blocks take {_some(shares)}" if blocks > 1 else ""
+        return (
+            f"{steps} steps do not divide {tokens} tokens{shared}: the first steps write one token more than the others"
+        )
+    return None
+
+
+def _some(numbers: Sequence[int]) -> str:
+    """`4, 3, 3`, or the first few of many."""
+    return ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "")

@@ -1,0 +1,221 @@
+"""Prompts through a loaded model: what every way of sampling shares, on one rank or on many."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from llada_megatron.console import message
+from llada_megatron.llada_moe.errors import ConfigError, DataError, LladaError
+from llada_megatron.llada_moe.sampling.editors import never_written
+from llada_megatron.llada_moe.sampling.presets import choose
+from llada_megatron.llada_moe.sampling.schedules import FixedSteps, RandomSteps
+from llada_megatron.llada_moe.sampling.token_buffer import stretches
+from llada_megatron.parallel.sampling.checkpoint_tokenizer import checkpoint_tokenizer, ids_without_token
+from llada_megatron.parallel.sampling.generator import Generator
+from llada_megatron.parallel.sampling.prompts import Gap, Prompt
+from llada_megatron.parallel.sampling.requests import RequestBuilder, longest_first, steps_note
+from llada_megatron.parallel.sampling.results import Result, text_after
+from llada_megatron.parallel.sampling.settings import Settings
+
+if TYPE_CHECKING:
+    from llada_megatron.llada_moe.data.tokenizer import Tokenizer
+    from llada_megatron.llada_moe.sampling.loop import Finished, Method, Step
+    from llada_megatron.llada_moe.sampling.token_buffer import Request
+    from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
+
+Share = Callable[[list["Request"]], list["Request"]]
+"""Which of all drafts this replica writes."""
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One step, and the prompts that it finished."""
+
+    step: Step
+    results: list[Result]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt and what is to be written for it."""
+
+    prompt: Prompt
+    draft: Request
+
+
+@dataclass
+class _Clock:
+    """Since when a sequence is under way."""
+
+    now: float = field(default_factory=time.perf_counter)
+    began: dict[int, float] = field(default_factory=dict)
+
+    def tick(self, streams: list[int]) -> None:
+        """A step of these sequences is over."""
+        for stream in streams:
+            self.began.setdefault(stream, self.now)
+        self.now = time.perf_counter()
+
+    def taken(self, stream: int) -> float:
+        """Seconds of a finished sequence."""
+        return self.now - self.began.pop(stream)
+
+
+class Session:
+    """A loaded model with settings, ready for prompts. Every rank of its world makes one and calls it alike."""
+
+    def __init__(self, loaded: LoadedModel, settings: Settings) -> None:
+        """Raises ConfigError for a method that does not fit the model, DataError for another model's tokenizer."""
+        run = loaded.run
+        if run.objective.kind != "diffusion":
+            raise ConfigError(f"{loaded.path} is an autoregressive model; sampling fills masks of a diffusion model")
+        self.loaded, self.settings = loaded, settings
+        self.choice = choose(
+            settings.preset,
+            settings.schedule,
+            settings.cache,
+            settings.editor,
+            settings.overrides,
+            run.objective,
+            run.model,
+            block_length=settings.block_length,
+            trained_for_editing=settings.trained_for_editing,
+        )
+        self.tokenizer, self._missing = _tokenizer(loaded, settings.tokenizer)
+        self.drafting = RequestBuilder(
+            run.model, self.tokenizer, settings.max_new_tokens, self.choice.block_length, self.choice.grid
+        )
+
+    def jobs(self, prompts: Sequence[Prompt]) -> list[Job]:
+        """Drafts of prompts. Raises ConfigError or DataError for one that cannot be written."""
+        return self.accepted(prompts, tolerant=False)[0]
+
+    def accepted(self, prompts: Sequence[Prompt], tolerant: bool) -> tuple[list[Job], list[str]]:
+        """The same; if `tolerant`, prompts that cannot be written are left out, with a message for each."""
+        if any(prompt.textual for prompt in prompts):
+            self.require_tokenizer()
+        jobs, refused = [], []
+        for prompt in prompts:
+            try:
+                jobs.append(Job(prompt, self.drafting.draft(prompt)))
+            except LladaError as error:
+                if not tolerant:
+                    raise
+                refused.append(str(error))
+        return jobs, refused
+
+    def run(
+        self, jobs: Sequence[Job], share: Share = lambda drafts: drafts, seed: int | None = None
+    ) -> Iterator[StepEvent]:
+        """Write the jobs of this replica, the longest first (collective; it must be run to its end on several ranks).
+
+        Continuations and infillings are read in different ways, and come one after the other. `seed` of the draws:
+        None = that of the settings.
+        """
+        seed = self.settings.seed if seed is None else seed
+        self._say_how(jobs)
+        for infilling in (False, True):
+            chosen = {job.draft.stream: job for job in jobs if job.prompt.infilling == infilling}
+            if not chosen:
+                continue
+            writer = Generator(self.loaded, self._method(infilling, seed), self.settings.batch_size)
+            clock = _Clock()
+            for step in writer.steps(share(longest_first([job.draft for job in chosen.values()]))):
+                clock.tick(step.view.stream.tolist())
+                done = [self._result(chosen[one.stream], one, clock.taken(one.stream)) for one in step.finished]
+                yield StepEvent(step, done)
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises DataError where there is none, with the reason."""
+        if self.tokenizer is None:
+            raise DataError(self._missing)
+        return self.tokenizer
+
+    def _method(self, infilling: bool, seed: int) -> Method:
+        """How tokens are read: an end of text ends a continuation, and has no place in a gap."""
+        model = self.loaded.run.model
+        excluded = [*never_written(model, self.choice.editor)]
+        if self.tokenizer is not None:
+            excluded += ids_without_token(self.tokenizer, model.vocab_size)
+        if infilling:
+            excluded.append(model.eos_token_id)
+        return self.choice.method(
+            excluded=sorted(set(excluded)),
+            temperature=self.settings.temperature,
+            guidance=self.settings.guidance,
+            seed=seed,
+            stop_id=None if infilling else model.eos_token_id,
+        )
+
+    def _say_how(self, jobs: Sequence[Job]) -> None:
+        """Tell where the steps that were asked for cannot be what is done."""
+        schedule = self.choice.schedule
+        if not isinstance(schedule, FixedSteps | RandomSteps) or (steps := schedule.steps) is None:
+            return
+        notes = [note for job in jobs if (note := steps_note(job.draft, steps))]
+        if notes:
+            others = len(set(notes)) - 1
+            message(notes[0] + (f" (and the like for {others} other lengths)" if others else ""))
+
+    def _result(self, job: Job, finished: Finished, seconds: float) -> Result:
+        """A finished sequence up to an end of text that was written."""
+        stop = self.loaded.run.model.eos_token_id
+        places = enumerate(zip(finished.tokens, finished.given, strict=True))
+        end = next((i for i, (token, given) in places if token == stop and not given), None)
+        tokens, given = finished.tokens[:end], finished.given[:end]
+        gaps = stretches(~torch.tensor(given, dtype=torch.bool))
+        text, new = self._texts(job.prompt, tokens, gaps)
+        return Result(
+            number=job.prompt.number,
+            id=job.prompt.id,
+            text=text,
+            new=new,
+            tokens=tokens,
+            written=[tokens[start:stop] for start, stop in gaps],
+            ended=end is not None,
+            forwards=finished.passes,
+            positions=finished.positions_run,
+            seconds=seconds,
+        )
+
+    def _texts(self, prompt: Prompt, tokens: list[int], gaps: list[tuple[int, int]]) -> tuple[str | None, str | None]:
+        """The whole text and what was written; texts that were given stay as they are to the letter."""
+        if self.tokenizer is None:
+            return None, None
+        fillings = [text_after(self.tokenizer, tokens[:start], tokens[start:end]) for start, end in gaps]
+        given = [piece for piece in prompt.pieces if not isinstance(piece, Gap)]
+        if not all(isinstance(piece, str) for piece in given):
+            return self.tokenizer.decode(tokens), "\n".join(fillings)
+        if not prompt.infilling:
+            return "".join([*given, *fillings]), "\n".join(fillings)  # type: ignore[list-item]
+        return _filled(prompt, fillings), "\n".join(fillings)
+
+
+def _filled(prompt: Prompt, fillings: list[str]) -> str:
+    """A text with its gaps filled; gaps side by side are one."""
+    waiting, parts, before = iter(fillings), [], False
+    for piece in prompt.pieces:
+        if isinstance(piece, Gap):
+            parts.append("" if before else next(waiting, ""))
+        else:
+            parts.append(str(piece))
+        before = isinstance(piece, Gap)
+    return "".join(parts)
+
+
+def _tokenizer(loaded: LoadedModel, path: str | None) -> tuple[Tokenizer | None, str]:
+    """The tokenizer, or None and why there is none. Raises DataError where the one that was named cannot be used."""
+    from llada_megatron.parallel.checkpoint.search import tokenizer_place
+
+    place = path or tokenizer_place(loaded.path, loaded.facts)
+    try:
+        return checkpoint_tokenizer(loaded, path), ""
+    except DataError as error:
+        if path is not None or (place is not None and place.exists()):
+            raise
+        return None, str(error)

@@ -1,0 +1,69 @@
+"""The weights of this rank's model chunks as `dist_checkpointing` saves and loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
+
+from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
+
+OPTIMIZER_FORMAT = "fully_reshardable"
+"""The one of Megatron's optimizer formats that loads under any layout."""
+
+
+def apply_factories_copy(chunk: DiffusionTransformer) -> dict[str, Any]:
+    """The chunk's sharded state with fused matrices (gate and up) taken apart; views of the parameters."""
+    state = chunk_state(chunk)
+    apply_factories(state)
+    return state
+
+
+def state_metadata() -> dict[str, Any]:
+    """What Megatron's `sharded_state_dict` functions need to know; the same on saving and loading."""
+    return {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "distrib_optim_sharding_type": OPTIMIZER_FORMAT,
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+        "chained_optim_avoid_prefix": True,  # else the names say how many optimizers the layout has
+        "non_homogeneous_layers": True,  # else dense models stack the layers of a weight under one name
+    }
+
+
+def chunk_state(chunk: DiffusionTransformer) -> dict[str, Any]:
+    """Sharded weights and buffers of one chunk, without Transformer Engine's pickled extras."""
+    state = chunk.sharded_state_dict(metadata=state_metadata())
+    return {name: entry for name, entry in state.items() if isinstance(entry, ShardedTensor | ShardedTensorFactory)}
+
+
+def model_state(chunks: list[DiffusionTransformer]) -> dict[str, Any]:
+    """Sharded state of this rank's chunks, as `dist_checkpointing` saves and loads it."""
+    return {_chunk_key(index, len(chunks)): chunk_state(chunk) for index, chunk in enumerate(chunks)}
+
+
+def load_model_state(chunks: list[DiffusionTransformer], state: dict[str, Any]) -> None:
+    """Put loaded weights into the chunks."""
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[_chunk_key(index, len(chunks))], strict=False)
+
+
+def fill_weights(chunks: list[DiffusionTransformer], read: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
+    """Copy weights into the chunks of a world of one process.
+
+    Args:
+        read: gives a weight by its key in a checkpoint and, of an expert, its index; whole.
+    """
+    for chunk in chunks:
+        for entry in nested_values(apply_factories_copy(chunk)):
+            axes = entry.prepend_axis_num
+            start = entry.global_offset[axes:]
+            rows = tuple(slice(a, a + n) for a, n in zip(start, entry.data.shape, strict=True))
+            entry.data.copy_(read(entry.key, entry.global_offset[:axes])[rows])
+
+
+def _chunk_key(index: int, count: int) -> str:
+    return "model" if count == 1 else f"model{index}"

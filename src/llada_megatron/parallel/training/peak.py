@@ -1,0 +1,100 @@
+"""What this machine can do: measured matrix-product and copy ceilings, and the memory a process has used."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+"""Bytes in a unit of `ru_maxrss`."""
+
+_FIRST_SIZE = 256
+
+_LARGEST_SIZE = {"cpu": 2048, "cuda": 8192}
+
+_SECONDS = 0.5  # time spent per ceiling; only the first, smallest measurement may take longer
+
+
+def matmul_peak(device: torch.device | str, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product with this process's threads: the best of several runs.
+
+    The size doubles from 256 as long as the next one fits into half a second: a processor without instructions for
+    `dtype` (bf16 on one with AVX2 only) is a thousand times slower than one with them, and must not be waited for.
+
+    The ceiling that model-FLOPs utilisation is measured against. Where ranks share a CPU, let them measure at the
+    same time: each then gets the share it will have in training.
+    """
+    device = torch.device(device)
+    best, size, deadline = 0.0, _FIRST_SIZE, time.perf_counter() + _SECONDS
+    while True:
+        product = _product(size, device, dtype)
+        seconds = _seconds(product, device)
+        larger = 2 * size <= _LARGEST_SIZE.get(device.type, _FIRST_SIZE)
+        if not (larger and time.perf_counter() + 2 * 8 * seconds < deadline):  # warm-up and one run of the next size
+            return max(best, 2.0 * size**3 / min(seconds, _best_seconds(product, device, deadline)))
+        best, size = max(best, 2.0 * size**3 / seconds), 2 * size
+
+
+def copy_peak(device: torch.device | str) -> float:
+    """Bytes/s read and written by a large copy with this process's threads: the best of several runs."""
+    device = torch.device(device)
+    count = (1024 if device.type == "cuda" else 64) * 2**20 // 4
+    source = torch.ones(count, device=device)
+    target = torch.empty_like(source)
+    deadline = time.perf_counter() + _SECONDS
+    seconds = _seconds(lambda: target.copy_(source), device)
+    return 2.0 * 4 * count / min(seconds, _best_seconds(lambda: target.copy_(source), device, deadline))
+
+
+def _product(size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    a = torch.randn(size, size, device=device, dtype=torch.float32).to(dtype)
+    b, out = a.t().contiguous(), torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run after a warm-up."""
+    run()
+    return _timed(run, device)
+
+
+def _best_seconds(run: Callable[[], object], device: torch.device, deadline: float) -> float:
+    """The least of as many runs as begin before the deadline; infinite for none."""
+    best = float("inf")
+    while time.perf_counter() < deadline:
+        best = min(best, _timed(run, device))
+    return best
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    run()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_gb(device: torch.device | str = "cpu") -> float:
+    """Largest memory so far, in GB (1e9 bytes): allocated on a CUDA device, else resident in this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "linux":  # ru_maxrss there begins with what the process that started this one had used
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 1e9
+
+
+def total_memory_gb() -> float:
+    """Physical memory of this machine, in GB."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9

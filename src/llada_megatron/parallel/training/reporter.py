@@ -1,0 +1,193 @@
+"""What a run says of itself: a line of metrics for every step, figures and progress every interval, on rank 0."""
+
+from __future__ import annotations
+
+import logging
+import math
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.data.batch import Batch
+from llada_megatron.llada_moe.data.training_data import TrainingData
+from llada_megatron.llada_moe.evaluation.likelihood import Likelihood
+from llada_megatron.llada_moe.model.flops import FORMULA, block_causal_keys, flops_per_token
+from llada_megatron.parallel import device
+from llada_megatron.parallel.expert_load import ExpertLoad, load_scalars
+from llada_megatron.parallel.training.metrics import MaskRatioLoss, Throughput, bits_per_byte
+from llada_megatron.parallel.training.metrics_writer import MetricsWriter
+from llada_megatron.parallel.training.peak import matmul_peak, peak_memory_gb
+from llada_megatron.parallel.training.progress import TrainingProgress
+from llada_megatron.parallel.training.recovery.attempt import StepAttempt
+
+
+class Reporter:
+    """Collects what the steps return, and every `logging.interval` steps reduces it over the ranks and writes it down.
+
+    Between intervals it reduces nothing.
+    """
+
+    def __init__(self, run: RunConfig, models: list[torch.nn.Module], data: TrainingData, first_step: int) -> None:
+        self.run, self.data, self._first_step = run, data, first_step
+        self.rank = torch.distributed.get_rank()
+        directory = Path(run.output_dir)
+        self.writer = MetricsWriter(directory, run.logging.tensorboard, first_step + 1) if self.rank == 0 else None
+        self.progress = TrainingProgress(run.training.steps, first_step, rank=self.rank)
+        self.expert_load = ExpertLoad(models)
+        self.by_ratio = MaskRatioLoss(device=device.current())
+        self.throughput: Throughput | None = None
+        self._peak_flops: float | None = None
+        self.last_loss = float("nan")
+        self._waiting: list[tuple[int, dict[str, float]]] = []
+        self._notes: dict[str, float] = {}
+
+    def start(self, batches: list[Batch]) -> None:
+        """Count the work per token, from the first step's batches (collective)."""
+        diffusion = self.run.objective.kind == "diffusion"
+        objective = self.run.objective
+        mean_ratio = 1.0 if objective.replace_ratio else (objective.mask_ratio_min + objective.mask_ratio_max) / 2
+        work = flops_per_token(
+            self.run.model,
+            self.run.training.sequence_length,
+            keys_per_query=self._keys_per_query(batches),
+            supervised_share=mean_ratio if diffusion else 1.0,
+        ).total
+        self.throughput = Throughput(work)
+        if self.rank == 0:
+            self.progress.message(f"model FLOPs per token {work:.4g}")
+            if self._first_step == 0:  # a restart need not say it again
+                self.progress.message(FORMULA)
+
+    def _measured_peak(self, throughput: Throughput) -> float:
+        """FLOP/s of all ranks, which measure at once; when a figure is first held against it (collective)."""
+        if self._peak_flops is None:
+            dtype = torch.bfloat16 if self.run.training.precision == "bf16" else torch.float32
+            with throughput.paused():
+                own = matmul_peak(device.current(), dtype)
+                peak = torch.tensor(own, dtype=torch.float64, device=device.current())
+                torch.distributed.all_reduce(peak)
+                self._peak_flops = float(peak)
+            self.progress.message(f"measured peak {self._peak_flops:.4g} FLOP/s over all ranks")
+        return self._peak_flops
+
+    def _keys_per_query(self, batches: list[Batch]) -> float:
+        """Keys that a token sees on average, in the segments of these batches."""
+        lengths = torch.cat([batch.boundaries.diff() for batch in batches]).tolist()
+        block = 1 if self.run.objective.kind == "autoregressive" else self.run.objective.block_size
+        seen = sum(length * block_causal_keys(length, block or length) for length in lengths if length)
+        sums = torch.tensor([seen, sum(lengths)], dtype=torch.float64)
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group_gloo())
+        return float(sums[0] / sums[1])
+
+    def step(self, number: int, attempt: StepAttempt | None, rate: float, decisions: int = 0) -> None:
+        """Take note of step `number` (from 1), which ran at learning rate `rate`, or was left out (`attempt` None).
+
+        `decisions`: those of the recovery policy that hold for it.
+        """
+        facts: dict[str, float] = {"skipped": 1} if attempt is None else self._ran(attempt)
+        facts |= {
+            "learning_rate": rate,
+            "consumed_sequences": number * self.run.training.global_batch_size,
+            **self._notes,
+        }
+        if decisions:
+            facts["recovery/decisions"] = decisions
+        self._waiting.append((number, facts))
+        self._notes = {}
+        if number % self.run.logging.interval == 0 or number == self.run.training.steps:
+            self.interval()
+
+    def _ran(self, attempt: StepAttempt) -> dict[str, float]:
+        losses = attempt.losses
+        if losses.weighted.numel():
+            self.by_ratio.add(losses.weighted, losses.mask_ratio, losses.supervised)
+        if self.throughput is not None:
+            self.throughput.add(self.run.training.global_batch_size * self.run.training.sequence_length)
+        self.last_loss = attempt.loss
+        return {
+            "loss": attempt.loss,
+            "bits_per_byte": bits_per_byte(attempt.loss, self.data.bytes_per_token),
+            "grad_norm": attempt.grad_norm,
+        }
+
+    def interval(self) -> None:
+        """Reduce and write everything since the last interval (collective)."""
+        if not self._waiting:
+            return
+        figures = self._figures()
+        last, facts = self._waiting.pop()
+        for number, line in [*self._waiting, (last, facts | figures)]:
+            self._write(number, line)
+        self._waiting.clear()
+        if self.writer is not None:
+            self.writer.flush()
+        self.progress.update(last, _known(self.last_loss), figures.get("tokens_per_second"))
+
+    def go_back(self, step: int) -> None:
+        """The steps after `step` are run again: what was written of them goes."""
+        self._waiting.clear()
+        self._notes = {}
+        self.by_ratio.reset()
+        self.expert_load.reset()
+        if self.throughput is not None:
+            self.throughput.restart()
+        if self.writer is not None:
+            self.writer.go_back(step + 1)
+
+    def decision(self, step: int, text: str) -> None:
+        """A decision of the recovery policy, for TensorBoard at the first step it holds for."""
+        if self.writer is not None:
+            self.writer.write_text(step, "recovery", text)
+
+    def _figures(self) -> dict[str, float]:
+        memory = torch.tensor(peak_memory_gb(device.current()), dtype=torch.float64, device=device.current())
+        torch.distributed.all_reduce(memory)
+        figures = {
+            "peak_memory_gb_all_ranks": float(memory),
+            **self.by_ratio.reduce(),
+            **load_scalars(self.expert_load.reduce()),
+        }
+        if self.throughput is None:
+            return figures
+        return figures | self.throughput.read(self._measured_peak(self.throughput))
+
+    def validation(self, number: int, result: Likelihood, bytes_per_token: float) -> float:
+        """Keep the held-out bits per byte for the line of step `number`, which is reported next; returns them."""
+        bits = result.bits_per_byte(bytes_per_token)
+        self.note("validation/bits_per_byte", bits)
+        self.progress.message(f"step {number}: validation {bits:.4f} bits per byte over {result.sequences} sequences")
+        return bits
+
+    def note(self, name: str, value: float) -> None:
+        """Keep a figure for the line of the next step that is reported."""
+        self._notes[name] = value
+
+    def untimed(self) -> AbstractContextManager[None]:
+        """What runs inside does not count as training time."""
+        return self.throughput.paused() if self.throughput is not None else nullcontext()
+
+    def message(self, text: str) -> None:
+        """One line on rank 0's terminal."""
+        self.progress.message(text)
+
+    def warning(self, text: str) -> None:
+        """The same, and a line in every rank's log."""
+        logging.getLogger(__name__).warning(text)
+        self.message(text)
+
+    def _write(self, number: int, line: dict[str, float]) -> None:
+        if self.writer is not None:
+            self.writer.write(number, line)
+
+    def close(self) -> None:
+        """Close the files; what waits for its interval is left out, as on a crash."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _known(loss: float) -> float | None:
+    """A run may begin with a step that is left out."""
+    return None if math.isnan(loss) else loss

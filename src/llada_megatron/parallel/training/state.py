@@ -1,0 +1,154 @@
+"""What of a run survives it: weights, optimizer, how far it has come, and what its recovery policy remembers.
+
+Saved, resharded and resumed here only.
+
+The data position, the masks and the learning rate are functions of the step, so the step number is their state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+
+from llada_megatron import __version__
+from llada_megatron.llada_moe.config import from_dict, to_dict
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.data.set_manifest import SetManifest
+from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
+from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
+from llada_megatron.parallel.checkpoint.search import require_model
+from llada_megatron.parallel.checkpoint.store import CheckpointStore
+from llada_megatron.parallel.sharded_state import load_model_state, model_state
+from llada_megatron.parallel.training.optimizer import load_optimizer_state, optimizer_state
+from llada_megatron.parallel.training.recovery.policy import History
+
+FROZEN = (
+    "training.global_batch_size",
+    "training.sequence_length",
+    "training.seed",
+    "training.precision",
+    "objective",
+    "data",
+)
+"""Keys that a resumed run must keep: they decide which samples and masks a step number stands for."""
+
+
+@dataclass
+class RunState:
+    """What is trained, the number of steps done, and the history of losses and recovery decisions."""
+
+    run: RunConfig
+    chunks: list[DiffusionTransformer]
+    optimizer: MegatronOptimizer
+    manifests: list[SetManifest]
+    step: int = 0
+    history: History = field(default_factory=History)
+
+    def save(self, store: CheckpointStore) -> None:
+        """Write a checkpoint of this step (collective)."""
+        model = model_state(self.chunks)
+        store.save(
+            self.step, model | {"optimizer": optimizer_state(self.optimizer, model, loading=False)}, self._facts()
+        )
+
+    def resume(self, store: CheckpointStore) -> Path | None:
+        """Continue from the newest whole checkpoint of this run; None if there is none (collective).
+
+        Raises:
+            ConfigError: the run's configuration changed where the meaning of a step depends on it.
+            CheckpointError: no checkpoint is usable, or it is of another model.
+        """
+        path = store.latest()
+        if path is not None:
+            self.continue_from(store, path)
+        return path
+
+    def continue_from(self, store: CheckpointStore, path: Path) -> None:
+        """Continue from a checkpoint of this run; recovery decisions taken since then stay known (collective).
+
+        Raises:
+            ConfigError, CheckpointError: as `resume`.
+        """
+        saved = store.facts(path)
+        require_model(path, saved, self.run.model)
+        refuse_changed_run(path, saved, self.run)
+        self._require_tokenizer(path, saved)
+        model = model_state(self.chunks)
+        template = model | {"optimizer": optimizer_state(self.optimizer, model, loading=True)}
+        state, facts = store.load(path, template)
+        load_model_state(self.chunks, state)
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        self.step = int(facts["step"])
+        known, self.history = self.history.decisions, from_dict(History, facts.get("recovery", {}))
+        self.history.learn(known)
+
+    def load_weights(self, store: CheckpointStore, path: Path) -> None:
+        """Start from the weights of another run's step directory, with a fresh optimizer (collective)."""
+        require_model(path, store.facts(path), self.run.model, weights_only=True)
+        state, facts = store.load(path, model_state(self.chunks))
+        self._require_tokenizer(path, facts)
+        load_model_state(self.chunks, state)
+        self.optimizer.reload_model_params()
+
+    def _require_tokenizer(self, path: Path, facts: dict[str, Any]) -> None:
+        if facts["tokenizer"] is None:  # imported without tokenizer files
+            return
+        saved, present = facts["tokenizer"]["sha256"], self.manifests[0].tokenizer.sha256
+        if saved != present:
+            raise CheckpointError(
+                f"{path} was trained on data prepared with another tokenizer ({saved[:12]}, not {present[:12]}); "
+                "prepare the data with the tokenizer of that run (llada prepare --tokenizer)"
+            )
+
+    def _facts(self) -> dict[str, Any]:
+        tokenizer = self.manifests[0].tokenizer
+        return {
+            "model": to_dict(self.run.model),
+            "run": to_dict(self.run),
+            "step": self.step,
+            "consumed_samples": self.step * self.run.training.global_batch_size,
+            "recovery": to_dict(self.history),
+            "layout": to_dict(self.run.layout),
+            "versions": {
+                "llada-megatron": __version__,
+                "torch": torch.__version__,
+                "megatron-core": metadata.version("megatron-core"),
+            },
+            "tokenizer": {
+                "sha256": tokenizer.sha256,
+                "vocab_size": tokenizer.vocab_size,
+                "path": f"{self.run.data.sets[0].path}.tokenizer{tokenizer.suffix}",
+            },
+        }
+
+
+def refuse_changed_run(path: Path, facts: dict[str, Any], run: RunConfig) -> None:
+    """Refuse to continue `path` under a configuration in which its step number means other samples.
+
+    Raises:
+        ConfigError: names each changed key, what it was and what it is.
+    """
+    saved, present = facts["run"], to_dict(run)
+    changes = [change for key in FROZEN for change in _changes(key, _at(saved, key), _at(present, key))]
+    if changes:
+        raise ConfigError(
+            f"this run cannot continue {path}: {'; '.join(changes)}. Put the old values back, or start a "
+            f"new run: set another output_dir and checkpoint.load={path} to begin from these weights"
+        )
+
+
+def _at(values: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
+
+
+def _changes(key: str, saved: Any, present: Any) -> list[str]:
+    if isinstance(saved, dict) and isinstance(present, dict):
+        return [change for name in saved for change in _changes(f"{key}.{name}", saved[name], present.get(name))]
+    return [] if saved == present else [f"{key} was {saved!r} and is {present!r}"]

@@ -1,0 +1,190 @@
+"""One training step under any layout: micro-batches, forward and backward through the pipeline, the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.data.batch import Batch
+from llada_megatron.llada_moe.data.training_data import TrainingData
+from llada_megatron.llada_moe.objectives.normalization import TokenCounts, count, normalizer
+from llada_megatron.parallel import device
+from llada_megatron.parallel.training.optimizer import clip_gradients
+
+Norm = float | torch.Tensor
+"""Norm of all gradients; newer Megatron versions leave it on the GPU."""
+
+
+@dataclass
+class Microbatch:
+    """What one forward pass reads on this rank: its context slice of the sequences, on the device."""
+
+    inputs: torch.Tensor
+    """`[batch, seq / context_parallel]`."""
+    labels: torch.Tensor
+    weights: torch.Tensor
+    boundaries: torch.Tensor
+    """Segments of the whole sequences, on the host (see `llada_moe.model.patterns`)."""
+    factor: torch.Tensor
+    """`[batch]`: normalisation of each sequence (see `llada_moe.objectives.normalization`)."""
+    mask_ratio: torch.Tensor
+    """`[batch]`."""
+
+
+@dataclass
+class Losses:
+    """Per-sequence sums that the last pipeline stage returns; empty on the other stages. All `[sequences]`."""
+
+    weighted: torch.Tensor
+    """sum_i weights_i * cross-entropy_i over this rank's context slice, before normalisation."""
+    mask_ratio: torch.Tensor
+    supervised: torch.Tensor
+    """Supervised positions in this rank's slice."""
+    loss: torch.Tensor
+    """Scalar: this rank's share of the loss of the global batch; the sum over data and context ranks is the loss."""
+
+
+@dataclass
+class StepResult:
+    """One finished step."""
+
+    losses: Losses
+    grad_norm: float
+
+
+def local_numbers(run: RunConfig, step: int, data_rank: int) -> list[list[int]]:
+    """Numbers of the samples that a data-parallel rank runs in `step`, one list a micro-batch.
+
+    Sample i of the step is number step * global_batch_size + i; micro-batch m of rank r takes the (m * ranks + r)-th
+    run of micro_batch_size of them, so that every layout covers the same samples.
+    """
+    size, ranks = run.training.micro_batch_size, run.layout.data_parallel
+    first = step * run.training.global_batch_size
+    return [
+        list(range(start, start + size))
+        for start in range(first + data_rank * size, first + run.training.global_batch_size, ranks * size)
+    ]
+
+
+def global_counts(batches: list[Batch]) -> TokenCounts:
+    """Counts of the whole global batch: this rank's micro-batches summed over data-parallel ranks, on the host."""
+    mine = sum((count(batch) for batch in batches), TokenCounts())
+    totals = torch.tensor([getattr(mine, field.name) for field in fields(TokenCounts)], dtype=torch.int64)
+    torch.distributed.all_reduce(totals, group=parallel_state.get_data_parallel_group_gloo())
+    return TokenCounts(*totals.tolist())
+
+
+def prepare(run: RunConfig, batches: list[Batch]) -> list[Microbatch]:
+    """Normalise over the global batch, slice for context parallelism, and move to the device."""
+    totals = global_counts(batches)
+    shard, shards = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    where = device.current()
+
+    def mine(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.chunk(shards, dim=1)[shard].contiguous().to(where, non_blocking=True)
+
+    return [
+        Microbatch(
+            inputs=mine(batch.inputs),
+            labels=mine(batch.labels),
+            weights=mine(batch.weights),
+            boundaries=batch.boundaries,
+            factor=normalizer(run.objective.normalization, totals, batch).to(where),
+            mask_ratio=batch.mask_ratio.to(where),
+        )
+        for batch in batches
+    ]
+
+
+def _forward_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+    batch = next(data)
+    output = model(batch.inputs, batch.boundaries, batch.labels, batch.weights)
+
+    def loss_function(weighted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        # Megatron divides the sum over all ranks and micro-batches by the sum of these counts: all tokens of the global
+        # batch
+        tokens = torch.tensor(batch.inputs.numel(), dtype=torch.int, device=weighted.device)
+        loss = (weighted * batch.factor).sum()
+        facts = {
+            "weighted": weighted.detach(),
+            "mask_ratio": batch.mask_ratio,
+            "supervised": (batch.weights != 0).sum(dim=1),
+            "loss": loss.detach(),
+        }
+        return loss, tokens, facts
+
+    return output, loss_function
+
+
+def run_pipeline(
+    run: RunConfig, models: list[torch.nn.Module], microbatches: list[Microbatch], forward_only: bool = False
+) -> Losses:
+    """Forward (and backward) of all micro-batches through the pipeline; gradients are left in the models' buffers."""
+    iterators = [iter(microbatches) for _ in models]
+    stored = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=iterators if len(models) > 1 else iterators[0],
+        model=models if len(models) > 1 else models[0],
+        num_microbatches=len(microbatches),
+        seq_length=run.training.sequence_length,
+        micro_batch_size=run.training.micro_batch_size,
+        forward_only=forward_only,
+    )
+    where = device.current()
+    total = run.training.global_batch_size * run.training.sequence_length
+
+    def join(name: str) -> torch.Tensor:
+        return torch.cat([facts[name] for facts in stored]) if stored else torch.zeros(0, device=where)
+
+    loss = torch.stack([facts["loss"] for facts in stored]).sum() / total if stored else torch.zeros((), device=where)
+    return Losses(join("weighted"), join("mask_ratio"), join("supervised"), loss)
+
+
+class TrainingStep:
+    """Runs steps of one run on this rank's model chunks."""
+
+    def __init__(
+        self, run: RunConfig, models: list[DistributedDataParallel], optimizer: MegatronOptimizer, data: TrainingData
+    ) -> None:
+        self.run, self.models, self.optimizer, self.data = run, models, optimizer, data
+        config = get_model_config(models[0])
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = optimizer.scale_loss
+
+    def batches(self, step: int) -> list[Batch]:
+        """This data-parallel rank's micro-batches of `step`."""
+        rank = parallel_state.get_data_parallel_rank()
+        return [self.data.batch(numbers) for numbers in local_numbers(self.run, step, rank)]
+
+    def gradients(self, step: int) -> Losses:
+        """Forward and backward of `step`; reduced gradients stay in the buffers."""
+        for model in self.models:
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return run_pipeline(self.run, self.models, prepare(self.run, self.batches(step)))
+
+    def norm(self) -> Norm:
+        """Norm of the gradients over all ranks; they are then ready for `update`."""
+        self.optimizer.prepare_grads()
+        return self.optimizer.get_grad_norm()
+
+    def update(self, norm: Norm) -> None:
+        """Clip the gradients, whose norm is given, and update the weights."""
+        clip_gradients(self.optimizer, norm)
+        self.optimizer.step_with_ready_grads()
+
+    def __call__(self, step: int) -> StepResult:
+        """Forward, backward and update of `step`. The learning rate is the caller's (`optimizer.set_learning_rate`)."""
+        losses = self.gradients(step)
+        norm = self.norm()
+        self.update(norm)
+        return StepResult(losses, float(norm))

@@ -1,0 +1,139 @@
+"""The training loop, the same for every layout: resume, step, recover, report, validate, save."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.data.training_data import TrainingData
+from llada_megatron.parallel import build
+from llada_megatron.parallel.checkpoint.search import weights_to_start_from
+from llada_megatron.parallel.collectives import on_rank_0
+from llada_megatron.parallel.training.heartbeat import Heartbeat
+from llada_megatron.parallel.training.optimizer import build_optimizer, set_learning_rate
+from llada_megatron.parallel.training.recovery.attempt import StepAttempt
+from llada_megatron.parallel.training.recovery.policy import may_go_back
+from llada_megatron.parallel.training.recovery.recovery import Recovery
+from llada_megatron.parallel.training.reporter import Reporter
+from llada_megatron.parallel.training.saving import Saver, open_store
+from llada_megatron.parallel.training.state import RunState
+from llada_megatron.parallel.training.step import TrainingStep
+from llada_megatron.parallel.training.validation import validate
+
+
+class Trainer:
+    """One rank of a run. The process groups of the layout exist."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+        self.heart = Heartbeat.of_rank(torch.distributed.get_rank())
+        self.heart.beat(0, "start")
+        self.data = TrainingData(run)
+        self.held_out = TrainingData(run, "validation") if run.validation.interval else None
+        chunks = build.build_run_chunks(run)
+        self.models = build.wrap(run, chunks)
+        self.state = RunState(run, chunks, build_optimizer(run, self.models), self.data.manifests)
+        self.step = TrainingStep(run, self.models, self.state.optimizer, self.data)
+        self.store = open_store(run)
+        self.heart.beat(0, "load")
+        resumed = self.state.resume(self.store)
+        given = on_rank_0(lambda: weights_to_start_from(run)) if resumed is None else None
+        if given is not None:
+            self.state.load_weights(self.store, given)
+        self.heart.beat(self.state.step, "start")
+        self.reporter = Reporter(run, self.models, self.data, self.state.step)
+        if resumed is not None:
+            self.reporter.message(f"continuing from {resumed} at step {self.state.step}")
+        self.recovery = Recovery(run, self.models, self.step, self.state, self.reporter)
+        self.recovery.recall(resumed)
+        self.new = resumed is None
+        self.saver = Saver(run, self.store, self.reporter, resumed, self.state.step)
+        self.bits_per_byte: float | None = None
+        self.stopping = False
+
+    def train(self, stop: Callable[[], bool]) -> dict[str, Any]:
+        """Run to the last step, or until a rank's `stop` says so; then save. Returns what the command reports."""
+        began, first = time.perf_counter(), self.state.step
+        with self.reporter.progress:
+            if first < self.run.training.steps:
+                self.reporter.start(self.step.batches(first))
+            if self.new and may_go_back(self.run.recovery):
+                self._checkpoint()
+            while self.state.step < self.run.training.steps and not self.stopping:
+                self._one_step(stop)
+            self.reporter.interval()
+            self.heart.beat(self.state.step, "save")
+            self.saver.end(self.state, partial(self._hurried, stop))
+        self.reporter.close()
+        self.heart.beat(self.state.step, "done")
+        newest = self.store.latest(thorough=False)
+        return {
+            "steps": self.state.step,
+            "recovery_decisions": self.state.history.counted or None,
+            "loss": _finite(self.reporter.last_loss),
+            "bits_per_byte": self.bits_per_byte,
+            "seconds": round(time.perf_counter() - began, 1),
+            "checkpoint": str(newest) if newest else None,
+            "metrics": str(Path(self.run.output_dir) / "metrics.jsonl"),
+            "tensorboard": str(Path(self.run.output_dir) / "tensorboard") if self.run.logging.tensorboard else None,
+        }
+
+    def _hurried(self, stop: Callable[[], bool]) -> bool:
+        """Whether what need not be done now is to be left to the next start."""
+        self.heart.beat(self.state.step, "save")
+        return stop() or self.stopping
+
+    def _one_step(self, stop: Callable[[], bool]) -> None:
+        """Run the next step; leave it out, or go back, where the recovery policy says so."""
+        self.heart.beat(self.state.step, "step")
+        factor = self.state.history.rate_factor(self.state.step + 1)
+        rate = set_learning_rate(self.run, self.state.optimizer, self.state.step, factor)
+        if self.recovery.left_out():
+            self._finish_step(None, rate)
+            return
+        attempt = self.recovery.attempt(stop)
+        self.stopping = attempt.stop
+        if attempt.fault is not None:
+            self.heart.beat(self.state.step, "load")
+            self.saver.finish()
+            before = self.state.step
+            self.recovery.repair(attempt.fault, self.store)
+            if self.state.step < before:
+                self.saver.went_back(self.state.step)
+            return  # what is left out now is passed over when the loop comes to it
+        self.step.update(attempt.norm)
+        self.recovery.accept(attempt)
+        self._finish_step(attempt, rate)
+
+    def _finish_step(self, attempt: StepAttempt | None, rate: float) -> None:
+        """Count the step (None: it was left out); validate, report and save where that is due."""
+        self.state.step += 1
+        number = self.state.step
+        self.saver.poll()
+        if self._due(self.run.validation.interval) and self.held_out is not None:
+            with self.reporter.untimed():
+                alive = partial(self.heart.beat, number, "validation")
+                likelihood = validate(self.run, self.models, self.held_out, alive)
+            self.bits_per_byte = self.reporter.validation(number, likelihood, self.held_out.bytes_per_token)
+        self.reporter.step(number, attempt, rate, self.state.history.in_force(number))
+        if self._due(self.run.checkpoint.interval):
+            self._checkpoint()
+
+    def _due(self, interval: int) -> bool:
+        return interval > 0 and (self.state.step % interval == 0 or self.state.step == self.run.training.steps)
+
+    def _checkpoint(self) -> None:
+        self.heart.beat(self.state.step, "save")
+        self.saver.save(self.state)
+        self.heart.beat(self.state.step, "step")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,246 @@
+"""Which tensors of an export are in which file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llada_megatron import __version__
+from llada_megatron.console import message, size_text
+from llada_megatron.llada_moe.data.tokenizer_files import require_tokenizer
+from llada_megatron.llada_moe.huggingface.card import generation_config, model_card
+from llada_megatron.llada_moe.huggingface.formats import export_format, modeling_files
+from llada_megatron.llada_moe.huggingface.formats.table import Format, write_config
+from llada_megatron.llada_moe.huggingface.mapping import Mapping, mappings, split
+from llada_megatron.llada_moe.huggingface.safetensors_reader import SINGLE_NAME
+from llada_megatron.llada_moe.huggingface.safetensors_writer import ShardWriter, shard_name, write_index
+from llada_megatron.llada_moe.huggingface.tokenizer_export import TokenizerFiles, tokenizer_files
+from llada_megatron.parallel.checkpoint.manifest import write_durably
+from llada_megatron.parallel.checkpoint.search import find_checkpoints
+from llada_megatron.tools.convert.findings import parameters_by_dtype
+from llada_megatron.tools.convert.huggingface_source import CONFIG
+from llada_megatron.tools.convert.sharded_source import ShardedSource
+from llada_megatron.tools.convert.source import FILES, file_states, kept_dtype, require_unchanged
+from llada_megatron.tools.convert.tasks import ByteProgress, Task, TaskResult, run_tasks
+from llada_megatron.tools.convert.workspace import Workspace, begun_plan
+
+
+@dataclass
+class Shard:
+    """One file of the export: its tensors in order, and the units that fill them."""
+
+    mappings: list[Mapping] = field(default_factory=list)
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
+    size: int = 0
+
+
+def plan_shards(source: ShardedSource, table: Format, wanted: torch.dtype | None, shard_bytes: int) -> list[Shard]:
+    """The files to write: tensors in the order of the forward pass.
+
+    Args:
+        wanted: dtype of the weights; None = as stored.
+
+    A file has at most `shard_bytes` of them. What is converted together stays together, tensors are not cut, and those
+    that are larger have a file to themselves.
+    """
+    shards = [Shard()]
+    for group in _whole_tensors(table, source):
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for mapping in group:
+            dtype = kept_dtype(mapping.unit, source.dtype(mapping.unit), wanted)
+            tensors |= {part.name: (dtype, part.shape) for part in mapping.parts}
+        size = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in tensors.values())
+        if shards[-1].size and shards[-1].size + size > shard_bytes:
+            shards.append(Shard())
+        shards[-1].mappings += group
+        shards[-1].tensors |= tensors
+        shards[-1].size += size
+    return shards
+
+
+def size_notes(shards: list[Shard], shard_bytes: int) -> list[str]:
+    """A note on files that are larger than they should be."""
+    larger = [shard.size for shard in shards if shard.size > shard_bytes]
+    if not larger:
+        return []
+    count = f"{len(larger)} files exceed" if len(larger) > 1 else "1 file exceeds"
+    return [
+        f"{count} --shard-size, by up to {size_text(max(larger) - shard_bytes)}: no tensor is cut, and "
+        "projections that are converted together stay together"
+    ]
+
+
+def _whole_tensors(table: Format, source: ShardedSource) -> Iterator[list[Mapping]]:
+    """The mappings, those of one large tensor's blocks of rows together."""
+    group: list[Mapping] = []
+    for mapping in mappings(table, source.model):
+        if group and mapping.parts[0].start == 0:
+            yield group
+            group = []
+        group.append(mapping)
+    yield group
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """How to export."""
+
+    dtype: torch.dtype | None = None
+    """None = as stored."""
+    shard_bytes: int = 5 * 10**9
+    tokenizer: Path | None = None
+    """None = where the checkpoint says it is."""
+    workers: int = 1
+
+
+def export_checkpoint(path: Path, target: Path, options: ExportOptions) -> dict[str, Any]:
+    """Convert a sharded checkpoint to a Hugging Face directory `target`, with what is needed to load it there.
+
+    Returns:
+        a summary: format, tensors, parameters, bytes, the directory, notes.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or its model has no published format.
+        ConfigError: a target that is not empty.
+        DataError: its tokenizer is none, or that of another model.
+        ResourceError: no space left; repeat the command once there is.
+    """
+    source = ShardedSource(_begun(path, target) or path)
+    table = export_format(source.model)
+    config = write_config(table, source.model)
+    notes = source.require_whole()
+    tokenizer = _tokenizer(source, options)
+    notes += tokenizer.notes
+    if not tokenizer.files:
+        notes.append("the checkpoint's tokenizer is not there (--tokenizer PATH): the export has none")
+    shards = plan_shards(source, table, options.dtype, options.shard_bytes)
+    notes += size_notes(shards, options.shard_bytes)
+    if source.run.objective.kind == "autoregressive":
+        notes.append("these weights were trained with causal attention; the exported model attends in both directions")
+    with Workspace(target, _plan(source, tokenizer, options)) as workspace:
+        if not workspace.complete:
+            _fill(workspace, source, shards, options.workers)
+            config["torch_dtype"] = _main_dtype(shards)
+            _write_rest(workspace.output, source, table, config, tokenizer)
+        workspace.publish()
+    return {
+        "format": table.name,
+        "directory": str(target),
+        "tensors": sum(len(shard.tensors) for shard in shards),
+        "parameters": sum(torch.Size(shape).numel() for shard in shards for _, shape in shard.tensors.values()),
+        "bytes": sum(shard.size for shard in shards),
+        "notes": notes,
+    }
+
+
+def _tokenizer(source: ShardedSource, options: ExportOptions) -> TokenizerFiles:
+    """The tokenizer's files. Raises DataError: not the one that the checkpoint was trained with."""
+    path = options.tokenizer or source.tokenizer
+    if path is not None and path.exists():
+        require_tokenizer(path, source.facts.get("tokenizer"), source.directory)
+    return tokenizer_files(path, source.model)
+
+
+def _begun(path: Path, target: Path) -> Path | None:
+    """The checkpoint of the run `path` that an unfinished export to `target` is of; newer ones may have come since."""
+    plan = begun_plan(target)
+    if plan.get("direction") != "export":
+        return None
+    candidates = [candidate.absolute() for candidate in find_checkpoints(path)]
+    begun = next((candidate for candidate in candidates[1:] if str(candidate) == plan["checkpoint"]), None)
+    if begun is not None:
+        message(f"the unfinished export to {target} is of {begun.name}: this one too, though {path} has newer ones")
+    return begun
+
+
+def _plan(source: ShardedSource, tokenizer: TokenizerFiles, options: ExportOptions) -> dict[str, Any]:
+    """What decides the bytes of the output."""
+    return {
+        "direction": "export",
+        "checkpoint": str(source.directory),
+        FILES: file_states(_files(source)),
+        "checkpoint's digests": source.reader.digests,
+        "checkpoint's facts": source.facts,
+        "tokenizer": {name: hashlib.sha256(data).hexdigest() for name, data in tokenizer.files.items()},
+        "--dtype": str(options.dtype),
+        "--shard-size": options.shard_bytes,
+        "version of llada": __version__,
+    }
+
+
+def _files(source: ShardedSource) -> list[Path]:
+    return [source.directory / name for name in source.reader.digests]
+
+
+def _fill(workspace: Workspace, source: ShardedSource, shards: list[Shard], workers: int) -> None:
+    """The weights and their index."""
+    names = [shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [SINGLE_NAME]
+
+    def write(number: int) -> Task:
+        path, shard = workspace.output / names[number], shards[number]
+        return Task(number, lambda progress: _write_shard(path, shard, source, progress), writes=shard.size)
+
+    def check(number: int, name: str) -> Task:
+        reads = source.reader.sizes[name]
+        return Task(len(shards) + number, lambda progress: _check(name, source, progress), reads=reads)
+
+    # the check runs beside the writing, which waits for the disk; nothing gets its name before both are done
+    writes = [write(number) for number in range(len(shards))]
+    checks = [check(number, name) for number, name in enumerate(source.reader.digests)]
+    both = [task for pair in zip_longest(writes, checks) for task in pair if task is not None]
+    run_tasks(workspace, both, workers, "checking and exporting")
+    require_unchanged(workspace, _files(source))
+    if len(shards) > 1:
+        places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard.tensors}
+        write_index(workspace.output, places, sum(shard.size for shard in shards))
+
+
+def _write_shard(path: Path, shard: Shard, source: ShardedSource, progress: ByteProgress) -> TaskResult:
+    """One task: one file."""
+    listed = [(name, dtype, shape) for name, (dtype, shape) in shard.tensors.items()]
+    with ShardWriter(path, listed) as writer:
+        for mapping in shard.mappings:
+            tensor = source.read(mapping.unit, shard.tensors[mapping.parts[0].name][0])
+            for part in split(mapping, tensor, source.model):
+                writer.append(part)
+            progress.advance(tensor.nbytes)
+    return TaskResult(files=(path,))
+
+
+def _check(name: str, source: ShardedSource, progress: ByteProgress) -> TaskResult:
+    """One task: one file of the checkpoint holds what was written."""
+    source.reader.verify(name, progress.advance)
+    return TaskResult()
+
+
+def _main_dtype(shards: list[Shard]) -> str:
+    """The dtype of most parameters, as `config.json` names it."""
+    counts = parameters_by_dtype(entry for shard in shards for entry in shard.tensors.values())
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def _write_rest(
+    output: Path, source: ShardedSource, table: Format, config: dict[str, Any], tokenizer: TokenizerFiles
+) -> None:
+    """Everything but the weights. The configuration comes last: without it nothing loads."""
+    assert table.exports is not None
+    for file in modeling_files(table.exports.folder):
+        write_durably(output / file.name, file.read_bytes())
+    for name, data in tokenizer.files.items():
+        write_durably(output / name, data)
+    write_durably(output / "generation_config.json", _json(generation_config(source.model)))
+    write_durably(output / "README.md", model_card(source.model, table, source.facts, tokenizer.loadable).encode())
+    write_durably(output / CONFIG, _json(dict(sorted(config.items()))))
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

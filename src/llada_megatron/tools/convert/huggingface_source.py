@@ -1,0 +1,232 @@
+"""The tokenizer's files of an imported checkpoint, which are kept unchanged."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llada_megatron.console import message
+from llada_megatron.llada_moe.config import validate_model
+from llada_megatron.llada_moe.config.model import ModelConfig
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig
+from llada_megatron.llada_moe.data.tokenizer import Tokenizer
+from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
+from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, DataError
+from llada_megatron.llada_moe.huggingface import weights
+from llada_megatron.llada_moe.huggingface.formats import find_format
+from llada_megatron.llada_moe.huggingface.formats.table import Format, normalized, read_config
+from llada_megatron.llada_moe.huggingface.mapping import Mapping, mappings, merge
+from llada_megatron.llada_moe.huggingface.safetensors_reader import TensorDirectory, pickles
+from llada_megatron.llada_moe.huggingface.tokenizer_export import find_tokenizer_files
+from llada_megatron.llada_moe.huggingface.weights import Unit
+from llada_megatron.parallel.checkpoint.manifest import sync_directory, write_durably
+from llada_megatron.tools.convert.findings import Findings, is_padding, parameters_by_dtype, require_comparable
+
+
+@dataclass(frozen=True)
+class KeptTokenizer:
+    """Files by name, and what they load as; None where there are none, or none that can be used."""
+
+    files: dict[str, bytes]
+    loaded: Tokenizer | None
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 by name."""
+        return {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
+
+    def facts(self, folder: Path) -> dict[str, Any] | None:
+        """What a checkpoint says of it that has it in `folder`."""
+        if self.loaded is None:
+            return None
+        path = folder / self.loaded.path.name
+        return {"sha256": self.loaded.sha256, "vocab_size": self.loaded.vocab_size, "path": str(path)}
+
+    def write(self, folder: Path) -> None:
+        """Make `folder` and the files in it, durably, unless there are none."""
+        if self.files:
+            folder.mkdir(exist_ok=True)
+            for name, data in self.files.items():
+                write_durably(folder / name, data)
+            sync_directory(folder)
+
+
+def keep_tokenizer(directory: Path) -> KeptTokenizer:
+    """Read the files of the tokenizer in a checkpoint's directory, and say so if they cannot be used."""
+    files = {path.name: path.read_bytes() for path in find_tokenizer_files(directory)}
+    try:
+        loaded = load_tokenizer(directory) if files else None
+    except DataError as error:
+        message(f"the tokenizer's files are kept but cannot be used: {error}")
+        loaded = None
+    return KeptTokenizer(files, loaded)
+
+
+CONFIG = "config.json"
+
+USABLE_DTYPES = (torch.bfloat16, torch.float32)
+
+
+class HuggingFaceSource:
+    """One directory with `config.json` and safetensors files. Nothing in it is executed."""
+
+    def __init__(self, directory: Path, mask_token_id: int | None = None, require_mask: bool = True) -> None:
+        """Read the configuration and the headers of the weights.
+
+        Args:
+            mask_token_id: takes the place of the configuration's.
+            require_mask: refuse an autoregressive model's configuration, which names none, without `mask_token_id`.
+
+        Raises:
+            CheckpointError: no or an unknown configuration, or files that are missing or damaged.
+            ConfigError: `mask_token_id` is outside the vocabulary, or ends texts.
+        """
+        self.directory = Path(directory)
+        self.config, self.config_sha256 = _read_json(self.directory / CONFIG)
+        file = str(self.directory / CONFIG)
+        self.format: Format = find_format(self.config, file)
+        self._mask_is_missing = mask_token_id is None and self.format.needs_mask(self.config)
+        if mask_token_id is not None or (self._mask_is_missing and not require_mask):
+            # any will do, where no token is masked or the option's follows
+            self.config["mask_token_id"] = 0 if normalized(self.config).get("eos_token_id") else 1
+        self.model: ModelConfig = read_config(self.format, self.config, file)
+        if mask_token_id is not None:
+            self.model = _with_mask(self.model, mask_token_id)
+        self.tensors = TensorDirectory(self.directory)
+        shapes = [info.shape for info in self.tensors.tensors.values()]
+        require_comparable(self.model, len(shapes), sum(map(math.prod, shapes)), file)
+        self.mappings: list[Mapping] = list(mappings(self.format, self.model))
+        self._by_unit = {mapping.unit: mapping for mapping in self.mappings}
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """What the checkpoints of its format were trained with."""
+        kind = "autoregressive" if self.format.autoregressive else "diffusion"
+        moe, block = self.model.moe, self.format.block_size
+        if moe is not None and moe.expert_capacity > 0:
+            block = moe.routing_block_size  # one key of the published configuration says both
+        return ObjectiveConfig(kind=kind, block_size=block)
+
+    @property
+    def kind(self) -> str:
+        """For people."""
+        return f"Hugging Face, {self.format.title}"
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The directory, if it has tokenizer files."""
+        return self.directory if find_tokenizer_files(self.directory) else None
+
+    def details(self) -> dict[str, Any]:
+        """Files, bytes and history."""
+        history = {"mask token": "none; an import needs --mask-token-id"} if self._mask_is_missing else {}
+        return {"files": len(self.tensors.files), "bytes": self.tensors.bytes, "history": history}
+
+    def compare(self) -> Findings:
+        """What is missing, too much, or of another shape than the configuration says."""
+        found = dict(self.tensors.tensors)
+        result = Findings()
+        padded: dict[str, int] = {}
+        for mapping in self.mappings:
+            for part in mapping.parts:
+                if part.start > 0:
+                    continue  # a later block of rows of the same tensor
+                info = found.pop(part.name, None)
+                if info is None:
+                    result.missing.append(part.name)
+                elif mapping.unit.weight.pattern in weights.VOCABULARY_ROWS and is_padding(part.shape, info.shape):
+                    padded[part.name] = info.shape[0] - part.shape[0]
+                elif info.shape != part.shape:
+                    result.misshapen.append(f"{part.name} (expected {list(part.shape)}, found {list(info.shape)})")
+        ends = self.config.get("eos_token_id")
+        if isinstance(ends, list) and len(ends) > 1:
+            result.notes.append(f"eos_token_id is {ends}: a text ends with {ends[0]} here, the others are not kept")
+        for name, rows in padded.items():
+            result.notes.append(f"{name}: {rows} rows below the vocabulary of {self.model.vocab_size} are padding")
+        ignored = [name for name in found if self.format.ignores(self.config, name)]
+        if ignored:
+            count = f"{len(ignored)} tensors are" if len(ignored) > 1 else "1 tensor is"
+            more = " …" if len(ignored) > 1 else ""
+            result.notes.append(f"{count} no part of the model proper ({ignored[0]}{more})")
+        result.extra = [name for name in found if name not in ignored]
+        self._compare_tied(result)
+        return result
+
+    def require_whole(self) -> list[str]:
+        """Notes on what is left out on purpose. Raises CheckpointError: the tensors are not those of the model."""
+        return self.compare().require_none(self.directory, f"the {self.format.title} that its {CONFIG} describes")
+
+    def dtypes(self) -> dict[str, int]:
+        """Parameters by dtype, as torch names it."""
+        return parameters_by_dtype((info.dtype, info.shape) for info in self.tensors.tensors.values())
+
+    def dtype(self, unit: Unit) -> torch.dtype:
+        """As stored."""
+        return self.tensors.tensors[self._by_unit[unit].parts[0].name].dtype
+
+    def read(self, unit: Unit, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The unit's tensor, as stored or in `dtype`."""
+        parts = [self.tensors.read(part.name, part.start, part.stop) for part in self._by_unit[unit].parts]
+        if dtype is not None:
+            parts = [part.to(dtype) for part in parts]
+        return merge(unit, parts, self.model)
+
+    def close(self) -> None:
+        """Close the files."""
+        self.tensors.close()
+
+    def _compare_tied(self, result: Findings) -> None:
+        """An output layer that is stored though it is the embedding: a note if it is the same, else a fault."""
+        (embedding,), (output,) = self.format.names[weights.EMBEDDING], self.format.names[weights.OUTPUT]
+        if not self.model.tie_embeddings or output not in result.extra:
+            return
+        result.extra.remove(output)
+        if self._same_rows(output, embedding):
+            result.notes.append(f"{output} is {embedding} again (the configuration ties them)")
+        else:
+            result.extra.append(f"{output} (it differs from {embedding}, and the configuration ties them)")
+
+    def _same_rows(self, name: str, embedding: str) -> bool:
+        """Whether both tensors have the same rows for every token of the vocabulary."""
+        one, other = self.tensors.tensors[name], self.tensors.tensors.get(embedding)
+        if other is None or (one.dtype, one.shape[1:]) != (other.dtype, other.shape[1:]):
+            return False
+        if min(one.rows, other.rows) < self.model.vocab_size:
+            return False
+        blocks = [(m.unit.start, m.unit.stop) for m in self.mappings if m.unit.weight.pattern == weights.EMBEDDING]
+        return all(torch.equal(self.tensors.read(name, *rows), self.tensors.read(embedding, *rows)) for rows in blocks)
+
+
+def _with_mask(model: ModelConfig, mask_token_id: int) -> ModelConfig:
+    """The model with the mask token of the command line. Raises ConfigError."""
+    model = dataclasses.replace(model, mask_token_id=mask_token_id)
+    try:
+        validate_model(model)
+    except ConfigError as error:
+        raise ConfigError(f"--mask-token-id {mask_token_id}: {error}") from None
+    return model
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], str]:
+    """The content of a JSON file, and the SHA-256 of its bytes."""
+    try:
+        data = path.read_bytes()
+        content = json.loads(data)
+    except FileNotFoundError:
+        if pickles(path.parent):
+            TensorDirectory(path.parent).close()  # raises: how to convert them; or else there are weights too
+        raise CheckpointError(
+            f"{path} is missing: it says what model the weights are; download the whole repository of the checkpoint"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return content, hashlib.sha256(data).hexdigest()

@@ -1,0 +1,228 @@
+"""From a Hugging Face checkpoint to a sharded one, unit by unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llada_megatron import __version__
+from llada_megatron.llada_moe.config import dump_yaml, to_dict
+from llada_megatron.llada_moe.config.data import DataConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.config.training import TrainingConfig
+from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.llada_moe.huggingface import weights
+from llada_megatron.llada_moe.huggingface.hub_cache import repository_name
+from llada_megatron.llada_moe.huggingface.tokenizer_export import code_notes
+from llada_megatron.llada_moe.huggingface.weights import Unit
+from llada_megatron.parallel.checkpoint.conversion.placement import pieces
+from llada_megatron.parallel.checkpoint.conversion.shard_writer import TaskWriter, finalize
+from llada_megatron.parallel.checkpoint.manifest import step_name, write_durably
+from llada_megatron.parallel.checkpoint.search import TOKENIZER
+from llada_megatron.tools.convert.huggingface_source import (
+    USABLE_DTYPES,
+    HuggingFaceSource,
+    KeptTokenizer,
+    keep_tokenizer,
+)
+from llada_megatron.tools.convert.source import (
+    FILES,
+    batches,
+    file_states,
+    kept_dtype,
+    require_unchanged,
+    unit_elements,
+)
+from llada_megatron.tools.convert.target import require_layout
+from llada_megatron.tools.convert.tasks import ByteProgress, Task, TaskResult, run_tasks, workers_for_files
+from llada_megatron.tools.convert.workspace import Workspace
+
+TASK_BYTES = 2**30
+"""About what one task converts; an interrupted conversion repeats at most this much per worker."""
+
+STEP = Path("checkpoints") / step_name(0)
+
+MODEL_FILE = "model.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """How to import."""
+
+    layout: LayoutConfig
+    dtype: torch.dtype | None = None
+    """None = as stored."""
+    mask_token_id: int | None = None
+    workers: int = 1
+
+
+def import_checkpoint(directory: Path, target: Path, options: ImportOptions) -> dict[str, Any]:
+    """Convert the checkpoint in `directory` to a sharded one in `target`.
+
+    Returns:
+        a summary: format, tensors, parameters, bytes, where the checkpoint is, notes.
+
+    Raises:
+        CheckpointError: the source is incomplete, damaged, or of a kind that is not known.
+        ConfigError: a layout that does not fit, or a target that is not empty.
+        DataError: a file of its tokenizer is a link that leads out of it.
+        ResourceError: no space left; repeat the command once there is.
+    """
+    tokenizer = keep_tokenizer(directory)
+    source = HuggingFaceSource(directory, options.mask_token_id)
+    try:
+        notes = source.require_whole()
+        dtypes = _dtypes(source, options.dtype)
+        run = _run(source, options.layout, dtypes)
+        require_layout(run)
+        with Workspace(target, _plan(source, tokenizer, options)) as workspace:
+            if not workspace.complete:
+                _fill(workspace, source, tokenizer, run, dtypes, options.workers)
+            workspace.publish()
+    finally:
+        source.close()
+    notes += code_notes(directory)
+    if not tokenizer.files:
+        notes.append("no tokenizer files in it: sampling and export will need one (--tokenizer)")
+    return {
+        "format": source.format.name,
+        "checkpoint": str(target / STEP),
+        "tensors": len({part.name for mapping in source.mappings for part in mapping.parts}),
+        "parameters": sum(unit_elements(unit) for unit in dtypes),
+        "bytes": sum(unit_elements(unit) * dtype.itemsize for unit, dtype in dtypes.items()),
+        "notes": notes,
+    }
+
+
+def _dtypes(source: HuggingFaceSource, wanted: torch.dtype | None) -> dict[Unit, torch.dtype]:
+    """The dtype of each unit. Raises CheckpointError for one that a model cannot be trained or run in."""
+    found: dict[Unit, torch.dtype] = {}
+    of_weight: dict[str, tuple[torch.dtype, str]] = {}
+    for mapping in source.mappings:
+        key = mapping.unit.weight.key
+        for part in mapping.parts:
+            stored = source.tensors.tensors[part.name].dtype
+            dtype = kept_dtype(mapping.unit, stored, wanted)
+            if dtype not in USABLE_DTYPES or not stored.is_floating_point or stored.itemsize < 2:
+                raise CheckpointError(
+                    f"{source.directory}: {part.name} is {stored}; bfloat16 and float32 are kept as they are, "
+                    "float16 and float64 are converted with --dtype bf16 or fp32, quantised weights are not read"
+                )
+            first, name = of_weight.setdefault(key, (dtype, part.name))
+            if dtype is not first:
+                raise CheckpointError(
+                    f"{source.directory}: {name} is {first} and {part.name} is {dtype}, but both become parts of "
+                    f"{key}: give --dtype bf16 or fp32"
+                )
+        found[mapping.unit] = of_weight[key][0]
+    return found
+
+
+def _run(source: HuggingFaceSource, layout: LayoutConfig, dtypes: dict[Unit, torch.dtype]) -> RunConfig:
+    """The run of no steps that the checkpoint stands for."""
+    projection = next(dtype for unit, dtype in dtypes.items() if unit.weight.pattern == weights.QKV)
+    return RunConfig(
+        model=source.model,
+        objective=source.objective,
+        training=TrainingConfig(
+            steps=0,
+            sequence_length=source.model.max_sequence_length,
+            global_batch_size=1,
+            precision="fp32" if projection is torch.float32 else "bf16",
+        ),
+        data=DataConfig(sets=[]),
+        optimizer=OptimizerConfig(learning_rate=LearningRateConfig(peak=0.0)),
+        output_dir="",
+        layout=layout,
+    )
+
+
+def _plan(source: HuggingFaceSource, tokenizer: KeptTokenizer, options: ImportOptions) -> dict[str, Any]:
+    """What decides the bytes of the output."""
+    return {
+        "direction": "import",
+        "source": str(source.directory.resolve()),
+        FILES: file_states(source.tensors.files),
+        "source's configuration": source.config_sha256,
+        "source's tokenizer": tokenizer.digests,
+        "--layout": to_dict(options.layout),
+        "--dtype": str(options.dtype),
+        "--mask-token-id": options.mask_token_id,
+        "version of llada": __version__,
+    }
+
+
+def _fill(
+    workspace: Workspace,
+    source: HuggingFaceSource,
+    tokenizer: KeptTokenizer,
+    run: RunConfig,
+    dtypes: dict[Unit, torch.dtype],
+    workers: int,
+) -> None:
+    """Everything the target holds."""
+    step = workspace.output / STEP
+    step.mkdir(parents=True, exist_ok=True)
+
+    def task(number: int, batch: list[Unit], size: int) -> Task:
+        return Task(number, lambda progress: _convert(step, number, batch, source, run, dtypes, progress), writes=size)
+
+    workers = workers_for_files(workers, run.layout.world_size, len(source.tensors.files))
+    tasks = [task(number, *batch) for number, batch in enumerate(batches(dtypes, dtypes, TASK_BYTES))]
+    records = run_tasks(workspace, tasks, workers, "importing")
+    require_unchanged(workspace, source.tensors.files)
+    write_durably(workspace.output / MODEL_FILE, dump_yaml(run.model).encode())
+    tokenizer.write(workspace.output / TOKENIZER)
+    finalize(step, records, _facts(source, run) | {"tokenizer": tokenizer.facts(workspace.target / TOKENIZER)})
+
+
+def _convert(
+    step: Path,
+    number: int,
+    batch: list[Unit],
+    source: HuggingFaceSource,
+    run: RunConfig,
+    dtypes: dict[Unit, torch.dtype],
+    progress: ByteProgress,
+) -> TaskResult:
+    """One task: read each unit once and give each rank its part."""
+    writer = TaskWriter(step, number)
+    try:
+        for unit in batch:
+            tensor = source.read(unit, dtypes[unit])
+            weight = unit.weight
+            rows = unit.stop - unit.start
+            for piece in pieces(run.model, run.layout, weight.key, unit.index, unit.start, rows):
+                writer.append(piece.rank, weight.key, weight.global_shape, piece.offsets, tensor[piece.slices])
+            progress.advance(tensor.nbytes)
+        record = writer.close()
+        return TaskResult(record, tuple(step / name for name in record["files"]))
+    finally:
+        writer.discard()
+
+
+def _facts(source: HuggingFaceSource, run: RunConfig) -> dict[str, Any]:
+    """What the manifest says, but for the tokenizer."""
+    return {
+        "model": to_dict(run.model),
+        "run": to_dict(run),
+        "step": 0,
+        "consumed_samples": 0,
+        "layout": to_dict(run.layout),
+        "versions": {
+            "llada-megatron": __version__,
+            "torch": torch.__version__,
+            "megatron-core": metadata.version("megatron-core"),
+        },
+        "imported": {
+            "format": source.format.name,
+            "from": repository_name(source.directory),
+            "config_sha256": source.config_sha256,
+        },
+    }

@@ -1,0 +1,108 @@
+"""A sharded checkpoint as a source of canonical weights: what it is, and whether it is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llada_megatron.console import message
+from llada_megatron.llada_moe.config import from_dict
+from llada_megatron.llada_moe.config.model import ModelConfig
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.llada_moe.huggingface import weights
+from llada_megatron.llada_moe.huggingface.weights import Unit, canonical_weights
+from llada_megatron.parallel.checkpoint.conversion.shard_reader import ShardedReader
+from llada_megatron.parallel.checkpoint.search import find_checkpoints, first_whole, tokenizer_place
+from llada_megatron.tools.convert.findings import Findings, is_padding, parameters_by_dtype
+
+
+class ShardedSource:
+    """One step directory, whatever layout wrote it."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a step directory, or the newest whole one of a run.
+
+        Raises:
+            CheckpointError: there is none, or it does not say what model it holds.
+        """
+        self.reader = first_whole(find_checkpoints(path), ShardedReader, message)
+        self.directory = self.reader.directory
+        try:
+            self.run: RunConfig = from_dict(RunConfig, self.facts["run"])
+            self.model: ModelConfig = from_dict(ModelConfig, self.facts["model"])
+        except KeyError as error:
+            raise CheckpointError(f"{self.directory}: its manifest does not say {error}") from None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its manifest says."""
+        return self.reader.facts
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """Of the run that made it."""
+        return self.run.objective
+
+    @property
+    def kind(self) -> str:
+        """For people."""
+        return f"sharded, step {self.facts['step']:,}"
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder that an import keeps beside the checkpoints, or the file that the training used."""
+        place = tokenizer_place(self.directory, self.facts)
+        return place if place is not None and place.exists() else None
+
+    def details(self) -> dict[str, Any]:
+        """Files, bytes and history."""
+        layout = {axis: size for axis, size in self.facts["layout"].items() if axis.endswith("parallel") and size > 1}
+        history = {
+            "layout": ", ".join(f"{axis} {size}" for axis, size in layout.items()) or "one rank",
+            "samples seen": f"{self.facts['consumed_samples']:,}",
+        }
+        if "imported" in self.facts:
+            history["imported from"] = f"{self.facts['imported']['from']} ({self.facts['imported']['format']})"
+        return {"files": len(self.reader.digests), "bytes": self.reader.bytes, "history": history}
+
+    def compare(self) -> Findings:
+        """What is missing, too much, or of another shape than the manifest's model has."""
+        found = dict(self.reader.tensors)
+        result = Findings()
+        for weight in canonical_weights(self.model):
+            if weight.key not in found:
+                result.missing.append(weight.key)
+                continue
+            _, shape = found.pop(weight.key)
+            expected = weight.global_shape
+            if weight.pattern in weights.VOCABULARY_ROWS and is_padding(expected, shape):
+                rows = shape[0] - expected[0]
+                result.notes.append(f"{weight.key}: {rows} rows below the vocabulary of {expected[0]} are padding")
+            elif shape != expected:
+                result.misshapen.append(f"{weight.key} (expected {list(expected)}, found {list(shape)})")
+        result.extra = sorted(found)
+        return result
+
+    def require_whole(self) -> list[str]:
+        """Notes on what is left out on purpose. Raises CheckpointError: the tensors are not those of the model."""
+        return self.compare().require_none(self.directory, "the model that its manifest describes")
+
+    def dtypes(self) -> dict[str, int]:
+        """Parameters by dtype, as torch names it."""
+        return parameters_by_dtype(self.reader.tensors.values())
+
+    def dtype(self, unit: Unit) -> torch.dtype:
+        """As stored."""
+        return self.reader.tensors[unit.weight.key][0]
+
+    def read(self, unit: Unit, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The unit's tensor, as stored or in `dtype`."""
+        tensor = self.reader.read(unit.weight.key, unit.index, unit.start, unit.stop)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def close(self) -> None:
+        """Nothing is held open."""

@@ -1,0 +1,184 @@
+"""Whether two checkpoints hold the same model: every tensor, then the logits of both on a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+from llada_megatron.llada_moe.config.model import architecture
+from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.llada_moe.huggingface.weights import Unit, units
+from llada_megatron.tools.convert.source import CheckpointSource, stored_bytes, unit_bytes
+from llada_megatron.tools.convert.tasks import progress_bar
+
+_SHOWN = 5
+
+_CHUNK = 4 * 2**20
+"""Elements compared at once: what is calculated with them takes ten times their memory."""
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_AHEAD = 4  # units compared beyond the one that is waited for, per worker
+
+NOT_COMPARED = (
+    "family",
+    "mask_token_id",
+    "eos_token_id",
+    "delete_token_id",
+    "insert_token_id",
+    "max_sequence_length",
+)
+"""Keys of a model that say nothing of how a text becomes logits."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two tensors differ, and by how much."""
+
+    unit: Unit
+    position: tuple[int, ...]
+    """Of the first difference, in the whole weight."""
+    values: tuple[float, float]
+    """There, of either."""
+    largest: float
+    """Absolute difference over the unit; not a number where only one of two values is a number."""
+    dtypes: tuple[torch.dtype, torch.dtype]
+    tolerated: bool = False
+    """Not equal, but nowhere by more than the tolerance."""
+
+    def __str__(self) -> str:
+        a, b = self.values
+        kinds = "" if self.dtypes[0] == self.dtypes[1] else f" ({self.dtypes[0]} and {self.dtypes[1]})"
+        return f"{self.unit.name}{kinds} at {list(self.position)}: {a:.9g} and {b:.9g}; largest {self.largest:.3g}"
+
+
+def require_same_architecture(a: CheckpointSource, b: CheckpointSource) -> None:
+    """Raises: CheckpointError: the models differ, so that no tensor can be compared with another."""
+    one, other = architecture(a.model), architecture(b.model)
+    keys = [key for key in one | other if key not in NOT_COMPARED and one.get(key) != other.get(key)]
+    differing = [f"{key}: {one.get(key)} and {other.get(key)}" for key in keys]
+    if differing:
+        raise CheckpointError(f"{a.directory} and {b.directory} hold different models: {'; '.join(differing)}")
+
+
+def verify(
+    a: CheckpointSource, b: CheckpointSource, tolerance: float, workers: int, text: str | None, logits: bool
+) -> dict[str, Any]:
+    """Compare two checkpoints.
+
+    Args:
+        tolerance: see `differences`.
+        text: for the logits; None = a few sentences.
+        logits: whether to compare those as well.
+
+    Returns:
+        JSON values: whether they are `equal`; the number of `tensors` compared, of `differing` and `identical` ones;
+        of the `logits` what `compare_logits` says, or null; and `lines` that say it to people.
+
+    Raises:
+        CheckpointError: one is not whole, or they are of different models.
+    """
+    require_same_architecture(a, b)
+    for source in (a, b):
+        source.require_whole()
+    with progress_bar("comparing", stored_bytes(a) + stored_bytes(b)) as show:
+        found = list(differences(a, b, tolerance, workers, show))
+    differing = [each for each in found if each is not None and not each.tolerated]
+    identical = found.count(None)
+    result = {
+        "equal": not differing,
+        "tensors": len(found),
+        "differing": len(differing),
+        "identical": identical,
+        "logits": None,
+        "lines": list(_lines(len(found), identical, differing, tolerance)),
+    }
+    if logits:
+        _add_logits(result, a, b, text, tolerance)
+    return result
+
+
+def _add_logits(
+    result: dict[str, Any], a: CheckpointSource, b: CheckpointSource, text: str | None, tolerance: float
+) -> None:
+    """Compare the logits as well: different ones count where no difference of the tensors explains them."""
+    from llada_megatron.tools.convert.logits import as_line, compare_logits
+
+    found = result["logits"] = compare_logits(a, b, text, tolerance)
+    result["lines"].append(as_line(found))
+    if found["equal"] is not False:
+        return
+    if result["identical"] == result["tensors"]:
+        result["equal"] = False
+        result["lines"].append("not equal: the same tensors give other logits")
+    elif result["equal"]:
+        result["lines"].append("equal within the tolerance for tensors, by which this is judged; the logits are not")
+
+
+def _lines(count: int, identical: int, differing: list[Difference], tolerance: float) -> Iterator[str]:
+    """How the tensors compare, for people."""
+    measure = "bit for bit" if tolerance == 0 else f"within {tolerance:g} ({identical:,} bit for bit)"
+    yield f"tensors: {count - len(differing):,} of {count:,} are equal {measure}"
+    for words, each in zip(("first difference", *["then"] * (_SHOWN - 1)), differing, strict=False):
+        yield f"{words}: {each}"
+
+
+def differences(
+    a: CheckpointSource,
+    b: CheckpointSource,
+    tolerance: float,
+    workers: int,
+    show: Callable[[int], object] = lambda count: None,
+) -> Iterator[Difference | None]:
+    """For every unit in the order of the forward pass: how it differs, or None where it is the same bits.
+
+    Args:
+        tolerance: largest absolute difference that counts as equal; 0 asks for equal dtypes and equal bits.
+        show: told how many bytes were compared.
+    """
+    waiting = iter(units(a.model))
+    pool = ThreadPoolExecutor(max_workers=workers)
+
+    def start(unit: Unit) -> Future[Difference | None]:
+        return pool.submit(difference, a, b, unit, tolerance)
+
+    try:
+        running = [(unit, start(unit)) for unit in islice(waiting, _AHEAD * workers)]
+        while running:
+            unit, compared = running.pop(0)
+            yield compared.result()
+            show(unit_bytes(a, unit) + unit_bytes(b, unit))
+            running += [(unit, start(unit)) for unit in islice(waiting, 1)]
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error or an interruption none of those that wait is compared
+
+
+def difference(a: CheckpointSource, b: CheckpointSource, unit: Unit, tolerance: float) -> Difference | None:
+    """How one unit differs, or None."""
+    one, other = a.read(unit).reshape(-1), b.read(unit).reshape(-1)
+    same_dtype = one.dtype == other.dtype
+    largest, beyond, unequal = torch.tensor(0.0, dtype=torch.float64), None, None
+    for start, x, y in zip(range(0, len(one), _CHUNK), one.split(_CHUNK), other.split(_CHUNK), strict=True):
+        differing = x.view(_BITS[x.itemsize]) != y.view(_BITS[y.itemsize]) if same_dtype else torch.ones_like(x).bool()
+        if not differing.any():
+            continue
+        x, y = x.double(), y.double()
+        apart = torch.where((x == y) | (x.isnan() & y.isnan()), 0.0, (x - y).abs_())
+        largest = torch.maximum(largest, apart.max())  # of a number and none it is none
+        if unequal is None:
+            unequal = start + int(differing.int().argmax())
+        if beyond is None and (tolerance == 0 or not apart.max() <= tolerance):
+            beyond = start + int((differing if tolerance == 0 else ~(apart <= tolerance)).int().argmax())
+    if unequal is None:
+        return None
+    first = unequal if beyond is None else beyond
+    place = [int(index) for index in torch.unravel_index(torch.tensor(first), unit.shape)]
+    place[0] += unit.start
+    values = float(one[first]), float(other[first])
+    dtypes = one.dtype, other.dtype
+    return Difference(unit, (*unit.index, *place), values, float(largest), dtypes, tolerated=beyond is None)
