@@ -15,8 +15,9 @@ from llada_megatron.llada_moe.config.model import (  # noqa: E402
     MoEConfig,
 )
 from llada_megatron.llada_moe.config.training import TrainingConfig  # noqa: E402
-from llada_megatron.llada_moe.model.transformer import build_model, transformer_config  # noqa: E402
+from llada_megatron.llada_moe.model.transformer import build_model  # noqa: E402
 from llada_megatron.parallel import topology  # noqa: E402
+from llada_megatron.parallel.build import transformer_config  # noqa: E402
 from llada_megatron.parallel.expert_load import ExpertLoad, load_scalars, summarize  # noqa: E402
 
 TOKENS, EXPERTS, TOP_K = 2 * 16, 4, 2
@@ -37,7 +38,7 @@ def one_rank(tmp_path_factory):
 
 def make_model(recompute="none"):
     training = TrainingConfig(steps=1, sequence_length=16, global_batch_size=2, precision="fp32", recompute=recompute)
-    return build_model(MODEL, transformer_config(MODEL, LayoutConfig(), training), attention="full")
+    return build_model(MODEL, transformer_config(MODEL, LayoutConfig(), training))
 
 
 def loss_of(model):

@@ -1,4 +1,13 @@
-"""The parallel plan of a run: how its model becomes this rank's chunks, from configuration to reduced gradients."""
+"""The parallel plan of a run, from top to bottom: how its model becomes this rank's chunks.
+
+1. `transformer_config`: what Megatron is told of the model, the precision, the layout and the kernels.
+2. `build_chunks`: the stages and interleaved chunks of this rank, on its device, without weights.
+3. `build_run_chunks`: initial weights, equal under every layout, and which gradients are reduced over which ranks.
+4. `wrap`: mixed precision, gradient buffers and their reduction.
+
+The groups of ranks themselves are made by `topology`, the optimizer's shards by `training.optimizer`; `sharded_state`
+says what the shards are called in a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +18,99 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.package_info import __version__ as megatron_version
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from packaging.version import Version
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
-from llada_megatron.llada_moe.config.model import ModelConfig
-from llada_megatron.llada_moe.config.objective import ObjectiveConfig
+from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
 from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.model.initialization import initialize_weights
-from llada_megatron.llada_moe.model.patterns import Kind
-from llada_megatron.llada_moe.model.transformer import DiffusionTransformer, build_model, transformer_config
+from llada_megatron.llada_moe.model.patterns import AttentionPattern
+from llada_megatron.llada_moe.model.spec import transformer_engine_active
+from llada_megatron.llada_moe.model.transformer import DiffusionTransformer, architecture_fields, build_model
+from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.parallel import device
 from llada_megatron.parallel.sharded_state import apply_factories_copy
 
+_FUSIONS = (
+    "gradient_accumulation_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "masked_softmax_fusion",
+    "apply_rope_fusion",
+    "persist_layer_norm",
+)
+"""Kernels that exist with Transformer Engine or Apex only."""
 
-def attention_kind(objective: ObjectiveConfig) -> Kind:
-    """Causal for the autoregressive objective; for diffusion bidirectional, inside blocks if it has a block size."""
-    if objective.kind == "autoregressive":
-        return "causal"
-    return "full" if objective.block_size is None else "block_causal"
+
+def transformer_config(
+    model: ModelConfig, layout: LayoutConfig, training: TrainingConfig | None = None
+) -> TransformerConfig:
+    """Megatron's configuration of `model` under `layout`; without `training`, fp32 and no recomputation."""
+    dtype = torch.bfloat16 if training is not None and training.precision == "bf16" else torch.float32
+    fields: dict[str, Any] = {
+        **architecture_fields(model),
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "calculate_per_token_loss": True,
+        **dict.fromkeys(_FUSIONS, False),
+        **_layout_fields(layout),
+        **(_expert_layout_fields(model.moe, layout) if model.moe else {}),
+    }
+    if training is not None and training.recompute == "full":
+        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(**fields)
+
+
+def _layout_fields(layout: LayoutConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tensor_parallel,
+        "sequence_parallel": layout.sequence_parallel,
+        "pipeline_model_parallel_size": layout.pipeline_parallel,
+        "context_parallel_size": layout.context_parallel,
+        "expert_model_parallel_size": layout.expert_parallel,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel,
+        "variable_seq_lengths": False,
+    }
+    if layout.pipeline_chunks_per_rank > 1:
+        fields |= {
+            "virtual_pipeline_model_parallel_size": layout.pipeline_chunks_per_rank,
+            # with two stages both neighbours are one rank, and batched messages between two ranks pair up in the wrong
+            # order: the run would silently learn something else
+            "overlap_p2p_comm": True,
+            "batch_p2p_comm": False,
+        }
+    return fields
+
+
+def _expert_layout_fields(moe: MoEConfig, layout: LayoutConfig) -> dict[str, Any]:
+    scale = _router_loss_scale(layout)
+    return {
+        "moe_aux_loss_coeff": moe.aux_loss_coefficient * scale,
+        "moe_z_loss_coeff": moe.z_loss_coefficient * scale or None,
+        "moe_token_dispatcher_type": layout.expert_dispatcher,
+        "moe_permute_fusion": False,
+        "moe_grouped_gemm": transformer_engine_active(),
+    }
+
+
+def _router_loss_scale(layout: LayoutConfig) -> int:
+    """Before 0.19 Megatron scales the router's losses by the tokens of one tensor and context rank instead of those of
+    all of them, so that their gradient shrinks with the layout."""
+    fixed = Version(megatron_version) >= Version("0.19")
+    return 1 if fixed else layout.tensor_parallel * layout.context_parallel
 
 
 def build_chunks(
     model: ModelConfig,
     layout: LayoutConfig,
     config: TransformerConfig,
-    attention: Kind,
-    block_size: int | None = None,
+    pattern: AttentionPattern,
     logits_chunk_mb: int = 256,
 ) -> list[DiffusionTransformer]:
     """The interleaved chunks of this rank's pipeline stage (one without interleaving), on the device, uninitialised."""
@@ -47,8 +122,7 @@ def build_chunks(
         built = build_model(
             model,
             config,
-            attention=attention,
-            block_size=block_size,
+            pattern=pattern,
             logits_chunk_mb=logits_chunk_mb,
             pre_process=parallel_state.is_pipeline_first_stage(**place),
             post_process=parallel_state.is_pipeline_last_stage(**place),
@@ -61,13 +135,13 @@ def build_chunks(
 def build_run_chunks(run: RunConfig) -> list[DiffusionTransformer]:
     """The chunks of a run with their initial weights, which depend on the seed alone, not on the layout."""
     config = transformer_config(run.model, run.layout, run.training)
-    kind, block_size = attention_kind(run.objective), run.objective.block_size
-    chunks = build_chunks(run.model, run.layout, config, kind, block_size, run.training.logits_chunk_mb)
+    pattern = make_objective(run.objective).pattern(step=0)
+    chunks = build_chunks(run.model, run.layout, config, pattern, run.training.logits_chunk_mb)
     sharded = [
-        entry
+        tensor
         for chunk in chunks
-        for entry in nested_values(apply_factories_copy(chunk))
-        if isinstance(entry, ShardedTensor)
+        for tensor in nested_values(apply_factories_copy(chunk))
+        if isinstance(tensor, ShardedTensor)
     ]
     initialize_weights(sharded, run.training.seed, run.model.init_std, run.model.num_layers)
     _equalize_tied_embeddings(chunks)

@@ -27,8 +27,8 @@ def equal(left, right):
 def test_shapes_and_types(two_sets, make_run):
     batch = TrainingData(make_run(two_sets)).batch(range(5))
     assert batch.inputs.shape == batch.labels.shape == batch.weights.shape == (5, 64)
-    assert batch.mask_ratio.shape == batch.live.shape == batch.answer.shape == (5,)
-    assert (batch.inputs.dtype, batch.labels.dtype, batch.live.dtype, batch.answer.dtype) == (torch.int64,) * 4
+    assert batch.mask_ratio.shape == batch.untruncated.shape == batch.answer.shape == (5,)
+    assert (batch.inputs.dtype, batch.labels.dtype, batch.untruncated.dtype, batch.answer.dtype) == (torch.int64,) * 4
     assert (batch.weights.dtype, batch.mask_ratio.dtype) == (torch.float32,) * 2
     assert batch.boundaries.dtype == torch.int32
     assert batch.boundaries[0] == 0 and batch.boundaries[-1] == 5 * 64 and (batch.boundaries.diff() > 0).all()
@@ -43,10 +43,10 @@ def test_diffusion_batch_holds_the_forward_process(two_sets, make_run):
     assert (batch.inputs[supervised] == 3).all()
     ratio = batch.mask_ratio[:, None].expand_as(batch.weights)
     torch.testing.assert_close(batch.weights[supervised], 1 / ratio[supervised])
-    assert torch.equal(batch.live, batch.answer)
-    tail = torch.arange(64)[None] >= batch.live[:, None]
+    assert torch.equal(batch.untruncated, batch.answer)
+    tail = torch.arange(64)[None] >= batch.untruncated[:, None]
     assert not supervised[tail].any() and tail.any()
-    ends = torch.arange(64) * 64 + batch.live
+    ends = torch.arange(64) * 64 + batch.untruncated
     assert set(ends.tolist()) <= set(batch.boundaries.tolist())
 
 
@@ -57,15 +57,15 @@ def test_replaced_tokens_are_other_words_and_all_that_is_shown_is_supervised(two
     run = make_run(two_sets, objective=objective | {"replace_ratio": 0.2}, model=operations)
     batch = TrainingData(run).batch(range(256))
     masked = plain.weights > 0
-    for name in ("labels", "boundaries", "mask_ratio", "live", "answer"):
+    for name in ("labels", "boundaries", "mask_ratio", "untruncated", "answer"):
         assert torch.equal(getattr(batch, name), getattr(plain, name)), name
     assert torch.equal(batch.inputs[masked], plain.inputs[masked])
     assert torch.equal(batch.weights[masked], plain.weights[masked])
-    live = torch.arange(64)[None] < batch.live[:, None]
-    assert (batch.weights[live & ~masked] == 1).all() and not batch.weights[~live].any()
+    untruncated = torch.arange(64)[None] < batch.untruncated[:, None]
+    assert (batch.weights[untruncated & ~masked] == 1).all() and not batch.weights[~untruncated].any()
     replaced = ~masked & (batch.inputs != batch.labels)
-    assert not (replaced & ~live).any()
-    assert abs(int(replaced.sum()) / int((live & ~masked).sum()) - 0.2) < 0.02
+    assert not (replaced & ~untruncated).any()
+    assert abs(int(replaced.sum()) / int((untruncated & ~masked).sum()) - 0.2) < 0.02
     assert not set(batch.inputs[replaced].tolist()) & {2, 3, 6, 7}
     assert int(batch.inputs[replaced].max()) < 1000 and batch.inputs[replaced].unique().numel() > 500
 
@@ -86,7 +86,7 @@ def test_same_numbers_same_batch(two_sets, make_run):
     again = TrainingData(run)  # a restart
     assert equal(whole, again.batch(range(40, 56)))
     rows = [again.batch([n]) for n in reversed(range(40, 56))][::-1]
-    for name in ("inputs", "labels", "weights", "mask_ratio", "live", "answer"):
+    for name in ("inputs", "labels", "weights", "mask_ratio", "untruncated", "answer"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(row, name) for row in rows])), name
     offsets = torch.cat([row.boundaries[1:] + 64 * i for i, row in enumerate(rows)])
     assert torch.equal(whole.boundaries[1:], offsets)
@@ -130,7 +130,7 @@ def test_seeds_differ_and_validation_does_not_train(two_sets, make_run):
 def test_validation_is_stratified_over_the_whole_range(two_sets, make_run):
     objective = {"mask_ratio_min": 0.4, "mask_ratio_max": 0.5, "random_length_probability": 1.0}
     batch = TrainingData(make_run(two_sets, objective=objective), "validation").batch(range(8))
-    assert (batch.live == 64).all()
+    assert (batch.untruncated == 64).all()
     t = (batch.mask_ratio.double() - 1e-3) / (1 - 1e-3)
     assert sorted((t * 8).int().tolist()) == list(range(8))
 
@@ -146,7 +146,7 @@ def test_autoregressive_labels_are_next_tokens_of_the_document(two_sets, make_ru
         if i not in last:
             assert labels[i] == inputs[i + 1]
     assert not (batch.inputs != batch.labels.roll(1, 1))[:, 1:].any()
-    assert batch.live.tolist() == (batch.weights > 0).sum(1).tolist() and (batch.mask_ratio == 1).all()
+    assert batch.untruncated.tolist() == (batch.weights > 0).sum(1).tolist() and (batch.mask_ratio == 1).all()
     assert isolate or len(last) == 12
 
 

@@ -145,7 +145,7 @@ def test_replaced_share_of_the_unmasked_tokens():
 def test_another_word(size, special, choice, data):
     words = [i for i in range(size) if i not in special]
     if len(words) < 2:
-        with pytest.raises(ValueError, match="no two words"):
+        with pytest.raises(ValueError, match="no two ids that are text"):
             ReplacementVocabulary(size, special)
         return
     token = data.draw(st.integers(0, size + 5))

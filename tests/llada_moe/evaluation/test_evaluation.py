@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
-from llada_megatron.llada_moe.data.batch import Batch, collate, diffusion_row
+from llada_megatron.llada_moe.data.batch import Batch, collate
 from llada_megatron.llada_moe.diffusion.noise import ForwardProcess, SampleCoordinates
 from llada_megatron.llada_moe.evaluation import infilling, likelihood
+from llada_megatron.llada_moe.objectives.masked_diffusion import diffusion_row
 
 VOCAB, MASK, EOS, LENGTH = 12, 3, 2, 8
 

@@ -17,9 +17,10 @@ from llada_megatron.llada_moe.config.layout import LayoutConfig  # noqa: E402
 from llada_megatron.llada_moe.config.model import ModelConfig  # noqa: E402  # noqa: E402
 from llada_megatron.llada_moe.huggingface.formats.table import Format  # noqa: E402
 from llada_megatron.llada_moe.huggingface.mapping import mappings, merge  # noqa: E402
-from llada_megatron.llada_moe.model.patterns import whole_sequences  # noqa: E402
-from llada_megatron.llada_moe.model.transformer import build_model, transformer_config  # noqa: E402
+from llada_megatron.llada_moe.model.patterns import FULL, whole_sequences  # noqa: E402
+from llada_megatron.llada_moe.model.transformer import build_model  # noqa: E402
 from llada_megatron.parallel import sharded_state  # noqa: E402
+from llada_megatron.parallel.build import transformer_config  # noqa: E402
 
 
 def canonical(table: Format, model: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -37,10 +38,10 @@ def canonical(table: Format, model: ModelConfig, tensors: Mapping[str, torch.Ten
 
 
 @torch.no_grad()
-def logits(model, weights, tokens, attention="full", block_size=None):
+def logits(model, weights, tokens, pattern=FULL):
     """Our logits `[batch, seq, vocab]` of `tokens` `[batch, seq]`; the process groups of one rank must exist."""
     config = transformer_config(model, LayoutConfig())
-    ours = build_model(model, config, attention=attention, block_size=block_size).eval()
+    ours = build_model(model, config, pattern=pattern).eval()
     filled = set()
     for entry in nested_values(sharded_state.apply_factories_copy(ours)):
         if isinstance(entry, ShardedTensor) and entry.data is not None:

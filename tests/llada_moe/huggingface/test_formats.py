@@ -22,6 +22,7 @@ from llada_megatron.llada_moe.huggingface.formats.llama import LLAMA
 from llada_megatron.llada_moe.huggingface.formats.qwen3 import QWEN3, QWEN3_MOE
 from llada_megatron.llada_moe.huggingface.formats.table import read_config, write_config
 from llada_megatron.llada_moe.huggingface.mapping import mappings, merge, split, tensor_shapes
+from llada_megatron.llada_moe.model.patterns import CAUSAL
 from llada_megatron.parallel import topology
 from tests.llada_moe.huggingface.our_model import canonical, logits
 
@@ -234,7 +235,7 @@ def test_logits_are_those_of_transformers(case, one_rank):
     tokens = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = theirs(tokens).logits
-    found = logits(model, canonical(table, model, state), tokens, attention="causal")
+    found = logits(model, canonical(table, model, state), tokens, pattern=CAUSAL)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert expected.abs().max() > 1  # not equal because everything is zero
 

@@ -15,6 +15,7 @@ from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.huggingface.formats import export_format
 from llada_megatron.llada_moe.huggingface.formats.table import read_config
 from llada_megatron.llada_moe.huggingface.mapping import tensor_shapes
+from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.parallel import topology
 from llada_megatron.tools.bench.layouts import MODELS
 from tests.llada_moe.huggingface import our_model
@@ -87,7 +88,7 @@ def test_logits_are_ours_without_a_mask_and_with_blocks(peers, case):
     assert_same_logits(peer(tokens).logits, ours(peer, case, tokens))
     blocks = torch.arange(SEQ) // BLOCK
     seen = (blocks[:, None] >= blocks[None])[None, None]
-    expected = ours(peer, case, tokens, "block_causal", BLOCK)
+    expected = ours(peer, case, tokens, AttentionPattern(BLOCK))
     assert_same_logits(peer(tokens, attention_mask=seen).logits, expected)
     added = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
     assert_same_logits(peer(tokens, attention_mask=added).logits, expected)

@@ -26,8 +26,8 @@ from llada_megatron.llada_moe.config.model import ModelConfig  # noqa: E402  # n
 from llada_megatron.llada_moe.model.transformer import (  # noqa: E402
     DiffusionTransformer,
     build_model,
-    transformer_config,
 )
+from llada_megatron.parallel.build import transformer_config  # noqa: E402
 
 
 def join(layout: LayoutConfig, rank: int) -> None:
@@ -56,7 +56,6 @@ def parts_of_rank(model: ModelConfig, layout: LayoutConfig) -> Iterator[Diffusio
             part = build_model(
                 model,
                 transformer_config(model, layout),
-                attention="full",
                 pre_process=stage == 0 and chunk == 0,
                 post_process=stage == last and chunk == chunks - 1,
                 vp_stage=chunk if chunks > 1 else None,

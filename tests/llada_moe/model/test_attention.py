@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +12,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.model.attention import PatternAttention
-from llada_megatron.llada_moe.model.patterns import bands, seen_at_once, segments, whole_sequences
+from llada_megatron.llada_moe.model.patterns import CAUSAL, FULL, AttentionPattern, bands, segments, whole_sequences
 from llada_megatron.parallel import topology
 from tests.ranks import run_ranks
 
@@ -53,7 +55,9 @@ def attended(block: int | None, boundaries: torch.Tensor | None, group: object, 
     """The same from `PatternAttention` on one of `size` context ranks, for its slice of the sequence."""
     config = TransformerConfig(num_layers=1, hidden_size=HEADS * SIZE, num_attention_heads=HEADS)
     groups = SimpleNamespace(cp=group)
-    attention = PatternAttention(config, 1, AttnMaskType.no_mask, "self", pg_collection=groups, block=block)
+    attention = PatternAttention(
+        config, 1, AttnMaskType.no_mask, "self", pg_collection=groups, pattern=AttentionPattern(block)
+    )
     query, key, value, upstream = (part.chunk(size)[rank].clone() for part in inputs())
     parts = [part.requires_grad_() for part in (query, key, value)]
     out = attention(*parts, boundaries)
@@ -90,8 +94,41 @@ def test_bands_cover_every_query_once_and_see_whole_blocks():
     assert [(band.first, band.keys) for band in found] == [(0, 32), (32, 64), (64, 96), (96, 100)]
 
 
-def test_a_block_size_belongs_to_block_causal_attention_alone():
-    assert seen_at_once("block_causal", 32) == 32
-    for kind, size in (("block_causal", None), ("full", 32), ("causal", 32)):
-        with pytest.raises(ValueError, match=kind):
-            seen_at_once(kind, size)
+def test_a_block_has_positions():
+    with pytest.raises(ValueError, match="blocks of 0 positions"):
+        AttentionPattern(0)
+
+
+def test_the_pattern_of_a_model_is_a_value_of_the_step():
+    model = ModelConfig(
+        family="llada",
+        num_layers=2,
+        hidden_size=32,
+        ffn_hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        vocab_size=64,
+        max_sequence_length=16,
+        mask_token_id=63,
+        eos_token_id=62,
+    )
+    assert run_ranks(_logits_by_pattern, 1, model) == [True]
+
+
+def _logits_by_pattern(model):
+    from llada_megatron.llada_moe.model.transformer import build_model
+    from llada_megatron.parallel.build import transformer_config
+
+    topology.initialize(LayoutConfig(), seed=1)
+    config = transformer_config(model, LayoutConfig())
+    tokens = torch.arange(16)[None]
+    rows = torch.ones_like(tokens, dtype=torch.bool)
+    patterns = [FULL, CAUSAL, AttentionPattern(4)]
+    one = build_model(model, config, pattern=FULL).eval()
+    found = [one(tokens, rows=rows, pattern=pattern) for pattern in patterns]
+    for pattern, logits in zip(patterns, found, strict=True):
+        built = build_model(model, config, pattern=pattern).eval()
+        built.load_state_dict(one.state_dict())
+        assert torch.equal(built(tokens, rows=rows), logits)
+    return not any(torch.allclose(a, b) for a, b in itertools.combinations(found, 2))

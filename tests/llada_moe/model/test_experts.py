@@ -20,8 +20,9 @@ from llada_megatron.llada_moe.config.model import (  # noqa: E402
     MoEConfig,
 )
 from llada_megatron.llada_moe.model.experts import PermutedExperts  # noqa: E402
-from llada_megatron.llada_moe.model.transformer import build_model, transformer_config  # noqa: E402
+from llada_megatron.llada_moe.model.transformer import build_model  # noqa: E402
 from llada_megatron.parallel import topology  # noqa: E402
+from llada_megatron.parallel.build import transformer_config  # noqa: E402
 
 EXPERTS, HIDDEN = 4, 32
 MODEL = ModelConfig(
@@ -79,5 +80,5 @@ def test_checkpoint_is_that_of_sequential_mlp():
 
 
 def test_the_model_is_built_from_them():
-    model = build_model(MODEL, transformer_config(MODEL, LayoutConfig()), attention="full")
+    model = build_model(MODEL, transformer_config(MODEL, LayoutConfig()))
     assert type(model.decoder.layers[0].mlp.experts) is PermutedExperts

@@ -28,8 +28,8 @@ def outcomes(layout: LayoutConfig, bias: bool) -> dict[str, bool]:
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     from llada_megatron.llada_moe.model.linear import ColumnLinear, RowLinear, torchs_own
-    from llada_megatron.llada_moe.model.transformer import transformer_config
     from llada_megatron.parallel import topology
+    from llada_megatron.parallel.build import transformer_config
 
     topology.initialize(layout, seed=0)
     config = transformer_config(DENSE, layout)
@@ -58,8 +58,8 @@ def test_weight_given_at_call():
 
 def with_given_weight() -> bool:
     from llada_megatron.llada_moe.model.linear import ColumnLinear, torchs_own
-    from llada_megatron.llada_moe.model.transformer import transformer_config
     from llada_megatron.parallel import topology
+    from llada_megatron.parallel.build import transformer_config
 
     topology.initialize(LayoutConfig(), seed=0)
     layer = ColumnLinear(

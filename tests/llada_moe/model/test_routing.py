@@ -36,10 +36,11 @@ def one_rank(tmp_path_factory):
 
 def make_router(moe, layout):
     from llada_megatron.llada_moe.model.routing import BlockRouter
-    from llada_megatron.llada_moe.model.transformer import build_model, transformer_config
+    from llada_megatron.llada_moe.model.transformer import build_model
+    from llada_megatron.parallel.build import transformer_config
 
     model = dataclasses.replace(MODEL, moe=moe, num_layers=2)
-    built = build_model(model, transformer_config(model, layout), attention="full")
+    built = build_model(model, transformer_config(model, layout))
     routers = [module for module in built.modules() if isinstance(module, BlockRouter)]
     assert [router.layer_number for router in routers] == [2]
     routers[0].expert_bias.copy_(torch.linspace(0.5, -0.5, moe.num_experts))
@@ -83,9 +84,10 @@ def test_choice_and_weights_are_those_of_the_definition(one_rank, boundaries):
 
 @torch.no_grad()
 def test_a_document_is_routed_as_if_it_were_alone(one_rank):
-    from llada_megatron.llada_moe.model.transformer import build_model, transformer_config
+    from llada_megatron.llada_moe.model.transformer import build_model
+    from llada_megatron.parallel.build import transformer_config
 
-    model = build_model(MODEL, transformer_config(MODEL, LayoutConfig()), attention="full").eval()
+    model = build_model(MODEL, transformer_config(MODEL, LayoutConfig())).eval()
     tokens = torch.randint(0, 120, (1, SEQ), generator=torch.Generator().manual_seed(4))
     packed = model(tokens, torch.tensor([0, 7, SEQ], dtype=torch.int32), rows=torch.ones_like(tokens, dtype=torch.bool))
     alone = [model(part, rows=torch.ones_like(part, dtype=torch.bool)) for part in tokens.split([7, SEQ - 7], dim=1)]

@@ -12,6 +12,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llada_megatron.llada_moe.model.attention import PatternAttention
+from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.model.windows import KeyValues, Window, Windows
 
 SEQ, HEADS, KV_HEADS, SIZE, SLOTS = 40, 4, 2, 8, 4
@@ -21,7 +22,9 @@ CONFIG = TransformerConfig(num_layers=1, hidden_size=HEADS * SIZE, num_attention
 
 def attention(block: int | None) -> PatternAttention:
     groups = SimpleNamespace(cp=ALONE)
-    return PatternAttention(CONFIG, 1, AttnMaskType.no_mask, "self", pg_collection=groups, block=block)
+    return PatternAttention(
+        CONFIG, 1, AttnMaskType.no_mask, "self", pg_collection=groups, pattern=AttentionPattern(block)
+    )
 
 
 def projected(seed: int) -> list[torch.Tensor]:

@@ -10,7 +10,8 @@ import torch
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.errors import ResourceError
-from llada_megatron.llada_moe.model.transformer import build_model, transformer_config
+from llada_megatron.llada_moe.model.transformer import build_model
+from llada_megatron.parallel.build import transformer_config
 from llada_megatron.tools.bench import train
 from llada_megatron.tools.bench.batches import masked_batch
 from llada_megatron.tools.bench.breakdown import KINDS, OPTIMIZER, breakdown
@@ -61,7 +62,7 @@ def copy_to_llama(ours, llama):
 
 def test_llama_with_our_weights_has_our_loss(peer, one_process):
     model = SMALL["dense"]
-    ours = build_model(model, transformer_config(model, LayoutConfig()), attention="full")
+    ours = build_model(model, transformer_config(model, LayoutConfig()))
     other = peer.Peer(peer.build(model, 16), 1e-4, 1.0)
     copy_to_llama(ours, other.model)
     batch = masked_batch(model, 2, 16, seed=0)
@@ -81,7 +82,7 @@ def test_the_peer_attends_in_both_directions_and_is_as_large(peer, one_process, 
     changed[0, -1] = 99
     with torch.no_grad():
         assert not torch.allclose(other(input_ids=ids).logits[0, 0], other(input_ids=changed).logits[0, 0])
-    ours = build_model(model, transformer_config(model, LayoutConfig()), attention="full")
+    ours = build_model(model, transformer_config(model, LayoutConfig()))
     sizes = [sum(p.numel() for p in m.parameters()) for m in (ours, other)]
     assert abs(sizes[0] - sizes[1]) <= 2 * model.num_layers * model.hidden_size
 

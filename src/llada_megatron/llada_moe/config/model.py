@@ -77,6 +77,12 @@ class ModelConfig:
     init_std: float = 0.02
     moe: MoEConfig | None = None
 
+    @property
+    def special_ids(self) -> set[int]:
+        """Ids that are no text."""
+        ids = (self.mask_token_id, self.eos_token_id, self.delete_token_id, self.insert_token_id)
+        return {i for i in ids if i is not None}
+
 
 DENSE_FAMILIES = ("llada", "qwen3")
 

@@ -5,10 +5,11 @@ Source named below: P8B = arXiv 2502.09992 and the GUIDELINES of ML-GSAI/LLaDA.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from llada_megatron.llada_moe.config.parsing import Refuse
+from llada_megatron.llada_moe.config.parsing import Refuse, closest
 
 if TYPE_CHECKING:
     from llada_megatron.llada_moe.config.run import RunConfig
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 class ObjectiveConfig:
     """What is learnt. The noise keys and the block size are read by the diffusion objective only."""
 
-    kind: Literal["diffusion", "autoregressive"] = "diffusion"
+    kind: str = "diffusion"
+    """Which objective of `llada_moe.objectives`, each a file there."""
     block_size: int | None = None
     """Attention is full inside blocks of this many positions, counted from the start of each document, and causal
     between them; null = full (LLaDA2: 32)."""
@@ -38,24 +40,27 @@ class ObjectiveConfig:
     random token, and all that are not masked are supervised too, with weight 1: which are wrong, and what they should
     be. 0 = off. LLaDA2.1's own rate is not published."""
 
+    @classmethod
+    def variant(cls, values: Mapping[str, str]) -> type[ObjectiveConfig]:
+        """The class that holds the keys of the kind among `values`, for the parser."""
+        from llada_megatron.llada_moe.objectives import objective_class, objective_kinds
+
+        kind = values.get("kind", cls.kind)
+        return objective_class(kind).config_class if kind in objective_kinds() else cls
+
 
 def check_objective(objective: ObjectiveConfig, refuse: Refuse) -> None:
-    """Noise that is a probability and never divides by zero, and blocks that are there to be seen."""
-    block = objective.block_size
-    if block is not None and objective.kind != "diffusion":
-        refuse(
-            "objective.block_size",
-            f"{block} with kind {objective.kind}, whose attention is causal; remove the block size",
-        )
-    elif block is not None and block <= 0:
-        refuse("objective.block_size", f"{block} must be greater than 0; null is full attention")
+    """Noise that is a probability and never divides by zero, and what the objective itself refuses."""
+    from llada_megatron.llada_moe.objectives import make_objective, objective_kinds
+
+    kinds = objective_kinds()
+    if objective.kind not in kinds:
+        expected = f"expected one of {', '.join(kinds)}"
+        refuse("objective.kind", f"{expected}, found {objective.kind!r}{closest(objective.kind, kinds)}")
+        return
+    make_objective(objective).check(refuse)
     if not 0 <= objective.replace_ratio < 1:
         refuse("objective.replace_ratio", f"{objective.replace_ratio} must be at least 0 and less than 1")
-    elif objective.replace_ratio > 0 and objective.kind != "diffusion":
-        refuse(
-            "objective.replace_ratio",
-            f"{objective.replace_ratio} with kind {objective.kind}, which has no noise; remove the replace ratio",
-        )
     low, high = objective.mask_ratio_min, objective.mask_ratio_max
     if not 0 <= low < high <= 1:
         refuse(
@@ -78,12 +83,15 @@ def check_routing_of_run(run: RunConfig, refuse: Refuse) -> None:
     moe, objective = run.model.moe, run.objective
     if moe is None or moe.expert_capacity == 0:
         return
+    from llada_megatron.llada_moe.model.patterns import CAUSAL
+    from llada_megatron.llada_moe.objectives import make_objective, objective_kinds
+
     size, block = moe.routing_block_size, objective.block_size
-    if objective.kind == "autoregressive":
+    if objective.kind in objective_kinds() and make_objective(objective).pattern(step=0) == CAUSAL:
         refuse(
             "objective.kind",
-            f"autoregressive with model.moe.expert_capacity {moe.expert_capacity}: the experts of a token would depend "
-            "on the tokens after it, which it has to predict; use diffusion, or expert_capacity 0",
+            f"{objective.kind} with model.moe.expert_capacity {moe.expert_capacity}: the experts of a token would "
+            "depend on the tokens after it, which it has to predict; use diffusion, or expert_capacity 0",
         )
     elif block is not None and block > 0 and block % size:
         refuse(

@@ -123,6 +123,9 @@ class _Parser:
             return _FAILED
 
     def _mapping(self, cls: type, node: yaml.Node, path: str, place: str) -> Any:
+        if hasattr(cls, "variant") and isinstance(node, yaml.MappingNode):  # a value decides which keys there are
+            scalars = {key.value: child.value for key, child in node.value if isinstance(child, yaml.ScalarNode)}
+            cls = cls.variant(scalars)
         fields, prefix = fields_of(cls), f"{path}." if path else ""
         if not isinstance(node, yaml.MappingNode):
             self.problems.add(

@@ -34,8 +34,11 @@ class RunConfig:
 
 
 def validate_run(run: RunConfig, origins: Origins | None = None) -> None:
-    """Raises: ConfigError: with one line per combination that cannot work, at the file and line when "
-    "`origins` is given."""
+    """Refuse combinations that cannot work.
+
+    Raises:
+        ConfigError: with one line for each, at the file and line where `origins` knows it.
+    """
     refuse, problems = collector(origins)
     check_model(run.model, lambda key, message: refuse(f"model.{key}", message))
     problems.raise_if_any()  # what follows divides by the model's sizes

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.config.run import RunConfig
-from llada_megatron.llada_moe.data.batch import Batch, Row, autoregressive_row, collate, diffusion_row
+from llada_megatron.llada_moe.data.batch import Batch, Row, collate
 from llada_megatron.llada_moe.data.packing import Blend, PackedDataset, Split
 from llada_megatron.llada_moe.data.set_manifest import SetManifest, read_manifest
-from llada_megatron.llada_moe.diffusion.noise import ForwardProcess, ReplacementVocabulary, SampleCoordinates
+from llada_megatron.llada_moe.diffusion.noise import SampleCoordinates
 from llada_megatron.llada_moe.errors import ConfigError, DataError
+from llada_megatron.llada_moe.objectives import Objective, make_objective
+
+
+class Samples(Protocol):
+    """What a training step and a validation need of data: the same numbers give the same batch on every rank."""
+
+    manifests: list[SetManifest]
+    """Of the prepared sets that the samples come from; all of one tokenizer."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per token."""
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The samples with these global numbers, in this order."""
 
 
 class TrainingData:
@@ -20,8 +36,11 @@ class TrainingData:
     windows, every epoch in a new order and with new masks.
     """
 
-    def __init__(self, run: RunConfig, split: Split = "train") -> None:
-        """Open and check every set. Raises DataError or ConfigError, naming the key to change."""
+    def __init__(self, run: RunConfig, split: Split = "train", objective: Objective | None = None) -> None:
+        """Open and check every set. Raises DataError or ConfigError, naming the key to change.
+
+        `objective`: what makes rows of windows; None = that of the run.
+        """
         self.manifests: list[SetManifest] = [read_manifest(entry.path) for entry in run.data.sets]
         check_manifests(run, self.manifests)
         training, data = run.training, run.data
@@ -37,13 +56,8 @@ class TrainingData:
             for entry in data.sets
         ]
         self.blend = Blend([entry.weight for entry in data.sets])
-        self._mask_id = run.model.mask_token_id
-        self._noise: ForwardProcess | None = None
-        self._words: ReplacementVocabulary | None = None
-        if run.objective.replace_ratio:
-            self._words = ReplacementVocabulary(self.manifests[0].tokenizer.vocab_size, special_ids(run.model))
-        if run.objective.kind == "diffusion":
-            self._noise = ForwardProcess(run.objective, training.seed, training.global_batch_size, split)
+        objective = make_objective(run.objective) if objective is None else objective
+        self._make_row = objective.rows(run, split, self.manifests[0].tokenizer.vocab_size)
 
     @property
     def bytes_per_token(self) -> float:
@@ -61,17 +75,9 @@ class TrainingData:
         return collate([self._row(self.locate(number)) for number in indices])
 
     def _row(self, at: SampleCoordinates) -> Row:
-        """One sequence with its noise."""
+        """One sequence as the objective wants it."""
         tokens, boundaries = self.sets[at.set].window(at.window)
-        if self._noise is None:
-            return autoregressive_row(tokens, boundaries)
-        return diffusion_row(tokens, boundaries, self._noise.corrupt(at, len(tokens)), self._mask_id, self._words)
-
-
-def special_ids(model: ModelConfig) -> set[int]:
-    """Ids of a model that are no text."""
-    ids = (model.mask_token_id, model.eos_token_id, model.delete_token_id, model.insert_token_id)
-    return {i for i in ids if i is not None}
+        return self._make_row(tokens, boundaries, at)
 
 
 def check_manifests(run: RunConfig, manifests: Sequence[SetManifest]) -> None:

@@ -40,7 +40,7 @@ class Replacement:
     replaced: NDArray[np.bool_]
     """[seq], True = another token is shown; none is masked."""
     choice: NDArray[np.float64]
-    """[seq], draws of U[0, 1): which one (see `Words.other`)."""
+    """[seq], draws of U[0, 1): which one (read by `ReplacementVocabulary.other`)."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Corruption:
     mask: NDArray[np.bool_]
     """[seq], True = masked."""
     ratio: float
-    """p, the probability with which each live position was masked."""
+    """p, the probability with which each untruncated position was masked."""
     length: int
-    """Live positions; those from here on are cut off (neither masked nor supervised, not seen by the live ones)."""
+    """Untruncated positions. Those from here on are cut off: not masked, not supervised, and not seen by the others."""
     replacement: Replacement | None = None
     """None = every token that is not masked is shown as it is."""
 
@@ -62,7 +62,7 @@ class ForwardProcess:
 
     Published form: P8B and its GUIDELINES (epsilon 1e-3, t over [0, 1), 1 % of the sequences cut to a length from
     U{1..seq}); the band on t is LLaDA2's. A sequence may come out without a masked token, as in the published code.
-    With a replace ratio, each live token that is not masked is replaced with that probability (T2T of LLaDA2.1).
+    With a replace ratio, each untruncated token that is not masked is replaced with that probability (T2T of LLaDA2.1).
     """
 
     def __init__(self, objective: ObjectiveConfig, seed: int, global_batch_size: int, split: str = "train") -> None:
@@ -78,10 +78,10 @@ class ForwardProcess:
     def corrupt(self, at: SampleCoordinates, length: int) -> Corruption:
         """The noise of one sequence of `length` tokens."""
         ratio = self.mask_ratio(at)
-        live = self._length(at, length)
+        untruncated = self._length(at, length)
         mask = self._uniform(_MASK, at, length) < ratio
-        mask[live:] = False
-        return Corruption(mask, ratio, live, self._replacement(at, mask, live))
+        mask[untruncated:] = False
+        return Corruption(mask, ratio, untruncated, self._replacement(at, mask, untruncated))
 
     def mask_ratio(self, at: SampleCoordinates) -> float:
         """p of one sequence."""
@@ -92,11 +92,11 @@ class ForwardProcess:
         t = low + (high - low) * t
         return (1.0 - self._epsilon) * t + self._epsilon
 
-    def _replacement(self, at: SampleCoordinates, mask: NDArray[np.bool_], live: int) -> Replacement | None:
+    def _replacement(self, at: SampleCoordinates, mask: NDArray[np.bool_], untruncated: int) -> Replacement | None:
         if self._replace_ratio <= 0.0:
             return None
         replaced = (self._uniform(_REPLACED, at, len(mask)) < self._replace_ratio) & ~mask
-        replaced[live:] = False
+        replaced[untruncated:] = False
         return Replacement(replaced, self._uniform(_SUBSTITUTE, at, len(mask)))
 
     def _stratum(self, number: int) -> int:
@@ -105,7 +105,7 @@ class ForwardProcess:
         return permute(place, self._strata, (self._seed, self._split, _STRATUM, batch))
 
     def _length(self, at: SampleCoordinates, length: int) -> int:
-        """Live tokens: all, or with the configured probability a draw from U{1..length}."""
+        """Untruncated tokens: all, or with the configured probability a draw from U{1..length}."""
         if self._cut_probability <= 0.0:
             return length
         chance, size = self._uniform(_LENGTH, at, 2)
@@ -127,10 +127,10 @@ class ReplacementVocabulary:
         """All ids below `size` but the special ones. Raises ValueError: fewer than two are left."""
         self._ids = np.setdiff1d(np.arange(size, dtype=np.int64), np.array(sorted(special), dtype=np.int64))
         if len(self._ids) < 2:
-            raise ValueError(f"a vocabulary of {size} with {len(special)} special ids has no two words")
+            raise ValueError(f"a vocabulary of {size} with {len(special)} special ids has no two ids that are text")
 
     def other(self, tokens: NDArray[np.int64], choice: NDArray[np.float64]) -> NDArray[np.int64]:
-        """A word other than each token `[seq]`, each equally likely for a `choice` `[seq]` drawn from U[0, 1)."""
+        """A text token other than each token `[seq]`, each equally likely for a `choice` `[seq]` drawn from U[0, 1)."""
         place = np.searchsorted(self._ids, tokens)
         is_word = self._ids[np.minimum(place, len(self._ids) - 1)] == tokens
         number = (choice * (len(self._ids) - is_word)).astype(np.int64)

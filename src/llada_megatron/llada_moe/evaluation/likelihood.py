@@ -58,7 +58,7 @@ def batches(data: TrainingData, numbers: Sequence[int], batch_size: int) -> Iter
 
 def of_batch(batch: Batch, losses: Tensor) -> Likelihood:
     """The cost of one batch, from the loss of each of its sequences."""
-    return Likelihood(float(losses.double().sum()), int(batch.live.sum()), len(losses))
+    return Likelihood(float(losses.double().sum()), int(batch.untruncated.sum()), len(losses))
 
 
 def measure(loss: SequenceLoss, data: TrainingData, numbers: Sequence[int], batch_size: int) -> Likelihood:

@@ -18,6 +18,7 @@ from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.optimizer import LearningRateConfig
 from llada_megatron.llada_moe.huggingface.formats.table import Format
 from llada_megatron.llada_moe.model.parameters import count_parameters
+from llada_megatron.llada_moe.objectives import make_objective
 
 Row = tuple[str, str]
 """What, and its value."""
@@ -76,7 +77,7 @@ def model_card(model: ModelConfig, table: Format, facts: dict[str, Any], tokeniz
 
 
 def _kind(objective: ObjectiveConfig) -> str:
-    if objective.kind == "autoregressive":
+    if not make_objective(objective).fills_masks:
         return "causal"
     return "full" if objective.block_size is None else "blocks"
 
@@ -131,18 +132,14 @@ def _training(run: RunConfig, facts: dict[str, Any]) -> str:
 
 
 def _trained(run: RunConfig, facts: dict[str, Any]) -> Iterator[Row]:
-    training, objective, optimizer = run.training, run.objective, run.optimizer
+    training, optimizer = run.training, run.optimizer
     samples = facts["consumed_samples"]
     yield "steps", f"{facts['step']:,} of {training.steps:,}"
     yield "sequences", f"{samples:,}, {training.global_batch_size:,} in each step"
     yield "tokens", f"{samples * training.sequence_length:,} ({training.sequence_length:,} in each sequence)"
     if run.checkpoint.load:
         yield "started from", f"`{_last_names(run.checkpoint.load)}`"
-    if objective.kind == "autoregressive":
-        yield "objective", "cross-entropy of the next token"
-    else:
-        band = f"{objective.mask_ratio_min:g} to {objective.mask_ratio_max:g}"
-        yield "objective", f"cross-entropy of masked tokens, share masked from {band}, {objective.time_sampling} times"
+    yield "objective", make_objective(run.objective).description()
     clipping = f", gradient norm at most {optimizer.clip_grad_norm:g}" if optimizer.clip_grad_norm else ""
     decay = f"weight decay {optimizer.weight_decay:g}"
     yield "optimizer", f"AdamW, betas {optimizer.beta1:g} and {optimizer.beta2:g}, {decay}{clipping}"

@@ -11,7 +11,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from llada_megatron.llada_moe.model.patterns import Band, Segment, bands, segments
+from llada_megatron.llada_moe.model.patterns import FULL, AttentionPattern, Band, Segment, bands, segments
 from llada_megatron.llada_moe.model.windows import Window, Windows
 
 QUERIES_AT_ONCE = 256
@@ -37,11 +37,11 @@ class PatternAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
-        block: int | None = None,
+        pattern: AttentionPattern = FULL,
     ) -> None:
-        """`block`: positions that see one another whole (see `patterns.seen_at_once`); None = all of a segment."""
+        """`pattern`: who sees whom; the model sets another one between steps (`DiffusionTransformer.use_pattern`)."""
         super().__init__(config=config)
-        self.block = block
+        self.pattern = pattern
         self.layer_number = layer_number
         self.context_group = pg_collection.cp
         self.softmax_scale = softmax_scale
@@ -105,7 +105,7 @@ class PatternAttention(MegatronModule):
         if kept is not None:
             windows.keep(kept, k, v)
         parts = []
-        for run in windows.runs(self.block):
+        for run in windows.runs(self.pattern.block):
             window, count = run.windows[0], len(run.windows)
             own = slice(run.offset, run.offset + window.width * count)
             if kept is None:
@@ -126,15 +126,16 @@ class PatternAttention(MegatronModule):
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_start: int, k_start: int) -> torch.Tensor:
         """One segment's keys and the local part of its queries; the starts are positions in the sequence."""
-        if self.block is None:
+        block = self.pattern.block
+        if block is None:
             return self._product(q, k, v)
-        if self.block == 1 and q.size(2) == k.size(2):
+        if block == 1 and q.size(2) == k.size(2):
             return self._product(q, k, v, is_causal=True)
-        offset, span = q_start - k_start, self.block * max(1, QUERIES_AT_ONCE // self.block)
+        offset, span = q_start - k_start, block * max(1, QUERIES_AT_ONCE // block)
         parts = []
-        for band in bands(offset, offset + q.size(2), k.size(2), self.block, span):
+        for band in bands(offset, offset + q.size(2), k.size(2), block, span):
             mine = q[:, :, band.start - offset : band.stop - offset]
-            mask = band_mask(band, k.size(2), self.block, span, q)
+            mask = band_mask(band, k.size(2), block, span, q)
             parts.append(self._product(mine, k[:, :, : band.keys], v[:, :, : band.keys], attn_mask=mask))
         return torch.cat(parts, dim=2)
 

@@ -1,9 +1,9 @@
 """Who may attend to whom, as a value.
 
-A pattern is a kind (full; causal; block-causal: full inside blocks of a segment and causal between them) combined with
-segments: consecutive positions, the documents packed into a window, that attention does not leave. Segments travel as
-one host tensor of boundaries: ascending offsets into the flattened `[batch * seq]`, from 0 to `batch * seq`, with the
-start of every sequence among them.
+An `AttentionPattern` is a value of the step: it says who sees whom inside a segment. Segments are consecutive
+positions, the documents packed into a window, that attention does not leave. They travel as one host tensor of
+boundaries: ascending offsets into the flattened `[batch * seq]`, from 0 to `batch * seq`, with the start of every
+sequence among them.
 """
 
 from __future__ import annotations
@@ -11,22 +11,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING
 
-import torch
+from llada_megatron.llada_moe.model.flops import block_causal_keys
 
-Kind = Literal["full", "causal", "block_causal"]
+if TYPE_CHECKING:
+    import torch
 
 
-def seen_at_once(kind: Kind, block_size: int | None = None) -> int | None:
-    """Length of the blocks that see themselves whole and all before: 1 = causal, None = full attention.
+@dataclass(frozen=True)
+class AttentionPattern:
+    """Who sees whom inside a segment. A value of the step: a run may change it, and no module is built for one."""
 
-    Raises:
-        ValueError: a block-causal pattern without its size, or a size that nothing reads.
-    """
-    if (kind == "block_causal") != (block_size is not None):
-        raise ValueError(f"attention {kind!r} with block_size {block_size}: block_causal has one, the others none")
-    return {"full": None, "causal": 1, "block_causal": block_size}[kind]
+    block: int | None
+    """Length of the blocks that see themselves whole and all before: 1 = causal, None = the segment sees itself."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a block without positions."""
+        if self.block is not None and self.block < 1:
+            raise ValueError(f"blocks of {self.block} positions see nothing; 1 is causal attention, None is full")
+
+    def keys_per_query(self, length: int) -> float:
+        """Keys that a query of a segment of `length` positions sees on average."""
+        return block_causal_keys(length, self.block or length)
+
+
+FULL, CAUSAL = AttentionPattern(None), AttentionPattern(1)
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,8 @@ class Segment:
 
 def whole_sequences(batch: int, seq: int) -> torch.Tensor:
     """Boundaries of windows that hold one document each: `[batch + 1]` int32."""
+    import torch
+
     return torch.arange(batch + 1, dtype=torch.int32) * seq
 
 
@@ -61,6 +73,8 @@ def block_numbers(boundaries: torch.Tensor, size: int, positions: torch.Tensor) 
     """
     starts = boundaries.long()
     blocks = (starts.diff() + size - 1) // size
+    import torch
+
     first = torch.cat([blocks.new_zeros(1), blocks.cumsum(0)])
     total = int(first[-1])
     starts, first = starts.to(positions.device), first.to(positions.device)

@@ -86,22 +86,23 @@ def provider() -> Any:
     return TransformerEngineProvider()
 
 
-def _layer(config: TransformerConfig, backend: Any, moe: bool, block: int | None) -> ModuleSpec:
+def _layer(config: TransformerConfig, backend: Any, moe: bool) -> ModuleSpec:
     norm = backend.layer_norm(rms_norm=True)
     head_norm = backend.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=backend.column_parallel_linear(),
-        core_attention=functools.partial(backend.core_attention(), block=block),
+        core_attention=backend.core_attention(),
         linear_proj=backend.row_parallel_linear(),
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
-    mask = AttnMaskType.causal if block == 1 else AttnMaskType.no_mask
     return ModuleSpec(
         module=backend.layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=ModuleSpec(module=backend.attention, params={"attn_mask_type": mask}, submodules=attention),
+            self_attention=ModuleSpec(
+                module=backend.attention, params={"attn_mask_type": AttnMaskType.no_mask}, submodules=attention
+            ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=_mixture(config, backend) if moe else get_mlp_module_spec_for_backend(backend),
@@ -132,15 +133,15 @@ def _route_by_blocks(layer: ModuleSpec, moe: MoEConfig) -> None:
 
 
 def block_spec(
-    config: TransformerConfig, routing: MoEConfig | None, block: int | None, vp_stage: int | None
+    config: TransformerConfig, routing: MoEConfig | None, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage (and interleaved chunk), dense or MoE each as `moe_layer_freq` says.
 
-    `routing`: the experts, None = there are none; `block`: see `patterns.seen_at_once`.
+    `routing`: the experts, None = there are none.
     """
     backend = provider()
-    dense = _layer(config, backend, moe=False, block=block)
-    moe = _layer(config, backend, moe=True, block=block) if config.num_moe_experts else dense
+    dense = _layer(config, backend, moe=False)
+    moe = _layer(config, backend, moe=True) if config.num_moe_experts else dense
     if routing is not None and routing.expert_capacity > 0:
         _route_by_blocks(moe, routing)
     kinds = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers

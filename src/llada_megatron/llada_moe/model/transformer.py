@@ -7,16 +7,12 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.package_info import __version__ as megatron_version
 from megatron.core.transformer.transformer_config import TransformerConfig
-from packaging.version import Version
 
-from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
-from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.model.head import selected_logits, supervised_loss
-from llada_megatron.llada_moe.model.patterns import Kind, seen_at_once
-from llada_megatron.llada_moe.model.spec import block_spec, transformer_engine_active
+from llada_megatron.llada_moe.model.patterns import FULL, AttentionPattern
+from llada_megatron.llada_moe.model.spec import block_spec
 from llada_megatron.llada_moe.model.windows import Windows
 
 
@@ -44,8 +40,11 @@ class ContiguousRotary(RotaryEmbedding):
 class DiffusionTransformer(GPTModel):
     """Predicts the tokens of the supervised rows, each seeing what the attention pattern lets it see."""
 
-    def __init__(self, config: TransformerConfig, *args: Any, logits_chunk_mb: int, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, *args: Any, logits_chunk_mb: int, pattern: AttentionPattern, **kwargs: Any
+    ) -> None:
         super().__init__(config, *args, **kwargs)
+        self.use_pattern(pattern)
         self.logits_chunk_elements = logits_chunk_mb * 2**20 // 4
         rotary = self.rotary_pos_emb
         self.rotary_pos_emb = ContiguousRotary(
@@ -56,6 +55,13 @@ class DiffusionTransformer(GPTModel):
             cp_group=rotary.cp_group,
         )
 
+    def use_pattern(self, pattern: AttentionPattern) -> None:
+        """Attend by another pattern from now on. Layers that are run again in a backward pass need the one they had:
+        change it between steps only."""
+        self.pattern = pattern
+        for layer in self.decoder.layers:
+            layer.self_attention.core_attention.pattern = pattern
+
     def forward(
         self,
         inputs: torch.Tensor,
@@ -63,6 +69,7 @@ class DiffusionTransformer(GPTModel):
         labels: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
         rows: torch.Tensor | None = None,
+        pattern: AttentionPattern | None = None,
     ) -> torch.Tensor:
         """Run the stage's layers.
 
@@ -73,10 +80,13 @@ class DiffusionTransformer(GPTModel):
             labels: `[batch, seq]`, with `weights`: return the loss of each sequence.
             weights: `[batch, seq]` float32; 0 = not supervised.
             rows: bool `[batch, seq]`: return the logits of these rows instead.
+            pattern: who attends to whom from this step on; None = as before.
 
         Returns:
             On the last stage `[batch]` losses or `[rows, vocab / tensor_parallel]` logits; before it the hidden states.
         """
+        if pattern is not None and pattern != self.pattern:
+            self.use_pattern(pattern)
         selector = weights if labels is not None else rows
         self.rotary_pos_emb.windows = boundaries if isinstance(boundaries, Windows) else None
         return super().forward(inputs, None, boundaries, labels=labels, loss_mask=selector)
@@ -95,8 +105,7 @@ def build_model(
     model: ModelConfig,
     config: TransformerConfig,
     *,
-    attention: Kind,
-    block_size: int | None = None,
+    pattern: AttentionPattern = FULL,
     logits_chunk_mb: int = 256,
     pre_process: bool = True,
     post_process: bool = True,
@@ -105,12 +114,12 @@ def build_model(
 ) -> DiffusionTransformer:
     """Build one pipeline stage (and interleaved chunk) of the model on the current device.
 
-    `config` comes from `transformer_config`; the process groups must exist. `block_size`: positions, for block-causal
-    attention only.
+    `config` is Megatron's, with the fields of `architecture_fields`; the process groups must exist. Attention begins
+    with `pattern`.
     """
     return DiffusionTransformer(
         config,
-        block_spec(config, model.moe, seen_at_once(attention, block_size), vp_stage),
+        block_spec(config, model.moe, vp_stage),
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_sequence_length,
         pre_process=pre_process,
@@ -123,16 +132,13 @@ def build_model(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
         logits_chunk_mb=logits_chunk_mb,
+        pattern=pattern,
     )
 
 
-def transformer_config(
-    model: ModelConfig, layout: LayoutConfig, training: TrainingConfig | None = None
-) -> TransformerConfig:
-    """Megatron's configuration of `model` under `layout`; without `training`, fp32 and no recomputation."""
-    dtype = torch.bfloat16 if training is not None and training.precision == "bf16" else torch.float32
-    fused = transformer_engine_active()
-    fields: dict[str, Any] = {
+def architecture_fields(model: ModelConfig) -> dict[str, Any]:
+    """The fields of Megatron's TransformerConfig that say what is computed, whatever it is spread over."""
+    return {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "ffn_hidden_size": model.ffn_hidden_size,
@@ -148,56 +154,11 @@ def transformer_config(
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "init_method_std": model.init_std,
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "bf16": dtype is torch.bfloat16,
-        "use_cpu_initialization": not torch.cuda.is_available(),
-        "calculate_per_token_loss": True,
-        # kernels that exist with Transformer Engine only
-        "gradient_accumulation_fusion": False,
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
-        "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,
-        "persist_layer_norm": False,
-        **_layout_fields(layout),
-        **(_moe_fields(model, model.moe, layout, fused) if model.moe else {}),
+        **(_moe_fields(model, model.moe) if model.moe else {}),
     }
-    if training is not None and training.recompute == "full":
-        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return TransformerConfig(**fields)
 
 
-def _layout_fields(layout: LayoutConfig) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "tensor_model_parallel_size": layout.tensor_parallel,
-        "sequence_parallel": layout.sequence_parallel,
-        "pipeline_model_parallel_size": layout.pipeline_parallel,
-        "context_parallel_size": layout.context_parallel,
-        "expert_model_parallel_size": layout.expert_parallel,
-        "expert_tensor_parallel_size": layout.expert_tensor_parallel,
-        "variable_seq_lengths": False,
-    }
-    if layout.pipeline_chunks_per_rank > 1:
-        fields |= {
-            "virtual_pipeline_model_parallel_size": layout.pipeline_chunks_per_rank,
-            # with two stages both neighbours are one rank, and batched messages between two ranks pair up in the wrong
-            # order: the run would silently learn something else
-            "overlap_p2p_comm": True,
-            "batch_p2p_comm": False,
-        }
-    return fields
-
-
-def _router_loss_scale(layout: LayoutConfig) -> int:
-    """Before 0.19 Megatron scales the router's losses by the tokens of one tensor and context rank instead of those of
-    all of them, so that their gradient shrinks with the layout."""
-    fixed = Version(megatron_version) >= Version("0.19")
-    return 1 if fixed else layout.tensor_parallel * layout.context_parallel
-
-
-def _moe_fields(model: ModelConfig, moe: MoEConfig, layout: LayoutConfig, grouped: bool) -> dict[str, Any]:
-    scale = _router_loss_scale(layout)
+def _moe_fields(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "num_moe_experts": moe.num_experts,
         "moe_router_topk": moe.top_k,
@@ -211,11 +172,6 @@ def _moe_fields(model: ModelConfig, moe: MoEConfig, layout: LayoutConfig, groupe
         "moe_router_bias_update_rate": moe.expert_bias_update_rate,
         "moe_router_topk_scaling_factor": moe.routed_scaling_factor,
         "moe_router_load_balancing_type": "aux_loss" if moe.aux_loss_coefficient else "none",
-        "moe_aux_loss_coeff": moe.aux_loss_coefficient * scale,
-        "moe_z_loss_coeff": moe.z_loss_coefficient * scale or None,
-        "moe_token_dispatcher_type": layout.expert_dispatcher,
-        "moe_permute_fusion": False,
-        "moe_grouped_gemm": grouped,
         "add_qkv_bias": False,
     }
     if moe.shared_expert_ffn_hidden_size:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from llada_megatron.llada_moe.data.batch import Batch
 
 NORMALIZATIONS = ("all_tokens", "answer_length", "masked_tokens")
@@ -23,17 +22,19 @@ class TokenCounts:
     """Totals of a global batch; counts of its parts add up to them."""
 
     sequences: int = 0
-    live: int = 0
+    untruncated: int = 0
     masked: int = 0
 
     def __add__(self, other: TokenCounts) -> TokenCounts:
         """Totals of two parts together."""
-        return TokenCounts(self.sequences + other.sequences, self.live + other.live, self.masked + other.masked)
+        return TokenCounts(
+            self.sequences + other.sequences, self.untruncated + other.untruncated, self.masked + other.masked
+        )
 
 
 def count(batch: Batch) -> TokenCounts:
-    """Counts of one batch: its sequences, live tokens and supervised tokens (the masked ones, if none is replaced)."""
-    return TokenCounts(batch.inputs.shape[0], int(batch.live.sum()), int((batch.weights > 0).sum()))
+    """Counts of one batch: sequences, untruncated tokens, and supervised ones (the masked, if none is replaced)."""
+    return TokenCounts(batch.inputs.shape[0], int(batch.untruncated.sum()), int((batch.weights > 0).sum()))
 
 
 def normalizer(kind: str, counts: TokenCounts, batch: Batch) -> Tensor:
@@ -41,15 +42,17 @@ def normalizer(kind: str, counts: TokenCounts, batch: Batch) -> Tensor:
 
     With S_b = sum_i weight_bi * CE_bi, the loss is sum_b factor_b * S_b / (counts.sequences * sequence_length), that is
 
-    * all_tokens: sum_b S_b / live tokens (LLaDA pre-training: all tokens of the batch, cut-off tails excepted);
+    * all_tokens: sum_b S_b / untruncated tokens (LLaDA pre-training: all tokens of the batch, cut-off tails excepted);
     * answer_length: mean over sequences of S_b / answer_b (LLaDA fine-tuning);
     * masked_tokens: sum_b S_b / supervised tokens (the masked ones, if none is replaced).
 
     `counts` are those of the whole global batch; `batch` may be any part of it. A zero count gives factor 0.
     """
+    import torch
+
     size, length = batch.inputs.shape
     if kind == "all_tokens":
-        return torch.full((size,), _ratio(counts.sequences * length, counts.live))
+        return torch.full((size,), _ratio(counts.sequences * length, counts.untruncated))
     if kind == "masked_tokens":
         return torch.full((size,), _ratio(counts.sequences * length, counts.masked))
     if kind == "answer_length":

@@ -21,7 +21,8 @@ from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch
-from llada_megatron.llada_moe.model.transformer import DiffusionTransformer, transformer_config
+from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
+from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.parallel import build, device, sharded_state, topology
 from llada_megatron.parallel.checkpoint.search import find_checkpoints, first_whole, run_of
 from llada_megatron.parallel.checkpoint.store import CheckpointStore
@@ -114,13 +115,12 @@ def _world_of_one() -> Iterator[str]:
 def open_weights(
     model: ModelConfig, objective: ObjectiveConfig, read: Callable[[str, tuple[int, ...]], torch.Tensor]
 ) -> Iterator[DiffusionTransformer]:
-    """A model in float32 in a world of one process, whose weights `read` gives (see `assembly.fill_weights`)."""
+    """A model in float32 in a world of one process, whose weights `read` gives (see `sharded_state.fill_weights`)."""
     with _world_of_one():
         with warnings.catch_warnings():  # torch and Megatron announce coming changes of their own insides
             warnings.simplefilter("ignore")
-            config = transformer_config(model, LayoutConfig())
-            kind = build.attention_kind(objective)
-            chunks = build.build_chunks(model, LayoutConfig(), config, kind, objective.block_size)
+            config = build.transformer_config(model, LayoutConfig())
+            chunks = build.build_chunks(model, LayoutConfig(), config, make_objective(objective).pattern(step=0))
         with torch.no_grad():
             sharded_state.fill_weights(chunks, read)
         yield chunks[0].eval()
@@ -159,10 +159,11 @@ def _load_first(candidates: list[Path], layout: LayoutConfig, store: CheckpointS
 
 def _load(path: Path, layout: LayoutConfig, store: CheckpointStore) -> LoadedModel:
     run = run_of(path)
-    config = transformer_config(run.model, layout, run.training)
-    chunks = build.build_chunks(
-        run.model, layout, config, build.attention_kind(run.objective), run.objective.block_size
-    )
+    config = build.transformer_config(run.model, layout, run.training)
+    objective = make_objective(run.objective)
+    objective.load_state(store.facts(path).get("objective", {}))
+    pattern = objective.pattern(int(store.facts(path)["step"]))
+    chunks = build.build_chunks(run.model, layout, config, pattern)
     state, facts = store.load(path, sharded_state.model_state(chunks))
     sharded_state.load_model_state(chunks, state)
     return LoadedModel(chunks[0].eval(), run, path, facts)

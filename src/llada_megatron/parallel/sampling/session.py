@@ -11,6 +11,7 @@ import torch
 
 from llada_megatron.console import message
 from llada_megatron.llada_moe.errors import ConfigError, DataError, LladaError
+from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.llada_moe.sampling.editors import never_written
 from llada_megatron.llada_moe.sampling.presets import choose
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps, RandomSteps
@@ -72,7 +73,7 @@ class Session:
     def __init__(self, loaded: LoadedModel, settings: Settings) -> None:
         """Raises ConfigError for a method that does not fit the model, DataError for another model's tokenizer."""
         run = loaded.run
-        if run.objective.kind != "diffusion":
+        if not make_objective(run.objective).fills_masks:
             raise ConfigError(f"{loaded.path} is an autoregressive model; sampling fills masks of a diffusion model")
         self.loaded, self.settings = loaded, settings
         self.choice = choose(

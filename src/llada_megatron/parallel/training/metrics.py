@@ -1,19 +1,13 @@
-"""Figures derived from training steps: bits per byte, loss by mask ratio, tokens per second."""
+"""Figures derived from training steps: loss by mask ratio, tokens per second."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-
-
-def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """Bits needed per UTF-8 byte: nats per token / ln 2 / bytes per token. Comparable between tokenizers."""
-    return nats_per_token / math.log(2) / bytes_per_token
 
 
 class MaskRatioLoss:

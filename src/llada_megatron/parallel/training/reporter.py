@@ -12,12 +12,13 @@ from megatron.core import parallel_state
 
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch
-from llada_megatron.llada_moe.data.training_data import TrainingData
+from llada_megatron.llada_moe.data.training_data import Samples
 from llada_megatron.llada_moe.evaluation.likelihood import Likelihood
-from llada_megatron.llada_moe.model.flops import FORMULA, block_causal_keys, flops_per_token
+from llada_megatron.llada_moe.model.flops import FORMULA, flops_per_token
+from llada_megatron.llada_moe.objectives import Objective
 from llada_megatron.parallel import device
 from llada_megatron.parallel.expert_load import ExpertLoad, load_scalars
-from llada_megatron.parallel.training.metrics import MaskRatioLoss, Throughput, bits_per_byte
+from llada_megatron.parallel.training.metrics import MaskRatioLoss, Throughput
 from llada_megatron.parallel.training.metrics_writer import MetricsWriter
 from llada_megatron.parallel.training.peak import matmul_peak, peak_memory_gb
 from llada_megatron.parallel.training.progress import TrainingProgress
@@ -30,8 +31,10 @@ class Reporter:
     Between intervals it reduces nothing.
     """
 
-    def __init__(self, run: RunConfig, models: list[torch.nn.Module], data: TrainingData, first_step: int) -> None:
-        self.run, self.data, self._first_step = run, data, first_step
+    def __init__(
+        self, run: RunConfig, objective: Objective, models: list[torch.nn.Module], data: Samples, first_step: int
+    ) -> None:
+        self.run, self.objective, self.data, self._first_step = run, objective, data, first_step
         self.rank = torch.distributed.get_rank()
         directory = Path(run.output_dir)
         self.writer = MetricsWriter(directory, run.logging.tensorboard, first_step + 1) if self.rank == 0 else None
@@ -46,14 +49,11 @@ class Reporter:
 
     def start(self, batches: list[Batch]) -> None:
         """Count the work per token, from the first step's batches (collective)."""
-        diffusion = self.run.objective.kind == "diffusion"
-        objective = self.run.objective
-        mean_ratio = 1.0 if objective.replace_ratio else (objective.mask_ratio_min + objective.mask_ratio_max) / 2
         work = flops_per_token(
             self.run.model,
             self.run.training.sequence_length,
             keys_per_query=self._keys_per_query(batches),
-            supervised_share=mean_ratio if diffusion else 1.0,
+            supervised_share=self.objective.supervised_share,
         ).total
         self.throughput = Throughput(work)
         if self.rank == 0:
@@ -76,8 +76,8 @@ class Reporter:
     def _keys_per_query(self, batches: list[Batch]) -> float:
         """Keys that a token sees on average, in the segments of these batches."""
         lengths = torch.cat([batch.boundaries.diff() for batch in batches]).tolist()
-        block = 1 if self.run.objective.kind == "autoregressive" else self.run.objective.block_size
-        seen = sum(length * block_causal_keys(length, block or length) for length in lengths if length)
+        pattern = self.objective.pattern(self._first_step)
+        seen = sum(length * pattern.keys_per_query(length) for length in lengths if length)
         sums = torch.tensor([seen, sum(lengths)], dtype=torch.float64)
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group_gloo())
         return float(sums[0] / sums[1])
@@ -109,7 +109,7 @@ class Reporter:
         self.last_loss = attempt.loss
         return {
             "loss": attempt.loss,
-            "bits_per_byte": bits_per_byte(attempt.loss, self.data.bytes_per_token),
+            **self.objective.metrics(attempt.loss, self.data.bytes_per_token),
             "grad_norm": attempt.grad_norm,
         }
 

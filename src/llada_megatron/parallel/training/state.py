@@ -1,4 +1,5 @@
-"""What of a run survives it: weights, optimizer, how far it has come, and what its recovery policy remembers.
+"""What of a run survives it: weights, optimizer, how far it has come, what its objective and its recovery
+policy remember.
 
 Saved, resharded and resumed here only.
 
@@ -7,6 +8,7 @@ The data position, the masks and the learning rate are functions of the step, so
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +23,9 @@ from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.set_manifest import SetManifest
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
-from llada_megatron.parallel.checkpoint.search import require_model
+from llada_megatron.llada_moe.objectives import Objective, make_objective
+from llada_megatron.parallel.build import build_chunks, transformer_config
+from llada_megatron.parallel.checkpoint.search import find_checkpoints, first_whole, require_model
 from llada_megatron.parallel.checkpoint.store import CheckpointStore
 from llada_megatron.parallel.sharded_state import load_model_state, model_state
 from llada_megatron.parallel.training.optimizer import load_optimizer_state, optimizer_state
@@ -43,6 +47,7 @@ class RunState:
     """What is trained, the number of steps done, and the history of losses and recovery decisions."""
 
     run: RunConfig
+    objective: Objective
     chunks: list[DiffusionTransformer]
     optimizer: MegatronOptimizer
     manifests: list[SetManifest]
@@ -84,6 +89,7 @@ class RunState:
         load_model_state(self.chunks, state)
         load_optimizer_state(self.optimizer, state["optimizer"])
         self.step = int(facts["step"])
+        self.objective.load_state(facts.get("objective", {}))
         known, self.history = self.history.decisions, from_dict(History, facts.get("recovery", {}))
         self.history.learn(known)
 
@@ -113,6 +119,7 @@ class RunState:
             "step": self.step,
             "consumed_samples": self.step * self.run.training.global_batch_size,
             "recovery": to_dict(self.history),
+            "objective": self.objective.state(),
             "layout": to_dict(self.run.layout),
             "versions": {
                 "llada-megatron": __version__,
@@ -125,6 +132,24 @@ class RunState:
                 "path": f"{self.run.data.sets[0].path}.tokenizer{tokenizer.suffix}",
             },
         }
+
+
+def load_frozen(run: RunConfig, store: CheckpointStore, path: str) -> list[torch.nn.Module]:
+    """The chunks of a model that an objective reads and does not train, under the run's layout (collective).
+
+    Raises:
+        CheckpointError: there is no whole checkpoint, or it is of another architecture than the run's model.
+    """
+
+    def load(found: Path) -> list[torch.nn.Module]:
+        require_model(found, store.facts(found), run.model, weights_only=True)
+        pattern = make_objective(run.objective).pattern(step=0)
+        config = transformer_config(run.model, run.layout, run.training)
+        chunks = build_chunks(run.model, run.layout, config, pattern, run.training.logits_chunk_mb)
+        load_model_state(chunks, store.load(found, model_state(chunks))[0])
+        return [chunk.eval().requires_grad_(False) for chunk in chunks]
+
+    return first_whole(find_checkpoints(path), load, logging.getLogger(__name__).warning)
 
 
 def refuse_changed_run(path: Path, facts: dict[str, Any], run: RunConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from megatron.core.utils import get_model_config
 
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch
-from llada_megatron.llada_moe.data.training_data import TrainingData
-from llada_megatron.llada_moe.objectives.normalization import TokenCounts, count, normalizer
+from llada_megatron.llada_moe.data.training_data import Samples
+from llada_megatron.llada_moe.model.patterns import AttentionPattern
+from llada_megatron.llada_moe.objectives import Objective, make_objective
+from llada_megatron.llada_moe.objectives.normalization import TokenCounts, count
 from llada_megatron.parallel import device
 from llada_megatron.parallel.training.optimizer import clip_gradients
 
@@ -38,6 +40,11 @@ class Microbatch:
     """`[batch]`: normalisation of each sequence (see `llada_moe.objectives.normalization`)."""
     mask_ratio: torch.Tensor
     """`[batch]`."""
+    pattern: AttentionPattern
+    """Who attends to whom in this step."""
+    objective: Objective
+    frozen: dict[str, torch.Tensor] = field(default_factory=dict)
+    """By name what each frozen model of the objective makes of these sequences, `[batch]`; on the last stage."""
 
 
 @dataclass
@@ -83,8 +90,8 @@ def global_counts(batches: list[Batch]) -> TokenCounts:
     return TokenCounts(*totals.tolist())
 
 
-def prepare(run: RunConfig, batches: list[Batch]) -> list[Microbatch]:
-    """Normalise over the global batch, slice for context parallelism, and move to the device."""
+def prepare(objective: Objective, batches: list[Batch], step: int) -> list[Microbatch]:
+    """Normalise over the global batch of `step`, slice for context parallelism, and move to the device."""
     totals = global_counts(batches)
     shard, shards = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
     where = device.current()
@@ -98,8 +105,10 @@ def prepare(run: RunConfig, batches: list[Batch]) -> list[Microbatch]:
             labels=mine(batch.labels),
             weights=mine(batch.weights),
             boundaries=batch.boundaries,
-            factor=normalizer(run.objective.normalization, totals, batch).to(where),
+            factor=objective.factors(totals, batch).to(where),
             mask_ratio=batch.mask_ratio.to(where),
+            pattern=objective.pattern(step),
+            objective=objective,
         )
         for batch in batches
     ]
@@ -107,13 +116,13 @@ def prepare(run: RunConfig, batches: list[Batch]) -> list[Microbatch]:
 
 def _forward_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
     batch = next(data)
-    output = model(batch.inputs, batch.boundaries, batch.labels, batch.weights)
+    output = model(batch.inputs, batch.boundaries, batch.labels, batch.weights, pattern=batch.pattern)
 
     def loss_function(weighted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         # Megatron divides the sum over all ranks and micro-batches by the sum of these counts: all tokens of the global
         # batch
         tokens = torch.tensor(batch.inputs.numel(), dtype=torch.int, device=weighted.device)
-        loss = (weighted * batch.factor).sum()
+        loss = batch.objective.loss(weighted, batch.factor, batch.frozen)
         facts = {
             "weighted": weighted.detach(),
             "mask_ratio": batch.mask_ratio,
@@ -149,13 +158,31 @@ def run_pipeline(
     return Losses(join("weighted"), join("mask_ratio"), join("supervised"), loss)
 
 
+def ask_frozen(run: RunConfig, name: str, models: list[torch.nn.Module], microbatches: list[Microbatch]) -> None:
+    """Let a frozen model run the micro-batches; what it makes of each goes to the last stage's `Microbatch.frozen`."""
+    with torch.no_grad():
+        losses = run_pipeline(run, models, microbatches, forward_only=True)
+    if losses.weighted.numel():
+        for batch, weighted in zip(microbatches, losses.weighted.split(run.training.micro_batch_size), strict=True):
+            batch.frozen[name] = weighted
+
+
 class TrainingStep:
     """Runs steps of one run on this rank's model chunks."""
 
     def __init__(
-        self, run: RunConfig, models: list[DistributedDataParallel], optimizer: MegatronOptimizer, data: TrainingData
+        self,
+        run: RunConfig,
+        models: list[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        data: Samples,
+        objective: Objective | None = None,
+        frozen: dict[str, list[torch.nn.Module]] | None = None,
     ) -> None:
+        """`objective`: None = a new one of the run; `frozen`: the chunks of each of its frozen models by name."""
         self.run, self.models, self.optimizer, self.data = run, models, optimizer, data
+        self.objective = make_objective(run.objective) if objective is None else objective
+        self.frozen = frozen or {}
         config = get_model_config(models[0])
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = optimizer.scale_loss
@@ -170,7 +197,10 @@ class TrainingStep:
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return run_pipeline(self.run, self.models, prepare(self.run, self.batches(step)))
+        microbatches = prepare(self.objective, self.batches(step), step)
+        for name, models in self.frozen.items():
+            ask_frozen(self.run, name, models, microbatches)
+        return run_pipeline(self.run, self.models, microbatches)
 
     def norm(self) -> Norm:
         """Norm of the gradients over all ranks; they are then ready for `update`."""

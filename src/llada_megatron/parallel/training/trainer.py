@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llada_megatron.llada_moe.config.run import RunConfig
-from llada_megatron.llada_moe.data.training_data import TrainingData
+from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.parallel import build
 from llada_megatron.parallel.checkpoint.search import weights_to_start_from
 from llada_megatron.parallel.collectives import on_rank_0
@@ -23,7 +23,7 @@ from llada_megatron.parallel.training.recovery.policy import may_go_back
 from llada_megatron.parallel.training.recovery.recovery import Recovery
 from llada_megatron.parallel.training.reporter import Reporter
 from llada_megatron.parallel.training.saving import Saver, open_store
-from llada_megatron.parallel.training.state import RunState
+from llada_megatron.parallel.training.state import RunState, load_frozen
 from llada_megatron.parallel.training.step import TrainingStep
 from llada_megatron.parallel.training.validation import validate
 
@@ -35,20 +35,22 @@ class Trainer:
         self.run = run
         self.heart = Heartbeat.of_rank(torch.distributed.get_rank())
         self.heart.beat(0, "start")
-        self.data = TrainingData(run)
-        self.held_out = TrainingData(run, "validation") if run.validation.interval else None
+        self.objective = make_objective(run.objective)
+        self.data = self.objective.data(run, "train")
+        self.held_out = self.objective.data(run, "validation") if run.validation.interval else None
         chunks = build.build_run_chunks(run)
         self.models = build.wrap(run, chunks)
-        self.state = RunState(run, chunks, build_optimizer(run, self.models), self.data.manifests)
-        self.step = TrainingStep(run, self.models, self.state.optimizer, self.data)
+        self.state = RunState(run, self.objective, chunks, build_optimizer(run, self.models), self.data.manifests)
         self.store = open_store(run)
+        frozen = {name: load_frozen(run, self.store, path) for name, path in self.objective.frozen_models().items()}
+        self.step = TrainingStep(run, self.models, self.state.optimizer, self.data, self.objective, frozen)
         self.heart.beat(0, "load")
         resumed = self.state.resume(self.store)
         given = on_rank_0(lambda: weights_to_start_from(run)) if resumed is None else None
         if given is not None:
             self.state.load_weights(self.store, given)
         self.heart.beat(self.state.step, "start")
-        self.reporter = Reporter(run, self.models, self.data, self.state.step)
+        self.reporter = Reporter(run, self.objective, self.models, self.data, self.state.step)
         if resumed is not None:
             self.reporter.message(f"continuing from {resumed} at step {self.state.step}")
         self.recovery = Recovery(run, self.models, self.step, self.state, self.reporter)
@@ -120,7 +122,7 @@ class Trainer:
         if self._due(self.run.validation.interval) and self.held_out is not None:
             with self.reporter.untimed():
                 alive = partial(self.heart.beat, number, "validation")
-                likelihood = validate(self.run, self.models, self.held_out, alive)
+                likelihood = validate(self.run, self.objective, self.models, self.held_out, number - 1, alive)
             self.bits_per_byte = self.reporter.validation(number, likelihood, self.held_out.bytes_per_token)
         self.reporter.step(number, attempt, rate, self.state.history.in_force(number))
         if self._due(self.run.checkpoint.interval):

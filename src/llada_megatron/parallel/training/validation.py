@@ -10,26 +10,32 @@ from megatron.core import parallel_state
 
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch
-from llada_megatron.llada_moe.data.training_data import TrainingData
+from llada_megatron.llada_moe.data.training_data import Samples
 from llada_megatron.llada_moe.evaluation.likelihood import Likelihood
+from llada_megatron.llada_moe.objectives import Objective
 from llada_megatron.parallel import device
 from llada_megatron.parallel.training.step import prepare, run_pipeline
 
 
 def validate(
-    run: RunConfig, models: list[torch.nn.Module], data: TrainingData, alive: Callable[[], None] = lambda: None
+    run: RunConfig,
+    objective: Objective,
+    models: list[torch.nn.Module],
+    data: Samples,
+    step: int,
+    alive: Callable[[], None] = lambda: None,
 ) -> Likelihood:
     """Cost of the first `validation.sequences` held-out samples, the same windows and masks every time (collective).
 
-    `alive` is called before every batch.
+    `step`: the one whose attention pattern is used; `alive` is called before every batch.
     """
     batches = list(_batches(run, data))
-    tokens = torch.tensor(sum(int(batch.live.sum()) for batch in batches))
+    tokens = torch.tensor(sum(int(batch.untruncated.sum()) for batch in batches))
     torch.distributed.all_reduce(tokens, group=parallel_state.get_data_parallel_group_gloo())
     for model in models:
         model.eval()
     watch = models[0].register_forward_pre_hook(lambda *_: alive())
-    losses = run_pipeline(run, models, prepare(run, batches), forward_only=True)
+    losses = run_pipeline(run, models, prepare(objective, batches, step), forward_only=True)
     watch.remove()
     for model in models:
         model.train()
@@ -39,7 +45,7 @@ def validate(
     return Likelihood(float(nats) / run.layout.tensor_parallel, int(tokens), run.validation.sequences)
 
 
-def _batches(run: RunConfig, data: TrainingData) -> Iterator[Batch]:
+def _batches(run: RunConfig, data: Samples) -> Iterator[Batch]:
     """This data-parallel rank's micro-batches: equally many on every rank, filled up with sequences of no weight."""
     size, ranks, wanted = run.training.micro_batch_size, run.layout.data_parallel, run.validation.sequences
     rounds = math.ceil(wanted / (size * ranks))
@@ -50,5 +56,5 @@ def _batches(run: RunConfig, data: TrainingData) -> Iterator[Batch]:
         numbers = range(start, start + size)
         batch = data.batch([min(number, wanted - 1) for number in numbers])
         surplus = torch.tensor([number >= wanted for number in numbers])
-        batch.weights[surplus], batch.live[surplus] = 0.0, 0
+        batch.weights[surplus], batch.untruncated[surplus] = 0.0, 0
         yield batch

@@ -117,7 +117,8 @@ def _problem(args: argparse.Namespace) -> Problem:
 
     from llada_megatron.llada_moe.config.layout import LayoutConfig
     from llada_megatron.llada_moe.config.model import ModelConfig
-    from llada_megatron.llada_moe.model.transformer import build_model, transformer_config
+    from llada_megatron.llada_moe.model.transformer import build_model
+    from llada_megatron.parallel.build import transformer_config
 
     model = ModelConfig(
         family="llada",
@@ -132,7 +133,7 @@ def _problem(args: argparse.Namespace) -> Problem:
         mask_token_id=1,
         eos_token_id=0,
     )
-    built = build_model(model, transformer_config(model, LayoutConfig()), attention="full")
+    built = build_model(model, transformer_config(model, LayoutConfig()))
     generator = torch.Generator().manual_seed(0)
     sequences, length = 2, args.tokens // 2
     masked = torch.rand(sequences, length, generator=generator).argsort(dim=1) < length // 2

@@ -164,15 +164,10 @@ class SyntheticData:
     """Random documents with the run's own noise: sample n is a function of n alone."""
 
     def __init__(self, run: RunConfig) -> None:
-        from llada_megatron.llada_moe.diffusion.noise import ForwardProcess
+        from llada_megatron.llada_moe.objectives import make_objective
 
         self.run = run
-        training = run.training
-        self.noise = (
-            ForwardProcess(run.objective, training.seed, training.global_batch_size, "train")
-            if run.objective.kind == "diffusion"
-            else None
-        )
+        self._make_row = make_objective(run.objective).rows(run, "train", run.model.vocab_size)
 
     def batch(self, indices: Sequence[int]) -> Any:
         """Samples as `llada_moe.data.training_data.TrainingData.batch` gives them."""
@@ -183,17 +178,11 @@ class SyntheticData:
     def _row(self, number: int) -> Any:
         import numpy as np
 
-        from llada_megatron.llada_moe.data.batch import autoregressive_row, diffusion_row
-        from llada_megatron.llada_moe.data.training_data import special_ids
-        from llada_megatron.llada_moe.diffusion.noise import ReplacementVocabulary, SampleCoordinates
+        from llada_megatron.llada_moe.diffusion.noise import SampleCoordinates
 
         length = self.run.training.sequence_length
         generator = np.random.default_rng(number)
         tokens = generator.integers(0, self.run.model.vocab_size - 2, length)
         cuts = generator.choice(np.arange(1, length), size=number % 3, replace=False)  # one to three documents
         boundaries = np.sort(np.concatenate([[0, length], cuts])).astype(np.int32)
-        if self.noise is None:
-            return autoregressive_row(tokens, boundaries)
-        noise = self.noise.corrupt(SampleCoordinates(number, 0, 0, number), length)
-        words = ReplacementVocabulary(self.run.model.vocab_size, special_ids(self.run.model))
-        return diffusion_row(tokens, boundaries, noise, self.run.model.mask_token_id, words)
+        return self._make_row(tokens, boundaries, SampleCoordinates(number, 0, 0, number))

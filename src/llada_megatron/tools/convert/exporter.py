@@ -22,6 +22,7 @@ from llada_megatron.llada_moe.huggingface.mapping import Mapping, mappings, spli
 from llada_megatron.llada_moe.huggingface.safetensors_reader import SINGLE_NAME
 from llada_megatron.llada_moe.huggingface.safetensors_writer import ShardWriter, shard_name, write_index
 from llada_megatron.llada_moe.huggingface.tokenizer_export import TokenizerFiles, tokenizer_files
+from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.parallel.checkpoint.manifest import write_durably
 from llada_megatron.parallel.checkpoint.search import find_checkpoints
 from llada_megatron.tools.convert.findings import parameters_by_dtype
@@ -122,7 +123,7 @@ def export_checkpoint(path: Path, target: Path, options: ExportOptions) -> dict[
         notes.append("the checkpoint's tokenizer is not there (--tokenizer PATH): the export has none")
     shards = plan_shards(source, table, options.dtype, options.shard_bytes)
     notes += size_notes(shards, options.shard_bytes)
-    if source.run.objective.kind == "autoregressive":
+    if not make_objective(source.run.objective).fills_masks:
         notes.append("these weights were trained with causal attention; the exported model attends in both directions")
     with Workspace(target, _plan(source, tokenizer, options)) as workspace:
         if not workspace.complete:

@@ -16,6 +16,7 @@ from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 from llada_megatron.llada_moe.errors import LladaError
 from llada_megatron.llada_moe.huggingface.weights import Unit, units
 from llada_megatron.llada_moe.model.parameters import count_parameters
+from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.parallel import device
 from llada_megatron.tools.convert.source import CheckpointSource, stored_bytes, unit_bytes
 from llada_megatron.tools.convert.tasks import progress_bar
@@ -47,7 +48,7 @@ def token_ids(a: CheckpointSource, b: CheckpointSource, text: str | None) -> tup
     """
     ids, how = _encode(a, b, text)
     tokens = torch.tensor([ids[: min(_LONGEST, a.model.max_sequence_length)]])
-    if a.objective.kind == "diffusion":
+    if make_objective(a.objective).fills_masks:
         tokens[0, _MASKED_EVERY // 2 :: _MASKED_EVERY] = a.model.mask_token_id
     return tokens, how
 

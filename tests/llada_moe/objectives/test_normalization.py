@@ -14,16 +14,16 @@ LENGTH = 16
 
 
 def make_batch(seed, size):
-    """A batch with random weights, live and answer lengths; its first sequence has no masked token."""
+    """A batch with random weights, untruncated and answer lengths; its first sequence has no masked token."""
     generator = torch.Generator().manual_seed(seed)
-    live = torch.randint(1, LENGTH + 1, (size,), generator=generator)
+    untruncated = torch.randint(1, LENGTH + 1, (size,), generator=generator)
     ratio = torch.rand(size, generator=generator) * 0.9 + 0.1
     masked = torch.rand(size, LENGTH, generator=generator) < ratio[:, None]
-    masked &= torch.arange(LENGTH)[None] < live[:, None]
+    masked &= torch.arange(LENGTH)[None] < untruncated[:, None]
     masked[0] = False
     zeros = torch.zeros(size, LENGTH, dtype=torch.int64)
-    answer = torch.minimum(live, torch.randint(0, LENGTH, (size,), generator=generator))
-    return Batch(zeros, zeros, masked / ratio[:, None], torch.zeros(1), ratio, live, answer)
+    answer = torch.minimum(untruncated, torch.randint(0, LENGTH, (size,), generator=generator))
+    return Batch(zeros, zeros, masked / ratio[:, None], torch.zeros(1), ratio, untruncated, answer)
 
 
 def part(batch, rows):
@@ -53,9 +53,9 @@ def test_what_each_divides_by():
     cross_entropy = torch.rand(6, LENGTH)
     sums = (batch.weights * cross_entropy).sum(1).double()
     counts = count(batch)
-    assert counts == TokenCounts(6, int(batch.live.sum()), int((batch.weights > 0).sum()))
+    assert counts == TokenCounts(6, int(batch.untruncated.sum()), int((batch.weights > 0).sum()))
     expected = {
-        "all_tokens": sums.sum() / batch.live.sum(),
+        "all_tokens": sums.sum() / batch.untruncated.sum(),
         "masked_tokens": sums.sum() / (batch.weights > 0).sum(),
         "answer_length": torch.where(batch.answer > 0, sums / batch.answer.clamp(min=1), 0.0).mean(),
     }

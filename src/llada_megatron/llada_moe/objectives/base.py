@@ -1,0 +1,139 @@
+"""The interface between training and what is learnt: everything that differs from one objective to another.
+
+Modules of this folder are imported by commands that answer without torch, so they import it inside functions only.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig
+from llada_megatron.llada_moe.config.parsing import Refuse
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from llada_megatron.llada_moe.config.run import RunConfig
+    from llada_megatron.llada_moe.data.batch import Batch, Row
+    from llada_megatron.llada_moe.data.packing import Split
+    from llada_megatron.llada_moe.data.training_data import Samples
+    from llada_megatron.llada_moe.diffusion.noise import SampleCoordinates
+    from llada_megatron.llada_moe.model.patterns import AttentionPattern
+    from llada_megatron.llada_moe.objectives.normalization import TokenCounts
+
+    RowMaker = Callable[[NDArray[np.int64], NDArray[np.int32], SampleCoordinates], Row]
+    """Tokens `[seq]` of a window, its segment boundaries `[segments + 1]` and its coordinates to a row of a batch."""
+
+_REGISTERED: dict[str, type[Objective]] = {}
+_O = TypeVar("_O", bound="type[Objective]")
+
+
+class Objective(ABC):
+    """What is learnt, from `objective:` of a run. One instance serves one run; only `state` changes with its steps."""
+
+    kind: ClassVar[str]
+    """The value of `objective.kind`; set by `register`."""
+    config_class: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
+    """A subclass where the objective has keys of its own."""
+    fills_masks: ClassVar[bool]
+    """Whether the model learns to predict masked tokens, so that a sampler can write with it."""
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.config = config
+
+    # what is read
+
+    def data(self, run: RunConfig, split: Split) -> Samples:
+        """The samples of `split`, "train" or "validation". By default packed windows of the run's prepared sets."""
+        from llada_megatron.llada_moe.data.training_data import TrainingData
+
+        return TrainingData(run, split, self)
+
+    @abstractmethod
+    def rows(self, run: RunConfig, split: Split, vocab_size: int) -> RowMaker:
+        """How a window of text becomes a row: inputs, labels and weights, a function of the sample's coordinates.
+
+        `vocab_size`: ids of the tokenizer, which may be fewer than the model's.
+        """
+
+    @abstractmethod
+    def pattern(self, step: int) -> AttentionPattern:
+        """Who attends to whom at `step` (from 0)."""
+
+    # the loss
+
+    def frozen_models(self) -> dict[str, str]:
+        """Further models that the loss needs and that are not trained: a name, and the checkpoint to load, each."""
+        return {}
+
+    def factors(self, counts: TokenCounts, batch: Batch) -> Tensor:
+        """What the loss of each sequence of `batch` is multiplied by, `[batch]` float32, so that the sum over a global
+        batch with these `counts` is normalised as `objective.normalization` says."""
+        from llada_megatron.llada_moe.objectives.normalization import normalizer
+
+        return normalizer(self.config.normalization, counts, batch)
+
+    def loss(self, weighted: Tensor, factors: Tensor, frozen: dict[str, Tensor]) -> Tensor:
+        """The scalar that is differentiated, of one micro-batch on the last pipeline stage.
+
+        Args:
+            weighted: `[batch]`, sum of weight x cross-entropy over this rank's positions of each sequence, in nats.
+            factors: `[batch]`, from `factors`.
+            frozen: by name what each frozen model makes of the same micro-batch, like `weighted`.
+        """
+        return (weighted * factors).sum()
+
+    # what figures mean
+
+    @property
+    def supervised_share(self) -> float:
+        """Expected share of the positions that the output layer runs on."""
+        return 1.0
+
+    @property
+    def loss_is_bound(self) -> bool:
+        """Whether the loss is the text's cost in nats per token, or an upper bound of it."""
+        return False
+
+    def metrics(self, loss: float, bytes_per_token: float) -> dict[str, float]:
+        """Figures of a step's loss beside the loss itself. Bits per byte only where the loss is a bound."""
+        return {"bits_per_byte": bits_per_byte(loss, bytes_per_token)} if self.loss_is_bound else {}
+
+    @abstractmethod
+    def description(self) -> str:
+        """What is learnt, in one line of a model card."""
+
+    # what is refused, and what survives
+
+    def check(self, refuse: Refuse) -> None:  # noqa: B027 - nothing to refuse is an answer
+        """Refuse keys of `objective` that cannot work, each as (dotted key, why)."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON values that a checkpoint keeps, for `load_state`: what the step number does not say."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - an objective without state has none to load
+        """Go on from what `state` gave; an empty dictionary for a checkpoint of a version without it."""
+
+
+def register(kind: str) -> Callable[[_O], _O]:
+    """Class decorator: `objective.kind: KIND` means this class."""
+
+    def add(cls: _O) -> _O:
+        if _REGISTERED.setdefault(kind, cls).__qualname__ != cls.__qualname__:
+            raise ValueError(f"{_REGISTERED[kind].__qualname__} and {cls.__qualname__} are both of kind {kind!r}")
+        cls.kind = kind
+        _REGISTERED[kind] = cls
+        return cls
+
+    return add
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    """Bits needed per UTF-8 byte: nats per token / ln 2 / bytes per token. Comparable between tokenizers."""
+    return nats_per_token / math.log(2.0) / bytes_per_token
