@@ -26,7 +26,7 @@ def _attempt(layout):
     from llada_megatron.parallel import build, topology
     from llada_megatron.parallel.expert_load import ExpertLoad
     from llada_megatron.parallel.training import optimizer
-    from llada_megatron.parallel.training.recovery.attempt import RouterStateSnapshot, StepAttempts
+    from llada_megatron.parallel.training.recovery.attempt import RouterStateSnapshot, StepRunner
     from llada_megatron.parallel.training.step import TrainingStep
     from llada_megatron.tools.bench.parity import SyntheticData
 
@@ -35,7 +35,7 @@ def _attempt(layout):
     models = build.wrap(run, build.build_run_chunks(run))
     step = TrainingStep(run, models, optimizer.build_optimizer(run, models), SyntheticData(run))
     undo = RouterStateSnapshot(models, ExpertLoad(models).counters)
-    attempts = StepAttempts(run, step, SimpleNamespace(history=History()), undo)
+    attempts = StepRunner(run, step, SimpleNamespace(history=History()), undo)
     last, gradients = dist.get_rank() == dist.get_world_size() - 1, step.gradients
 
     def spoilt(number):

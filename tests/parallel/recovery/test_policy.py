@@ -95,7 +95,7 @@ def test_rates_fall_from_the_step_gone_back_to_and_multiply():
     past.add(policy.rolled_back(config, fault(17), 12))
     assert [past.rate_factor(step) for step in (6, 7, 12, 13, 99)] == [1.0, 0.5, 0.5, 0.25, 0.25]
     assert [past.in_force(step) for step in (6, 7, 10, 11, 12, 13)] == [0, 1, 1, 2, 2, 3]
-    assert [step for step in range(1, 20) if past.left_out(step)] == [9, 11, 17]
+    assert [step for step in range(1, 20) if past.skips(step)] == [9, 11, 17]
 
 
 def test_the_same_decision_twice_counts_twice_and_what_is_read_twice_counts_once():

@@ -91,7 +91,7 @@ def rotary_table(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     """Rotate feature i of `x` `[seq, batch, heads, head_dim]` with feature i + rotary_dim / 2; those above stay.
 
-    `cosine` and `sine` are those of `turns`. Source: RoPE (arXiv 2104.09864), with halves instead of neighbours.
+    `cosine` and `sine` are those of `rotary_table`. Source: RoPE (arXiv 2104.09864), with halves instead of neighbours.
     """
     width = cosine.size(-1)
     part = x if width == x.size(-1) else x[..., :width]

@@ -33,8 +33,8 @@ class Trainer:
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
-        self.heart = Heartbeat.of_rank(torch.distributed.get_rank())
-        self.heart.beat(0, "start")
+        self.heartbeat = Heartbeat.of_rank(torch.distributed.get_rank())
+        self.heartbeat.beat(0, "start")
         self.objective = make_objective(run.objective)
         self.data = self.objective.data(run, "train")
         self.held_out = self.objective.data(run, "validation") if run.validation.interval else None
@@ -44,17 +44,17 @@ class Trainer:
         self.store = open_store(run)
         frozen = {name: load_frozen(run, self.store, path) for name, path in self.objective.frozen_models().items()}
         self.step = TrainingStep(run, self.models, self.state.optimizer, self.data, self.objective, frozen)
-        self.heart.beat(0, "load")
+        self.heartbeat.beat(0, "load")
         resumed = self.state.resume(self.store)
         given = on_rank_0(lambda: weights_to_start_from(run)) if resumed is None else None
         if given is not None:
             self.state.load_weights(self.store, given)
-        self.heart.beat(self.state.step, "start")
+        self.heartbeat.beat(self.state.step, "start")
         self.reporter = Reporter(run, self.objective, self.models, self.data, self.state.step)
         if resumed is not None:
             self.reporter.message(f"continuing from {resumed} at step {self.state.step}")
         self.recovery = Recovery(run, self.models, self.step, self.state, self.reporter)
-        self.recovery.recall(resumed)
+        self.recovery.resume(resumed)
         self.new = resumed is None
         self.saver = Saver(run, self.store, self.reporter, resumed, self.state.step)
         self.bits_per_byte: float | None = None
@@ -71,10 +71,10 @@ class Trainer:
             while self.state.step < self.run.training.steps and not self.stopping:
                 self._one_step(stop)
             self.reporter.interval()
-            self.heart.beat(self.state.step, "save")
-            self.saver.end(self.state, partial(self._hurried, stop))
+            self.heartbeat.beat(self.state.step, "save")
+            self.saver.end(self.state, partial(self._in_a_hurry, stop))
         self.reporter.close()
-        self.heart.beat(self.state.step, "done")
+        self.heartbeat.beat(self.state.step, "done")
         newest = self.store.latest(thorough=False)
         return {
             "steps": self.state.step,
@@ -87,23 +87,23 @@ class Trainer:
             "tensorboard": str(Path(self.run.output_dir) / "tensorboard") if self.run.logging.tensorboard else None,
         }
 
-    def _hurried(self, stop: Callable[[], bool]) -> bool:
+    def _in_a_hurry(self, stop: Callable[[], bool]) -> bool:
         """Whether what need not be done now is to be left to the next start."""
-        self.heart.beat(self.state.step, "save")
+        self.heartbeat.beat(self.state.step, "save")
         return stop() or self.stopping
 
     def _one_step(self, stop: Callable[[], bool]) -> None:
         """Run the next step; leave it out, or go back, where the recovery policy says so."""
-        self.heart.beat(self.state.step, "step")
+        self.heartbeat.beat(self.state.step, "step")
         factor = self.state.history.rate_factor(self.state.step + 1)
         rate = set_learning_rate(self.run, self.state.optimizer, self.state.step, factor)
-        if self.recovery.left_out():
+        if self.recovery.skips_next_step():
             self._finish_step(None, rate)
             return
-        attempt = self.recovery.attempt(stop)
+        attempt = self.recovery.run_step(stop)
         self.stopping = attempt.stop
         if attempt.fault is not None:
-            self.heart.beat(self.state.step, "load")
+            self.heartbeat.beat(self.state.step, "load")
             self.saver.finish()
             before = self.state.step
             self.recovery.repair(attempt.fault, self.store)
@@ -121,7 +121,7 @@ class Trainer:
         self.saver.poll()
         if self._due(self.run.validation.interval) and self.held_out is not None:
             with self.reporter.untimed():
-                alive = partial(self.heart.beat, number, "validation")
+                alive = partial(self.heartbeat.beat, number, "validation")
                 likelihood = validate(self.run, self.objective, self.models, self.held_out, number - 1, alive)
             self.bits_per_byte = self.reporter.validation(number, likelihood, self.held_out.bytes_per_token)
         self.reporter.step(number, attempt, rate, self.state.history.in_force(number))
@@ -132,9 +132,9 @@ class Trainer:
         return interval > 0 and (self.state.step % interval == 0 or self.state.step == self.run.training.steps)
 
     def _checkpoint(self) -> None:
-        self.heart.beat(self.state.step, "save")
+        self.heartbeat.beat(self.state.step, "save")
         self.saver.save(self.state)
-        self.heart.beat(self.state.step, "step")
+        self.heartbeat.beat(self.state.step, "step")
 
 
 def _finite(value: float) -> float | None:

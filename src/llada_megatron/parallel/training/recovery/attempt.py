@@ -26,12 +26,12 @@ class RouterStateSnapshot:
         self._counters = counters
         self._kept: list[torch.Tensor] = []
 
-    def remember(self) -> None:
-        """Keep the present state."""
+    def take(self) -> None:
+        """Keep a copy of the present state."""
         self._kept = [tensor.clone() for tensor in self._tensors()]
 
-    def take_back(self) -> None:
-        """Return to the state that was kept last."""
+    def restore(self) -> None:
+        """Return to the state that was taken last."""
         for tensor, kept in zip(self._tensors(), self._kept, strict=True):
             tensor.copy_(kept)
 
@@ -57,30 +57,30 @@ class StepAttempt:
     """What the first run had and the second, from the same state, has not."""
 
 
-class StepAttempts:
+class StepRunner:
     """Runs steps of one run up to the verdict. All ranks come to the same one."""
 
-    def __init__(self, run: RunConfig, step: TrainingStep, state: RunState, undo: RouterStateSnapshot) -> None:
-        self._run, self._step, self._state, self._undo = run, step, state, undo
+    def __init__(self, run: RunConfig, step: TrainingStep, state: RunState, snapshot: RouterStateSnapshot) -> None:
+        self._run, self._step, self._state, self._snapshot = run, step, state, snapshot
 
     def __call__(self, step: int, stop: Callable[[], bool]) -> StepAttempt:
         """Step `step` (from 0); where it stays bad, everything but the gradients is as before (collective).
 
         Args:
             step: steps done before it.
-            stop: whether this rank was asked to stop; looked at once the gradients are there.
+            stop: whether this rank was asked to stop; called once the gradients are there.
         """
-        self._undo.remember()
+        self._snapshot.take()
         first = self._once(step, stop)
         if first.fault is None:
             return first
-        self._undo.take_back()
+        self._snapshot.restore()
         if not self._run.recovery.retry:
             return first
         second = replace(self._once(step, stop), passed=first.fault)
         if second.fault is None:
             return second
-        self._undo.take_back()
+        self._snapshot.restore()
         return replace(second, passed=None)
 
     def _once(self, step: int, stop: Callable[[], bool]) -> StepAttempt:
@@ -97,8 +97,8 @@ class StepAttempts:
         hence so does the verdict.
         """
         measured = torch.as_tensor(norm, dtype=torch.float64, device=device.current()).reshape(())
-        asked = torch.full_like(measured, stop)
-        values = torch.stack([losses.loss.to(measured), (~measured.isfinite()).to(measured), asked])
+        stop_requested = torch.full_like(measured, stop)
+        values = torch.stack([losses.loss.to(measured), (~measured.isfinite()).to(measured), stop_requested])
         torch.distributed.all_reduce(values)
         loss, not_finite, stops, grad_norm = torch.cat([values, measured[None]]).tolist()
         # tensor ranks hold the loss of the same rows

@@ -1,7 +1,7 @@
 """When a step counts as bad, and what is done about it: pure functions of the configuration and the run's history.
 
 Steps are numbered from 1, as in metrics.jsonl and in the names of checkpoints. Data, masks and learning rate stay
-functions of the step number: a step that is left out runs no update, and its batch is never used.
+functions of the step number: a step that is skipped runs no update, and its batch is never used.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Decision:
     back_to: int | None = None
     """Of a rollback: the step of the checkpoint."""
     left_out: list[int] = field(default_factory=list)
-    """Steps without an update from now on."""
+    """Steps that are skipped from now on: they run no update. (This name stands in files of runs.)"""
     learning_rate_factor: float = 1.0
     """On the learning rates of all steps after `back_to`."""
 
@@ -72,7 +72,7 @@ class History:
     """What the policy remembers; part of the state of a run."""
 
     losses: list[float] = field(default_factory=list)
-    """Accepted losses, the newest last: never one that is not finite, and never one of a step that was left out."""
+    """Accepted losses, the newest last: never one that is not finite, and never one of a step that was skipped."""
     decisions: list[Decision] = field(default_factory=list)
 
     @property
@@ -93,7 +93,7 @@ class History:
         """Take note of the loss of a step that was used."""
         self.losses = [*self.losses, loss][-window:]
 
-    def left_out(self, step: int) -> bool:
+    def skips(self, step: int) -> bool:
         """Whether `step` runs no update."""
         return any(step in decision.left_out for decision in self.decisions)
 

@@ -12,8 +12,8 @@ from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import LladaError
 from llada_megatron.parallel.checkpoint.store import CheckpointStore
 from llada_megatron.parallel.collectives import on_rank_0
-from llada_megatron.parallel.training.recovery import messages, policy
-from llada_megatron.parallel.training.recovery.attempt import RouterStateSnapshot, StepAttempt, StepAttempts
+from llada_megatron.parallel.training.recovery import decision_log, policy
+from llada_megatron.parallel.training.recovery.attempt import RouterStateSnapshot, StepAttempt, StepRunner
 from llada_megatron.parallel.training.recovery.decision_log import DecisionLog
 from llada_megatron.parallel.training.recovery.policy import Decision, StepFault
 from llada_megatron.parallel.training.reporter import Reporter
@@ -28,35 +28,35 @@ class Recovery:
         self, run: RunConfig, models: list[torch.nn.Module], step: TrainingStep, state: RunState, reporter: Reporter
     ) -> None:
         self._run, self._state, self._reporter = run, state, reporter
-        self._journal = DecisionLog(run.output_dir)
-        self._attempt = StepAttempts(run, step, state, RouterStateSnapshot(models, reporter.expert_load.counters))
+        self._decision_log = DecisionLog(run.output_dir)
+        self._runner = StepRunner(run, step, state, RouterStateSnapshot(models, reporter.expert_load.counters))
 
-    def recall(self, resumed: Path | None) -> None:
-        """Learn what was decided after the checkpoint that the run resumed from; a new run begins a new journal."""
+    def resume(self, resumed: Path | None) -> None:
+        """Learn what was decided after the checkpoint that the run resumed from; a new run begins a new log."""
         if resumed is None:
-            on_rank_0(self._journal.set_aside)
+            on_rank_0(self._decision_log.set_aside)
             return
-        self._state.history.learn(on_rank_0(self._journal.read))
+        self._state.history.learn(on_rank_0(self._decision_log.read))
         for decision in self._state.history.decisions:
             if decision.kind != "retry":
-                self._reporter.warning(messages.still_in_force(self._run, decision))
+                self._reporter.warning(decision_log.still_in_force(self._run, decision))
             if decision.first_step > self._state.step:  # TensorBoard drops what is later than the checkpoint
-                self._reporter.decision(decision.first_step, messages.outcome(self._run, decision))
+                self._reporter.decision(decision.first_step, decision_log.outcome(self._run, decision))
 
-    def left_out(self) -> bool:
+    def skips_next_step(self) -> bool:
         """Whether the next step runs no update."""
-        return self._state.history.left_out(self._state.step + 1)
+        return self._state.history.skips(self._state.step + 1)
 
-    def attempt(self, stop: Callable[[], bool]) -> StepAttempt:
+    def run_step(self, stop: Callable[[], bool]) -> StepAttempt:
         """The next step up to its update.
 
         Raises:
             LladaError: a second run was fine, as it was so often that the machine must be broken.
         """
-        attempt = self._attempt(self._state.step, stop)
+        attempt = self._runner(self._state.step, stop)
         if attempt.passed is not None:
             if policy.broken_machine(self._run.recovery, self._state.history):
-                self._end(messages.end_by_machine(attempt.passed, self._state.history))
+                self._end(decision_log.end_by_machine(attempt.passed, self._state.history))
             text = self._note(attempt.passed, policy.retried(attempt.passed))
             self._reporter.decision(attempt.passed.step, text)
         return attempt
@@ -66,7 +66,7 @@ class Recovery:
         self._state.history.accept(attempt.loss, self._run.recovery.spike_window)
 
     def repair(self, fault: StepFault, store: CheckpointStore) -> None:
-        """Leave the bad step out (see `left_out`), where it stands or after going back to the newest checkpoint.
+        """Skip the bad step, where it stands or after going back to the newest checkpoint.
 
         No save may be pending.
 
@@ -75,7 +75,7 @@ class Recovery:
         """
         remedy = policy.remedy(self._run.recovery, self._state.history, fault)
         if remedy == "stop":
-            self._end(messages.end_of_run(self._run, fault, self._state.history))
+            self._end(decision_log.end_of_run(self._run, fault, self._state.history))
         if remedy == "skip":
             self._reporter.decision(fault.step, self._note(fault, policy.skipped(fault)))
             return
@@ -92,8 +92,8 @@ class Recovery:
     def _note(self, fault: StepFault, decision: Decision) -> str:
         """Put a decision into the history and on disk, and say it; returns what was said."""
         decision = self._state.history.add(decision)
-        on_rank_0(lambda: self._journal.append(decision))
-        text = messages.announcement(self._run, fault, decision, self._state.history)
+        on_rank_0(lambda: self._decision_log.append(decision))
+        text = decision_log.announcement(self._run, fault, decision, self._state.history)
         self._reporter.warning(text)
         return text
 
