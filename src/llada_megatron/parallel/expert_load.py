@@ -107,7 +107,7 @@ def _summarize_layer(row: list[int]) -> LayerLoad:
 
 
 def load_scalars(counts: dict[int, list[int]]) -> dict[str, float]:
-    """The same as scalars for `MetricsWriter`: per layer, and the worst of all layers."""
+    """The balance as scalars for `MetricsWriter`: per layer, and the worst of all layers."""
     summary = summarize(counts)
     if not summary:
         return {}

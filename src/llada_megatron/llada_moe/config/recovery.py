@@ -36,7 +36,7 @@ class RecoveryConfig:
     hang_minimum_s: float = 300.0
     """... and at least so many seconds."""
     hang_other_s: float = 1800.0
-    """The same for what is not a step: start, validation, saving, loading, and the first steps of a start."""
+    """The limit in seconds for what is not a step: start, validation, saving, loading, and a start's first steps."""
 
 
 SMALLEST_WINDOW = 8

@@ -31,7 +31,7 @@ class Tokenizer(Protocol):
     mask_was_added: bool
     """The file has no mask token that text cannot produce; `mask_id` is the id after its last one."""
     sha256: str
-    """Of the tokenizer file, in hexadecimal."""
+    """SHA-256 of the tokenizer file, in hexadecimal."""
     path: Path
     unused_ids: Sequence[int]
     """Ids below vocab_size that stand for nothing; of an added mask token its own."""

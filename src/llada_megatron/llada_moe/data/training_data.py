@@ -19,7 +19,7 @@ class Samples(Protocol):
     """What a training step and a validation need of data: the same numbers give the same batch on every rank."""
 
     manifests: list[SetManifest]
-    """Of the prepared sets that the samples come from; all of one tokenizer."""
+    """The manifests of the prepared sets that the samples come from; all name one tokenizer."""
 
     @property
     def bytes_per_token(self) -> float:

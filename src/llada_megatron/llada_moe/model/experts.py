@@ -47,7 +47,7 @@ class PermutedExperts(SequentialMLP):
         return _Experts.apply(permuted_local_hidden_states, permuted_probs, counts, *first, *second), None
 
     def _unrecorded(self, x: torch.Tensor, probs: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """The same, with the activation of all experts at once and only the weights of those that have tokens."""
+        """The forward pass without a graph: the activation of all experts at once, the weights of those with tokens."""
         experts = list(self.local_experts)
         both = x.new_empty(x.size(0), experts[0].linear_fc1.weight.size(0))
         for e, (x_e, both_e) in _by_expert(counts, x, both):

@@ -22,7 +22,7 @@ class DirectLayer(TransformerLayer):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor, None]:
-        """As Megatron's.
+        """What Megatron's module computes.
 
         Args:
             hidden_states: `[seq, batch, hidden]`.
@@ -47,7 +47,7 @@ class DirectAttention(SelfAttention):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: Any, *, rotary_pos_emb: torch.Tensor, **arguments: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As Megatron's.
+        """What Megatron's module computes.
 
         Args:
             hidden_states: `[seq, batch, hidden]`.
@@ -70,7 +70,7 @@ class DirectExperts(MoELayer):
     """Routed experts, and the shared one, on a rank that holds them whole; with others, Megatron exchanges tokens."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **arguments: Any) -> tuple[torch.Tensor, None]:
-        """As Megatron's; `hidden_states` `[seq, batch, hidden]`."""
+        """What Megatron's module computes; `hidden_states` `[seq, batch, hidden]`."""
         if not unrecorded(self) or self.token_dispatcher.tp_ep_group.size() > 1:
             return super().forward(hidden_states, *args, **arguments)
         weights, chosen = (part.t() for part in self.router(hidden_states))

@@ -47,7 +47,7 @@ class ColumnLinear(ColumnParallelLinear):
     def forward(
         self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As Megatron's.
+        """What Megatron's layer computes.
 
         Args:
             input_: `[..., input]`, equal on all tensor ranks; under sequence parallelism this rank's positions.
@@ -64,7 +64,7 @@ class RowLinear(RowParallelLinear):
     """Y = sum_i X_i W_i^T: every tensor rank holds columns of the weight and of the input."""
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As Megatron's.
+        """What Megatron's layer computes.
 
         Args:
             input_: `[..., input / tensor_parallel]`.

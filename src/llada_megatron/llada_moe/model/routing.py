@@ -33,7 +33,7 @@ class BlockRouter(TopKRouter):
         self.expert_capacity = expert_capacity
         self.block_size = block_size
         self.boundaries: torch.Tensor | Windows | None = None
-        """Of the segments (see `patterns`), or the windows of a pass; None = whole sequences."""
+        """Boundaries of the segments, which `patterns` explains, or the windows of a pass; None = whole sequences."""
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -80,6 +80,6 @@ class BlockRoutedLayer(DirectLayer):
     """
 
     def forward(self, *args: Any, attention_mask: torch.Tensor | Windows | None = None, **kwargs: Any) -> Any:
-        """As Megatron's; `attention_mask`: segment boundaries of the whole sequences (see `patterns`), or windows."""
+        """Run Megatron's layer; `attention_mask` holds segment boundaries of whole sequences, or the windows of a pass."""
         self.mlp.router.boundaries = attention_mask
         return super().forward(*args, attention_mask=attention_mask, **kwargs)

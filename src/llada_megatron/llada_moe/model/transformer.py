@@ -21,7 +21,7 @@ class ContiguousRotary(RotaryEmbedding):
     the positions of a pass over windows."""
 
     windows: Windows | None = None
-    """Of the pass under way; None = whole sequences."""
+    """The windows of the pass under way; None = whole sequences."""
     _table: torch.Tensor | None = None
 
     def forward(

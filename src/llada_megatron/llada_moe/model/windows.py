@@ -37,7 +37,7 @@ class Window:
 
     @property
     def positions(self) -> torch.Tensor:
-        """Of the window and its shadows in the sequence: `[total]` int64."""
+        """Positions in the sequence of the window and its shadows: `[total]` int64."""
         own = torch.arange(self.first, self.first + self.width)
         if not self.shadows:
             return own

@@ -25,7 +25,7 @@ class Autoregressive(Objective):
     fills_masks = False
 
     def rows(self, run: RunConfig, split: Split, vocab_size: int) -> RowMaker:
-        """The same in training and validation."""
+        """Rows do not depend on the split: there is no noise."""
         return lambda tokens, boundaries, at: autoregressive_row(tokens, boundaries)
 
     def pattern(self, step: int) -> AttentionPattern:
@@ -40,7 +40,7 @@ class Autoregressive(Objective):
         return self.config.normalization in ("all_tokens", "masked_tokens")
 
     def description(self) -> str:
-        """In a few words."""
+        """The loss in a few words."""
         return "cross-entropy of the next token"
 
     def check(self, refuse: Refuse) -> None:

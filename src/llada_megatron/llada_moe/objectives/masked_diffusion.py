@@ -63,7 +63,7 @@ class MaskedDiffusion(Objective):
         return whole_range and not self.config.replace_ratio and self.config.normalization == "all_tokens"
 
     def description(self) -> str:
-        """With the band of mask ratios and how times are drawn."""
+        """The loss, with the band of mask ratios and how times are drawn."""
         band = f"{self.config.mask_ratio_min:g} to {self.config.mask_ratio_max:g}"
         return f"cross-entropy of masked tokens, share masked from {band}, {self.config.time_sampling} times"
 

@@ -33,7 +33,7 @@ class TextSpan:
     filled: str | None = None
     """None where the text was given."""
     tokens: int = 0
-    """Of a gap."""
+    """How many tokens a gap has; 0 for given text."""
     right: int = 0
     """Tokens of a gap that the model wrote as they were."""
 
@@ -85,7 +85,7 @@ def assess(loaded: LoadedModel, tokenizer: Tokenizer, sequences: int, examples: 
 
 
 def _unigram(loaded: LoadedModel, held_out: TrainingData, numbers: range) -> likelihood.Likelihood:
-    """The same windows under the token frequencies of the training split."""
+    """The cost of the same windows under the token frequencies of the training split."""
     training, vocab = TrainingData(loaded.run), loaded.run.model.vocab_size
     model = likelihood.Unigram.fit(likelihood.training_counts(training.sets, training.blend.shares, vocab))
     rows = (row for batch in likelihood.batches(held_out, numbers, _BATCH) for row in batch.labels.numpy())

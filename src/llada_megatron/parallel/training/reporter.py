@@ -174,7 +174,7 @@ class Reporter:
         self.progress.message(text)
 
     def warning(self, text: str) -> None:
-        """The same, and a line in every rank's log."""
+        """One line on rank 0's terminal and in every rank's log."""
         logging.getLogger(__name__).warning(text)
         self.message(text)
 

@@ -45,11 +45,11 @@ class StepAttempt:
 
     losses: Losses
     loss: float
-    """Of the global batch, the same on every rank."""
+    """The loss of the global batch, equal on every rank."""
     norm: Norm
     """What the update clips by."""
     grad_norm: float
-    """The same as a number; NaN where it is not finite on some rank."""
+    """The norm as a number; NaN where it is not finite on some rank."""
     stop: bool
     """Some rank was asked to stop."""
     fault: StepFault | None

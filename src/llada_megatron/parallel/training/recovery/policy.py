@@ -28,7 +28,7 @@ class StepFault:
     loss: float
     grad_norm: float
     deviations: float | None = None
-    """Of a spike: standard deviations above the mean of the accepted losses before it."""
+    """For a spike, the standard deviations above the mean of the accepted losses before it."""
 
     def __str__(self) -> str:
         figures = f"loss {self.loss:.4g}, gradient norm {self.grad_norm:.4g}"
@@ -55,7 +55,7 @@ class Decision:
     grad_norm: float | None
     deviations: float | None = None
     back_to: int | None = None
-    """Of a rollback: the step of the checkpoint."""
+    """For a rollback, the step of the checkpoint."""
     left_out: list[int] = field(default_factory=list)
     """Steps that are skipped from now on: they run no update. (This name stands in files of runs.)"""
     learning_rate_factor: float = 1.0
