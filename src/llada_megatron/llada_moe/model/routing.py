@@ -80,6 +80,6 @@ class BlockRoutedLayer(DirectLayer):
     """
 
     def forward(self, *args: Any, attention_mask: torch.Tensor | Windows | None = None, **kwargs: Any) -> Any:
-        """Run Megatron's layer; `attention_mask` holds segment boundaries of whole sequences, or the windows of a pass."""
+        """Run Megatron's layer; `attention_mask` holds segment boundaries of whole sequences, or a pass's windows."""
         self.mlp.router.boundaries = attention_mask
         return super().forward(*args, attention_mask=attention_mask, **kwargs)
