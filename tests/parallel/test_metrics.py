@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_megatron.llada_moe.objectives.base import bits_per_byte
+from llada_megatron.llada_moe.objectives.interface import bits_per_byte
 from llada_megatron.parallel.training import metrics_writer
 from llada_megatron.parallel.training.metrics import MaskRatioLoss, Throughput
 from llada_megatron.parallel.training.metrics_file import last_metrics, read_metrics

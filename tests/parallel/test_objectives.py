@@ -16,13 +16,14 @@ from llada_megatron.llada_moe.config.intervals import CheckpointConfig, LoggingC
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
-from llada_megatron.llada_moe.config.run import RunConfig, validate_run
+from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
+from llada_megatron.llada_moe.config.validation import validate_run
 from llada_megatron.llada_moe.data.batch import Row
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.model.patterns import CAUSAL, FULL, AttentionPattern
 from llada_megatron.llada_moe.objectives import make_objective, objective_kinds
-from llada_megatron.llada_moe.objectives.base import Objective, register
+from llada_megatron.llada_moe.objectives.interface import Objective, register
 from llada_megatron.parallel.training.metrics_file import read_metrics
 from tests.corpora import model_for, prepared_set
 from tests.ranks import run_ranks

@@ -166,4 +166,4 @@ def _check_layout(layout: LayoutConfig, checkpoint: str) -> None:
     def refuse(key: str, reason: str) -> None:
         raise ConfigError(f"{key}: {reason}")
 
-    check_layout(replace(run, layout=training_layout), refuse)
+    check_layout(run.model, training_layout, refuse)

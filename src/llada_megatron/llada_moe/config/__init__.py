@@ -3,7 +3,8 @@
 from llada_megatron.llada_moe.config.loader import is_run, load_model, load_run
 from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig, validate_model
 from llada_megatron.llada_moe.config.parsing import dump_yaml, from_dict, to_dict
-from llada_megatron.llada_moe.config.run import RunConfig, validate_run
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.config.validation import validate_run
 
 __all__ = [
     "MoEConfig",

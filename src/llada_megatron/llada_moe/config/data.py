@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from llada_megatron.llada_moe.config.parsing import Refuse
-
-if TYPE_CHECKING:
-    from llada_megatron.llada_moe.config.run import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +26,8 @@ class DataConfig:
     """Attention does not cross the documents packed into one window."""
 
 
-def check_data(run: RunConfig, refuse: Refuse) -> None:
+def check_data(data: DataConfig, validation_interval: int, refuse: Refuse) -> None:
     """A blend with something in it, and a validation part where one is used."""
-    data = run.data
     if not data.sets:
         refuse("data.sets", "empty; name at least one prepared set: [{path: data/PREFIX}]")
     for i, item in enumerate(data.sets):
@@ -44,7 +39,5 @@ def check_data(run: RunConfig, refuse: Refuse) -> None:
             refuse(f"data.sets.{i}.path", f"{item.path} is already in the blend; add its weights together")
     if not 0 <= data.validation_fraction < 1:
         refuse("data.validation_fraction", f"{data.validation_fraction} must be at least 0 and less than 1")
-    elif run.validation.interval > 0 and data.validation_fraction == 0:
-        refuse(
-            "validation.interval", f"{run.validation.interval}, but data.validation_fraction 0 holds no documents out"
-        )
+    elif validation_interval > 0 and data.validation_fraction == 0:
+        refuse("validation.interval", f"{validation_interval}, but data.validation_fraction 0 holds no documents out")

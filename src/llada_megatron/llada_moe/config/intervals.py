@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llada_megatron.llada_moe.config.parsing import Refuse, require_positive
-
-if TYPE_CHECKING:
-    from llada_megatron.llada_moe.config.run import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,21 +44,27 @@ class LoggingConfig:
     tensorboard: bool = True
 
 
-def check_reporting(run: RunConfig, refuse: Refuse) -> None:
+def check_reporting(
+    checkpoint: CheckpointConfig,
+    validation: ValidationConfig,
+    logging: LoggingConfig,
+    output_dir: str,
+    refuse: Refuse,
+) -> None:
     """Intervals and the folder that results go to."""
     at_least_one = {
-        "checkpoint.interval": run.checkpoint.interval,
-        "checkpoint.keep_last": run.checkpoint.keep_last,
-        "checkpoint.max_failures": run.checkpoint.max_failures,
-        "logging.interval": run.logging.interval,
-        "validation.sequences": run.validation.sequences,
+        "checkpoint.interval": checkpoint.interval,
+        "checkpoint.keep_last": checkpoint.keep_last,
+        "checkpoint.max_failures": checkpoint.max_failures,
+        "logging.interval": logging.interval,
+        "validation.sequences": validation.sequences,
     }
     require_positive(at_least_one, refuse)
-    if run.validation.interval < 0:
-        refuse("validation.interval", f"{run.validation.interval} must not be negative; 0 means never")
-    if not run.output_dir:
+    if validation.interval < 0:
+        refuse("validation.interval", f"{validation.interval} must not be negative; 0 means never")
+    if not output_dir:
         refuse("output_dir", "empty; name the folder for checkpoints, metrics and logs")
-    _check_checkpoint(run.checkpoint, run.output_dir, refuse)
+    _check_checkpoint(checkpoint, output_dir, refuse)
 
 
 def _check_checkpoint(checkpoint: CheckpointConfig, output_dir: str, refuse: Refuse) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.config.parsing import Refuse
-
-if TYPE_CHECKING:
-    from llada_megatron.llada_moe.config.run import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +42,17 @@ def data_parallel_for_experts(tensor: int, expert: int, expert_tensor: int) -> i
     return experts // max(1, math.gcd(experts, tensor))
 
 
-def check_layout(run: RunConfig, refuse: Refuse) -> None:
+def check_layout(model: ModelConfig, layout: LayoutConfig, refuse: Refuse) -> None:
     """Every axis of the layout against the model."""
-    layout = run.layout
     sizes = [name for name in vars(layout) if isinstance(getattr(layout, name), int) and name != "sequence_parallel"]
     wrong = [name for name in sizes if getattr(layout, name) < 1]
     for name in wrong:
         refuse(f"layout.{name}", f"{getattr(layout, name)} must be at least 1")
     if wrong:
         return
-    check_tensor(run.model, layout, refuse)
-    check_pipeline(run, refuse)
-    check_experts(run.model, layout, refuse)
+    check_tensor(model, layout, refuse)
+    check_pipeline(model.num_layers, layout, refuse)
+    check_experts(model, layout, refuse)
 
 
 def tensor_obstacle(model: ModelConfig, size: int) -> str | None:
@@ -95,9 +91,8 @@ def check_tensor(model: ModelConfig, layout: LayoutConfig, refuse: Refuse) -> No
         )
 
 
-def check_pipeline(run: RunConfig, refuse: Refuse) -> None:
-    """Pipeline stages and their chunks."""
-    layout, layers = run.layout, run.model.num_layers
+def check_pipeline(layers: int, layout: LayoutConfig, refuse: Refuse) -> None:
+    """Pipeline stages and their chunks, against the number of layers."""
     stages, chunks = layout.pipeline_parallel, layout.pipeline_chunks_per_rank
     if chunks > 1 and stages == 1:
         refuse("layout.pipeline_chunks_per_rank", f"{chunks} needs pipeline_parallel > 1")

@@ -16,7 +16,8 @@ from llada_megatron.llada_moe.config import yaml_nodes
 from llada_megatron.llada_moe.config.model import ModelConfig, validate_model
 from llada_megatron.llada_moe.config.named import MODELS, SECTIONS
 from llada_megatron.llada_moe.config.parsing import Origins, closest, parse
-from llada_megatron.llada_moe.config.run import RunConfig, validate_run
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.config.validation import validate_run
 from llada_megatron.llada_moe.errors import ConfigError
 
 

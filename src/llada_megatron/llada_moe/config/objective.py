@@ -5,14 +5,10 @@ Source named below: P8B = arXiv 2502.09992 and the GUIDELINES of ML-GSAI/LLaDA.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from llada_megatron.llada_moe.config.parsing import Refuse, closest
-
-if TYPE_CHECKING:
-    from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.config.parsing import Refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,25 +36,9 @@ class ObjectiveConfig:
     random token, and all that are not masked are supervised too, with weight 1: which are wrong, and what they should
     be. 0 = off. LLaDA2.1's own rate is not published."""
 
-    @classmethod
-    def variant(cls, values: Mapping[str, str]) -> type[ObjectiveConfig]:
-        """The class that holds the keys of the kind among `values`, for the parser."""
-        from llada_megatron.llada_moe.objectives import objective_class, objective_kinds
 
-        kind = values.get("kind", cls.kind)
-        return objective_class(kind).config_class if kind in objective_kinds() else cls
-
-
-def check_objective(objective: ObjectiveConfig, refuse: Refuse) -> None:
-    """Noise that is a probability and never divides by zero, and what the objective itself refuses."""
-    from llada_megatron.llada_moe.objectives import make_objective, objective_kinds
-
-    kinds = objective_kinds()
-    if objective.kind not in kinds:
-        expected = f"expected one of {', '.join(kinds)}"
-        refuse("objective.kind", f"{expected}, found {objective.kind!r}{closest(objective.kind, kinds)}")
-        return
-    make_objective(objective).check(refuse)
+def check_noise(objective: ObjectiveConfig, refuse: Refuse) -> None:
+    """Noise that is a probability and never divides by zero."""
     if not 0 <= objective.replace_ratio < 1:
         refuse("objective.replace_ratio", f"{objective.replace_ratio} must be at least 0 and less than 1")
     low, high = objective.mask_ratio_min, objective.mask_ratio_max
@@ -76,26 +56,3 @@ def check_objective(objective: ObjectiveConfig, refuse: Refuse) -> None:
         )
     if not 0 <= objective.random_length_probability <= 1:
         refuse("objective.random_length_probability", f"{objective.random_length_probability} must lie between 0 and 1")
-
-
-def check_routing_of_run(run: RunConfig, refuse: Refuse) -> None:
-    """What a token is routed by is nothing that it must not see."""
-    moe, objective = run.model.moe, run.objective
-    if moe is None or moe.expert_capacity == 0:
-        return
-    from llada_megatron.llada_moe.model.patterns import CAUSAL
-    from llada_megatron.llada_moe.objectives import make_objective, objective_kinds
-
-    size, block = moe.routing_block_size, objective.block_size
-    if objective.kind in objective_kinds() and make_objective(objective).pattern(step=0) == CAUSAL:
-        refuse(
-            "objective.kind",
-            f"{objective.kind} with model.moe.expert_capacity {moe.expert_capacity}: the experts of a token would "
-            "depend on the tokens after it, which it has to predict; use diffusion, or expert_capacity 0",
-        )
-    elif block is not None and block > 0 and block % size:
-        refuse(
-            "objective.block_size",
-            f"{block} is not a multiple of model.moe.routing_block_size {size}: tokens would be routed by tokens of "
-            f"the next block, which they do not see; use {max(block // size, 1) * size}",
-        )

@@ -33,6 +33,9 @@ TRUTH_WORDS = {
 
 _FAILED = object()
 
+VARIANTS: dict[type, Callable[[dict[str, str]], type]] = {}
+"""Dataclasses whose keys depend on a value: from the scalars of a mapping to the class that holds its keys."""
+
 
 class Origins:
     """Where each key of a configuration was written, by its dotted path."""
@@ -123,9 +126,8 @@ class _Parser:
             return _FAILED
 
     def _mapping(self, cls: type, node: yaml.Node, path: str, place: str) -> Any:
-        if hasattr(cls, "variant") and isinstance(node, yaml.MappingNode):  # a value decides which keys there are
-            scalars = {key.value: child.value for key, child in node.value if isinstance(child, yaml.ScalarNode)}
-            cls = cls.variant(scalars)
+        if cls in VARIANTS and isinstance(node, yaml.MappingNode):
+            cls = VARIANTS[cls]({key.value: child.value for key, child in node.value if _is_scalar(child)})
         fields, prefix = fields_of(cls), f"{path}." if path else ""
         if not isinstance(node, yaml.MappingNode):
             self.problems.add(
@@ -158,6 +160,10 @@ class _Parser:
             return _FAILED
         items = [self.value(hint, item, f"{path}.{i}", location(item.start_mark)) for i, item in enumerate(node.value)]
         return _FAILED if _FAILED in items else items
+
+
+def _is_scalar(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode)
 
 
 def _describe(node: yaml.Node) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.config.parsing import Refuse
-
-if TYPE_CHECKING:
-    from llada_megatron.llada_moe.config.run import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +29,8 @@ class TrainingConfig:
     """The output layer and loss run over row chunks whose fp32 logits on one rank take at most this much memory."""
 
 
-def check_batch(run: RunConfig, refuse: Refuse) -> None:
-    """Sequence length and batch sizes against the layout."""
-    training, layout = run.training, run.layout
+def check_batch(training: TrainingConfig, model: ModelConfig, layout: LayoutConfig, refuse: Refuse) -> None:
+    """Sequence length and batch sizes against the model and the layout."""
     positive = ("steps", "sequence_length", "global_batch_size", "micro_batch_size", "logits_chunk_mb")
     wrong = [key for key in positive if getattr(training, key) < 1]
     for key in wrong:
@@ -44,7 +42,7 @@ def check_batch(run: RunConfig, refuse: Refuse) -> None:
         or min(layout.tensor_parallel, layout.context_parallel, layout.data_parallel, layout.pipeline_parallel) < 1
     ):
         return
-    check_sequence(run, refuse)
+    check_sequence(training.sequence_length, model.max_sequence_length, layout, refuse)
     per_forward = training.micro_batch_size * layout.data_parallel
     if training.global_batch_size % per_forward:
         below = training.global_batch_size // per_forward * per_forward
@@ -64,13 +62,12 @@ def check_batch(run: RunConfig, refuse: Refuse) -> None:
         )
 
 
-def check_sequence(run: RunConfig, refuse: Refuse) -> None:
+def check_sequence(length: int, longest: int, layout: LayoutConfig, refuse: Refuse) -> None:
     """The sequence fits the model and cuts evenly over context and sequence parallelism."""
-    length, layout = run.training.sequence_length, run.layout
-    if length > run.model.max_sequence_length:
+    if length > longest:
         refuse(
             "training.sequence_length",
-            f"{length} is longer than the model's max_sequence_length {run.model.max_sequence_length}",
+            f"{length} is longer than the model's max_sequence_length {longest}",
         )
     if length % layout.context_parallel:
         refuse("layout.context_parallel", f"{layout.context_parallel} does not divide sequence_length {length}")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from llada_megatron.llada_moe.data.set_manifest import SetManifest
 
 
 @dataclass
@@ -43,6 +46,20 @@ class Row:
     boundaries: NDArray[np.int32]
     mask_ratio: float
     untruncated: int
+
+
+class Samples(Protocol):
+    """What a training step and a validation need of data: the same numbers give the same batch on every rank."""
+
+    manifests: Sequence[SetManifest]
+    """The manifests of the prepared sets that the samples come from; all name one tokenizer."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per token."""
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The samples with these global numbers, in this order."""
 
 
 def collate(rows: Sequence[Row]) -> Batch:

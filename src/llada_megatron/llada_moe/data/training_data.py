@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.config.run import RunConfig
-from llada_megatron.llada_moe.data.batch import Batch, Row, collate
+from llada_megatron.llada_moe.data.batch import Batch, Row, Samples, collate
 from llada_megatron.llada_moe.data.packing import Blend, PackedDataset, Split
 from llada_megatron.llada_moe.data.set_manifest import SetManifest, read_manifest
 from llada_megatron.llada_moe.diffusion.noise import SampleCoordinates
 from llada_megatron.llada_moe.errors import ConfigError, DataError
 from llada_megatron.llada_moe.objectives import Objective, make_objective
-
-
-class Samples(Protocol):
-    """What a training step and a validation need of data: the same numbers give the same batch on every rank."""
-
-    manifests: list[SetManifest]
-    """The manifests of the prepared sets that the samples come from; all name one tokenizer."""
-
-    @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token."""
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """The samples with these global numbers, in this order."""
 
 
 class TrainingData:
@@ -78,6 +63,12 @@ class TrainingData:
         """One sequence as the objective wants it."""
         tokens, boundaries = self.sets[at.set].window(at.window)
         return self._make_row(tokens, boundaries, at)
+
+
+def samples_of(objective: Objective, run: RunConfig, split: Split) -> Samples:
+    """The samples that an objective reads: its own, or packed windows of the run's prepared sets."""
+    own = objective.samples(run, split)
+    return TrainingData(run, split, objective) if own is None else own
 
 
 def check_manifests(run: RunConfig, manifests: Sequence[SetManifest]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llada_megatron.llada_moe.config.parsing import Refuse
-from llada_megatron.llada_moe.objectives.base import Objective, register
+from llada_megatron.llada_moe.objectives.interface import Objective, register
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llada_megatron.llada_moe.data.packing import Split
     from llada_megatron.llada_moe.diffusion.noise import Corruption, ReplacementVocabulary, SampleCoordinates
     from llada_megatron.llada_moe.model.patterns import AttentionPattern
-    from llada_megatron.llada_moe.objectives.base import RowMaker
+    from llada_megatron.llada_moe.objectives.interface import RowMaker
 
 
 @register("diffusion")

@@ -11,8 +11,7 @@ import torch
 from megatron.core import parallel_state
 
 from llada_megatron.llada_moe.config.run import RunConfig
-from llada_megatron.llada_moe.data.batch import Batch
-from llada_megatron.llada_moe.data.training_data import Samples
+from llada_megatron.llada_moe.data.batch import Batch, Samples
 from llada_megatron.llada_moe.evaluation.likelihood import Likelihood
 from llada_megatron.llada_moe.model.flops import FORMULA, flops_per_token
 from llada_megatron.llada_moe.objectives import Objective

@@ -14,8 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from llada_megatron.llada_moe.config.run import RunConfig
-from llada_megatron.llada_moe.data.batch import Batch
-from llada_megatron.llada_moe.data.training_data import Samples
+from llada_megatron.llada_moe.data.batch import Batch, Samples
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.objectives import Objective, make_objective
 from llada_megatron.llada_moe.objectives.normalization import TokenCounts, count

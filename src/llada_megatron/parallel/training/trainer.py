@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.data.training_data import samples_of
 from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.parallel import build
 from llada_megatron.parallel.checkpoint.search import weights_to_start_from
@@ -36,8 +37,8 @@ class Trainer:
         self.heartbeat = Heartbeat.of_rank(torch.distributed.get_rank())
         self.heartbeat.beat(0, "start")
         self.objective = make_objective(run.objective)
-        self.data = self.objective.data(run, "train")
-        self.held_out = self.objective.data(run, "validation") if run.validation.interval else None
+        self.data = samples_of(self.objective, run, "train")
+        self.held_out = samples_of(self.objective, run, "validation") if run.validation.interval else None
         chunks = build.build_run_chunks(run)
         self.models = build.wrap(run, chunks)
         self.state = RunState(run, self.objective, chunks, build_optimizer(run, self.models), self.data.manifests)

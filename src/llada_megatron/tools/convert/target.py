@@ -40,7 +40,7 @@ def parse_layout(text: str | None) -> LayoutConfig:
 def require_layout(run: RunConfig) -> None:
     """Raises: ConfigError: the run's model cannot be cut as its layout says; with every reason."""
     reasons: list[str] = []
-    check_layout(run, lambda key, reason: reasons.append(f"{key.removeprefix('layout.')}: {reason}"))
+    check_layout(run.model, run.layout, lambda key, reason: reasons.append(f"{key.removeprefix('layout.')}: {reason}"))
     if reasons:
         raise ConfigError(f"--layout: {'; '.join(reasons)}")
 

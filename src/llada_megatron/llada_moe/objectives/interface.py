@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llada_megatron.llada_moe.config.run import RunConfig
-    from llada_megatron.llada_moe.data.batch import Batch, Row
+    from llada_megatron.llada_moe.data.batch import Batch, Row, Samples
     from llada_megatron.llada_moe.data.packing import Split
-    from llada_megatron.llada_moe.data.training_data import Samples
     from llada_megatron.llada_moe.diffusion.noise import SampleCoordinates
     from llada_megatron.llada_moe.model.patterns import AttentionPattern
     from llada_megatron.llada_moe.objectives.normalization import TokenCounts
@@ -29,7 +28,8 @@ if TYPE_CHECKING:
     RowMaker = Callable[[NDArray[np.int64], NDArray[np.int32], SampleCoordinates], Row]
     """Tokens `[seq]` of a window, its segment boundaries `[segments + 1]` and its coordinates to a row of a batch."""
 
-_REGISTERED: dict[str, type[Objective]] = {}
+REGISTERED: dict[str, type[Objective]] = {}
+"""Classes by their kind."""
 _O = TypeVar("_O", bound="type[Objective]")
 
 
@@ -48,11 +48,9 @@ class Objective(ABC):
 
     # what is read
 
-    def data(self, run: RunConfig, split: Split) -> Samples:
-        """The samples of `split`, "train" or "validation". By default packed windows of the run's prepared sets."""
-        from llada_megatron.llada_moe.data.training_data import TrainingData
-
-        return TrainingData(run, split, self)
+    def samples(self, run: RunConfig, split: Split) -> Samples | None:
+        """The samples of `split`, "train" or "validation"; None = packed windows of the run's prepared sets."""
+        return None
 
     @abstractmethod
     def rows(self, run: RunConfig, split: Split, vocab_size: int) -> RowMaker:
@@ -125,10 +123,10 @@ def register(kind: str) -> Callable[[_O], _O]:
     """Class decorator: `objective.kind: KIND` means this class."""
 
     def add(cls: _O) -> _O:
-        if _REGISTERED.setdefault(kind, cls).__qualname__ != cls.__qualname__:
-            raise ValueError(f"{_REGISTERED[kind].__qualname__} and {cls.__qualname__} are both of kind {kind!r}")
+        if REGISTERED.setdefault(kind, cls).__qualname__ != cls.__qualname__:
+            raise ValueError(f"{REGISTERED[kind].__qualname__} and {cls.__qualname__} are both of kind {kind!r}")
         cls.kind = kind
-        _REGISTERED[kind] = cls
+        REGISTERED[kind] = cls
         return cls
 
     return add

@@ -1,0 +1,66 @@
+"""All that cannot work in a run, found before any process starts: the checks that stand beside each section."""
+
+from __future__ import annotations
+
+from llada_megatron.llada_moe.config.data import check_data
+from llada_megatron.llada_moe.config.intervals import check_reporting
+from llada_megatron.llada_moe.config.layout import check_layout
+from llada_megatron.llada_moe.config.model import MoEConfig, check_model
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig, check_noise
+from llada_megatron.llada_moe.config.optimizer import check_optimizer
+from llada_megatron.llada_moe.config.parsing import Origins, Refuse, closest, collector
+from llada_megatron.llada_moe.config.recovery import check_recovery
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.config.training import check_batch
+from llada_megatron.llada_moe.objectives import make_objective, objective_kinds
+
+
+def validate_run(run: RunConfig, origins: Origins | None = None) -> None:
+    """Refuse combinations that cannot work.
+
+    Raises:
+        ConfigError: with one line for each, at the file and line where `origins` knows it.
+    """
+    refuse, problems = collector(origins)
+    check_model(run.model, lambda key, message: refuse(f"model.{key}", message))
+    problems.raise_if_any()  # what follows divides by the model's sizes
+    check_objective(run.objective, run.model.moe, refuse)
+    check_data(run.data, run.validation.interval, refuse)
+    check_optimizer(run.optimizer, run.training.steps, refuse)
+    check_layout(run.model, run.layout, refuse)
+    check_batch(run.training, run.model, run.layout, refuse)
+    check_reporting(run.checkpoint, run.validation, run.logging, run.output_dir, refuse)
+    check_recovery(run.recovery, lambda key, message: refuse(f"recovery.{key}", message))
+    problems.raise_if_any()
+
+
+def check_objective(objective: ObjectiveConfig, moe: MoEConfig | None, refuse: Refuse) -> None:
+    """A kind that exists, what it refuses itself, and routing by blocks that shows a token nothing it must not see."""
+    kinds = objective_kinds()
+    if objective.kind not in kinds:
+        expected = f"expected one of {', '.join(kinds)}"
+        refuse("objective.kind", f"{expected}, found {objective.kind!r}{closest(objective.kind, kinds)}")
+        return
+    make_objective(objective).check(refuse)
+    check_noise(objective, refuse)
+    if moe is not None and moe.expert_capacity > 0:
+        check_block_routing(objective, moe, refuse)
+
+
+def check_block_routing(objective: ObjectiveConfig, moe: MoEConfig, refuse: Refuse) -> None:
+    """What a token is routed by is nothing that it must not see."""
+    size, block = moe.routing_block_size, objective.block_size
+    if block is not None and block <= 0:
+        return  # refused already
+    if make_objective(objective).pattern(step=0).block == 1 and block != 1:
+        refuse(
+            "objective.kind",
+            f"{objective.kind} with model.moe.expert_capacity {moe.expert_capacity}: the experts of a token would "
+            "depend on the tokens after it, which it has to predict; use diffusion, or expert_capacity 0",
+        )
+    elif block is not None and block % size:
+        refuse(
+            "objective.block_size",
+            f"{block} is not a multiple of model.moe.routing_block_size {size}: tokens would be routed by tokens of "
+            f"the next block, which they do not see; use {max(block // size, 1) * size}",
+        )
