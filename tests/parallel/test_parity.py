@@ -123,11 +123,11 @@ def test_norm_of_unit_gradients_of_a_dense_model(name):
 
 def unit_gradient_norm(run: RunConfig) -> float:
     from llada_megatron.parallel import build, topology
-    from llada_megatron.parallel.training import optimizer
+    from llada_megatron.parallel.training import distributed_optimizer
 
     topology.initialize(run.layout, run.training.seed)
     models = build.wrap(run, build.build_run_chunks(run))
-    adam = optimizer.build_optimizer(run, models)
+    adam = distributed_optimizer.build_optimizer(run, models)
     for model in models:
         for parameter in model.parameters():
             parameter.main_grad.fill_(1.0)
@@ -143,12 +143,14 @@ def test_norm_is_measured_where_nothing_is_clipped():
 
 def first_norm(run: RunConfig) -> float:
     from llada_megatron.parallel import build, topology
-    from llada_megatron.parallel.training import optimizer
+    from llada_megatron.parallel.training import distributed_optimizer
     from llada_megatron.parallel.training.step import TrainingStep
 
     topology.initialize(run.layout, run.training.seed)
     models = build.wrap(run, build.build_run_chunks(run))
-    return TrainingStep(run, models, optimizer.build_optimizer(run, models), parity.SyntheticData(run))(0).grad_norm
+    return TrainingStep(run, models, distributed_optimizer.build_optimizer(run, models), parity.SyntheticData(run))(
+        0
+    ).grad_norm
 
 
 def test_bfloat16_keeps_fp32_main_weights():
@@ -162,12 +164,12 @@ def test_bfloat16_keeps_fp32_main_weights():
 def three_losses(run: RunConfig) -> list[float]:
     """Losses of three steps over the same samples."""
     from llada_megatron.parallel import build, topology
-    from llada_megatron.parallel.training import optimizer
+    from llada_megatron.parallel.training import distributed_optimizer
     from llada_megatron.parallel.training.step import TrainingStep
 
     topology.initialize(run.layout, run.training.seed)
     models = build.wrap(run, build.build_run_chunks(run))
-    adam = optimizer.build_optimizer(run, models)
+    adam = distributed_optimizer.build_optimizer(run, models)
     step = TrainingStep(run, models, adam, parity.SyntheticData(run))
     losses = []
     for _ in range(3):

@@ -31,26 +31,26 @@ def _run(model, layout, **training):
 
 def _parts(run):
     from llada_megatron.parallel import build, topology
-    from llada_megatron.parallel.training import optimizer
+    from llada_megatron.parallel.training import distributed_optimizer
     from llada_megatron.parallel.training.step import TrainingStep
     from llada_megatron.tools.bench.parity import SyntheticData
 
     topology.initialize(run.layout, run.training.seed)
     chunks = build.build_run_chunks(run)
     models = build.wrap(run, chunks)
-    return chunks, TrainingStep(run, models, optimizer.build_optimizer(run, models), SyntheticData(run))
+    return chunks, TrainingStep(run, models, distributed_optimizer.build_optimizer(run, models), SyntheticData(run))
 
 
 def _sharded(chunks, step, loading):
     from llada_megatron.parallel import sharded_state
-    from llada_megatron.parallel.training import optimizer
+    from llada_megatron.parallel.training import distributed_optimizer
 
     state = sharded_state.model_state(chunks)
-    return {**state, "optimizer": optimizer.optimizer_state(step.optimizer, state, loading)}
+    return {**state, "optimizer": distributed_optimizer.optimizer_state(step.optimizer, state, loading)}
 
 
 def _train(run, step, numbers):
-    from llada_megatron.parallel.training.optimizer import set_learning_rate
+    from llada_megatron.parallel.training.distributed_optimizer import set_learning_rate
 
     outcome = []
     for number in numbers:
@@ -90,7 +90,7 @@ def _go_on(run, root):
     from llada_megatron.llada_moe.config import to_dict
     from llada_megatron.parallel import sharded_state
     from llada_megatron.parallel.checkpoint.store import CheckpointStore
-    from llada_megatron.parallel.training.optimizer import load_optimizer_state
+    from llada_megatron.parallel.training.distributed_optimizer import load_optimizer_state
 
     chunks, step = _parts(dataclasses.replace(run, training=dataclasses.replace(run.training, seed=99)))
     step.run = run

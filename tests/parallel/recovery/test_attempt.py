@@ -25,7 +25,7 @@ def _attempt(layout):
     """A step that the last rank wants to be the last, the next one with a NaN in the last rank's loss, and again."""
     from llada_megatron.parallel import build, topology
     from llada_megatron.parallel.expert_load import ExpertLoad
-    from llada_megatron.parallel.training import optimizer
+    from llada_megatron.parallel.training import distributed_optimizer
     from llada_megatron.parallel.training.recovery.attempt import RouterStateSnapshot, StepRunner
     from llada_megatron.parallel.training.step import TrainingStep
     from llada_megatron.tools.bench.parity import SyntheticData
@@ -33,7 +33,7 @@ def _attempt(layout):
     run = parity_run(SIGMOID, layout, global_batch_size=4, precision="fp32")
     topology.initialize(run.layout, run.training.seed)
     models = build.wrap(run, build.build_run_chunks(run))
-    step = TrainingStep(run, models, optimizer.build_optimizer(run, models), SyntheticData(run))
+    step = TrainingStep(run, models, distributed_optimizer.build_optimizer(run, models), SyntheticData(run))
     undo = RouterStateSnapshot(models, ExpertLoad(models).counters)
     attempts = StepRunner(run, step, SimpleNamespace(history=History()), undo)
     last, gradients = dist.get_rank() == dist.get_world_size() - 1, step.gradients

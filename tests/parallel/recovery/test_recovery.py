@@ -205,16 +205,16 @@ def test_a_spike_is_left_out_and_never_part_of_the_window(make_run):
 
 def _two_updates(run, ours):
     from llada_megatron.parallel import build, topology
-    from llada_megatron.parallel.training import optimizer
+    from llada_megatron.parallel.training import distributed_optimizer
     from llada_megatron.parallel.training.step import TrainingStep
     from llada_megatron.tools.bench.parity import SyntheticData
 
     topology.initialize(run.layout, run.training.seed)
     models = build.wrap(run, build.build_run_chunks(run))
-    step = TrainingStep(run, models, optimizer.build_optimizer(run, models), SyntheticData(run))
+    step = TrainingStep(run, models, distributed_optimizer.build_optimizer(run, models), SyntheticData(run))
     norms = []
     for number in range(2):
-        optimizer.set_learning_rate(run, step.optimizer, number + 1)
+        distributed_optimizer.set_learning_rate(run, step.optimizer, number + 1)
         if ours:
             norms.append(step(number).grad_norm)
         else:

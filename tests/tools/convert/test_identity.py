@@ -158,15 +158,15 @@ def _train(run, root):
     """Save a run, optimizer included, after one step."""
     from llada_megatron.parallel import build
     from llada_megatron.parallel.checkpoint.store import CheckpointStore
-    from llada_megatron.parallel.training import optimizer
+    from llada_megatron.parallel.training import distributed_optimizer
     from llada_megatron.parallel.training.state import RunState
     from llada_megatron.parallel.training.step import TrainingStep
     from llada_megatron.tools.bench.parity import SyntheticData
 
     chunks = initial_weights.chunks_of(run)
     models = build.wrap(run, chunks)
-    built = optimizer.build_optimizer(run, models)
-    optimizer.set_learning_rate(run, built, 1)
+    built = distributed_optimizer.build_optimizer(run, models)
+    distributed_optimizer.set_learning_rate(run, built, 1)
     TrainingStep(run, models, built, SyntheticData(run))(1)
     data = SimpleNamespace(tokenizer=SimpleNamespace(sha256="0" * 64, vocab_size=256, suffix=".json"))
     RunState(run, chunks, built, [data], step=1).save(CheckpointStore(root / "checkpoints"))

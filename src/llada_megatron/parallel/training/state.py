@@ -28,7 +28,7 @@ from llada_megatron.parallel.build import build_chunks, transformer_config
 from llada_megatron.parallel.checkpoint.search import find_checkpoints, first_whole, require_model
 from llada_megatron.parallel.checkpoint.store import CheckpointStore
 from llada_megatron.parallel.sharded_state import load_model_state, model_state
-from llada_megatron.parallel.training.optimizer import load_optimizer_state, optimizer_state
+from llada_megatron.parallel.training.distributed_optimizer import load_optimizer_state, optimizer_state
 from llada_megatron.parallel.training.recovery.policy import History
 
 FROZEN = (

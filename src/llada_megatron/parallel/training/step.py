@@ -19,7 +19,7 @@ from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.objectives import Objective, make_objective
 from llada_megatron.llada_moe.objectives.normalization import TokenCounts, count
 from llada_megatron.parallel import device
-from llada_megatron.parallel.training.optimizer import clip_gradients
+from llada_megatron.parallel.training.distributed_optimizer import clip_gradients
 
 Norm = float | torch.Tensor
 """Norm of all gradients; newer Megatron versions leave it on the GPU."""

@@ -17,11 +17,11 @@ from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.parallel import build
 from llada_megatron.parallel.checkpoint.search import weights_to_start_from
 from llada_megatron.parallel.collectives import on_rank_0
+from llada_megatron.parallel.training.distributed_optimizer import build_optimizer, set_learning_rate
 from llada_megatron.parallel.training.heartbeat import Heartbeat
-from llada_megatron.parallel.training.optimizer import build_optimizer, set_learning_rate
 from llada_megatron.parallel.training.recovery.attempt import StepAttempt
 from llada_megatron.parallel.training.recovery.policy import may_go_back
-from llada_megatron.parallel.training.recovery.recovery import Recovery
+from llada_megatron.parallel.training.recovery.repair import Recovery
 from llada_megatron.parallel.training.reporter import Reporter
 from llada_megatron.parallel.training.saving import Saver, open_store
 from llada_megatron.parallel.training.state import RunState, load_frozen

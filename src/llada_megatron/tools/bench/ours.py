@@ -15,7 +15,7 @@ from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.data.batch import Batch
 from llada_megatron.llada_moe.model.patterns import whole_sequences
 from llada_megatron.parallel.build import build_run_chunks, wrap
-from llada_megatron.parallel.training.optimizer import build_optimizer
+from llada_megatron.parallel.training.distributed_optimizer import build_optimizer
 from llada_megatron.parallel.training.step import TrainingStep
 from llada_megatron.tools.bench.batches import MaskedBatch
 

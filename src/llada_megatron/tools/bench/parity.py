@@ -110,13 +110,13 @@ def rank_gradients(run: RunConfig) -> tuple[float, float, list[tuple[str, Sequen
     import torch
 
     from llada_megatron.parallel import build, topology
-    from llada_megatron.parallel.training import optimizer
+    from llada_megatron.parallel.training import distributed_optimizer
     from llada_megatron.parallel.training.step import TrainingStep
 
     topology.initialize(run.layout, run.training.seed)
     chunks = build.build_run_chunks(run)
     models = build.wrap(run, chunks)
-    step = TrainingStep(run, models, optimizer.build_optimizer(run, models), SyntheticData(run))
+    step = TrainingStep(run, models, distributed_optimizer.build_optimizer(run, models), SyntheticData(run))
     loss = step.gradients(0).loss
     # tensor ranks hold the loss of the same rows, so the sum over the world counts each tensor_parallel times
     torch.distributed.all_reduce(loss)

@@ -158,7 +158,7 @@ def _train(target: Path, recipe: Recipe, parent: Path | None) -> None:
     from llada_megatron.parallel.checkpoint.search import find_checkpoints
     from llada_megatron.parallel.checkpoint.store import CheckpointStore
     from llada_megatron.parallel.sharded_state import load_model_state, model_state
-    from llada_megatron.parallel.training.optimizer import set_learning_rate
+    from llada_megatron.parallel.training.distributed_optimizer import set_learning_rate
     from llada_megatron.parallel.training.progress import TrainingProgress
     from llada_megatron.tools.bench.ours import OurStep
 
