@@ -16,7 +16,7 @@ from llada_megatron.llada_moe.errors import ConfigError, LladaError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llada_megatron.launch.sampling.conversation import Conversation
+    from llada_megatron.parallel.sampling.conversation import Conversation
     from llada_megatron.parallel.sampling.settings import Settings
 
 ANSWER_TOKENS, BLOCK_LENGTH = 128, 32
@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Talk until the input ends; raises ConfigError, DataError or CheckpointError."""
-    from llada_megatron.launch.sampling.conversation import Conversation
     from llada_megatron.parallel.sampling.chat_template import find_template
+    from llada_megatron.parallel.sampling.conversation import Conversation
     from llada_megatron.parallel.sampling.sampler import open_sampler
 
     settings = _in_blocks(settings_of(args, ANSWER_TOKENS))

@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING
 
 from llada_megatron.console import emit_json, message
 from llada_megatron.launch.ranks.rank_info import find_rank_info
-from llada_megatron.launch.sampling.options import add_asked, add_method, add_model, asked_of, settings_of
-from llada_megatron.launch.sampling.printer import Printer
+from llada_megatron.launch.sampling.options import (
+    add_method,
+    add_model,
+    add_prompt_options,
+    prompt_options_of,
+    settings_of,
+)
 from llada_megatron.launch.sampling.prompt_sources import PromptSource, read_lines, read_texts
+from llada_megatron.launch.sampling.terminal_output import ResultPrinter
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.parallel.sampling.results import Result
 
@@ -44,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     texts.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a text (may be repeated)")
     texts.add_argument("--file", action="append", default=[], metavar="FILE", help="a file with a text (repeatable)")
     texts.add_argument("--prompts", metavar="FILE", help='lines {"text": …} or {"tokens": [ids]}; - = standard input')
-    add_asked(texts)
+    add_prompt_options(texts)
     add_method(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--jsonl", action="store_true", help="one JSON object per text on stdout")
@@ -82,7 +88,7 @@ def _print_all(settings: Settings, source: PromptSource, args: argparse.Namespac
     began = time.perf_counter()
     for text in source.broken:
         message(f"passed over: {text}")
-    printer = Printer(args.json, args.jsonl, [prompt.number for prompt in source.prompts])
+    printer = ResultPrinter(args.json, args.jsonl, [prompt.number for prompt in source.prompts])
     if settings.layout.world_size == 1:
         checkpoint, refused = _here(settings, source, printer)
     else:
@@ -97,7 +103,7 @@ def _print_all(settings: Settings, source: PromptSource, args: argparse.Namespac
     return 1 if refused or source.broken else 0
 
 
-def _here(settings: Settings, source: PromptSource, printer: Printer) -> tuple[str, int]:
+def _here(settings: Settings, source: PromptSource, printer: ResultPrinter) -> tuple[str, int]:
     """Sample in this process; returns the checkpoint and how many prompts could not be written."""
     from llada_megatron.parallel.sampling.sampler import open_sampler
 
@@ -113,7 +119,7 @@ def _here(settings: Settings, source: PromptSource, printer: Printer) -> tuple[s
         return str(session.loaded.path), len(refused)
 
 
-def _in_ranks(settings: Settings, source: PromptSource, printer: Printer) -> tuple[str, int]:
+def _in_ranks(settings: Settings, source: PromptSource, printer: ResultPrinter) -> tuple[str, int]:
     """The same with one process per rank of the layout."""
     from llada_megatron.launch.sampling.batch import PromptBatch, write_in_ranks
     from llada_megatron.launch.sampling.batch_output import part_paths, records
@@ -130,7 +136,7 @@ def _in_ranks(settings: Settings, source: PromptSource, printer: Printer) -> tup
 
 def _source(args: argparse.Namespace) -> PromptSource:
     """The prompts of the command line."""
-    asked = asked_of(args)
+    asked = prompt_options_of(args)
     if args.prompts is None:
         return read_texts(args.prompt, args.file, asked)
     if args.prompt or args.file:

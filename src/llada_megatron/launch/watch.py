@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import emit_json, message
-from llada_megatron.launch.sampling.options import add_asked, add_method, add_model, asked_of, settings_of
+from llada_megatron.launch.sampling.options import (
+    add_method,
+    add_model,
+    add_prompt_options,
+    prompt_options_of,
+    settings_of,
+)
 from llada_megatron.launch.sampling.prompt_sources import read_texts
 from llada_megatron.llada_moe.errors import ConfigError
 
@@ -36,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     texts = parser.add_argument_group("what is written")
     texts.add_argument("--prompt", metavar="TEXT", help="a text; standard input where there is none")
     texts.add_argument("--file", metavar="FILE", help="a file with a text")
-    add_asked(texts)
+    add_prompt_options(texts)
     add_method(parser, batched=False)
     output = parser.add_argument_group("output")
     output.add_argument("--html", metavar="FILE", help="a page with all steps, for any browser, without a network")
@@ -68,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
 def _watch(sampler: Sampler, prompt: Prompt, args: argparse.Namespace) -> tuple[list[SampledStep], Result]:
     from rich.console import Console
 
-    from llada_megatron.launch.sampling.display import Screen, SequenceView, coloured, legend
-    from llada_megatron.launch.sampling.page import Recording
+    from llada_megatron.launch.sampling.display import Recording, Screen, coloured, legend
+    from llada_megatron.parallel.sampling.sequence_view import SequenceView
 
     console = Console(highlight=False)
     live = console.is_terminal and not console.is_dumb_terminal and not args.json
@@ -131,4 +137,4 @@ def _prompt(args: argparse.Namespace) -> Prompt:
     if args.prompt is not None and args.file is not None:
         raise ConfigError("--prompt and --file: one text is watched at a time")
     texts = [] if args.prompt is None else [args.prompt]
-    return read_texts(texts, [] if args.file is None else [args.file], asked_of(args)).prompts[0]
+    return read_texts(texts, [] if args.file is None else [args.file], prompt_options_of(args)).prompts[0]

@@ -6,10 +6,10 @@ import json
 import pytest
 
 from llada_megatron import Sampler
-from llada_megatron.launch.sampling.conversation import Conversation
 from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 from llada_megatron.llada_moe.errors import ConfigError, DataError
 from llada_megatron.parallel.sampling.chat_template import LLADA, ChatTemplate, find_template
+from llada_megatron.parallel.sampling.conversation import Conversation
 from tests.launch.sampling.checkpoints import SPECIAL, checkpoint, run_cli, tokenizer_in
 
 TRIMMED = LLADA

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llada_megatron.launch.sampling.printer import Printer
+from llada_megatron.launch.sampling.terminal_output import ResultPrinter
 from llada_megatron.llada_moe.sampling.presets import PRESETS
 from llada_megatron.parallel.sampling.results import Result
 from tests.launch.sampling.checkpoints import run_cli
@@ -165,7 +165,7 @@ def test_the_users_word_allows_editing(dense, capsys):
 
 
 def test_a_prompt_that_is_passed_over_holds_nothing_up(dense, capsys):
-    printer = Printer(quiet=False, jsonl=True, numbers=[1, 2, 3])
+    printer = ResultPrinter(quiet=False, jsonl=True, numbers=[1, 2, 3])
     printer.expect([1, 3])
     for number in (3, 1):
         printer.take(Result(number, None, "t", "t", [1], [[1]], False, 1, 1, 0.1))

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from llada_megatron import Prompt, Sampler
-from llada_megatron.launch.sampling.display import MASK, Cell, Screen, SequenceView, colour_of, coloured
-from llada_megatron.launch.sampling.page import Recording
+from llada_megatron.launch.sampling.display import MASK, Recording, Screen, colour_of, coloured
+from llada_megatron.parallel.sampling.sequence_view import Cell, SequenceView
 from tests.launch.sampling.checkpoints import run_cli
 
 

@@ -15,7 +15,7 @@ from llada_megatron.llada_moe.sampling.caches import (
     RefreshedCache,
     VicinityCache,
 )
-from llada_megatron.llada_moe.sampling.loop import Group, Method
+from llada_megatron.llada_moe.sampling.loop import Method, SequenceGroup
 from llada_megatron.llada_moe.sampling.passes import Pass
 from llada_megatron.llada_moe.sampling.statistics import Statistics
 from llada_megatron.llada_moe.sampling.token_buffer import continuation
@@ -35,7 +35,7 @@ def ranges(cache: Cache, prompt: int = 20, new: int = 16, block: int = 8, grid: 
         return Statistics(token=positions * 0 + 9, confidence=1.0 / (1 + positions.float()))
 
     draft = continuation([5] * prompt, new, block, grid=grid)
-    group = Group(Method(cache=cache, grid=grid), 1, len(draft.tokens), len(draft.blocks), MASK)
+    group = SequenceGroup(Method(cache=cache, grid=grid), 1, len(draft.tokens), len(draft.blocks), MASK)
     for _ in steps(group, [draft], run):
         pass
     return taken

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_megatron.llada_moe.sampling.loop import Group, Method
+from llada_megatron.llada_moe.sampling.loop import Method, SequenceGroup
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps, Threshold
 from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
 from llada_megatron.llada_moe.sampling.token_buffer import continuation, infilling
@@ -153,13 +153,13 @@ def test_steps_tell_what_changed():
 
 
 def test_a_draft_without_a_gap_is_refused():
-    group = Group(Method(reading=READING), 1, 4, 1, MASK)
+    group = SequenceGroup(Method(reading=READING), 1, 4, 1, MASK)
     with pytest.raises(ValueError, match="without a gap"):
         group.admit(0, infilling([5, MASK], [False, False], None))
 
 
 def test_statistics_need_a_plan():
-    group = Group(Method(reading=READING), 1, 4, 1, MASK)
+    group = SequenceGroup(Method(reading=READING), 1, 4, 1, MASK)
     group.admit(0, continuation([5], 3, None))
     work = group.plan()
     statistics = Toy(bidirectional(), READING)(work)

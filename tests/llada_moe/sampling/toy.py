@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from llada_megatron.llada_moe.sampling.loop import Finished, Group, Method, Step
+from llada_megatron.llada_moe.sampling.loop import Finished, Method, SequenceGroup, Step
 from llada_megatron.llada_moe.sampling.passes import Pass
 from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor, Reader, Statistics
 from llada_megatron.llada_moe.sampling.token_buffer import Request
@@ -57,7 +57,7 @@ class Toy:
         return self.reader.read(torch.cat(rows), work.rows)
 
 
-def steps(group: Group, drafts: Iterable[Request], run: Callable[[Pass], Statistics]) -> Iterator[Step]:
+def steps(group: SequenceGroup, drafts: Iterable[Request], run: Callable[[Pass], Statistics]) -> Iterator[Step]:
     """Write all drafts, as many at a time as the group has slots, and yield what each pass changed.
 
     `run` runs the model over a pass and reads the rows that it asks for.
@@ -79,7 +79,7 @@ def write(
     toy = Toy(logits or bidirectional(), method.reading)
     seq = max(len(draft.tokens) for draft in drafts)
     blocks = max(len(draft.blocks) for draft in drafts)
-    group = Group(method, slots or len(drafts), seq, blocks, MASK)
+    group = SequenceGroup(method, slots or len(drafts), seq, blocks, MASK)
     taken = list(steps(group, drafts, toy))
     done = [finished for step in taken for finished in step.finished]
     return sorted(done, key=lambda finished: finished.stream), toy, taken

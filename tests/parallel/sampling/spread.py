@@ -97,7 +97,7 @@ def write(cases: Sequence[Case], layout: LayoutConfig) -> list[Written]:
     from megatron.core import parallel_state
 
     from llada_megatron.parallel import topology
-    from llada_megatron.parallel.sampling.generator import Generator
+    from llada_megatron.parallel.sampling.generator import SequenceGenerator
 
     topology.initialize(layout, 0)
     replica, replicas = parallel_state.get_data_parallel_rank(), layout.data_parallel
@@ -109,7 +109,7 @@ def write(cases: Sequence[Case], layout: LayoutConfig) -> list[Written]:
         first = max(1, len(case.drafts) - replicas + 1)
         share = case.drafts[:first] if replica == 0 else case.drafts[first + replica - 1 : first + replica]
         before = {name: value.clone() for name, value in loaded.model.state_dict().items() if torch.is_tensor(value)}
-        writer = Generator(loaded, case.method, case.batch_size, case.groups)
+        writer = SequenceGenerator(loaded, case.method, case.batch_size, case.groups)
         finished = {each.stream: each for step in writer.steps(share) for each in step.finished}
         after = loaded.model.state_dict()
         unchanged = all(torch.equal(value, after[name]) for name, value in before.items())

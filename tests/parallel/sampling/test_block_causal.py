@@ -6,7 +6,7 @@ import pytest
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, Cache, Recompute
-from llada_megatron.llada_moe.sampling.loop import Group, Method
+from llada_megatron.llada_moe.sampling.loop import Method, SequenceGroup
 from llada_megatron.llada_moe.sampling.schedules import Threshold
 from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
 from llada_megatron.llada_moe.sampling.token_buffer import Request, continuation
@@ -36,7 +36,7 @@ def compare(model: str, texts: list[Request]) -> list[tuple[float, int]]:
         groups, engines = [], []
         for cache in (BlockCausalCache(), Recompute()):
             method = _method(cache)
-            groups.append(Group(method, 3, 64, 8, MASK))
+            groups.append(SequenceGroup(method, 3, 64, 8, MASK))
             engines.append(StageRunner(stage, method, 3, 64))
             for slot, draft in enumerate(together):
                 groups[-1].admit(slot, draft)
@@ -62,10 +62,10 @@ def test_a_pass_for_every_step_and_at_most_one_before_them(prefill, more):
 def count(prefill: int) -> tuple[int, int, int]:
     """On a rank: passes, steps that committed something, and positions run for the long draft."""
     from llada_megatron.parallel import topology
-    from llada_megatron.parallel.sampling.generator import Generator
+    from llada_megatron.parallel.sampling.generator import SequenceGenerator
 
     topology.initialize(LayoutConfig(), 0)
-    writer = Generator(load(MODELS["dense"], LayoutConfig(), GRID), _method(BlockCausalCache(prefill)), 1)
+    writer = SequenceGenerator(load(MODELS["dense"], LayoutConfig(), GRID), _method(BlockCausalCache(prefill)), 1)
     steps = sum(bool(step.changed.any()) for step in writer.steps([LONG]))
     return writer.report.passes, steps, writer.report.positions_run
 

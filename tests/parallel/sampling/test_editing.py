@@ -9,7 +9,7 @@ import pytest
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, Cache, Recompute
 from llada_megatron.llada_moe.sampling.editors import Editor, Levenshtein, TokenEditing, WideIn, Wino
-from llada_megatron.llada_moe.sampling.loop import Group, Method
+from llada_megatron.llada_moe.sampling.loop import Method, SequenceGroup
 from llada_megatron.llada_moe.sampling.schedules import Threshold
 from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
 from llada_megatron.llada_moe.sampling.token_buffer import Request
@@ -51,7 +51,7 @@ def compare(model: str, editor: Editor, texts: list[Request]) -> tuple[float, in
     topology.initialize(LayoutConfig(), 0)
     stage = load(ARCHITECTURES[model], LayoutConfig(), GRID).model
     methods = [_method(editor, cache) for cache in (BlockCausalCache(), Recompute())]
-    groups = [Group(method, len(texts), 64, 8, MASK) for method in methods]
+    groups = [SequenceGroup(method, len(texts), 64, 8, MASK) for method in methods]
     engines = [StageRunner(stage, method, len(texts), 64) for method in methods]
     for group in groups:
         for slot, draft in enumerate(texts):

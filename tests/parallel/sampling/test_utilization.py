@@ -11,8 +11,8 @@ from llada_megatron.llada_moe.sampling.loop import Method
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps
 from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
 from llada_megatron.llada_moe.sampling.token_buffer import continuation
-from llada_megatron.parallel.sampling.utilization import Load, stage_reports
 from llada_megatron.tools.bench.layouts import parity_run
+from llada_megatron.tools.bench.sampling.utilization import Workload, stage_reports
 from tests.parallel.sampling.spread import MASK, MODELS, load
 from tests.ranks import run_ranks
 
@@ -42,8 +42,8 @@ def busy_share(groups: int) -> float:
     topology.initialize(layout, 0)
     loaded = load(MODELS["dense"], layout, None)
     for engine, drafts in ((StageRunner, DRAFTS), (SlowEngine, DRAFTS[:4])):  # the first passes of a process are slow
-        module.Engine = engine
-        writer = module.Generator(loaded, METHOD, 2, groups)
+        module.StageRunner = engine
+        writer = module.SequenceGenerator(loaded, METHOD, 2, groups)
         assert len([done for step in writer.steps(drafts) for done in step.finished]) == len(drafts)
         torch.distributed.barrier()
     return writer.report.busy_share
@@ -51,7 +51,7 @@ def busy_share(groups: int) -> float:
 
 def test_a_report_for_every_number_of_groups_and_stage():
     run = parity_run(MODELS["dense"], LayoutConfig(pipeline_parallel=2))
-    reports = stage_reports(Load(run, METHOD, DRAFTS, 2), [1, 2, 3], repeats=2, timeout=60.0)
+    reports = stage_reports(Workload(run, METHOD, DRAFTS, 2), [1, 2, 3], repeats=2, timeout=60.0)
     assert sorted(reports) == [1, 2, 3]
     for stages in reports.values():
         assert len(stages) == 2

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llada_megatron.console import message
 from llada_megatron.launch.ranks.rank import PARENT_VARIABLE, StopRequest, Work, run_local_rank
 from llada_megatron.launch.sampling.batch_output import PartFile, part_path
-from llada_megatron.launch.sampling.batch_progress import BatchProgress, ProgressLine
+from llada_megatron.launch.sampling.terminal_output import BatchProgress, ProgressLine
 from llada_megatron.parallel.parent_death import die_with_parent
 from llada_megatron.parallel.sampling.prompts import Prompt
 from llada_megatron.parallel.sampling.settings import Settings

@@ -1,98 +1,17 @@
-"""A sequence while it is written: its cells, and their colours on a terminal."""
+"""A sequence while it is written: in colours on a terminal, and as one page of HTML with a slider over the steps."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-from llada_megatron.parallel.sampling.results import token_pieces
-
-if TYPE_CHECKING:
-    from llada_megatron.llada_moe.data.tokenizer import Tokenizer
-    from llada_megatron.llada_moe.sampling.token_buffer import Request
-    from llada_megatron.parallel.sampling.sampler import SampledStep
+import json
 from collections.abc import Sequence
+from importlib import resources
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-
-@dataclass
-class Cell:
-    """One position as it is now."""
-
-    given: bool
-    token: int | None
-    """None = masked."""
-    piece: str
-    """What is shown of it; empty where it is masked."""
-    confidence: float | None = None
-    """Probability that the model gave the token when it was written."""
-    step: int = 0
-    """In which it was written or masked, from 1; 0 = from the start."""
-    ended: bool = False
-    """It lies behind an end of text."""
-
-
-@dataclass
-class SequenceView:
-    """The cells of one sequence; changes of each step are reported once."""
-
-    tokenizer: Tokenizer | None
-    cells: list[Cell]
-    names: dict[int, str] = field(default_factory=dict)
-    """Of tokens without a text."""
-
-    @classmethod
-    def of(cls, draft: Request, tokenizer: Tokenizer | None) -> SequenceView:
-        """Before the first step."""
-        length = draft.length or len(draft.tokens)
-        pairs = list(zip(draft.tokens, draft.gaps, strict=True))[:length]
-        cells = [Cell(not gap, None if gap else token, "") for token, gap in pairs]
-        names = {} if tokenizer is None else {i: name for name, i in tokenizer.special_ids.items()}
-        picture = cls(tokenizer, cells, names)
-        picture._say_pieces()
-        return picture
-
-    def apply(self, step: SampledStep) -> list[int]:
-        """Take a step over; returns the positions whose cells are not what they were."""
-        changed = {one.position for one in step.written}
-        for one in step.written:
-            cell = self.cells[one.position]
-            cell.token, cell.confidence, cell.step = one.token, one.confidence, step.number
-        for result in step.finished:
-            for position in range(len(result.tokens) + result.ended, len(self.cells)):
-                self.cells[position].ended = True
-                changed.add(position)
-        return sorted(changed | self._say_pieces())
-
-    @property
-    def masked(self) -> int:
-        """Positions that are still to be written."""
-        return sum(cell.token is None and not cell.ended for cell in self.cells)
-
-    @property
-    def written(self) -> int:
-        """Positions that are."""
-        return sum(not cell.given and cell.token is not None and not cell.ended for cell in self.cells)
-
-    def _say_pieces(self) -> set[int]:
-        """Bring the pieces up to date; returns where they changed (a character of several tokens changes them all)."""
-        tokens = [cell.token for cell in self.cells]
-        if self.tokenizer is None:
-            pieces = [None if token is None else f"{token} " for token in tokens]
-        else:
-            pieces = token_pieces(self.tokenizer, tokens)
-        changed = set()
-        for position, (cell, piece) in enumerate(zip(self.cells, pieces, strict=True)):
-            if not piece and cell.token is not None:
-                piece = self.names.get(cell.token, "")
-            if cell.piece != (piece or ""):
-                cell.piece = piece or ""
-                changed.add(position)
-        return changed
-
+from llada_megatron.parallel.sampling.sequence_view import Cell, SequenceView
 
 SCALE = ((0.3, "red"), (0.6, "dark_orange"), (0.9, "yellow"), (1.01, "green"))
 """Upper ends of confidence, and the colour below each."""
@@ -100,9 +19,6 @@ SCALE = ((0.3, "red"), (0.6, "dark_orange"), (0.9, "yellow"), (1.01, "green"))
 MASK = "░"
 
 _CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
-
-_CONTROL |= dict.fromkeys(range(0x80, 0xA0), "\ufffd")
-"""Control characters (also those of eight bits) as pictures of themselves."""
 
 
 class Screen:
@@ -173,3 +89,32 @@ def _line_of_last(cells: Sequence[Cell], step: int, width: int, console: Console
     """The line of the last cell that this step wrote."""
     last = max((i for i, cell in enumerate(cells) if cell.step == step and step > 0), default=len(cells) - 1)
     return len(coloured(cells[: last + 1]).wrap(console, width)) - 1
+
+
+_PLACE = "/*DATA*/"
+
+
+class Recording:
+    """The steps of a picture, one after the other."""
+
+    def __init__(self, picture: SequenceView) -> None:
+        self._picture = picture
+        self._start = [[cell.piece, cell.token, cell.given] for cell in picture.cells]
+        self._steps: list[list[list[Any]]] = []
+
+    def add(self, changed: list[int]) -> None:
+        """Record what a step changed in the picture."""
+        self._steps.append([self._entry(position, self._picture.cells[position]) for position in changed])
+
+    def html(self, facts: dict[str, str]) -> str:
+        """The page. `facts` (name, value) stand below the title."""
+        data = {"facts": facts, "start": self._start, "steps": self._steps}
+        text = json.dumps(data).replace("<", "\\u003c")  # in ASCII, and nothing in it ends the script
+        template = resources.files("llada_megatron.launch.sampling").joinpath("page.html").read_text("utf-8")
+        return template.replace(_PLACE, text)
+
+    @staticmethod
+    def _entry(position: int, cell: Cell) -> list[Any]:
+        """Position, text, token (null = masked), probability, step, and whether it lies behind the end of text."""
+        confidence = None if cell.confidence is None else round(cell.confidence, 4)
+        return [position, cell.piece, cell.token, confidence, cell.step, int(cell.ended)]

@@ -29,7 +29,7 @@ def add_model(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     parser.add_argument("--tokenizer", metavar="FILE", help="where the checkpoint's tokenizer is now, if it was moved")
 
 
-def add_asked(group: argparse._ArgumentGroup) -> None:
+def add_prompt_options(group: argparse._ArgumentGroup) -> None:
     """What is done with a text; see `asked_of`."""
     group.add_argument("--infill", action="store_true", help="fill the gaps of a text instead of continuing it")
     group.add_argument("--gap-word", metavar="WORD", help=f"gaps are <WORD>, <WORD:N> (default: {GAP_WORD})")
@@ -39,7 +39,7 @@ def add_asked(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def asked_of(args: argparse.Namespace) -> PromptOptions:
+def prompt_options_of(args: argparse.Namespace) -> PromptOptions:
     """The options of `add_asked`. Raises ConfigError where one says nothing beside another."""
     if args.edit is not None and args.infill:
         raise ConfigError("--edit and --infill: a text is edited at START:END, or its gaps are filled")

@@ -83,7 +83,7 @@ class _PlannedPass:
     """[rows] bool: rows that only run a piece of their prompt."""
 
 
-class Group:
+class SequenceGroup:
     """Sequences that are written together."""
 
     def __init__(self, method: Method, slots: int, seq: int, blocks: int, mask_id: int) -> None:

@@ -13,7 +13,7 @@ from llada_megatron.llada_moe.sampling.loop import Method
 from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
 from llada_megatron.llada_moe.sampling.token_buffer import infilling as gaps_of
 from llada_megatron.parallel.expert_load import ExpertLoad
-from llada_megatron.parallel.sampling.generator import Generator
+from llada_megatron.parallel.sampling.generator import SequenceGenerator
 
 if TYPE_CHECKING:
     from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
@@ -108,7 +108,7 @@ def _example(loaded: LoadedModel, tokenizer: Tokenizer, held_out: TrainingData, 
     gaps = infilling.choose_gaps((1, window.shape[1]), number, infilling.MASKED_SHARE, seed=1)
     draft = gaps_of(window[0].tolist(), gaps[0].tolist(), None)
     excluded = [*never_written(loaded.run.model, NoEditor()), tokenizer.eos_id]
-    writer = Generator(loaded, Method(reading=LogitsProcessor(excluded=excluded)), batch_size=1)
+    writer = SequenceGenerator(loaded, Method(reading=LogitsProcessor(excluded=excluded)), batch_size=1)
     filled = next(done.tokens for step in writer.steps([draft]) for done in step.finished)
     return _pieces(tokenizer, draft.tokens, filled, gaps[0].tolist())
 

@@ -67,7 +67,7 @@ class ChatTemplate:
     def _encoded(self, text: str) -> list[int]:
         return self.tokenizer.encode(text) if text else []
 
-    def _parts(self, messages: Sequence[Message]) -> list[str | _Special]:
+    def _parts(self, messages: Sequence[Message]) -> list[str | _SpecialToken]:
         """The rendered conversation: texts, and the special tokens that the template put between them."""
         marked = [{"role": message["role"], "content": f"{_OPEN}{i}{_CLOSE}"} for i, message in enumerate(messages)]
         pieces = re.split(f"{_OPEN}(\\d+){_CLOSE}", self._render(marked, True))
@@ -82,12 +82,12 @@ class ChatTemplate:
             raise ConfigError(f"a message holds {name[0]}, which this chat template would make a special token of")
         return self._split(whole)
 
-    def _split(self, text: str) -> list[str | _Special]:
+    def _split(self, text: str) -> list[str | _SpecialToken]:
         """A text of the template at its special tokens."""
-        parts: list[str | _Special] = []
+        parts: list[str | _SpecialToken] = []
         at = 0
         for name, start in self._named(text):
-            parts += [text[at:start], _Special(self.tokenizer.special_ids[name])]
+            parts += [text[at:start], _SpecialToken(self.tokenizer.special_ids[name])]
             at = start + len(name)
         return [*parts, text[at:]]
 
@@ -118,7 +118,7 @@ class ChatTemplate:
 
 
 @dataclass(frozen=True)
-class _Special:
+class _SpecialToken:
     """A token that only a template writes."""
 
     id: int

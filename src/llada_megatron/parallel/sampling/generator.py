@@ -17,7 +17,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.llada_moe.sampling.loop import Group, Method, Step
+from llada_megatron.llada_moe.sampling.loop import Method, SequenceGroup, Step
 from llada_megatron.llada_moe.sampling.passes import Pass
 from llada_megatron.llada_moe.sampling.statistics import Statistics
 from llada_megatron.llada_moe.sampling.token_buffer import Request
@@ -30,7 +30,7 @@ from llada_megatron.parallel.sampling.stage import GenerationReport, StageRunner
 class _InFlightMicrobatch:
     """A group, and its pass that is somewhere in the pipeline."""
 
-    group: Group
+    group: SequenceGroup
     engine: StageRunner
     work: Pass | None = None
     """None = no pass is under way."""
@@ -41,7 +41,7 @@ class _InFlightMicrobatch:
     sent: SentMessages = field(default_factory=SentMessages)
 
 
-class Generator:
+class SequenceGenerator:
     """Writes drafts with a loaded model by a method."""
 
     def __init__(self, loaded: LoadedModel, method: Method, batch_size: int, groups: int | None = None) -> None:
@@ -101,7 +101,7 @@ class Generator:
         model, mask_id = self._loaded.model, self._loaded.run.model.mask_token_id
         return [
             _InFlightMicrobatch(
-                Group(self._method, slots, seq, blocks, mask_id), StageRunner(model, self._method, slots, seq)
+                SequenceGroup(self._method, slots, seq, blocks, mask_id), StageRunner(model, self._method, slots, seq)
             )
             for _ in range(self._groups)
         ]

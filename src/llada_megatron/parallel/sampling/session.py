@@ -17,7 +17,7 @@ from llada_megatron.llada_moe.sampling.presets import choose
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps, RandomSteps
 from llada_megatron.llada_moe.sampling.token_buffer import stretches
 from llada_megatron.parallel.sampling.checkpoint_tokenizer import checkpoint_tokenizer, ids_without_token
-from llada_megatron.parallel.sampling.generator import Generator
+from llada_megatron.parallel.sampling.generator import SequenceGenerator
 from llada_megatron.parallel.sampling.prompts import Gap, Prompt
 from llada_megatron.parallel.sampling.requests import RequestBuilder, longest_first, steps_note
 from llada_megatron.parallel.sampling.results import Result, text_after
@@ -124,7 +124,7 @@ class Session:
             chosen = {job.draft.stream: job for job in jobs if job.prompt.infilling == infilling}
             if not chosen:
                 continue
-            writer = Generator(self.loaded, self._method(infilling, seed), self.settings.batch_size)
+            writer = SequenceGenerator(self.loaded, self._method(infilling, seed), self.settings.batch_size)
             clock = _Clock()
             for step in writer.steps(share(longest_first([job.draft for job in chosen.values()]))):
                 clock.tick(step.view.stream.tolist())

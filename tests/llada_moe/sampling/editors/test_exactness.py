@@ -12,7 +12,7 @@ from torch import Tensor
 from llada_megatron.llada_moe.model.windows import Window
 from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, Cache, Recompute
 from llada_megatron.llada_moe.sampling.editors import Editor, Levenshtein, NoEditor, TokenEditing, WideIn, Wino
-from llada_megatron.llada_moe.sampling.loop import Finished, Group
+from llada_megatron.llada_moe.sampling.loop import Finished, SequenceGroup
 from llada_megatron.llada_moe.sampling.passes import Pass
 from llada_megatron.llada_moe.sampling.schedules import Threshold
 from llada_megatron.llada_moe.sampling.statistics import Reader, Statistics
@@ -64,7 +64,7 @@ class BlockCausal:
 class Compared:
     """Runs passes with kept features, and beside them whole sequences without."""
 
-    def __init__(self, group: Group, model: BlockCausal, fresh: BlockCausal) -> None:
+    def __init__(self, group: SequenceGroup, model: BlockCausal, fresh: BlockCausal) -> None:
         self.group, self.model, self.fresh = group, model, fresh
         self.reader = Reader(group.method.reading, 0, lambda packet: packet[None])
         self.largest, self.positions = 0.0, 0
@@ -91,7 +91,7 @@ def run(
     schedule = WideIn(0.3) if isinstance(editor, Wino) else Threshold(0.4)
     how = dataclasses.replace(method(schedule, editor, stop_id, GRID), cache=cache)
     size = max(len(draft.tokens) for draft in drafts), max(len(draft.blocks) for draft in drafts)
-    group = Group(how, slots, *size, MASK)
+    group = SequenceGroup(how, slots, *size, MASK)
     compared = Compared(group, *(BlockCausal(slots, size[0], seed) for _ in range(2)))
     finished = [done for step in steps(group, drafts, compared) for done in step.finished]
     return sorted(finished, key=lambda row: row.stream), compared

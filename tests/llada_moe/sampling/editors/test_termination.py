@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada_megatron.llada_moe.sampling.editors import Editor, Levenshtein, TokenEditing, WideIn, Wino
-from llada_megatron.llada_moe.sampling.loop import Group
+from llada_megatron.llada_moe.sampling.loop import SequenceGroup
 from llada_megatron.llada_moe.sampling.passes import Pass
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps, Threshold
 from llada_megatron.llada_moe.sampling.statistics import Statistics
@@ -61,7 +61,7 @@ def test_every_row_ends_within_the_bound(lengths, gaps, grid, schedule, editor, 
     drafts.append(infilling([9] * len(gaps), gaps, 5, len(drafts), grid))
     how = method(schedule, editor)
     size = max(len(draft.tokens) for draft in drafts), max(len(draft.blocks) for draft in drafts)
-    group = Group(how, 2, *size, MASK)
+    group = SequenceGroup(how, 2, *size, MASK)
     finished = [done for step in steps(group, drafts, Whim(editor, seed)) for done in step.finished]
     assert len(finished) == len(drafts)
     for row in finished:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llada_megatron.llada_moe.sampling.editors import WideIn, Wino
-from llada_megatron.llada_moe.sampling.loop import Finished, Group, Method, Step
+from llada_megatron.llada_moe.sampling.loop import Finished, Method, SequenceGroup, Step
 from llada_megatron.llada_moe.sampling.passes import Pass
 from llada_megatron.llada_moe.sampling.schedules import Schedule, SlowFast
 from llada_megatron.llada_moe.sampling.statistics import Reader, Statistics
@@ -44,7 +44,7 @@ def masked(tokens: Tensor, at: int) -> Tensor:
 def run(drafts: list[Request], schedule: Schedule, editor: Wino, logits: Logits) -> tuple[list[Finished], list[Step]]:
     how = method(schedule, editor)
     size = max(len(draft.tokens) for draft in drafts), max(len(draft.blocks) for draft in drafts)
-    taken = list(steps(Group(how, len(drafts), *size, MASK), drafts, Shadowed(logits, how)))
+    taken = list(steps(SequenceGroup(how, len(drafts), *size, MASK), drafts, Shadowed(logits, how)))
     finished = [done for step in taken for done in step.finished]
     return sorted(finished, key=lambda row: row.stream), taken
 

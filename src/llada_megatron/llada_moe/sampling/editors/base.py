@@ -27,7 +27,7 @@ class Revision:
     """[rows] bool: the block is finished: nothing is masked, and the editor changes nothing more."""
 
 
-class Revising(Protocol):
+class RunningEditor(Protocol):
     """An editor at work on one group of slots."""
 
     def revise(self, statistics: Statistics, view: ActiveBlock, chosen: Tensor) -> Revision:
@@ -67,7 +67,7 @@ class Editor(Protocol):
         """Ids that are not text but operations on it: chosen like tokens, carried out, never written."""
         ...
 
-    def start(self, slots: int, seq: int) -> Revising:
+    def start(self, slots: int, seq: int) -> RunningEditor:
         """The rule at work; see `Schedule.start`."""
         ...
 
@@ -82,7 +82,7 @@ class NoEditor:
     shadow = False
     operations = ()
 
-    def start(self, slots: int, seq: int) -> Revising:
+    def start(self, slots: int, seq: int) -> RunningEditor:
         """See `Editor`."""
         return self
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.llada_moe.sampling.editors.base import Revising, Revision, require_in_range
+from llada_megatron.llada_moe.sampling.editors.base import Revision, RunningEditor, require_in_range
 from llada_megatron.llada_moe.sampling.schedules import best
 from llada_megatron.llada_moe.sampling.statistics import Need, Statistics
 from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock, stretches
@@ -54,14 +54,14 @@ class Levenshtein:
         """See `Editor`."""
         return tuple(i for i in (self.delete_id, self.insert_id) if i is not None)
 
-    def start(self, slots: int, seq: int) -> Revising:
+    def start(self, slots: int, seq: int) -> RunningEditor:
         """See `Editor`. Raises: ConfigError: the ids of the operations are missing."""
         if self.delete_id is None or self.insert_id is None:
             raise ConfigError(
                 "editor levenshtein: the model names no delete_token_id and insert_token_id; it needs one that was "
                 "trained to insert and delete (LLaDA2.2)"
             )
-        return _Levenshtein(self, slots, seq)
+        return _RunningLevenshtein(self, slots, seq)
 
 
 @dataclass
@@ -72,7 +72,7 @@ class _Memory:
     seen: Counter[tuple[int, ...]] = field(default_factory=Counter)
 
 
-class _Levenshtein:
+class _RunningLevenshtein:
     def __init__(self, settings: Levenshtein, slots: int, seq: int) -> None:
         self._settings = settings
         self._first = torch.zeros(slots, seq, dtype=torch.bool)  # the block's first masks, by column

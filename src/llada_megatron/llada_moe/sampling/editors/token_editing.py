@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.llada_moe.sampling.editors.base import Revising, Revision, require_in_range
+from llada_megatron.llada_moe.sampling.editors.base import Revision, RunningEditor, require_in_range
 from llada_megatron.llada_moe.sampling.statistics import Need, Statistics
 from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock
 
@@ -43,12 +43,12 @@ class TokenEditing:
         if self.reach < 0:
             raise ConfigError(f"editor.reach: {self.reach} must not be negative; 0 edits the current block only")
 
-    def start(self, slots: int, seq: int) -> Revising:
+    def start(self, slots: int, seq: int) -> RunningEditor:
         """See `Editor`."""
-        return _TokenEditing(self, slots)
+        return _RunningTokenEditing(self, slots)
 
 
-class _TokenEditing:
+class _RunningTokenEditing:
     def __init__(self, settings: TokenEditing, slots: int) -> None:
         self._settings = settings
         self._post = torch.zeros(slots, dtype=torch.int64)

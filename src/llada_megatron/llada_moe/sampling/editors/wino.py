@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llada_megatron.llada_moe.sampling.editors.base import Revising, Revision, commit
+from llada_megatron.llada_moe.sampling.editors.base import Revision, RunningEditor, commit
 from llada_megatron.llada_moe.sampling.schedules import Stateless, best, top
 from llada_megatron.llada_moe.sampling.statistics import Need, Statistics
 from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock
@@ -47,12 +47,12 @@ class Wino:
     shadow = True
     operations = ()
 
-    def start(self, slots: int, seq: int) -> Revising:
+    def start(self, slots: int, seq: int) -> RunningEditor:
         """See `Editor`."""
-        return _Wino(self, slots)
+        return _RunningWino(self, slots)
 
 
-class _Wino:
+class _RunningWino:
     def __init__(self, settings: Wino, slots: int) -> None:
         self._settings = settings
         self._committed = torch.zeros(slots, dtype=torch.int64)  # in each slot's last step

@@ -1,6 +1,6 @@
 """Which of the open positions are committed in a step: the published rules."""
 
-from llada_megatron.llada_moe.sampling.schedules.base import Running, Schedule, Stateless, best, top
+from llada_megatron.llada_moe.sampling.schedules.base import RunningSchedule, Schedule, Stateless, best, top
 from llada_megatron.llada_moe.sampling.schedules.stateful import SlowFast, Stable
 from llada_megatron.llada_moe.sampling.schedules.stateless import (
     CreditThreshold,
@@ -21,7 +21,7 @@ __all__ = [
     "FlooredThreshold",
     "Hierarchical",
     "RandomSteps",
-    "Running",
+    "RunningSchedule",
     "Schedule",
     "SlowFast",
     "Stable",

@@ -13,7 +13,7 @@ from llada_megatron.llada_moe.sampling.statistics import Need, Statistics
 from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock
 
 
-class Running(Protocol):
+class RunningSchedule(Protocol):
     """A schedule at work on one group of slots; what it remembers of them is its own."""
 
     def reach(self, view: ActiveBlock) -> Tensor | None:
@@ -36,7 +36,7 @@ class Schedule(Protocol):
         """Statistics that the rule reads beside token and confidence."""
         ...
 
-    def start(self, slots: int, seq: int) -> Running:
+    def start(self, slots: int, seq: int) -> RunningSchedule:
         """The rule at work on sequences of up to `seq` positions in `slots` slots.
 
         A slot whose row in a view is at `step` 0 holds a new sequence: what was remembered of it counts no more.
@@ -49,7 +49,7 @@ class Stateless:
 
     needs: Collection[Need] = frozenset()
 
-    def start(self, slots: int, seq: int) -> Running:
+    def start(self, slots: int, seq: int) -> RunningSchedule:
         """See `Schedule`."""
         return self  # type: ignore[return-value]
 

@@ -39,12 +39,12 @@ class Stable:
         """See `Schedule`."""
         return frozenset({"divergence"})
 
-    def start(self, slots: int, seq: int) -> _Following:
+    def start(self, slots: int, seq: int) -> _RunningStable:
         """See `Schedule`."""
-        return _Following(self, slots, seq)
+        return _RunningStable(self, slots, seq)
 
 
-class _Following:
+class _RunningStable:
     """For how many steps each position has changed little."""
 
     def __init__(self, settings: Stable, slots: int, seq: int) -> None:
@@ -102,12 +102,12 @@ class SlowFast:
         """See `Schedule`."""
         return frozenset()
 
-    def start(self, slots: int, seq: int) -> _Cycles:
+    def start(self, slots: int, seq: int) -> _RunningSlowFast:
         """See `Schedule`."""
-        return _Cycles(self, slots)
+        return _RunningSlowFast(self, slots)
 
 
-class _Cycles:
+class _RunningSlowFast:
     """Where the cycles of each slot stand; positions are counted from the start of the block."""
 
     def __init__(self, settings: SlowFast, slots: int) -> None:

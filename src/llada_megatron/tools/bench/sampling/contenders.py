@@ -12,7 +12,7 @@ from llada_megatron.llada_moe.sampling.loop import Method
 from llada_megatron.llada_moe.sampling.presets import PRESETS, Choice, choose
 from llada_megatron.llada_moe.sampling.token_buffer import continuation
 from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
-from llada_megatron.parallel.sampling.generator import Generator
+from llada_megatron.parallel.sampling.generator import SequenceGenerator
 from llada_megatron.tools.bench.sampling.peers import Generated, Peers, Work
 
 BLOCK_LENGTH, THRESHOLD, FACTOR = 32, 0.9, 1.0
@@ -97,7 +97,7 @@ class OurCandidate:
         ]
         alone = batch_size == 1  # then each is a call of its own, as a user at a prompt makes it
         for part in [[draft] for draft in drafts] if alone else [drafts]:
-            writer = Generator(loaded, method, batch_size)
+            writer = SequenceGenerator(loaded, method, batch_size)
             finished = {each.stream: each for step in writer.steps(part) for each in step.finished}
             for stream, each in sorted(finished.items()):
                 work = Work(each.passes, each.positions_run, each.rows_read)

@@ -33,7 +33,7 @@ def _count(paths: dict[str, Path], entries: list[Candidate], layout: LayoutConfi
     """On a rank: write a few tokens with each of them at each temperature."""
     from llada_megatron.parallel import topology
     from llada_megatron.parallel.checkpoint.loaded_model import load_checkpoint
-    from llada_megatron.parallel.sampling.generator import Generator
+    from llada_megatron.parallel.sampling.generator import SequenceGenerator
 
     topology.initialize(layout, 0)
     models = {name: load_checkpoint(path, layout) for name, path in paths.items()}
@@ -43,7 +43,7 @@ def _count(paths: dict[str, Path], entries: list[Candidate], layout: LayoutConfi
         choice = fitted(entry.preset, loaded)
         drafts = [continuation([0, 1, 2], _NEW_TOKENS, choice.block_length, 0, choice.grid)]
         for temperature in _TEMPERATURES:
-            writer = Generator(loaded, choice.method(temperature=temperature), batch_size=1)
+            writer = SequenceGenerator(loaded, choice.method(temperature=temperature), batch_size=1)
             for _ in writer.steps(drafts):
                 pass
             counted[entry.name, temperature] = writer.report.bytes_per_row

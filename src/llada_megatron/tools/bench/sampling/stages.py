@@ -11,7 +11,7 @@ from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.sampling.presets import choose
 from llada_megatron.llada_moe.sampling.token_buffer import continuation
-from llada_megatron.parallel.sampling.utilization import Load, stage_reports
+from llada_megatron.tools.bench.sampling.utilization import Workload, stage_reports
 
 PRESET = "fast-dllm-dual"
 
@@ -54,7 +54,7 @@ def measure_stages(
         continuation(prompts[stream % len(prompts)], new_tokens, choice.block_length, stream) for stream in range(count)
     ]
     method = choice.method(excluded=[run.model.mask_token_id])
-    reports = stage_reports(Load(spread, method, drafts, batch_size), [1, stages], repeats, timeout=1800.0)
+    reports = stage_reports(Workload(spread, method, drafts, batch_size), [1, stages], repeats, timeout=1800.0)
     return {
         groups: Stages([rank.busy_share for rank in ranks], ranks[0].seconds / count)
         for groups, ranks in reports.items()

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from llada_megatron.launch.sampling.display import SequenceView
 from llada_megatron.parallel.sampling.chat_template import ChatTemplate
 from llada_megatron.parallel.sampling.prompts import Prompt, require_text
+from llada_megatron.parallel.sampling.sequence_view import SequenceView
 
 if TYPE_CHECKING:
     from llada_megatron.parallel.sampling.results import Result
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Answering:
+class AnswerStep:
     """An answer while it is written."""
 
     picture: SequenceView
@@ -45,7 +45,7 @@ class Conversation:
         require_text(self.system or "", "the system's message")
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
-    def ask(self, text: str) -> Iterator[Answering]:
+    def ask(self, text: str) -> Iterator[AnswerStep]:
         """Have a message answered, step by step; both are in `messages` once it is.
 
         Raises:
@@ -59,7 +59,7 @@ class Conversation:
         picture = SequenceView.of(jobs[0].draft, self.sampler.tokenizer)
         for step in self.sampler.steps_of(jobs):
             picture.apply(step)
-            yield Answering(picture, len(ids), step)
+            yield AnswerStep(picture, len(ids), step)
             for result in step.finished:
                 self.results.append(result)
                 self.messages = [*asked, {"role": "assistant", "content": self._answer(result)}]

@@ -16,7 +16,7 @@ from llada_megatron.parallel.sampling.stage import GenerationReport
 
 
 @dataclasses.dataclass(frozen=True)
-class Load:
+class Workload:
     """What is written, with the initial weights of a run under its layout."""
 
     run: RunConfig
@@ -27,7 +27,7 @@ class Load:
 
 
 def stage_reports(
-    load: Load, groups: Sequence[int], repeats: int = 1, timeout: float = 600.0
+    load: Workload, groups: Sequence[int], repeats: int = 1, timeout: float = 600.0
 ) -> dict[int, list[GenerationReport]]:
     """Write the same drafts with each number of groups in turn, on forked processes of this machine.
 
@@ -48,19 +48,19 @@ def stage_reports(
     return best
 
 
-def _measure(load: Load, groups: Sequence[int]) -> list[GenerationReport]:
+def _measure(load: Workload, groups: Sequence[int]) -> list[GenerationReport]:
     """On a rank: one report for each number of groups."""
     from llada_megatron.parallel import build, topology
     from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
-    from llada_megatron.parallel.sampling.generator import Generator
+    from llada_megatron.parallel.sampling.generator import SequenceGenerator
 
     topology.initialize(load.run.layout, 0)
     loaded = LoadedModel(build.build_run_chunks(load.run)[0].eval(), load.run, Path(), {})
-    for _ in Generator(loaded, load.method, load.batch_size, max(groups)).steps(load.drafts[: load.batch_size]):
+    for _ in SequenceGenerator(loaded, load.method, load.batch_size, max(groups)).steps(load.drafts[: load.batch_size]):
         pass  # the first passes make buffers and connections
     reports = []
     for number in groups:
-        writer = Generator(loaded, load.method, load.batch_size, number)
+        writer = SequenceGenerator(loaded, load.method, load.batch_size, number)
         torch.distributed.barrier()
         for _ in writer.steps(load.drafts):
             pass
