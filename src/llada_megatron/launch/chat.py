@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llada_megatron.parallel.sampling.settings import Settings
 
 ANSWER_TOKENS, BLOCK_LENGTH = 128, 32
-"""Of an answer and of its blocks, as in LLaDA's chat.py."""
+"""Positions of an answer and of its blocks, as in LLaDA's chat.py."""
 EXAMPLES = """\
 examples:
   llada chat runs/llada-8b-instruct
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Talk until the input ends; raises ConfigError, DataError or CheckpointError."""
+    """Answer messages until the input ends; raises ConfigError, DataError or CheckpointError."""
     from llada_megatron.parallel.sampling.chat_template import find_template
     from llada_megatron.parallel.sampling.conversation import Conversation
     from llada_megatron.parallel.sampling.sampler import open_sampler
@@ -55,14 +55,14 @@ def run(args: argparse.Namespace) -> int:
         conversation = Conversation(
             sampler, find_template(sampler.session.require_tokenizer(), args.template), args.system
         )
-        failed = _talk(conversation, args.json)
+        failed = _converse(conversation, args.json)
     if args.json:
         emit_json({"messages": conversation.messages, "forwards": sum(r.forwards for r in conversation.results)})
     return 1 if failed else 0
 
 
 def _in_blocks(settings: Settings) -> Settings:
-    """The settings with LLaDA's block length, where neither the user nor a preset nor the model says another."""
+    """The settings with LLaDA's block length, unless the user, a preset or the model determines another one."""
     from llada_megatron.parallel.checkpoint.search import find_checkpoints, run_of
 
     if settings.block_length is not None or settings.preset is not None:
@@ -71,8 +71,8 @@ def _in_blocks(settings: Settings) -> Settings:
     return settings if grid is not None else replace(settings, block_length=BLOCK_LENGTH)
 
 
-def _talk(conversation: Conversation, quiet: bool) -> bool:
-    """Answer every message; returns whether one could not be answered."""
+def _converse(conversation: Conversation, quiet: bool) -> bool:
+    """Answer every message; returns whether one of them could not be answered."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -95,6 +95,7 @@ def _talk(conversation: Conversation, quiet: bool) -> bool:
 
 
 def _answer(conversation: Conversation, text: str, console: Console | None, quiet: bool) -> None:
+    """Answer one message, and show the steps on `console` if there is one."""
     from llada_megatron.launch.sampling.display import Screen, visible
 
     before = len(conversation.messages)
@@ -104,10 +105,8 @@ def _answer(conversation: Conversation, text: str, console: Console | None, quie
             for answering in conversation.ask(text):
                 if console is not None:
                     screen = screen or held.enter_context(Screen(console, answering.first))
-                    masked = answering.picture.masked
-                    screen.show(
-                        answering.picture, answering.step.number, f"step {answering.step.number}, {masked} to go"
-                    )
+                    masked = answering.view.masked
+                    screen.show(answering.view, answering.step.number, f"step {answering.step.number}, {masked} to go")
         except KeyboardInterrupt:
             held.close()
             message("the answer was stopped, and the question is forgotten")
@@ -117,10 +116,10 @@ def _answer(conversation: Conversation, text: str, console: Console | None, quie
 
 
 def _messages() -> Iterator[str]:
-    """What is typed: a line is a message. Without a terminal, the lines of standard input."""
+    """The messages of the user: typed lines, or the lines of standard input where that is no terminal."""
     if not sys.stdin.isatty():
         if hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(errors="surrogateescape")  # bytes of another encoding: refused with their message
+            sys.stdin.reconfigure(errors="surrogateescape")  # a message in another encoding is refused by itself
         for line in sys.stdin:
             if line.strip() == "/exit":
                 return
@@ -128,7 +127,7 @@ def _messages() -> Iterator[str]:
                 yield line.strip()
         return
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (input() edits lines with it)
+        import readline  # noqa: F401  (lets input() edit lines)
     while True:
         try:
             text = input("> ").strip()

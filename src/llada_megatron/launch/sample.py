@@ -66,10 +66,13 @@ def run(args: argparse.Namespace) -> int:
     """Sample; raises ConfigError, DataError or CheckpointError."""
     if args.list_presets:
         return _list_presets(args)
-    if args.output is None and (place := None if args.local else find_rank_info()) is not None and place.world_size > 1:
-        if place.rank != 0:  # every rank finds the same; rank 0 says it
+    rank_info = None if args.local or args.output is not None else find_rank_info()
+    if rank_info is not None and rank_info.world_size > 1:
+        if rank_info.rank != 0:  # every rank finds the same error; rank 0 reports it
             return ConfigError.exit_code
-        raise ConfigError(f"{place.launcher} started {place.world_size} processes: give --output FILE, or --local")
+        raise ConfigError(
+            f"{rank_info.launcher} started {rank_info.world_size} processes: give --output FILE, or --local"
+        )
     settings = settings_of(args)
     source = _source(args)
     if args.output is not None:
@@ -84,13 +87,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_all(settings: Settings, source: PromptSource, args: argparse.Namespace) -> int:
-    """Write all prompts and print the results in their order."""
+    """Sample all prompts and print the results in their order; returns the exit code."""
     began = time.perf_counter()
     for text in source.broken:
         message(f"passed over: {text}")
     printer = ResultPrinter(args.json, args.jsonl, [prompt.number for prompt in source.prompts])
     if settings.layout.world_size == 1:
-        checkpoint, refused = _here(settings, source, printer)
+        checkpoint, refused = _in_this_process(settings, source, printer)
     else:
         checkpoint, refused = _in_ranks(settings, source, printer)
     printer.finish()
@@ -98,13 +101,13 @@ def _print_all(settings: Settings, source: PromptSource, args: argparse.Namespac
     tokens, forwards = sum(r.new_tokens for r in results), sum(r.forwards for r in results)
     message(f"{checkpoint}: {tokens} tokens in {forwards} forward passes, {seconds:.1f} s with loading")
     if args.json:
-        facts = {"forwards": forwards, "seconds": seconds, "new_tokens": tokens, "checkpoint": checkpoint}
-        emit_json({"samples": [result.record() for result in results], **facts})
+        summary = {"forwards": forwards, "seconds": seconds, "new_tokens": tokens, "checkpoint": checkpoint}
+        emit_json({"samples": [result.record() for result in results], **summary})
     return 1 if refused or source.broken else 0
 
 
-def _here(settings: Settings, source: PromptSource, printer: ResultPrinter) -> tuple[str, int]:
-    """Sample in this process; returns the checkpoint and how many prompts could not be written."""
+def _in_this_process(settings: Settings, source: PromptSource, printer: ResultPrinter) -> tuple[str, int]:
+    """Sample in this process; returns the checkpoint and the number of prompts that could not be sampled."""
     from llada_megatron.parallel.sampling.sampler import open_sampler
 
     with open_sampler(settings) as sampler:
@@ -113,18 +116,18 @@ def _here(settings: Settings, source: PromptSource, printer: ResultPrinter) -> t
         for text in refused:
             message(f"passed over: {text}")
         printer.expect([job.prompt.number for job in jobs])
-        for happened in session.run(jobs):
-            for result in happened.results:
+        for event in session.run(jobs):
+            for result in event.results:
                 printer.take(result)
         return str(session.loaded.path), len(refused)
 
 
 def _in_ranks(settings: Settings, source: PromptSource, printer: ResultPrinter) -> tuple[str, int]:
-    """The same with one process per rank of the layout."""
+    """Sample with one process per rank of the layout; returns the same as `_in_this_process`."""
     from llada_megatron.launch.sampling.batch import PromptBatch, write_in_ranks
     from llada_megatron.launch.sampling.batch_output import part_paths, records
 
-    scratch = Path(tempfile.mkdtemp(prefix="llada-"))  # stays where a rank fails, with its log
+    scratch = Path(tempfile.mkdtemp(prefix="llada-"))  # kept if a rank fails, with the logs of the ranks
     batch = PromptBatch(settings, source.prompts, scratch / "results", source.tolerant, progress=False)
     outcome = write_in_ranks(batch, scratch)
     found = [record for path in part_paths(batch.base) for record, _ in records(path)]
@@ -136,12 +139,12 @@ def _in_ranks(settings: Settings, source: PromptSource, printer: ResultPrinter) 
 
 def _source(args: argparse.Namespace) -> PromptSource:
     """The prompts of the command line."""
-    asked = prompt_options_of(args)
+    options = prompt_options_of(args)
     if args.prompts is None:
-        return read_texts(args.prompt, args.file, asked)
+        return read_texts(args.prompt, args.file, options)
     if args.prompt or args.file:
         raise ConfigError("--prompts beside --prompt or --file: put all prompts into one file of lines")
-    return read_lines(args.prompts, asked)
+    return read_lines(args.prompts, options)
 
 
 def _list_presets(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`llada watch`: a text while it is unmasked, in the terminal or as a page with a slider over the steps."""
+"""`llada watch`: shows how a text is unmasked, in the terminal or as a page with a slider over the steps."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write one text and show how; raises ConfigError, DataError or CheckpointError."""
+    """Sample one text and show its steps; raises ConfigError, DataError or CheckpointError."""
     from llada_megatron.parallel.sampling.sampler import open_sampler
 
     if not 0 <= args.pause < threading.TIMEOUT_MAX:
@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _watch(sampler: Sampler, prompt: Prompt, args: argparse.Namespace) -> tuple[list[SampledStep], Result]:
+    """Sample the prompt, show every step, and write the page if one is wanted."""
     from rich.console import Console
 
     from llada_megatron.launch.sampling.display import Recording, Screen, coloured, legend
@@ -80,8 +81,8 @@ def _watch(sampler: Sampler, prompt: Prompt, args: argparse.Namespace) -> tuple[
     console = Console(highlight=False)
     live = console.is_terminal and not console.is_dumb_terminal and not args.json
     jobs = sampler.jobs([prompt])
-    picture = SequenceView.of(jobs[0].draft, sampler.tokenizer)
-    recording = Recording(picture)
+    view = SequenceView.of(jobs[0].request, sampler.tokenizer)
+    recording = Recording(view)
     screen = Screen(console) if live else None
     if screen is not None:
         screen.__enter__()
@@ -89,36 +90,38 @@ def _watch(sampler: Sampler, prompt: Prompt, args: argparse.Namespace) -> tuple[
     try:
         for step in sampler.steps_of(jobs):
             steps.append(step)
-            recording.add(picture.apply(step))
-            status = _status(step, picture)
+            recording.add(view.apply(step))
+            status = _status(step, view)
             if screen is None:
                 message(status)
             else:
-                screen.show(picture, step.number, status)
+                screen.show(view, step.number, status)
             time.sleep(args.pause)
     finally:
         if screen is not None:
             screen.__exit__()
     result = steps[-1].finished[0]
     if live:
-        console.print(coloured(picture.cells), legend(), sep="\n\n")
+        console.print(coloured(view.cells), legend(), sep="\n\n")
     elif not args.json:
         sys.stdout.write((_ids(result) if result.text is None else result.text) + "\n")
     if args.html is not None:
-        Path(args.html).write_text(recording.html(_facts(sampler, result)), "utf-8")
+        Path(args.html).write_text(recording.html(_properties(sampler, result)), "utf-8")
         message(f"the steps are in {args.html}")
     return steps, result
 
 
-def _status(step: SampledStep, picture: Any) -> str:
+def _status(step: SampledStep, view: Any) -> str:
+    """One line on a step: how many tokens it sampled and masked again, and how many masks are left."""
     sure = [one.confidence for one in step.written if one.token is not None]
     mean = f", mean probability {sum(sure) / len(sure):.2f}" if sure else ""
     again = sum(one.token is None for one in step.written)
     masked = f", {again} masked again" if again else ""
-    return f"step {step.number}: {len(sure)} written{masked}{mean}; {picture.masked} to go"
+    return f"step {step.number}: {len(sure)} written{masked}{mean}; {view.masked} to go"
 
 
-def _facts(sampler: Sampler, result: Result) -> dict[str, str]:
+def _properties(sampler: Sampler, result: Result) -> dict[str, str]:
+    """What the page says of the sample, as name -> value."""
     choice, settings = sampler.session.choice, sampler.session.settings
     return {
         "checkpoint": str(sampler.session.loaded.path),

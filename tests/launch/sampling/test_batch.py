@@ -213,13 +213,13 @@ def test_two_batches_do_not_write_one_file(dense, prompts, tmp_path, capsys):
 
 
 def test_a_lock_that_its_owner_just_removed_is_none(tmp_path):
-    journal = BatchOutput(tmp_path / "out.jsonl")
+    output = BatchOutput(tmp_path / "out.jsonl")
     path = tmp_path / "out.jsonl.lock"
     with path.open("w") as lock:
         path.unlink()
         path.touch()
         assert not _taken(lock, path)
-    with journal.locked():
+    with output.locked():
         assert path.exists()
     assert not path.exists()
 

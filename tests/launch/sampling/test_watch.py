@@ -70,17 +70,17 @@ def test_the_steps_as_json(dense, capsys):
 
 
 @pytest.mark.parametrize("editor", [None, "wino"])
-def test_a_picture_follows_every_step(dense, editor):
+def test_a_view_follows_every_step(dense, editor):
     with Sampler.open(dense, schedule="threshold", editor=editor, block_length=8) as sampler:
         jobs = sampler.jobs(Prompt.with_gaps("€<mask:12>ü"))
-        picture = SequenceView.of(jobs[0].draft, sampler.tokenizer)
-        recording = Recording(picture)
-        assert picture.masked == 12
+        view = SequenceView.of(jobs[0].request, sampler.tokenizer)
+        recording = Recording(view)
+        assert view.masked == 12
         for step in sampler.steps_of(jobs):
-            recording.add(picture.apply(step))
-            assert picture.masked + picture.written == 12
-    assert picture.masked == 0
-    shown = "".join(cell.piece for cell in picture.cells)
+            recording.add(view.apply(step))
+            assert view.masked + view.written == 12
+    assert view.masked == 0
+    shown = "".join(cell.piece for cell in view.cells)
     assert shown.startswith("€") and shown.endswith("ü")
     assert replayed(recorded(recording.html({}))) == shown
 
@@ -90,11 +90,11 @@ def test_on_a_terminal_masks_disappear(dense):
     console = Console(file=stream, force_terminal=True, width=40, height=8)
     with Sampler.open(dense) as sampler, Screen(console) as screen:
         jobs = sampler.jobs("abc", max_new_tokens=6)
-        picture = SequenceView.of(jobs[0].draft, sampler.tokenizer)
+        view = SequenceView.of(jobs[0].request, sampler.tokenizer)
         for step in sampler.steps_of(jobs):
-            picture.apply(step)
-            screen.show(picture, step.number, f"step {step.number}")
-            assert coloured(picture.cells).plain.count(MASK) == picture.masked
+            view.apply(step)
+            screen.show(view, step.number, f"step {step.number}")
+            assert coloured(view.cells).plain.count(MASK) == view.masked
     assert "abc" in stream.getvalue()
     assert "step 1" in stream.getvalue()
 
@@ -103,10 +103,10 @@ def test_a_long_text_shows_where_it_is_written(dense):
     console = Console(file=io.StringIO(), force_terminal=True, width=20, height=8)
     with Sampler.open(dense) as sampler, Screen(console) as screen:
         jobs = sampler.jobs("\n".join("line" for _ in range(20)) + "END", max_new_tokens=2)
-        picture = SequenceView.of(jobs[0].draft, sampler.tokenizer)
+        view = SequenceView.of(jobs[0].request, sampler.tokenizer)
         for step in sampler.steps_of(jobs):
-            picture.apply(step)
-            screen.show(picture, step.number, "")
+            view.apply(step)
+            screen.show(view, step.number, "")
     assert "END" in console.file.getvalue()
 
 
@@ -119,8 +119,8 @@ def test_what_a_model_writes_moves_no_cursor():
 def test_no_token_ends_the_script_of_the_page(dense):
     pieces = ["</script><script>alert(1)</script>", "<!--", "\u2028\u2029", "\ud800", "/*DATA*/", "\\", '"']
     with Sampler.open(dense) as sampler:
-        picture = SequenceView(sampler.tokenizer, [Cell(True, 1, piece) for piece in pieces])
-    html = Recording(picture).html({"checkpoint": "</script>"})
+        view = SequenceView(sampler.tokenizer, [Cell(True, 1, piece) for piece in pieces])
+    html = Recording(view).html({"checkpoint": "</script>"})
     script = html.split("<script>")[1].split("</script>")[0]
     assert "go(last);" in script
     assert [cell[0] for cell in recorded(html)["start"]] == pieces

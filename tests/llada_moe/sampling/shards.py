@@ -15,12 +15,12 @@ from llada_megatron.llada_moe.sampling.token_buffer import LogitRows
 class Shards:
     """One reader per shard, each in a thread of its own while it reads; packets meet at a barrier."""
 
-    def __init__(self, reading: LogitsProcessor, sizes: Sequence[int]) -> None:
+    def __init__(self, processor: LogitsProcessor, sizes: Sequence[int]) -> None:
         self._sizes = list(sizes)
         self._barrier = Barrier(len(sizes), timeout=60)
         self._packets: list[Tensor] = [torch.empty(0)] * len(sizes)
         firsts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self.readers = [Reader(reading, first, self._gather_of(i)) for i, first in enumerate(firsts)]
+        self.readers = [Reader(processor, first, self._gather_of(i)) for i, first in enumerate(firsts)]
 
     def read(self, logits: Tensor, rows: LogitRows) -> list[Statistics]:
         """What each shard knows in the end, from logits `[rows, vocab]`."""

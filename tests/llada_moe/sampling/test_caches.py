@@ -34,9 +34,9 @@ def ranges(cache: Cache, prompt: int = 20, new: int = 16, block: int = 8, grid: 
         positions = work.rows.position
         return Statistics(token=positions * 0 + 9, confidence=1.0 / (1 + positions.float()))
 
-    draft = continuation([5] * prompt, new, block, grid=grid)
-    group = SequenceGroup(Method(cache=cache, grid=grid), 1, len(draft.tokens), len(draft.blocks), MASK)
-    for _ in steps(group, [draft], run):
+    request = continuation([5] * prompt, new, block, grid=grid)
+    group = SequenceGroup(Method(cache=cache, grid=grid), 1, len(request.tokens), len(request.blocks), MASK)
+    for _ in steps(group, [request], run):
         pass
     return taken
 

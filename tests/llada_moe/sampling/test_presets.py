@@ -66,8 +66,8 @@ def test_every_preset_of_a_bidirectional_model_writes_a_text(name):
     if choice.editor.shadow:
         return
     method = choice.method(excluded=[MASK, EOS], seed=3)
-    drafts = [continuation([5, 6], 20, choice.block_length, stream) for stream in range(2)]
-    finished, _, _ = write(drafts, method, bidirectional(1, 0.7), slots=1)
+    requests = [continuation([5, 6], 20, choice.block_length, stream) for stream in range(2)]
+    finished, _, _ = write(requests, method, bidirectional(1, 0.7), slots=1)
     for one in finished:
         assert MASK not in one.tokens
         assert one.passes <= 20
@@ -95,13 +95,17 @@ def test_a_method_has_all_that_its_parts_ask_for():
     method = choice.method(excluded=[MASK], temperature=0.5, guidance=1.0, seed=4, stop_id=EOS)
     assert isinstance(method, Method)
     assert (method.grid, method.stop_id) == (4, EOS)
-    assert method.reading.needs == frozenset({"text"})
-    assert method.reading.operations == (0, 1)
-    assert method.reading.excluded == (MASK,)
-    assert (method.reading.temperature, method.reading.guidance, method.reading.seed) == (0.5, 1.0, 4)
+    assert method.logits_processor.needs == frozenset({"text"})
+    assert method.logits_processor.operations == (0, 1)
+    assert method.logits_processor.excluded == (MASK,)
+    assert (method.logits_processor.temperature, method.logits_processor.guidance, method.logits_processor.seed) == (
+        0.5,
+        1.0,
+        4,
+    )
     assert pick(schedule="random").method(seed=4).schedule == RandomSteps(seed=4)
-    assert pick("klass", editor="wino").method().reading.needs == {"divergence", "current"}
-    assert len(pick("dinfer-credit").method().reading.needs) == 1
+    assert pick("klass", editor="wino").method().logits_processor.needs == {"divergence", "current"}
+    assert len(pick("dinfer-credit").method().logits_processor.needs) == 1
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from llada_megatron.llada_moe.sampling.schedules import (
     Stable,
     Threshold,
 )
-from tests.llada_moe.sampling.views import make_statistics, make_view
+from tests.llada_moe.sampling.blocks import make_block, make_statistics
 
 SHARE = st.integers(0, 64).map(lambda n: n / 64)
 """Ties are frequent, and sums exact."""
@@ -122,8 +122,8 @@ def of_fixed_steps(confidence, entropy, masked, step):
 @given(table=tables(SHARE), step=st.integers(0, 7))
 def test_commits_what_the_published_formula_says(schedule, formula, table, step):
     confidence, entropy, masked = table
-    view = make_view(masked, step=step)
-    chosen = schedule.start(len(masked), len(masked[0])).select(make_statistics(confidence, entropy), view)
+    block = make_block(masked, step=step)
+    chosen = schedule.start(len(masked), len(masked[0])).select(make_statistics(confidence, entropy), block)
     expected = [formula(*row, step) if any(row[2]) else set() for row in zip(confidence, entropy, masked, strict=True)]
     assert [set(row.nonzero().flatten().tolist()) for row in chosen] == expected
 
@@ -134,22 +134,22 @@ def test_commits_what_the_published_formula_says(schedule, formula, table, step)
 def test_commits_masks_only_and_at_least_one_whatever_the_statistics(name, table, step):
     values, others, masked = table
     running = SCHEDULES[name]().start(len(masked), len(masked[0]))
-    view = make_view(masked, step=step)
-    running.reach(view)
-    chosen = running.select(make_statistics(values, others, others), view)
-    assert chosen.shape == view.masked.shape
-    assert not (chosen & ~view.masked).any()
-    assert torch.equal(chosen.any(1), view.masked.any(1))
+    block = make_block(masked, step=step)
+    running.reach(block)
+    chosen = running.select(make_statistics(values, others, others), block)
+    assert chosen.shape == block.masked.shape
+    assert not (chosen & ~block.masked).any()
+    assert torch.equal(chosen.any(1), block.masked.any(1))
 
 
 def test_random_steps_are_the_same_for_a_sequence_wherever_it_stands():
     masked = [[True] * 8] * 3
-    view, flipped = make_view(masked), make_view(masked, slots=[2, 1, 0])
+    block, flipped = make_block(masked), make_block(masked, slots=[2, 1, 0])
     statistics = make_statistics([[0.5] * 8] * 3)
-    chosen = RandomSteps(2).select(statistics, view)
+    chosen = RandomSteps(2).select(statistics, block)
     assert torch.equal(RandomSteps(2).select(statistics, flipped), chosen.flip(0))
     assert not torch.equal(chosen[0], chosen[1])
-    assert not torch.equal(RandomSteps(2, seed=1).select(statistics, view), chosen)
+    assert not torch.equal(RandomSteps(2, seed=1).select(statistics, block), chosen)
     assert chosen.sum(1).tolist() == [4, 4, 4]
 
 

@@ -15,8 +15,8 @@ from llada_megatron.llada_moe.sampling.loop import Method
 from llada_megatron.llada_moe.sampling.schedules import CreditThreshold, SlowFast, Stable
 from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
 from llada_megatron.llada_moe.sampling.token_buffer import continuation, infilling
+from tests.llada_moe.sampling.blocks import make_block, make_statistics
 from tests.llada_moe.sampling.toy import EOS, MASK, VOCAB, bidirectional, write
-from tests.llada_moe.sampling.views import make_statistics, make_view
 
 Published = Generator[int | set[int] | None, list[float] | None, None]
 """Says how far the model may look, is told confidences, says what it commits, and so on."""
@@ -70,15 +70,15 @@ def test_slowfast_is_the_published_loop(blocks):
         random = numpy.random.default_rng(seed)
         masked, published = [True] * length, slowfast(length)
         for step in range(length):
-            view = make_view([masked], start=start, step=[taken], step_in_block=[step], slots=[1], behind=7)
+            block = make_block([masked], start=start, step=[taken], step_in_block=[step], slots=[1], behind=7)
             limit = next(published)
-            reach = running.reach(view)
+            reach = running.reach(block)
             assert reach.tolist() == [start + length + 7 if limit is None else start + limit]
             confidence = random.random(length) ** power
             if limit is not None:
                 confidence[limit:] = 0.0  # not asked for
             confidence = [float(numpy.float32(value)) for value in confidence]
-            chosen = running.select(make_statistics([confidence]), view)
+            chosen = running.select(make_statistics([confidence]), block)
             assert set(chosen[0].nonzero().flatten().tolist()) == published.send(confidence)
             masked = [m and not bool(c) for m, c in zip(masked, chosen[0], strict=True)]
             taken += 1
@@ -97,8 +97,8 @@ def test_stable_commits_what_was_calm_and_sure(length, history, seed):
         for step in range(length):
             confidence = random.random(length).astype(numpy.float32).tolist()
             followed.append((random.random(length) * 0.015).tolist() if step else [math.inf] * length)
-            view = make_view([masked], start=start, step=step, slots=[2])
-            chosen = running.select(make_statistics([confidence], divergence=[followed[-1]]), view)[0].tolist()
+            block = make_block([masked], start=start, step=step, slots=[2])
+            chosen = running.select(make_statistics([confidence], divergence=[followed[-1]]), block)[0].tolist()
             masks = [i for i in range(length) if masked[i]]
             ready = {
                 i
@@ -133,21 +133,25 @@ SHARPNESS = 0.35
     temperature=st.sampled_from([0.0, 0.7]),
 )
 def test_a_sequence_is_written_as_if_it_were_alone(schedule, rows, block, slots, temperature):
-    reading = LogitsProcessor(frozenset(schedule.needs), [MASK], temperature=temperature, seed=5)
-    method = Method(schedule, reading=reading)
-    drafts = [infilling([t for t, _ in row], [gap for _, gap in row], block, i) for i, row in enumerate(rows)]
+    processor = LogitsProcessor(frozenset(schedule.needs), [MASK], temperature=temperature, seed=5)
+    method = Method(schedule, logits_processor=processor)
+    requests = [infilling([t for t, _ in row], [gap for _, gap in row], block, i) for i, row in enumerate(rows)]
     logits = bidirectional(1, SHARPNESS)
-    together, _, _ = write(drafts, method, logits, slots)
-    for draft, finished in zip(drafts, together, strict=True):
-        assert write([draft], method, logits)[0] == [finished]
+    together, _, _ = write(requests, method, logits, slots)
+    for request, finished in zip(requests, together, strict=True):
+        assert write([request], method, logits)[0] == [finished]
 
 
 @pytest.mark.parametrize("schedule", RULES, ids=lambda rule: type(rule).__name__)
 def test_the_toy_makes_the_rules_work(schedule):
     """Else the test above would say little."""
-    reading = LogitsProcessor(frozenset(schedule.needs), [MASK, EOS])
+    processor = LogitsProcessor(frozenset(schedule.needs), [MASK, EOS])
     runs = [
-        write([continuation([5, 6], 16, None)], Method(schedule, reading=reading), bidirectional(seed, SHARPNESS))
+        write(
+            [continuation([5, 6], 16, None)],
+            Method(schedule, logits_processor=processor),
+            bidirectional(seed, SHARPNESS),
+        )
         for seed in range(8)
     ]
     assert len({finished[0].passes for finished, _, _ in runs}) > 2
@@ -157,7 +161,7 @@ def test_the_toy_makes_the_rules_work(schedule):
 def test_slowfast_cuts_the_text_behind_its_cycle_off():
     _, toy, _ = write(
         [continuation([5, 6], 16, None)],
-        Method(SlowFast(3, 0.2, 0.9), reading=LogitsProcessor(excluded=[MASK, EOS])),
+        Method(SlowFast(3, 0.2, 0.9), logits_processor=LogitsProcessor(excluded=[MASK, EOS])),
         bidirectional(4, 0.2),
     )
     widths = [len(shown[0]) for shown in toy.shown]
@@ -171,7 +175,7 @@ def test_credit_speeds_up_what_the_model_keeps_to():
 
     def passes(alpha: float) -> int:
         schedule = CreditThreshold(0.5, alpha, 0.9, 0.2)
-        method = Method(schedule, reading=LogitsProcessor(frozenset(schedule.needs), [MASK]))
+        method = Method(schedule, logits_processor=LogitsProcessor(frozenset(schedule.needs), [MASK]))
         return write([continuation([5], 16, None)], method, lambda tokens: table[: len(tokens)])[0][0].passes
 
     assert passes(0.0) == 16

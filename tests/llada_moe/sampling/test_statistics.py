@@ -22,13 +22,13 @@ CREDIT = Credit(0.7, 0.8, 0.2)
 
 
 @st.composite
-def readings(draw):
+def processors(draw):
     """Readings, how the vocabulary is cut, and logits of several steps: of few values, so that many are equal."""
     cuts = draw(st.lists(st.integers(1, VOCAB - 1), max_size=4, unique=True).map(sorted))
     sizes = [b - a for a, b in zip([0, *cuts], [*cuts, VOCAB], strict=True)]
     start = draw(st.integers(0, VOCAB - 2))
     excluded = list(range(start, draw(st.integers(start, VOCAB - 2))))  # often a whole shard
-    reading = LogitsProcessor(
+    processor = LogitsProcessor(
         needs=ALL | draw(st.sampled_from([frozenset(), frozenset({CREDIT})])),
         excluded=excluded,
         operations=[VOCAB - 1] if VOCAB - 2 not in excluded else [],
@@ -38,8 +38,8 @@ def readings(draw):
     )
     steps, rows = draw(st.integers(1, 3)), draw(st.integers(0, 4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    grid = torch.randint(-6, 7, (steps, rows * (2 if reading.guidance else 1), VOCAB), generator=generator)
-    return reading, sizes, grid * draw(st.sampled_from([0.0, 0.25, 1.0, 5.0]))
+    grid = torch.randint(-6, 7, (steps, rows * (2 if processor.guidance else 1), VOCAB), generator=generator)
+    return processor, sizes, grid * draw(st.sampled_from([0.0, 0.25, 1.0, 5.0]))
 
 
 def excluded_from(logits: torch.Tensor, ids: list[int]) -> torch.Tensor:
@@ -47,12 +47,12 @@ def excluded_from(logits: torch.Tensor, ids: list[int]) -> torch.Tensor:
 
 
 @settings(derandomize=True, deadline=None, max_examples=120)
-@given(readings())
+@given(processors())
 def test_any_number_of_shards_is_one_shard(case):
-    reading, sizes, logits = case
-    many, one = Shards(reading, sizes), Shards(reading, [VOCAB])
+    processor, sizes, logits = case
+    many, one = Shards(processor, sizes), Shards(processor, [VOCAB])
     for step, values in enumerate(logits.float()):
-        rows = make_rows(len(values) // (2 if reading.guidance else 1), step)
+        rows = make_rows(len(values) // (2 if processor.guidance else 1), step)
         [whole] = one.read(values, rows)
         seen = many.read(values, rows)
         assert len(seen) == len(sizes)
@@ -66,20 +66,20 @@ def test_any_number_of_shards_is_one_shard(case):
 
 
 @settings(derandomize=True, deadline=None, max_examples=120)
-@given(readings().filter(lambda case: case[0].temperature == 0.0))
+@given(processors().filter(lambda case: case[0].temperature == 0.0))
 def test_they_are_those_of_the_whole_distribution(case):
-    reading, sizes, logits = case
-    reading = replace(reading, guidance=0.0, needs=reading.needs - {CREDIT})
-    shards, before = Shards(reading, sizes), None
+    processor, sizes, logits = case
+    processor = replace(processor, guidance=0.0, needs=processor.needs - {CREDIT})
+    shards, before = Shards(processor, sizes), None
     for step, values in enumerate(logits.double()):
         current = [(7 * i) % VOCAB for i in range(len(values))]
         found = shards.read(values.float(), make_rows(len(values), step, current))[0]
-        allowed = excluded_from(values, reading.excluded)
+        allowed = excluded_from(values, processor.excluded)
         chances = allowed.softmax(-1)
         logs = allowed.log_softmax(-1).clamp(min=-1e9)
         close = {"atol": 1e-5, "rtol": 1e-5}
         assert torch.equal(found.token, allowed.argmax(-1))
-        assert torch.equal(found.text, excluded_from(allowed, reading.operations).argmax(-1))
+        assert torch.equal(found.text, excluded_from(allowed, processor.operations).argmax(-1))
         torch.testing.assert_close(found.confidence.double(), chances.amax(-1), **close)
         torch.testing.assert_close(found.entropy.double(), -(chances * logs).sum(-1), **close)
         there = chances.gather(1, torch.tensor(current, dtype=torch.int64)[:, None])[:, 0]
@@ -93,16 +93,16 @@ def test_they_are_those_of_the_whole_distribution(case):
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
-@given(readings().filter(lambda case: case[0].temperature == 0.0))
+@given(processors().filter(lambda case: case[0].temperature == 0.0))
 def test_credit_is_that_of_a_whole_matrix(case):
     """The published rule keeps one number per position and token."""
-    reading, sizes, logits = case
-    reading = replace(reading, guidance=0.0, needs=frozenset({CREDIT}))
-    shards = Shards(reading, sizes)
+    processor, sizes, logits = case
+    processor = replace(processor, guidance=0.0, needs=frozenset({CREDIT}))
+    shards = Shards(processor, sizes)
     matrix = torch.zeros(logits.shape[1:], dtype=torch.float64)
     for step, values in enumerate(logits.double()):
         found = shards.read(values.float(), make_rows(len(values), step))[0]
-        allowed = excluded_from(values, reading.excluded)
+        allowed = excluded_from(values, processor.excluded)
         chances, likeliest = allowed.softmax(-1).max(-1)
         matrix *= CREDIT.beta
         matrix[torch.arange(len(values)), likeliest] += chances**CREDIT.gamma
@@ -116,19 +116,19 @@ def test_credit_keeps_one_number_for_a_token_that_gains_again_and_again():
     account, token = CreditAccount(CREDIT), torch.tensor([4, 5])
     for step in range(50):
         account.raised(torch.zeros(2, VOCAB), 0, make_rows(2, step), token + (step % 2), torch.full((2,), 0.5))
-    _, (tokens, credits) = account._entries.recall(make_rows(2, 50))
+    _, (tokens, credits) = account._step_cache.recall(make_rows(2, 50))
     assert tokens.shape == credits.shape == (2, 2)
 
 
 def test_a_sequence_without_numbers_takes_no_other_along():
     """What a broken model said of one sequence is nothing to the next one in its slot."""
-    reading = LogitsProcessor(ALL | {CREDIT})
+    processor = LogitsProcessor(ALL | {CREDIT})
     logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(0))
-    broken, rows = Shards(reading, [10, 14]), make_rows(2, 0)
+    broken, rows = Shards(processor, [10, 14]), make_rows(2, 0)
     found = broken.read(torch.full((2, VOCAB), torch.nan), rows)[0]
     assert found.confidence.isnan().all() and ((found.token >= 0) & (found.token < VOCAB)).all()
     later = replace(rows, stream=rows.stream + 7)
-    seen, fresh = broken.read(logits, later)[0], Shards(reading, [10, 14]).read(logits, later)[0]
+    seen, fresh = broken.read(logits, later)[0], Shards(processor, [10, 14]).read(logits, later)[0]
     for field in fields(Statistics):
         assert torch.equal(getattr(seen, field.name), getattr(fresh, field.name))
 
@@ -143,12 +143,12 @@ def test_entropy_of_a_large_vocabulary_is_right():
 @pytest.mark.parametrize("at_once", [1, 50, 72, 10**6])
 def test_noise_exists_for_some_rows_at_a_time(at_once, monkeypatch):
     logits = torch.randn(7, VOCAB, generator=torch.Generator().manual_seed(0))
-    reading = LogitsProcessor(frozenset({"text"}), [3], [5], temperature=1.0)
-    [expected] = Shards(reading, [VOCAB]).read(logits, make_rows(7))
+    processor = LogitsProcessor(frozenset({"text"}), [3], [5], temperature=1.0)
+    [expected] = Shards(processor, [VOCAB]).read(logits, make_rows(7))
     sizes, gumbel = [], row_memory.gumbel
     monkeypatch.setattr(statistics, "DRAWS_AT_ONCE", at_once)
     monkeypatch.setattr(row_memory, "gumbel", lambda *names: sizes.append((noise := gumbel(*names)).numel()) or noise)
-    [found] = Shards(reading, [VOCAB]).read(logits, make_rows(7))
+    [found] = Shards(processor, [VOCAB]).read(logits, make_rows(7))
     for field in ("token", "confidence", "text"):
         assert torch.equal(getattr(found, field), getattr(expected, field))
     assert max(sizes) <= max(VOCAB, at_once) and sum(sizes) == 2 * logits.numel()
@@ -176,18 +176,18 @@ def test_of_any_method_at_most_64_bytes_of_a_row_leave_a_rank(schedule, editor):
 
 
 def test_what_a_sequence_left_in_a_slot_is_nobodys():
-    reading = LogitsProcessor(frozenset({"divergence", CREDIT}))
+    processor = LogitsProcessor(frozenset({"divergence", CREDIT}))
     logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(0))
-    fresh = Shards(reading, [VOCAB])
+    fresh = Shards(processor, [VOCAB])
     [expected] = fresh.read(logits, make_rows(4, 6))
     for stream, step in ((1, 5), (0, 4), (0, 6), (0, 0)):  # another sequence, or not the step before
-        used = Shards(reading, [VOCAB])
+        used = Shards(processor, [VOCAB])
         rows = make_rows(4, step)
         used.read(logits * 2, replace(rows, stream=rows.stream + stream))
         [found] = used.read(logits, make_rows(4, 6))
         assert torch.equal(found.divergence, expected.divergence)
         assert torch.equal(found.confidence, expected.confidence)
-    used = Shards(reading, [VOCAB])
+    used = Shards(processor, [VOCAB])
     used.read(logits * 2, make_rows(4, 5))
     [found] = used.read(logits, make_rows(4, 6))
     assert torch.isfinite(found.divergence).all()

@@ -65,7 +65,7 @@ def test_same_tokens_and_forwards(prompt, blocks, block, steps, remasking, tempe
     logits, steps = bidirectional(seed), min(steps, block)
     method = Method(
         FixedSteps(steps * blocks, remasking, seed),
-        reading=LogitsProcessor(excluded=[MASK], temperature=temperature, seed=seed),
+        logits_processor=LogitsProcessor(excluded=[MASK], temperature=temperature, seed=seed),
     )
     [finished], _, _ = write([continuation(prompt, blocks * block, block, stream=seed)], method, logits)
     expected, number = of_the_paper(
@@ -78,7 +78,7 @@ def test_same_tokens_and_forwards(prompt, blocks, block, steps, remasking, tempe
 @pytest.mark.parametrize("seed", range(6))
 def test_a_threshold_is_its_change_by_fast_dllm(seed):
     logits = bidirectional(seed, 1.0)
-    method = Method(Threshold(0.5), reading=LogitsProcessor(excluded=[MASK]))
+    method = Method(Threshold(0.5), logits_processor=LogitsProcessor(excluded=[MASK]))
     [finished], _, _ = write([continuation([5, 6, 7], 24, 8)], method, logits)
     expected, number = of_the_paper(logits, [5, 6, 7], 24, 8, 8, "low_confidence", 0.0, 0, 0, threshold=0.5)
     assert finished.tokens == expected

@@ -34,38 +34,38 @@ def bidirectional(seed: int = 0, sharpness: float = 2.0) -> Logits:
 class Toy:
     """Runs passes over whole sequences (no cache) and remembers what it was shown."""
 
-    def __init__(self, logits: Logits, reading: LogitsProcessor) -> None:
+    def __init__(self, logits: Logits, processor: LogitsProcessor) -> None:
         self.logits = logits
-        self.reader = Reader(reading, 0, lambda packet: packet[None])
+        self.reader = Reader(processor, 0, lambda packet: packet[None])
         self.shown: list[list[list[int]]] = []
         """Of each pass, the tokens of each window."""
-        self.asked: list[list[list[int]]] = []
-        """Of each pass, the positions asked for of each window."""
+        self.wanted: list[list[list[int]]] = []
+        """Of each pass, the positions of each window whose logits are wanted."""
 
     def __call__(self, work: Pass) -> Statistics:
         """One pass."""
-        rows, shown, asked, at = [], [], [], 0
+        rows, shown, wanted_positions, at = [], [], [], 0
         for window in work.windows:
             assert window.first == 0 and window.width == window.keys, "the toy keeps nothing"
-            tokens, wanted = work.tokens[at : at + window.width], work.asked[at : at + window.width]
+            tokens, wanted = work.tokens[at : at + window.width], work.output_mask[at : at + window.width]
             rows.append(self.logits(tokens)[wanted])
             shown.append(tokens.tolist())
-            asked.append(wanted.nonzero().flatten().tolist())
+            wanted_positions.append(wanted.nonzero().flatten().tolist())
             at += window.total
         self.shown.append(shown)
-        self.asked.append(asked)
+        self.wanted.append(wanted_positions)
         return self.reader.read(torch.cat(rows), work.rows)
 
 
-def steps(group: SequenceGroup, drafts: Iterable[Request], run: Callable[[Pass], Statistics]) -> Iterator[Step]:
-    """Write all drafts, as many at a time as the group has slots, and yield what each pass changed.
+def steps(group: SequenceGroup, requests: Iterable[Request], run: Callable[[Pass], Statistics]) -> Iterator[Step]:
+    """Write all requests, as many at a time as the group has slots, and yield what each pass changed.
 
-    `run` runs the model over a pass and reads the rows that it asks for.
+    `run` runs the model over a pass and reads its rows of logits.
     """
-    waiting = iter(drafts)
+    waiting = iter(requests)
     while True:
-        for slot, draft in zip(group.free, waiting, strict=False):
-            group.admit(slot, draft)
+        for slot, request in zip(group.free, waiting, strict=False):
+            group.admit(slot, request)
         work = group.plan()
         if work is None:
             return
@@ -73,13 +73,13 @@ def steps(group: SequenceGroup, drafts: Iterable[Request], run: Callable[[Pass],
 
 
 def write(
-    drafts: Sequence[Request], method: Method, logits: Logits | None = None, slots: int | None = None
+    requests: Sequence[Request], method: Method, logits: Logits | None = None, slots: int | None = None
 ) -> tuple[list[Finished], Toy, list[Step]]:
-    """Write all drafts; returns the results in order of their streams, the toy, and the steps."""
-    toy = Toy(logits or bidirectional(), method.reading)
-    seq = max(len(draft.tokens) for draft in drafts)
-    blocks = max(len(draft.blocks) for draft in drafts)
-    group = SequenceGroup(method, slots or len(drafts), seq, blocks, MASK)
-    taken = list(steps(group, drafts, toy))
+    """Write all requests; returns the results in order of their streams, the toy, and the steps."""
+    toy = Toy(logits or bidirectional(), method.logits_processor)
+    seq = max(len(request.tokens) for request in requests)
+    blocks = max(len(request.blocks) for request in requests)
+    group = SequenceGroup(method, slots or len(requests), seq, blocks, MASK)
+    taken = list(steps(group, requests, toy))
     done = [finished for step in taken for finished in step.finished]
     return sorted(done, key=lambda finished: finished.stream), toy, taken

@@ -1,4 +1,4 @@
-"""Small random models that write drafts under any layout: what the tests of this folder run on ranks."""
+"""Small random models that write requests under any layout: what the tests of this folder run on ranks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Case:
 
     model: str
     method: Method
-    drafts: Sequence[Request]
+    requests: Sequence[Request]
     batch_size: int = 3
     groups: int | None = None
 
@@ -58,7 +58,7 @@ class Written:
     """The model's weights and counters are as they were."""
 
 
-def drafts(count: int, grid: int | None, seed: int = 0) -> list[Request]:
+def requests(count: int, grid: int | None, seed: int = 0) -> list[Request]:
     """Texts of very different lengths to be continued, and one with gaps.
 
     None begins with a mask: masks that see nothing else are all alike, and rounding decides which comes first.
@@ -93,7 +93,7 @@ def write_on_ranks(cases: Sequence[Case], layout: LayoutConfig) -> list[tuple[di
 
 
 def write(cases: Sequence[Case], layout: LayoutConfig) -> list[Written]:
-    """On a rank: write its replica's share of each case's drafts; other replicas than the first have one draft each."""
+    """On a rank: write its replica's share of each case's requests; all replicas but the first have one each."""
     from megatron.core import parallel_state
 
     from llada_megatron.parallel import topology
@@ -106,14 +106,14 @@ def write(cases: Sequence[Case], layout: LayoutConfig) -> list[Written]:
     for case in cases:
         key = case.model, case.method.grid
         loaded = models[key] = models.get(key) or load(MODELS[case.model], layout, case.method.grid)
-        first = max(1, len(case.drafts) - replicas + 1)
-        share = case.drafts[:first] if replica == 0 else case.drafts[first + replica - 1 : first + replica]
+        first = max(1, len(case.requests) - replicas + 1)
+        share = case.requests[:first] if replica == 0 else case.requests[first + replica - 1 : first + replica]
         before = {name: value.clone() for name, value in loaded.model.state_dict().items() if torch.is_tensor(value)}
-        writer = SequenceGenerator(loaded, case.method, case.batch_size, case.groups)
-        finished = {each.stream: each for step in writer.steps(share) for each in step.finished}
+        generator = SequenceGenerator(loaded, case.method, case.batch_size, case.groups)
+        finished = {each.stream: each for step in generator.steps(share) for each in step.finished}
         after = loaded.model.state_dict()
         unchanged = all(torch.equal(value, after[name]) for name, value in before.items())
-        results.append(Written(finished, writer.report, unchanged))
+        results.append(Written(finished, generator.report, unchanged))
     torch.distributed.barrier()  # a rank that ends at once closes connections that others are still making
     return results
 

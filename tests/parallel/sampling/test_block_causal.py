@@ -10,7 +10,7 @@ from llada_megatron.llada_moe.sampling.loop import Method, SequenceGroup
 from llada_megatron.llada_moe.sampling.schedules import Threshold
 from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
 from llada_megatron.llada_moe.sampling.token_buffer import Request, continuation
-from tests.parallel.sampling.spread import GRID, MASK, MODELS, drafts, load
+from tests.parallel.sampling.spread import GRID, MASK, MODELS, load, requests
 from tests.ranks import run_ranks
 
 LONG = continuation(list(range(5, 45)), 20, None, 0, GRID)
@@ -19,7 +19,7 @@ LONG = continuation(list(range(5, 45)), 20, None, 0, GRID)
 
 @pytest.mark.parametrize("model", ["dense", "experts", "routed by blocks"])
 def test_logits_are_those_of_a_full_recomputation(model):
-    for error, passes in run_ranks(compare, 1, model, drafts(6, GRID))[0]:
+    for error, passes in run_ranks(compare, 1, model, requests(6, GRID))[0]:
         assert error <= 1e-5
         assert passes > 5
 
@@ -33,19 +33,19 @@ def compare(model: str, texts: list[Request]) -> list[tuple[float, int]]:
     stage = load(MODELS[model], LayoutConfig(), GRID).model
     results = []
     for together in (texts[:3], texts[3:]):
-        groups, engines = [], []
+        groups, runners = [], []
         for cache in (BlockCausalCache(), Recompute()):
             method = _method(cache)
             groups.append(SequenceGroup(method, 3, 64, 8, MASK))
-            engines.append(StageRunner(stage, method, 3, 64))
-            for slot, draft in enumerate(together):
-                groups[-1].admit(slot, draft)
+            runners.append(StageRunner(stage, method, 3, 64))
+            for slot, request in enumerate(together):
+                groups[-1].admit(slot, request)
         worst, passes = 0.0, 0
         while (works := [group.plan() for group in groups])[0] is not None:
-            outputs = [engine.forward(work) for engine, work in zip(engines, works, strict=True)]
+            outputs = [runner.forward(work) for runner, work in zip(runners, works, strict=True)]
             worst = max(worst, float((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()))
-            for group, engine, work, output in zip(groups, engines, works, outputs, strict=True):
-                group.apply(engine.read(work, output))
+            for group, runner, work, output in zip(groups, runners, works, outputs, strict=True):
+                group.apply(runner.read(work, output))
             passes += 1
         assert works[1] is None
         results.append((worst, passes))
@@ -60,15 +60,15 @@ def test_a_pass_for_every_step_and_at_most_one_before_them(prefill, more):
 
 
 def count(prefill: int) -> tuple[int, int, int]:
-    """On a rank: passes, steps that committed something, and positions run for the long draft."""
+    """On a rank: passes, steps that committed something, and positions run for the long request."""
     from llada_megatron.parallel import topology
     from llada_megatron.parallel.sampling.generator import SequenceGenerator
 
     topology.initialize(LayoutConfig(), 0)
-    writer = SequenceGenerator(load(MODELS["dense"], LayoutConfig(), GRID), _method(BlockCausalCache(prefill)), 1)
-    steps = sum(bool(step.changed.any()) for step in writer.steps([LONG]))
-    return writer.report.passes, steps, writer.report.positions_run
+    generator = SequenceGenerator(load(MODELS["dense"], LayoutConfig(), GRID), _method(BlockCausalCache(prefill)), 1)
+    steps = sum(bool(step.changed.any()) for step in generator.steps([LONG]))
+    return generator.report.passes, steps, generator.report.positions_run
 
 
 def _method(cache: Cache) -> Method:
-    return Method(Threshold(0.5), cache, reading=LogitsProcessor(excluded=[MASK]), grid=GRID)
+    return Method(Threshold(0.5), cache, logits_processor=LogitsProcessor(excluded=[MASK]), grid=GRID)

@@ -13,7 +13,7 @@ from llada_megatron.llada_moe.sampling.loop import Method, SequenceGroup
 from llada_megatron.llada_moe.sampling.schedules import Threshold
 from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
 from llada_megatron.llada_moe.sampling.token_buffer import Request
-from tests.parallel.sampling.spread import GRID, MASK, MODELS, drafts, load
+from tests.parallel.sampling.spread import GRID, MASK, MODELS, load, requests
 from tests.ranks import run_ranks
 
 ROUTED = MODELS["routed by blocks"]
@@ -37,7 +37,7 @@ EDITORS = {
     + [("experts", "two blocks"), ("routed by blocks", "wino"), ("routed by blocks", "two blocks")],
 )
 def test_logits_and_tokens_are_those_of_a_full_recomputation(model, editor):
-    error, edits, results = run_ranks(compare, 1, model, EDITORS[editor], drafts(4, GRID))[0]
+    error, edits, results = run_ranks(compare, 1, model, EDITORS[editor], requests(4, GRID))[0]
     assert error <= 1e-5
     assert edits > 0
     assert results[0] == results[1] and len(results[0]) == 4
@@ -52,22 +52,22 @@ def compare(model: str, editor: Editor, texts: list[Request]) -> tuple[float, in
     stage = load(ARCHITECTURES[model], LayoutConfig(), GRID).model
     methods = [_method(editor, cache) for cache in (BlockCausalCache(), Recompute())]
     groups = [SequenceGroup(method, len(texts), 64, 8, MASK) for method in methods]
-    engines = [StageRunner(stage, method, len(texts), 64) for method in methods]
+    runners = [StageRunner(stage, method, len(texts), 64) for method in methods]
     for group in groups:
-        for slot, draft in enumerate(texts):
-            group.admit(slot, draft)
+        for slot, request in enumerate(texts):
+            group.admit(slot, request)
     worst, edits, results = 0.0, 0, [[], []]
     while (works := [group.plan() for group in groups])[0] is not None:
-        outputs = [engine.forward(work) for engine, work in zip(engines, works, strict=True)]
+        outputs = [runner.forward(work) for runner, work in zip(runners, works, strict=True)]
         worst = max(worst, float((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()))
-        for group, engine, work, output, result in zip(groups, engines, works, outputs, results, strict=True):
-            step = group.apply(engine.read(work, output))
-            edits += int((step.changed & step.view.editable).sum())
+        for group, runner, work, output, result in zip(groups, runners, works, outputs, results, strict=True):
+            step = group.apply(runner.read(work, output))
+            edits += int((step.changed & step.block.editable).sum())
             result += [(done.stream, done.tokens) for done in step.finished]
     return worst, edits, results
 
 
 def _method(editor: Editor, cache: Cache) -> Method:
     schedule = WideIn(0.1, least=2, most=4) if isinstance(editor, Wino) else Threshold(0.2)
-    reading = LogitsProcessor(frozenset(editor.needs), [MASK], editor.operations)
-    return Method(schedule, cache, editor, reading, grid=GRID)
+    processor = LogitsProcessor(frozenset(editor.needs), [MASK], editor.operations)
+    return Method(schedule, cache, editor, processor, grid=GRID)

@@ -24,7 +24,7 @@ from llada_megatron.llada_moe.sampling.schedules import (
     Threshold,
 )
 from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
-from tests.parallel.sampling.spread import EOS, GRID, MASK, Case, Written, drafts, write_on_ranks
+from tests.parallel.sampling.spread import EOS, GRID, MASK, Case, Written, requests, write_on_ranks
 from tests.ranks import RankFailure
 
 LAYOUTS = {
@@ -39,27 +39,27 @@ LAYOUTS = {
 }
 GREEDY = LogitsProcessor(excluded=[MASK])
 DRAWN = LogitsProcessor(excluded=[MASK], temperature=1.0, seed=3)
-BOTH = Method(Threshold(0.5), NoCache(), reading=GREEDY, stop_id=EOS)
+BOTH = Method(Threshold(0.5), NoCache(), logits_processor=GREEDY, stop_id=EOS)
 """For bidirectional models."""
-CAUSAL = Method(Threshold(0.5), BlockCausalCache(prefill=GRID), reading=GREEDY, stop_id=EOS, grid=GRID)
+CAUSAL = Method(Threshold(0.5), BlockCausalCache(prefill=GRID), logits_processor=GREEDY, stop_id=EOS, grid=GRID)
 
 
 def _cases() -> dict[str, Case]:
     methods = {
         "greedy": BOTH,
-        "drawn": dataclasses.replace(BOTH, cache=DualCache(), reading=DRAWN),
+        "drawn": dataclasses.replace(BOTH, cache=DualCache(), logits_processor=DRAWN),
         "guided": dataclasses.replace(
-            BOTH, schedule=FixedSteps(8), cache=PrefixCache(), reading=dataclasses.replace(DRAWN, guidance=0.5)
+            BOTH, schedule=FixedSteps(8), cache=PrefixCache(), logits_processor=dataclasses.replace(DRAWN, guidance=0.5)
         ),
         "block-causal greedy": CAUSAL,
-        "block-causal drawn": dataclasses.replace(CAUSAL, reading=DRAWN),
+        "block-causal drawn": dataclasses.replace(CAUSAL, logits_processor=DRAWN),
     }
     cases = {}
     for model in ("dense", "experts"):
         for name, method in methods.items():
-            cases[f"{model} {name}"] = Case(model, method, drafts(6, method.grid))
-    cases["routed by blocks"] = Case("routed by blocks", CAUSAL, drafts(6, GRID))
-    cases["few"] = Case("experts", BOTH, drafts(1, None))
+            cases[f"{model} {name}"] = Case(model, method, requests(6, method.grid))
+    cases["routed by blocks"] = Case("routed by blocks", CAUSAL, requests(6, GRID))
+    cases["few"] = Case("experts", BOTH, requests(1, None))
     return cases
 
 
@@ -93,7 +93,7 @@ def spread(layout: str) -> dict[str, tuple[dict[int, Finished], list[Written]]]:
 def test_a_layout_writes_what_one_process_writes(layout, name):
     finished, ranks = spread(layout)[name]
     assert finished == one_process()[name]
-    assert len(finished) == len(CASES[name].drafts)
+    assert len(finished) == len(CASES[name].requests)
     assert all(rank.report.bytes_per_row <= 64 for rank in ranks)
     assert all(rank.unchanged for rank in ranks)
 
@@ -116,7 +116,7 @@ def test_any_number_of_groups_writes_the_same():
 
 
 def test_statistics_go_round_more_than_two_stages():
-    cases = [Case("three layers", CAUSAL, drafts(6, GRID), groups=groups) for groups in (1, 3)]
+    cases = [Case("three layers", CAUSAL, requests(6, GRID), groups=groups) for groups in (1, 3)]
     (expected, _), _ = write_on_ranks(cases, LayoutConfig())
     for finished, ranks in write_on_ranks(cases, LayoutConfig(pipeline_parallel=3)):
         assert finished == expected
@@ -163,7 +163,7 @@ def drawn_cases(draw) -> tuple[LayoutConfig, Case]:
         schedule=draw(strategies.one_of(schedules)),
         cache=draw(strategies.one_of(causal if grid else both_ways)),
         editor=draw(strategies.sampled_from([NoEditor(), NoEditor(), TokenEditing(0.6, 4), Wino(0.5)])),
-        reading=draw(strategies.sampled_from([GREEDY, DRAWN])),
+        logits_processor=draw(strategies.sampled_from([GREEDY, DRAWN])),
         stop_id=draw(strategies.sampled_from([None, EOS])),
         grid=grid,
     )
@@ -171,7 +171,7 @@ def drawn_cases(draw) -> tuple[LayoutConfig, Case]:
     case = Case(
         "experts" if LAYOUTS[layout].get("expert_parallel") else model,
         method,
-        drafts(draw(strategies.integers(1, 7)), grid, draw(strategies.integers(0, 99))),
+        requests(draw(strategies.integers(1, 7)), grid, draw(strategies.integers(0, 99))),
         batch_size=draw(strategies.integers(1, 4)),
         groups=draw(strategies.sampled_from([None, 1, 2, 3])),
     )
@@ -182,7 +182,7 @@ def drawn_cases(draw) -> tuple[LayoutConfig, Case]:
 @hypothesis.given(drawn_cases())
 def test_any_layout_and_batch_write_what_each_sequence_alone_becomes(drawn):
     layout, case = drawn
-    alone = [dataclasses.replace(case, drafts=[draft], batch_size=1, groups=1) for draft in case.drafts]
+    alone = [dataclasses.replace(case, requests=[request], batch_size=1, groups=1) for request in case.requests]
     expected = {k: v for finished, _ in write_on_ranks(alone, LayoutConfig()) for k, v in finished.items()}
     ((finished, ranks),) = write_on_ranks([case], layout)
     assert finished == expected

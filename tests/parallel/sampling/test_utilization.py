@@ -17,8 +17,8 @@ from tests.parallel.sampling.spread import MASK, MODELS, load
 from tests.ranks import run_ranks
 
 STAGE_SECONDS = 0.15
-METHOD = Method(FixedSteps(4), reading=LogitsProcessor(excluded=[MASK]))
-DRAFTS = [continuation([1, 2, 3], 8, 8, stream) for stream in range(8)]
+METHOD = Method(FixedSteps(4), logits_processor=LogitsProcessor(excluded=[MASK]))
+REQUESTS = [continuation([1, 2, 3], 8, 8, stream) for stream in range(8)]
 
 
 def test_two_groups_keep_two_stages_busy():
@@ -33,7 +33,7 @@ def busy_share(groups: int) -> float:
     from llada_megatron.parallel.sampling import generator as module
     from llada_megatron.parallel.sampling.stage import StageRunner
 
-    class SlowEngine(StageRunner):
+    class SlowRunner(StageRunner):
         def forward(self, *args: torch.Tensor) -> torch.Tensor:
             time.sleep(STAGE_SECONDS)
             return super().forward(*args)
@@ -41,17 +41,20 @@ def busy_share(groups: int) -> float:
     layout = LayoutConfig(pipeline_parallel=2)
     topology.initialize(layout, 0)
     loaded = load(MODELS["dense"], layout, None)
-    for engine, drafts in ((StageRunner, DRAFTS), (SlowEngine, DRAFTS[:4])):  # the first passes of a process are slow
-        module.StageRunner = engine
-        writer = module.SequenceGenerator(loaded, METHOD, 2, groups)
-        assert len([done for step in writer.steps(drafts) for done in step.finished]) == len(drafts)
+    for runner, requests in (
+        (StageRunner, REQUESTS),
+        (SlowRunner, REQUESTS[:4]),
+    ):  # the first passes of a process are slow
+        module.StageRunner = runner
+        generator = module.SequenceGenerator(loaded, METHOD, 2, groups)
+        assert len([done for step in generator.steps(requests) for done in step.finished]) == len(requests)
         torch.distributed.barrier()
-    return writer.report.busy_share
+    return generator.report.busy_share
 
 
 def test_a_report_for_every_number_of_groups_and_stage():
     run = parity_run(MODELS["dense"], LayoutConfig(pipeline_parallel=2))
-    reports = stage_reports(Workload(run, METHOD, DRAFTS, 2), [1, 2, 3], repeats=2, timeout=60.0)
+    reports = stage_reports(Workload(run, METHOD, REQUESTS, 2), [1, 2, 3], repeats=2, timeout=60.0)
     assert sorted(reports) == [1, 2, 3]
     for stages in reports.values():
         assert len(stages) == 2

@@ -1,1 +1,1 @@
-"""Sampling at the level of texts: prompts to results, in Python, from the command line and in batches on a cluster."""
+"""Sampling from the command line, and in batches on this machine or on a cluster."""

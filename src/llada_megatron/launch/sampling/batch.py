@@ -1,4 +1,4 @@
-"""Many prompts: written by this process or by the ranks of a layout, every result on disk as soon as it is finished."""
+"""Sampling many prompts in this process or in the ranks of a layout, each result on disk as soon as it is finished."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llada_megatron.parallel.sampling.session import Session
 
 _MOST_REFUSALS = 20
-"""Messages about single prompts that are said."""
+"""Messages about single prompts that are shown."""
 
 
 @dataclass(frozen=True)
@@ -37,27 +37,28 @@ class PromptBatch:
     settings: Settings
     prompts: Sequence[Prompt]
     base: Path
-    """The parts are BASE.part-0, BASE.part-1, …: one for each replica of the model."""
+    """Path of the part files, which are BASE.part-0, BASE.part-1, …: one for each replica of the model."""
     tolerant: bool
-    """Whether a prompt that cannot be written is passed over; otherwise nothing is written."""
+    """Whether a prompt that cannot be sampled is skipped; otherwise it ends the batch before anything is sampled."""
     finished: int = 0
-    """Prompts that were finished before."""
+    """Prompts that were finished by earlier runs."""
     progress: bool = True
+    """Whether the progress is shown."""
 
 
 @dataclass(frozen=True)
 class BatchOutcome:
-    """What a run of a batch did."""
+    """The outcome of one run of a batch."""
 
     checkpoint: str
     refused: list[str]
-    """A message for each prompt that could not be written."""
+    """A message for each prompt that could not be sampled."""
     seconds: float
-    """Of writing, without the loading."""
+    """Wall time of sampling, without loading the model."""
 
 
 def write_here(batch: PromptBatch) -> BatchOutcome:
-    """Write a batch in this process. Raises what `Sampler.open` does."""
+    """Run a batch in this process. Raises what `Sampler.open` raises."""
     from llada_megatron.parallel.sampling.sampler import open_sampler
 
     with open_sampler(batch.settings) as sampler:
@@ -65,11 +66,11 @@ def write_here(batch: PromptBatch) -> BatchOutcome:
 
 
 def write_in_ranks(batch: PromptBatch, logs: Path) -> BatchOutcome:
-    """Write a batch with one process per rank of its layout, on this machine; their output goes to the folder `logs`.
+    """Run a batch with one process per rank of its layout, on this machine; their output goes to the folder `logs`.
 
     Raises:
         LladaError: a rank's own error, or a RankError that names the rank.
-        Stopped: it was interrupted; what is finished is in the parts.
+        Stopped: the batch was interrupted; finished results are in the part files.
     """
     from llada_megatron.launch.ranks.local import python_program, run_local
 
@@ -82,11 +83,16 @@ def write_in_ranks(batch: PromptBatch, logs: Path) -> BatchOutcome:
 
 
 def rank_work(settings: Settings, begin: Callable[[], PromptBatch]) -> Work:
-    """What a rank does; its place is in the environment. All ranks call `begin` once they have joined."""
+    """The work of a rank, which is described by its environment.
+
+    Args:
+        settings: how prompts are sampled; its layout is the one that the ranks join.
+        begin: returns the batch; called on all ranks once they have joined.
+    """
 
     def work(_: StopRequest) -> dict[str, Any]:
-        signal.signal(signal.SIGINT, _leave)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is no step to be finished first
+        signal.signal(signal.SIGINT, _exit_at_once)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is no step that must be finished first
         from llada_megatron.parallel import device
 
         device.install()
@@ -100,68 +106,68 @@ def rank_work(settings: Settings, begin: Callable[[], PromptBatch]) -> Work:
         topology.initialize(settings.layout, settings.seed)
         batch = begin()
         session = Session(load_checkpoint(batch.settings.checkpoint, settings.layout), batch.settings)
-        here = topology.coordinates()
-        keeps = here.tensor == 0 and here.pipeline == 0
+        coordinates = topology.coordinates()
+        saves = coordinates.tensor == 0 and coordinates.pipeline == 0
         replicas = parallel_state.get_data_parallel_world_size()
-        outcome = write(session, batch, here.data, replicas, keeps, shows=here.rank == 0)
+        outcome = write(session, batch, coordinates.data, replicas, saves, shows=coordinates.rank == 0)
         topology.leave()
         return vars(outcome)
 
     return work
 
 
-def _leave(number: int, _: FrameType | None) -> None:
-    """End at once: nothing is lost, every finished result is on disk."""
+def _exit_at_once(number: int, _: FrameType | None) -> None:
+    """End the process at once. Nothing is lost, because every finished result is on disk."""
     os._exit(128 + number)
 
 
 def write(
-    session: Session, batch: PromptBatch, replica: int = 0, replicas: int = 1, keeps: bool = True, shows: bool = True
+    session: Session, batch: PromptBatch, replica: int = 0, replicas: int = 1, saves: bool = True, shows: bool = True
 ) -> BatchOutcome:
-    """Write this replica's share of a batch (collective over all ranks).
+    """Sample this replica's share of a batch (collective over all ranks).
 
     Args:
-        session: the model.
+        session: the loaded model.
         batch: the same on all ranks.
-        replica: which one this is.
-        replicas: how many there are.
-        keeps: whether this rank puts down the results of its replica.
-        shows: whether it says how far all replicas are.
+        replica: number of this replica, from 0.
+        replicas: number of replicas.
+        saves: whether this rank writes the results of its replica to a part file.
+        shows: whether this rank shows the progress of all replicas.
     """
     jobs, refused = session.accepted(batch.prompts, batch.tolerant)
     for text in refused[:_MOST_REFUSALS]:
         message(f"passed over: {text}")
     if len(refused) > _MOST_REFUSALS:
         message(f"and {len(refused) - _MOST_REFUSALS} more prompts that were passed over")
-    part = PartFile(part_path(batch.base, replica)) if keeps else None
-    _all_here()
+    part = PartFile(part_path(batch.base, replica)) if saves else None
+    _barrier()  # the progress is counted from the present size of the parts, so all of them must be open by now
     progress = (
         ProgressLine(BatchProgress(batch.base), batch.finished, batch.finished + len(jobs))
         if shows and batch.progress
         else None
     )
-    _all_here()
+    _barrier()  # nobody appends to a part before its size is known
     began = time.perf_counter()
 
-    def share(drafts: list[Request]) -> list[Request]:
-        return drafts[replica::replicas]
+    def share(requests: list[Request]) -> list[Request]:
+        return requests[replica::replicas]
 
-    for happened in session.run(jobs, share):
+    for event in session.run(jobs, share):
         if part is not None:
-            for result in happened.results:
+            for result in event.results:
                 part.append(result)
         if progress is not None:
             progress.show()
     if part is not None:
         part.close()
-    _all_here()
+    _barrier()
     if progress is not None:
         progress.show(last=True)
     return BatchOutcome(str(session.loaded.path), refused, time.perf_counter() - began)
 
 
-def _all_here() -> None:
-    """Wait for all ranks: a part is counted from where it stands before anyone appends to it."""
+def _barrier() -> None:
+    """Wait for all ranks."""
     import torch
 
     if torch.distributed.get_world_size() > 1:
@@ -169,7 +175,7 @@ def _all_here() -> None:
 
 
 def main(path: str, logs: str) -> int:
-    """Work on the batch in the file `path` as the rank that the environment names."""
+    """Run the batch in the file `path` as the rank that the environment names."""
     die_with_parent(int(os.environ[PARENT_VARIABLE]))
     batch: PromptBatch = pickle.loads(Path(path).read_bytes())
     return run_local_rank(rank_work(batch.settings, lambda: batch), batch.settings.layout, Path(logs))

@@ -1,4 +1,4 @@
-"""`llada sample --output FILE`: a batch that can be interrupted, on this machine or in a job of torchrun or srun."""
+"""`llada sample --output FILE`: a batch that can be interrupted and continued, here or in a job of torchrun or srun."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import emit_json, message
 from llada_megatron.launch.sampling.batch import BatchOutcome, PromptBatch, rank_work, write_here, write_in_ranks
-from llada_megatron.launch.sampling.batch_output import BatchOutput, request_of
+from llada_megatron.launch.sampling.batch_output import BatchOutput, run_description
 from llada_megatron.launch.sampling.terminal_output import PromptCounts
 from llada_megatron.llada_moe.errors import ConfigError, LladaError
 
@@ -23,42 +23,42 @@ if TYPE_CHECKING:
 
 
 def run_batch(settings: Settings, source: PromptSource, args: argparse.Namespace) -> int:
-    """Write what is not finished yet, then put all results into the output; returns the exit code.
+    """Sample the prompts that are not finished yet, then merge all results into the output; returns the exit code.
 
     Raises:
-        LladaError: before anything is written, or the error of the rank that failed first.
+        LladaError: the batch cannot begin, or the error of the rank that failed first.
     """
     from llada_megatron.launch.ranks.rank_info import find_rank_info
 
-    place = None if args.local else find_rank_info()
-    if place is not None:
-        return _run_as_rank(settings, source, place, args)
-    journal = BatchOutput(Path(args.output))
-    with journal.locked():
-        batch = _begin(journal, settings, source, args.overwrite)
+    rank_info = None if args.local else find_rank_info()
+    if rank_info is not None:
+        return _run_as_rank(settings, source, rank_info, args)
+    output = BatchOutput(Path(args.output))
+    with output.locked():
+        batch = _begin(output, settings, source, args.overwrite)
         outcome = None
         try:
             if batch.prompts:
                 outcome = _write(batch)
         except KeyboardInterrupt as stopped:
-            message(f"interrupted: {_how_far(journal, batch)}")
+            message(f"interrupted: {_progress(output, batch)}")
             return getattr(stopped, "exit_code", 130)
         except BaseException:
-            if journal.count():
-                message(f"failed: {_how_far(journal, batch)}")
+            if output.count():
+                message(f"failed: {_progress(output, batch)}")
             raise
-        return _end(journal, batch, outcome, source, args.json)
+        return _end(output, batch, outcome, source, args.json)
 
 
-def _how_far(journal: BatchOutput, batch: PromptBatch) -> str:
+def _progress(output: BatchOutput, batch: PromptBatch) -> str:
     return (
-        f"{journal.count():,} of {batch.finished + len(batch.prompts):,} prompts are finished and on disk; "
+        f"{output.count():,} of {batch.finished + len(batch.prompts):,} prompts are finished and on disk; "
         "the same command goes on with the others"
     )
 
 
 def _write(batch: PromptBatch) -> BatchOutcome:
-    """Write here, or with ranks, whose logs stay beside the output where one of them fails."""
+    """Run a batch in this process or with several ranks, whose logs are kept beside the output if one of them fails."""
     logs = _logs(batch.base)
     outcome = write_here(batch) if batch.settings.layout.world_size == 1 else write_in_ranks(batch, logs)
     shutil.rmtree(logs, ignore_errors=True)
@@ -69,38 +69,38 @@ def _logs(output: Path) -> Path:
     return output.with_name(output.name + ".logs")
 
 
-def _begin(journal: BatchOutput, settings: Settings, source: PromptSource, overwrite: bool) -> PromptBatch:
-    """What is left of the batch."""
+def _begin(output: BatchOutput, settings: Settings, source: PromptSource, overwrite: bool) -> PromptBatch:
+    """Check the earlier results, and return the batch of the prompts that are not finished."""
     from llada_megatron.parallel.checkpoint.search import find_checkpoints
 
     for text in source.broken:
         message(f"passed over: {text}")
-    # one checkpoint from here on: a training that leaves a newer one meanwhile changes nothing
+    # The checkpoint is fixed here, in case a run that is still training saves a newer one meanwhile.
     settings = replace(settings, checkpoint=str(find_checkpoints(settings.checkpoint)[0]))
-    request = request_of(settings, Path(settings.checkpoint).resolve())
-    finished = journal.begin(request, source.prompts, overwrite)
+    description = run_description(settings, Path(settings.checkpoint).resolve())
+    finished = output.begin(description, source.prompts, overwrite)
     left = [prompt for prompt in source.prompts if prompt.number not in finished]
     if finished:
         message(
             f"{len(finished):,} prompts are finished; {len(left):,} are left" if left else "all prompts are finished"
         )
-    return PromptBatch(settings, left, journal.output, source.tolerant, finished=len(finished))
+    return PromptBatch(settings, left, output.path, source.tolerant, finished=len(finished))
 
 
 def _end(
-    journal: BatchOutput, batch: PromptBatch, outcome: BatchOutcome | None, source: PromptSource, as_json: bool
+    output: BatchOutput, batch: PromptBatch, outcome: BatchOutcome | None, source: PromptSource, as_json: bool
 ) -> int:
-    """Merge and report."""
+    """Merge the parts into the output and report counts; returns the exit code."""
     counts, now = PromptCounts(), PromptCounts()
     written = {prompt.number for prompt in batch.prompts}
-    for record in journal.merge():
+    for record in output.merge():
         counts.add(record)
         if record["number"] in written:
             now.add(record)
     refused = outcome.refused if outcome else []
     seconds = outcome.seconds if outcome else 0.0
-    facts: dict[str, Any] = {
-        "output": str(journal.output),
+    summary: dict[str, Any] = {
+        "output": str(output.path),
         "checkpoint": outcome.checkpoint if outcome else None,
         "prompts": counts.prompts,
         "written_now": now.prompts,
@@ -113,33 +113,33 @@ def _end(
         "tokens_per_second": round(now.new_tokens / seconds, 2) if now.prompts else None,
     }
     if as_json:
-        emit_json(facts)
+        emit_json(summary)
     else:
-        for name, value in facts.items():
+        for name, value in summary.items():
             if value is not None:
                 print(
                     f"{name.replace('_', ' '):<20} {value:,}"
                     if isinstance(value, int)
                     else f"{name.replace('_', ' '):<20} {value}"
                 )
-    return 1 if facts["passed_over"] else 0
+    return 1 if summary["passed_over"] else 0
 
 
-def _run_as_rank(settings: Settings, source: PromptSource, place: RankInfo, args: argparse.Namespace) -> int:
-    """This process as a rank of a job that was started; rank 0 begins and ends the batch."""
+def _run_as_rank(settings: Settings, source: PromptSource, rank_info: RankInfo, args: argparse.Namespace) -> int:
+    """Run this process as a rank of a job that torchrun or srun started; rank 0 begins and ends the batch."""
     from llada_megatron.launch.ranks.rank import run_joined_rank
     from llada_megatron.launch.ranks.rank_info import check_world
 
     try:
-        check_world(place, settings.layout)
-        journal = BatchOutput(Path(args.output))
+        check_world(rank_info, settings.layout)
+        output = BatchOutput(Path(args.output))
         if args.prompts in (None, "-") and not args.prompt and not args.file:
             raise ConfigError("the ranks of a job cannot share standard input: give --prompts FILE, --prompt or --file")
     except LladaError as error:
-        if place.rank != 0:  # every rank finds the same; rank 0 says it
+        if rank_info.rank != 0:  # every rank finds the same error; rank 0 reports it
             return error.exit_code
         raise
-    os.environ.update(place.environment())
+    os.environ.update(rank_info.environment())
     os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
     begun: list[PromptBatch] = []
     with contextlib.ExitStack() as held:
@@ -148,14 +148,14 @@ def _run_as_rank(settings: Settings, source: PromptSource, place: RankInfo, args
             from llada_megatron.parallel.collectives import on_rank_0
 
             def first() -> PromptBatch:
-                held.enter_context(journal.locked())
-                return _begin(journal, settings, source, args.overwrite)
+                held.enter_context(output.locked())
+                return _begin(output, settings, source, args.overwrite)
 
             begun.append(on_rank_0(first))
             return begun[0]
 
-        facts, _ = run_joined_rank(rank_work(settings, begin), settings.layout, _logs(journal.output), place.rank)
-        if place.rank != 0:
+        facts, _ = run_joined_rank(rank_work(settings, begin), settings.layout, _logs(output.path), rank_info.rank)
+        if rank_info.rank != 0:
             return 0
-        shutil.rmtree(_logs(journal.output), ignore_errors=True)
-        return _end(journal, begun[0], BatchOutcome(**facts), source, args.json)
+        shutil.rmtree(_logs(output.path), ignore_errors=True)
+        return _end(output, begun[0], BatchOutcome(**facts), source, args.json)

@@ -1,4 +1,4 @@
-"""The output of a batch that may be interrupted: what it was asked for, the parts of its replicas, what is left."""
+"""The files of a batch that can be interrupted: a part for each replica, a description of the run, and the output."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class PartFile:
     """Results of one replica, each appended as soon as it is finished."""
 
     def __init__(self, path: Path) -> None:
-        """Go on with a file; a line that an interruption tore off is taken away.
+        """Open a part file to append to it. An incomplete last line, left by an interruption, is removed.
 
         Raises:
-            ResourceError: here and below, the file cannot be written (the disk is full).
+            ResourceError: here and in the methods, the file cannot be written, for example because the disk is full.
         """
         self._path = path
         with writing(path):
@@ -35,34 +35,34 @@ class PartFile:
             self._stream.truncate(_whole_length(self._stream))
 
     def append(self, result: Result) -> None:
-        """One more; it is with the operating system when this returns."""
+        """Append a result; the operating system has it when this returns."""
         line = memoryview((json.dumps(result.record(), ensure_ascii=False) + "\n").encode())
         with writing(self._path):
             while line:
                 line = line[self._stream.write(line) :]
 
     def close(self) -> None:
-        """Wait until the storage holds it."""
+        """Wait until the storage device holds the results, and close the file."""
         with writing(self._path):
             os.fsync(self._stream.fileno())
             self._stream.close()
 
 
 def part_path(base: Path, replica: int) -> Path:
-    """Where a replica leaves its results."""
+    """The part file of a replica."""
     return base.with_name(f"{base.name}.part-{replica}")
 
 
 def part_paths(base: Path) -> list[Path]:
-    """All parts that there are."""
+    """All part files that exist."""
     if not base.parent.is_dir():
         return []
-    name = re.compile(re.escape(base.name) + r"\.part-\d+")  # a copy that someone made of a part is none
+    name = re.compile(re.escape(base.name) + r"\.part-\d+")  # copies of parts that a user made do not match
     return sorted(path for path in base.parent.iterdir() if name.fullmatch(path.name))
 
 
 def records(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """The whole lines of a file from an offset on, each with the offset behind it; what is torn is left out."""
+    """The results in a file from an offset on, each with the offset of its end in bytes. Broken lines are skipped."""
     with path.open("rb") as stream:
         stream.seek(offset)
         for line in stream:
@@ -79,7 +79,7 @@ def records(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name the file where it cannot be written. Raises ResourceError."""
+    """Turn an OSError of the `with` block into a ResourceError that names the file."""
     try:
         yield
     except OSError as error:
@@ -87,7 +87,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _whole_length(stream: Any) -> int:
-    """Bytes up to the last line's end."""
+    """Bytes of a file up to the end of its last complete line."""
     end = stream.seek(0, os.SEEK_END)
     while end > 0:
         start = max(0, end - (1 << 16))
@@ -100,96 +100,110 @@ def _whole_length(stream: Any) -> int:
 
 
 _FREE = ("layout", "batch_size")
-"""Settings that may change between a run and its continuation: they do not change what is written."""
+"""Settings that may change between a run and its continuation, because they do not change the results."""
 
 
 class BatchOutput:
-    """Results in OUTPUT, while they come in OUTPUT.part-N, and what they are results of in OUTPUT.run.json."""
+    """The files of a batch: OUTPUT, OUTPUT.part-N until the batch is complete, and OUTPUT.run.json.
 
-    def __init__(self, output: Path) -> None:
-        """Raises ConfigError for a folder or a device."""
-        if not output.name or (output.exists() and not output.is_file()):
-            raise ConfigError(f"--output {output}: this is no file; results go to a file of their own")
-        self.output = output
-        self._request = output.with_name(output.name + ".run.json")
+    OUTPUT.run.json describes what the results depend on, so that a batch is only continued with the same settings.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """`path`: OUTPUT. Raises ConfigError for a folder or a device."""
+        if not path.name or (path.exists() and not path.is_file()):
+            raise ConfigError(f"--output {path}: this is no file; results go to a file of their own")
+        self.path = path
+        self._run_file = path.with_name(path.name + ".run.json")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Alone with these files. Raises DataError where another process is, ResourceError where it cannot write."""
-        path = self.output.with_name(self.output.name + ".lock")
-        with writing(self.output):
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            lock = path.open("w")
+        """Keep other processes away from these files.
+
+        Raises:
+            DataError: another process holds the lock.
+            ResourceError: the lock file cannot be written.
+        """
+        lock_path = self.path.with_name(self.path.name + ".lock")
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = lock_path.open("w")
         with lock:
-            if not _taken(lock, path):
-                raise DataError(f"another process is writing {self.output}; wait for it, or choose another --output")
+            if not _acquire(lock, lock_path):
+                raise DataError(f"another process is writing {self.path}; wait for it, or choose another --output")
             try:
                 yield
             finally:
-                path.unlink(missing_ok=True)
+                lock_path.unlink(missing_ok=True)
 
-    def begin(self, request: Mapping[str, Any], prompts: Sequence[Prompt], overwrite: bool) -> set[int]:
-        """Take up the batch where it stands; returns the numbers of the prompts that are finished.
+    def begin(self, description: Mapping[str, Any], prompts: Sequence[Prompt], overwrite: bool) -> set[int]:
+        """Begin or continue a batch; returns the numbers of the prompts that are finished.
+
+        Args:
+            description: what the results depend on besides the prompts; see `run_description`.
+            prompts: all prompts of the batch.
+            overwrite: delete earlier results first.
 
         Raises:
-            DataError: the files there are not results of this request, or of other prompts.
+            DataError: there are results of another description or of other prompts.
         """
         if overwrite:
-            for path in (self.output, self._request, *part_paths(self.output)):
+            for path in (self.path, self._run_file, *part_paths(self.path)):
                 path.unlink(missing_ok=True)
         digests = {str(prompt.number): prompt.digest for prompt in prompts}
         finished = {record["number"] for record in self._records()}
-        before = self._read_request()
+        before = self._read_description()
         if before is None:
-            if self.output.exists() or part_paths(self.output):
+            if self.path.exists() or part_paths(self.path):
                 raise DataError(
-                    f"{self.output} exists, and {self._request.name} beside it, which would tell what it holds, does "
-                    "not; choose another --output, or give --overwrite"
+                    f"{self.path} exists, but {self._run_file.name} beside it, which says what it holds, does not; "
+                    "choose another --output, or give --overwrite"
                 )
         else:
-            self._require_same(before, request, digests, finished)
+            self._require_same(before, description, digests, finished)
             digests = before["prompts"] | digests
-        _replace(self._request, json.dumps({"request": request, "prompts": digests}, indent=1))
+        _replace(self._run_file, json.dumps({"request": description, "prompts": digests}, indent=1))
         return finished
 
     def merge(self) -> list[dict[str, Any]]:
-        """Put all that is finished into the output, in the prompts' order; returns the records."""
+        """Merge all finished results into the output, in the order of the prompts; returns the records."""
         found = {record["number"]: record for record in self._records()}
         ordered = [found[number] for number in sorted(found)]
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in ordered)
-        _replace(self.output, lines)
-        for part in part_paths(self.output):
+        _replace(self.path, lines)
+        for part in part_paths(self.path):
             part.unlink()
         return ordered
 
     def count(self) -> int:
-        """Prompts that are finished."""
+        """How many prompts are finished."""
         return len({record["number"] for record in self._records()})
 
     def _records(self) -> Iterator[dict[str, Any]]:
-        for path in (self.output, *part_paths(self.output)):
+        for path in (self.path, *part_paths(self.path)):
             if path.exists():
                 for record, _ in records(path):
                     yield record
 
-    def _read_request(self) -> dict[str, Any] | None:
+    def _read_description(self) -> dict[str, Any] | None:
         try:
-            content = json.loads(self._request.read_text("utf-8"))
+            content = json.loads(self._run_file.read_text("utf-8"))
             return {"request": dict(content["request"]), "prompts": dict(content["prompts"])}
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self._request} cannot be read ({error}); give --overwrite to begin anew") from error
+            raise DataError(f"{self._run_file} cannot be read ({error}); give --overwrite to begin anew") from error
 
     def _require_same(
-        self, before: dict[str, Any], request: Mapping[str, Any], digests: Mapping[str, str], finished: set[int]
+        self, before: dict[str, Any], now: Mapping[str, Any], digests: Mapping[str, str], finished: set[int]
     ) -> None:
+        """Raises DataError where finished results are of another description, or of prompts that have changed."""
         if not finished:
             return
         then = before["request"]
-        names = [name for name in {**then, **request} if name != "checkpoint" and then.get(name) != request.get(name)]
+        names = [name for name in {**then, **now} if name != "checkpoint" and then.get(name) != now.get(name)]
         shown = ["checkpoint" if name == "checkpoint_sha256" else name for name in names]
-        differences = [f"{name} {then.get(name)!r} then, {request.get(name)!r} now" for name in shown]
+        differences = [f"{name} {then.get(name)!r} then, {now.get(name)!r} now" for name in shown]
         known = before["prompts"]
         changed = sorted(number for number in finished if digests.get(str(number)) != known.get(str(number)))
         if changed:
@@ -197,13 +211,13 @@ class BatchOutput:
             differences.append(f"prompt {numbers} is not the same")
         if differences:
             raise DataError(
-                f"{self.output} holds {len(finished)} results of another request: {'; '.join(differences)}. "
+                f"{self.path} holds {len(finished)} results of another request: {'; '.join(differences)}. "
                 "Choose another --output, or give --overwrite"
             )
 
 
-def request_of(settings: Settings, checkpoint: Path) -> dict[str, Any]:
-    """What decides over the results, beside the prompts."""
+def run_description(settings: Settings, checkpoint: Path) -> dict[str, Any]:
+    """Everything that the results depend on, besides the prompts."""
     values = {name: value for name, value in settings.to_json().items() if name not in _FREE}
     manifest = checkpoint / "manifest.json"
     return values | {
@@ -212,8 +226,8 @@ def request_of(settings: Settings, checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def _taken(lock: TextIO, path: Path) -> bool:
-    """Whether the lock of an open file is this process's now, and the file still the one at `path`."""
+def _acquire(lock: TextIO, path: Path) -> bool:
+    """Lock an open file, if it is still the file at `path` and no other process holds its lock; returns whether."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -224,7 +238,7 @@ def _taken(lock: TextIO, path: Path) -> bool:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file so that it is the old one or the new one at every moment. Raises ResourceError."""
+    """Replace a file atomically. Raises ResourceError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with writing(path), temporary.open("w", encoding="utf-8") as stream:

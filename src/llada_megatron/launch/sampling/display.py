@@ -14,18 +14,20 @@ from rich.text import Text
 from llada_megatron.parallel.sampling.sequence_view import Cell, SequenceView
 
 SCALE = ((0.3, "red"), (0.6, "dark_orange"), (0.9, "yellow"), (1.01, "green"))
-"""Upper ends of confidence, and the colour below each."""
+"""Upper bounds of the confidence, and the colour below each bound."""
 
 MASK = "░"
 
 _CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
+_CONTROL |= dict.fromkeys(range(0x80, 0xA0), "\ufffd")
+"""Control characters, also those of eight bits, and the visible characters that stand for them."""
 
 
 class Screen:
-    """A live view of a picture. It clears itself away at the end: the caller prints what is to stay."""
+    """Shows a sequence live on a terminal. It clears itself at the end; the caller prints what is to stay."""
 
     def __init__(self, console: Console, first: int = 0) -> None:
-        """`first`: position from which the picture is shown."""
+        """`first`: the first position that is shown."""
         self._console, self._first = console, first
         self._live = Live(console=console, auto_refresh=False, transient=True)
 
@@ -36,19 +38,19 @@ class Screen:
     def __exit__(self, *exc: object) -> None:
         self._live.stop()
 
-    def show(self, picture: SequenceView, step: int, status: str) -> None:
-        """Draw it; the part that does not fit on the screen is left out, around what this step wrote."""
+    def show(self, view: SequenceView, step: int, status: str) -> None:
+        """Draw a sequence after a step; if it does not fit on the screen, only the part around the step's tokens."""
         width, height = self._console.width, max(3, self._console.height - 4)
-        cells = picture.cells[self._first :]
+        cells = view.cells[self._first :]
         lines = coloured(cells, step).wrap(self._console, width, no_wrap=False)
-        place = _line_of_last(cells, step, width, self._console)
-        start = max(0, min(place - height // 2, len(lines) - height))
+        line = _line_of_last(cells, step, width, self._console)
+        start = max(0, min(line - height // 2, len(lines) - height))
         shown = Text("\n").join(lines[start : start + height])
         self._live.update(Group(shown, Text(""), Text(status, style="dim")), refresh=True)
 
 
 def coloured(cells: Sequence[Cell], step: int = -1) -> Text:
-    """The cells as text; those that were written in `step` are underlined, masked ones are blocks."""
+    """The cells as coloured text. Tokens that were sampled in `step` are underlined, and masks are grey boxes."""
     text = Text()
     for cell in cells:
         if cell.ended:
@@ -66,17 +68,17 @@ def coloured(cells: Sequence[Cell], step: int = -1) -> Text:
 
 
 def visible(text: str) -> str:
-    """A text whose control characters are shown and not obeyed: a model's output moves no cursor."""
+    """A text with its control characters made visible, so that the output of a model cannot control the terminal."""
     return text.translate(_CONTROL)
 
 
 def colour_of(confidence: float) -> str:
-    """The colour of a probability."""
+    """The colour for a probability."""
     return next(colour for end, colour in SCALE if confidence < end)
 
 
 def legend() -> Text:
-    """What the colours mean."""
+    """A line that explains the colours."""
     text = Text("probability  ", style="dim")
     low = 0.0
     for end, colour in SCALE:
@@ -86,35 +88,35 @@ def legend() -> Text:
 
 
 def _line_of_last(cells: Sequence[Cell], step: int, width: int, console: Console) -> int:
-    """The line of the last cell that this step wrote."""
+    """The line of the last cell that was sampled in `step`; the last line if there is none."""
     last = max((i for i, cell in enumerate(cells) if cell.step == step and step > 0), default=len(cells) - 1)
     return len(coloured(cells[: last + 1]).wrap(console, width)) - 1
 
 
-_PLACE = "/*DATA*/"
+_DATA_MARK = "/*DATA*/"
 
 
 class Recording:
-    """The steps of a picture, one after the other."""
+    """The steps of a sequence, recorded for one self-contained page of HTML."""
 
-    def __init__(self, picture: SequenceView) -> None:
-        self._picture = picture
-        self._start = [[cell.piece, cell.token, cell.given] for cell in picture.cells]
+    def __init__(self, view: SequenceView) -> None:
+        self._view = view
+        self._start = [[cell.piece, cell.token, cell.given] for cell in view.cells]
         self._steps: list[list[list[Any]]] = []
 
     def add(self, changed: list[int]) -> None:
-        """Record what a step changed in the picture."""
-        self._steps.append([self._entry(position, self._picture.cells[position]) for position in changed])
+        """Record a step: the positions that it changed in the view."""
+        self._steps.append([self._entry(position, self._view.cells[position]) for position in changed])
 
-    def html(self, facts: dict[str, str]) -> str:
-        """The page. `facts` (name, value) stand below the title."""
-        data = {"facts": facts, "start": self._start, "steps": self._steps}
-        text = json.dumps(data).replace("<", "\\u003c")  # in ASCII, and nothing in it ends the script
+    def html(self, properties: dict[str, str]) -> str:
+        """The page. The `properties` (name -> value) are shown below its title."""
+        data = {"properties": properties, "start": self._start, "steps": self._steps}
+        text = json.dumps(data).replace("<", "\\u003c")  # ASCII, and no </script> that would end the script
         template = resources.files("llada_megatron.launch.sampling").joinpath("page.html").read_text("utf-8")
-        return template.replace(_PLACE, text)
+        return template.replace(_DATA_MARK, text)
 
     @staticmethod
     def _entry(position: int, cell: Cell) -> list[Any]:
-        """Position, text, token (null = masked), probability, step, and whether it lies behind the end of text."""
+        """Position, text, token (null = masked), probability, step, and whether it lies after the end of the text."""
         confidence = None if cell.confidence is None else round(cell.confidence, 4)
         return [position, cell.piece, cell.token, confidence, cell.step, int(cell.ended)]

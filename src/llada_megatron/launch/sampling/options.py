@@ -1,4 +1,4 @@
-"""The part of a command line that sampling, watching and chatting share."""
+"""The part of the command line that `llada sample`, `llada watch` and `llada chat` share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _AXES = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "expert_tens
 
 
 def add_model(parser: argparse.ArgumentParser, optional: bool = False) -> None:
-    """CHECKPOINT and the overrides."""
+    """Add CHECKPOINT, the overrides, and `--tokenizer`. If `optional`, CHECKPOINT may be missing."""
     text = "a run's output directory, or one of its checkpoints"
     if optional:
         parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help=text)
@@ -30,7 +30,7 @@ def add_model(parser: argparse.ArgumentParser, optional: bool = False) -> None:
 
 
 def add_prompt_options(group: argparse._ArgumentGroup) -> None:
-    """What is done with a text; see `asked_of`."""
+    """Add the options that say what is done with a text; `prompt_options_of` reads them."""
     group.add_argument("--infill", action="store_true", help="fill the gaps of a text instead of continuing it")
     group.add_argument("--gap-word", metavar="WORD", help=f"gaps are <WORD>, <WORD:N> (default: {GAP_WORD})")
     group.add_argument("--edit", metavar="START:END", help="write these characters (of token ids: tokens) anew")
@@ -40,7 +40,7 @@ def add_prompt_options(group: argparse._ArgumentGroup) -> None:
 
 
 def prompt_options_of(args: argparse.Namespace) -> PromptOptions:
-    """The options of `add_asked`. Raises ConfigError where one says nothing beside another."""
+    """The options of `add_prompt_options`. Raises ConfigError for options that exclude each other."""
     if args.edit is not None and args.infill:
         raise ConfigError("--edit and --infill: a text is edited at START:END, or its gaps are filled")
     if args.gap_word is not None and not args.infill:
@@ -52,7 +52,7 @@ def prompt_options_of(args: argparse.Namespace) -> PromptOptions:
 
 
 def add_method(parser: argparse.ArgumentParser, temperature: float = 0.0, batched: bool = True) -> None:
-    """How it is written."""
+    """Add the options of the sampling method. If not `batched`, there is no `--batch-size`."""
     group = parser.add_argument_group("how it is written")
     group.add_argument("--preset", metavar="NAME", help="a published method (llada sample --list-presets)")
     group.add_argument(
@@ -115,7 +115,7 @@ def settings_of(args: argparse.Namespace, default_tokens: int = 64) -> Settings:
 
 
 def _schedule(args: argparse.Namespace) -> str | None:
-    """The schedule's name; `--remasking` is another way to say which of the two with fixed steps."""
+    """The schedule's name. `--remasking` stands for one of the two schedules with fixed steps."""
     if args.remasking is None:
         return args.schedule
     meant = {"low_confidence": "steps", "random": "random"}[args.remasking]
@@ -125,7 +125,7 @@ def _schedule(args: argparse.Namespace) -> str | None:
 
 
 def _split(overrides: Sequence[str]) -> tuple[dict[str, str], dict[str, int]]:
-    """Settings of the method, and axes of the layout. Raises ConfigError for anything else."""
+    """Divide overrides into settings of the method and axes of the layout. Raises ConfigError for anything else."""
     method: dict[str, str] = {}
     axes: dict[str, int] = {}
     for text in overrides:
@@ -142,7 +142,7 @@ def _split(overrides: Sequence[str]) -> tuple[dict[str, str], dict[str, int]]:
 
 
 def _layout(axes: dict[str, int], checkpoint: str) -> LayoutConfig:
-    """The layout to sample under; data-parallel ranks are added as its expert parallelism needs them.
+    """The layout to sample under, with as many data-parallel ranks as its expert parallelism needs.
 
     Raises:
         ConfigError: an axis that does not fit the model.
@@ -157,11 +157,11 @@ def _layout(axes: dict[str, int], checkpoint: str) -> LayoutConfig:
 
 
 def _check_layout(layout: LayoutConfig, checkpoint: str) -> None:
-    """Refuse a layout that the checkpoint's model cannot be spread over."""
+    """Refuse a layout that the checkpoint's model cannot be spread over. Raises ConfigError."""
     from llada_megatron.parallel.checkpoint.search import find_checkpoints, run_of
 
     run = run_of(find_checkpoints(checkpoint)[0])
-    training_layout = replace(layout, sequence_parallel=layout.tensor_parallel > 1)  # which training alone needs
+    training_layout = replace(layout, sequence_parallel=layout.tensor_parallel > 1)  # a condition of training only
 
     def refuse(key: str, reason: str) -> None:
         raise ConfigError(f"{key}: {reason}")

@@ -1,4 +1,4 @@
-"""Prompts from a command line: texts, files, standard input, and lines of JSON."""
+"""Prompts from the command line: texts, files, standard input, and lines of JSON."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from llada_megatron.parallel.sampling.prompts import GAP_WORD, Extent, Gap, Prom
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """What is to be done with each prompt."""
+    """What is done with each prompt: it is continued, unless `infill` or `edit` says otherwise."""
 
     infill: bool = False
+    """Fill the gaps of the prompt."""
     gap_word: str = GAP_WORD
     edit: Extent | None = None
+    """Replace this extent of the prompt."""
     new_tokens: int | None = None
-    """For the place of what is edited; None = as many as are cut out."""
+    """Number of tokens that replace the extent; None = as many as it has."""
 
     def prompt(self, content: str | Sequence[int], number: int) -> Prompt:
         """The prompt of a text or of token ids. Raises ConfigError."""
@@ -36,21 +38,21 @@ class PromptOptions:
 
 @dataclass
 class PromptSource:
-    """Prompts, and the lines that hold none."""
+    """Prompts, and messages about lines that hold none."""
 
     prompts: list[Prompt] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
-    """A message for each."""
+    """A message for each broken line."""
     tolerant: bool = False
-    """Whether a prompt that cannot be written is passed over too."""
+    """Whether a prompt that cannot be sampled is skipped, as broken lines are."""
 
 
-def read_texts(texts: Sequence[str], files: Sequence[str], asked: PromptOptions) -> PromptSource:
-    """Texts and files with a text each; standard input where there are none.
+def read_texts(texts: Sequence[str], files: Sequence[str], options: PromptOptions) -> PromptSource:
+    """Prompts from texts and from files with one text each; from standard input if there are neither.
 
     Raises:
-        ConfigError: nothing to sample from, or what was asked for does not fit a text.
-        DataError: a file that is not UTF-8 text.
+        ConfigError: there is no prompt, or the options do not fit one.
+        DataError: a file is not UTF-8 text.
     """
     each = [*texts, *map(_text_of, files)]
     if not texts and not files:
@@ -60,53 +62,54 @@ def read_texts(texts: Sequence[str], files: Sequence[str], asked: PromptOptions)
                 "or a text on standard input"
             )
         each = [_text(_standard_input(), "standard input")]
-    return PromptSource([asked.prompt(text, number) for number, text in enumerate(each, start=1)])
+    return PromptSource([options.prompt(text, number) for number, text in enumerate(each, start=1)])
 
 
-def read_lines(name: str, asked: PromptOptions) -> PromptSource:
-    """Lines of JSON of a file, or of standard input ("-"). Raises DataError if there is no such file.
+def read_lines(name: str, options: PromptOptions) -> PromptSource:
+    """Prompts from lines of JSON in a file, or on standard input ("-"). Raises DataError if there is no such file.
 
-    A line is an object with `text`, or with `tokens` (ids) and perhaps `gaps` ([start, end) pairs); `id` and
-    `max_new_tokens` are optional, and other keys are left alone. Its number is that of the line, blank ones counted.
+    A line is an object with `text`, or with `tokens` (ids) and optionally `gaps` ([start, end) pairs). `id` and
+    `max_new_tokens` are optional, and other keys are ignored. The number of a prompt is that of its line, where blank
+    lines count.
     """
     if name == "-":
         lines = _standard_input().decode("utf-8-sig", "surrogateescape").split("\n")
-        return parse_lines(lines, "standard input", asked)
+        return parse_lines(lines, "standard input", options)
     try:
         with open(name, encoding="utf-8-sig", errors="surrogateescape") as stream:
-            return parse_lines(stream, name, asked)
+            return parse_lines(stream, name, options)
     except OSError as error:
         raise DataError(f"{name}: {error.strerror}") from error
 
 
-def parse_lines(lines: Iterable[str], name: str, asked: PromptOptions) -> PromptSource:
-    """See `read_lines`."""
+def parse_lines(lines: Iterable[str], name: str, options: PromptOptions) -> PromptSource:
+    """Prompts from lines of JSON as in `read_lines`; `name` is that of the source, for messages."""
     source = PromptSource(tolerant=True)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            source.prompts.append(_line_prompt(line, number, asked))
+            source.prompts.append(_line_prompt(line, number, options))
         except LladaError as error:
             source.broken.append(f"{name}, line {number}: {error}")
     return source
 
 
-def _line_prompt(line: str, number: int, asked: PromptOptions) -> Prompt:
+def _line_prompt(line: str, number: int, options: PromptOptions) -> Prompt:
     """The prompt of one line. Raises DataError or ConfigError."""
     values = _object(line)
     length = values.get("max_new_tokens")
     if length is not None and (not _is_number(length) or length < 1):
         raise DataError(f"max_new_tokens {length!r} is no number of tokens")
     require_text(json.dumps(values.get("id"), ensure_ascii=False), '"id"')
-    if asked.edit is not None and length is not None:
-        asked, length = replace(asked, new_tokens=length), None
+    if options.edit is not None and length is not None:
+        options, length = replace(options, new_tokens=length), None
     content, gaps = _content(values), values.get("gaps")
     if gaps is None:
-        prompt = asked.prompt(content, number)
+        prompt = options.prompt(content, number)
     elif isinstance(content, str):
         raise DataError('"gaps" belong to "tokens"; in a text --infill fills its gap words, such as <mask:2>')
-    elif asked.edit is not None:
+    elif options.edit is not None:
         raise DataError('"gaps" and --edit: ids are edited at START:END, or their gaps are filled')
     else:
         prompt = _gapped(content, gaps, number)
@@ -139,7 +142,7 @@ def _object(line: str) -> dict[str, Any]:
 
 
 def _gapped(tokens: list[int], gaps: Any, number: int) -> Prompt:
-    """Token ids with gaps at [start, end) pairs. Raises DataError."""
+    """A prompt of token ids with gaps at [start, end) pairs. Raises DataError."""
     pieces: list[tuple[int, ...] | Gap] = []
     at = 0
     if not isinstance(gaps, list) or not gaps:
@@ -161,12 +164,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _standard_input() -> bytes:
-    """All of it, line ends as they are."""
+    """All of standard input, with its line ends unchanged."""
     return sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
 
 
 def _text_of(name: str) -> str:
-    """The text of a file, to the letter: its line ends stay what they are, and count in an extent."""
+    """The text of a file, with its line ends unchanged, since they count in an extent."""
     try:
         return _text(Path(name).read_bytes(), name)
     except OSError as error:

@@ -16,28 +16,28 @@ from llada_megatron.parallel.training.progress import format_seconds
 
 
 class ResultPrinter:
-    """Prints each result as soon as those before it are printed: lines of JSON, or the texts themselves."""
+    """Prints results in the order of their prompts, each as soon as all earlier ones are printed."""
 
     def __init__(self, quiet: bool, jsonl: bool, numbers: Sequence[int]) -> None:
-        """`quiet`: print nothing; `numbers`: of the prompts, in their order."""
+        """`quiet`: print nothing; `jsonl`: print lines of JSON; `numbers`: numbers of the prompts, in their order."""
         self._quiet, self._jsonl = quiet, jsonl
         self._waiting, self._several = list(numbers), len(numbers) > 1
         self._held: dict[int, Result] = {}
         self.results: list[Result] = []
-        """Those that were printed."""
+        """Results that were printed."""
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """There will be results of these only."""
+        """Expect results of these prompts only."""
         self._waiting = list(numbers)
 
     def take(self, result: Result) -> None:
-        """One more, in any order."""
+        """Take a result, in any order."""
         self._held[result.number] = result
         while self._waiting and self._waiting[0] in self._held:
             self._print(self._held.pop(self._waiting.pop(0)))
 
     def finish(self) -> None:
-        """Print what waited for a prompt that was not written."""
+        """Print the results that still wait for a prompt without a result."""
         for number in sorted(self._held):
             self._print(self._held.pop(number))
 
@@ -57,7 +57,7 @@ _LINE_SECONDS, _TERMINAL_SECONDS = 5.0, 0.5
 
 @dataclass
 class PromptCounts:
-    """Sums over finished prompts."""
+    """Sums over the results of finished prompts."""
 
     prompts: int = 0
     new_tokens: int = 0
@@ -65,7 +65,7 @@ class PromptCounts:
     positions: int = 0
 
     def add(self, record: dict[str, Any]) -> None:
-        """One more."""
+        """Add a result."""
         self.prompts += 1
         self.new_tokens += record["new_tokens"]
         self.forwards += record["forwards"]
@@ -73,18 +73,18 @@ class PromptCounts:
 
     @property
     def tokens_per_forward(self) -> float:
-        """Written tokens per forward pass of a sequence."""
+        """Sampled tokens per forward pass of a sequence."""
         return self.new_tokens / max(1, self.forwards)
 
     @property
     def positions_per_token(self) -> float:
-        """Positions that were run per written token."""
+        """Positions that were run per sampled token."""
         return self.positions / max(1, self.new_tokens)
 
 
 @dataclass
 class BatchProgress:
-    """What comes to the parts from now on."""
+    """Counts the results that all replicas append to the part files from now on."""
 
     base: Path
     counts: PromptCounts = field(default_factory=PromptCounts)
@@ -94,31 +94,31 @@ class BatchProgress:
         self.began = time.perf_counter()
 
     def update(self) -> PromptCounts:
-        """Read what came since the last call."""
+        """Read the results that were appended since the last call; returns all counts."""
         for path in part_paths(self.base):
-            for record, behind in records(path, self._offsets.get(path, 0)):
+            for record, end in records(path, self._offsets.get(path, 0)):
                 self.counts.add(record)
-                self._offsets[path] = behind
+                self._offsets[path] = end
         return self.counts
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.perf_counter() - self.began
 
 
 class ProgressLine:
-    """Says how far a batch is: a line that is written over on a terminal, one every few seconds elsewhere."""
+    """Shows the progress of a batch: one line that is overwritten on a terminal, a line every few seconds elsewhere."""
 
-    def __init__(self, tally: BatchProgress, before: int, total: int, stream: TextIO | None = None) -> None:
-        """`before`: prompts that were finished before this run; `total`: those that will be at its end."""
-        self._tally, self._before, self._total = tally, before, total
+    def __init__(self, progress: BatchProgress, before: int, total: int, stream: TextIO | None = None) -> None:
+        """`before`: prompts that were finished before this run; `total`: prompts that are finished at its end."""
+        self._progress, self._before, self._total = progress, before, total
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._last = time.perf_counter()
 
     def show(self, last: bool = False) -> None:
-        """Perhaps say it: not too often, but for the last time."""
+        """Show the progress, unless it was shown only recently; `last`: show it in any case, and end the line."""
         now = time.perf_counter()
         if not last and now - self._last < (_TERMINAL_SECONDS if self._live else _LINE_SECONDS):
             return
@@ -130,8 +130,8 @@ class ProgressLine:
             print(text, file=self._stream, flush=True)
 
     def text(self) -> str:
-        """`120/5000 prompts  310 tokens/s  4.2 tokens per forward  12:03 left`."""
-        counts, seconds = self._tally.update(), self._tally.seconds
+        """The line, such as `120/5,000 prompts  310 tokens/s  4.20 tokens per forward  12:03 left`."""
+        counts, seconds = self._progress.update(), self._progress.seconds
         done = self._before + counts.prompts
         parts = [f"{done:,}/{self._total:,} prompts", f"{counts.new_tokens / max(seconds, 1e-9):,.0f} tokens/s"]
         parts.append(f"{counts.tokens_per_forward:.2f} tokens per forward")

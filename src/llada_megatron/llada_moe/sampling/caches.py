@@ -1,4 +1,4 @@
-"""What is run in a step, and whose keys and values from earlier passes are trusted."""
+"""Rules for the key-value cache: which positions a step runs, and for which ones it uses keys of earlier passes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Of each row, int64 `[rows]`: run positions [low, high), each seeing the keys [0, keys)."""
+    """What each row runs, int64 `[rows]`: the positions [low, high), each of which attends to the keys [0, keys)."""
 
     low: Tensor
     high: Tensor
@@ -22,71 +22,72 @@ class CachePlan:
 
 
 class Cache(Protocol):
-    """Settings of a rule. A row whose plan has low 0 and high = keys is run whole and trusts nothing kept."""
+    """Settings of a rule. A row whose plan has low = 0 and high = keys is run whole and uses no cached keys."""
 
     keeps: bool
     """Whether keys and values are kept at all."""
     causal: bool
-    """For block-causal models (True), whose keys never depend on what lies behind their block; or for the others."""
+    """Whether the rule is for block-causal models (whose keys never depend on later blocks) or bidirectional ones."""
 
-    def plan(self, view: ActiveBlock, valid: Tensor) -> CachePlan:
-        """What to run. It must cover [view.first, view.end) of each row.
+    def plan(self, block: ActiveBlock, valid: Tensor) -> CachePlan:
+        """The positions to run, which must include [block.first, block.end) of each row.
 
         Args:
-            view: the rows.
-            valid: int64 `[rows]`; keys below it are those of the tokens that stand there (block-causal models only).
+            block: the active block.
+            valid: int64 `[rows]`; cached keys below this position belong to the present tokens (block-causal models
+                only, 0 for others).
         """
         ...
 
 
 @dataclass(frozen=True)
 class NoCache:
-    """Run the whole sequence in every step: exact."""
+    """Run the whole sequence in every step, which is exact."""
 
     keeps = False
     causal = False
 
-    def plan(self, view: ActiveBlock, valid: Tensor) -> CachePlan:
-        """See `Cache`."""
-        return _whole(view)
+    def plan(self, block: ActiveBlock, valid: Tensor) -> CachePlan:
+        """Implements `Cache.plan`."""
+        return _whole(block)
 
 
 @dataclass(frozen=True)
 class Recompute:
-    """The same for a block-causal model: everything up to the end of the block, which is all it can see."""
+    """Run everything up to the end of the block in every step, which is all that a block-causal model can see."""
 
     keeps = False
     causal = True
 
-    def plan(self, view: ActiveBlock, valid: Tensor) -> CachePlan:
-        """See `Cache`."""
-        return CachePlan(torch.zeros_like(view.end), view.end, view.end)
+    def plan(self, block: ActiveBlock, valid: Tensor) -> CachePlan:
+        """Implements `Cache.plan`."""
+        return CachePlan(torch.zeros_like(block.end), block.end, block.end)
 
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """Keys before the block are kept from its first step (Fast-dLLM, arXiv 2505.22618): approximate."""
+    """Keep the keys before the block from its first step on (Fast-dLLM, arXiv 2505.22618), which is approximate."""
 
     keeps = True
     causal = False
     refresh_every: int | None = None
-    """Steps in a block after which the whole sequence is run again; None = at the block's first step only."""
+    """Steps in a block after which the whole sequence is run again; None = only at the first step of the block."""
 
     def __post_init__(self) -> None:
         """Raises: ConfigError: a setting is out of range."""
         _require(refresh_every=(self.refresh_every, 1))
 
-    def plan(self, view: ActiveBlock, valid: Tensor) -> CachePlan:
-        """See `Cache`."""
-        return _refreshed(CachePlan(view.first, view.length, view.length), view, self.refresh_every)
+    def plan(self, block: ActiveBlock, valid: Tensor) -> CachePlan:
+        """Implements `Cache.plan`."""
+        return _refreshed(CachePlan(block.first, block.length, block.length), block, self.refresh_every)
 
 
 @dataclass(frozen=True)
 class DualCache:
-    """Keys before and behind the block are kept from its first step (Fast-dLLM, arXiv 2505.22618): approximate.
+    """Keep the keys before and after the block from its first step on (Fast-dLLM, arXiv 2505.22618); approximate.
 
-    With `before` and `behind` that many neighbours of the block are run too (vicinity refresh; dInfer, arXiv
-    2510.08666), and the first `warm_up` steps of a sequence run all of it.
+    As many as `before` and `behind` neighbours of the block are run too (vicinity refresh; dInfer, arXiv 2510.08666),
+    and the first `warm_up` steps of a sequence run all of it.
     """
 
     keeps = True
@@ -95,7 +96,7 @@ class DualCache:
     behind: int = 0
     warm_up: int = 0
     refresh_every: int | None = None
-    """As for `PrefixCache`."""
+    """See `PrefixCache.refresh_every`."""
 
     def __post_init__(self) -> None:
         """Raises: ConfigError: a setting is out of range."""
@@ -106,19 +107,20 @@ class DualCache:
             refresh_every=(self.refresh_every, 1),
         )
 
-    def plan(self, view: ActiveBlock, valid: Tensor) -> CachePlan:
-        """See `Cache`."""
-        low = (view.first - self.before).clamp(min=0)
-        high = torch.minimum(view.end + self.behind, view.length)
-        plan = _refreshed(CachePlan(low, high, view.length), view, self.refresh_every)
-        return _where(view.step < self.warm_up, _whole(view), plan)
+    def plan(self, block: ActiveBlock, valid: Tensor) -> CachePlan:
+        """Implements `Cache.plan`."""
+        low = (block.first - self.before).clamp(min=0)
+        high = torch.minimum(block.end + self.behind, block.length)
+        plan = _refreshed(CachePlan(low, high, block.length), block, self.refresh_every)
+        return _where(block.step < self.warm_up, _whole(block), plan)
 
 
 @dataclass(frozen=True)
 class VicinityCache(DualCache):
-    """The dual cache with dInfer's settings: 16 neighbours on either side, and a warm-up.
+    """The dual cache with the settings of dInfer: 16 neighbours on either side, and a warm-up.
 
-    dInfer's 4 steps of warm-up keep nothing, and the one after them fills its cache: 5 in all that run the whole.
+    dInfer's 4 steps of warm-up keep no keys and the step after them fills its cache, so that 5 steps run the whole
+    sequence.
     """
 
     before: int = 16
@@ -128,19 +130,19 @@ class VicinityCache(DualCache):
 
 @dataclass(frozen=True)
 class RefreshedCache(DualCache):
-    """The dual cache, refreshed every so many steps besides (dKV-Cache, arXiv 2505.15781, has 4 to 16)."""
+    """The dual cache, with a refresh every few steps (dKV-Cache, arXiv 2505.15781, uses 4 to 16)."""
 
     refresh_every: int | None = 8
 
 
 @dataclass(frozen=True)
 class BlockCausalCache:
-    """The keys of finished blocks are kept: exact, for a block-causal model.
+    """Keep the keys of finished blocks, which is exact for a block-causal model.
 
-    A block's keys are those of its final tokens only once it was run with them, which the first pass of the next block
-    does besides: a sequence takes no more passes than it has steps. Text of more than `prefill` positions before a
-    block (a prompt, or what stands between two gaps) is run in pieces of that many, of whole blocks and at least one,
-    before its first step.
+    The keys of a block are those of its final tokens only after it was run with them. The first pass of the next block
+    does that too, so that a sequence takes no more passes than it has steps. If more than `prefill` positions precede
+    a block (a prompt, or the text between two gaps), they are run in pieces of at most that length, each of whole
+    blocks and at least one, before the first step of the block.
     """
 
     keeps = True
@@ -151,20 +153,20 @@ class BlockCausalCache:
         """Raises: ConfigError: a setting is out of range."""
         _require(prefill=(self.prefill, 1))
 
-    def plan(self, view: ActiveBlock, valid: Tensor) -> CachePlan:
-        """See `Cache`."""
-        low = torch.minimum(valid, view.first)
-        return CachePlan(low, view.end, view.end)
+    def plan(self, block: ActiveBlock, valid: Tensor) -> CachePlan:
+        """Implements `Cache.plan`."""
+        low = torch.minimum(valid, block.first)
+        return CachePlan(low, block.end, block.end)
 
 
-def _whole(view: ActiveBlock) -> CachePlan:
-    return CachePlan(torch.zeros_like(view.length), view.length, view.length)
+def _whole(block: ActiveBlock) -> CachePlan:
+    return CachePlan(torch.zeros_like(block.length), block.length, block.length)
 
 
-def _refreshed(plan: CachePlan, view: ActiveBlock, every: int | None) -> CachePlan:
-    """The plan, but the whole sequence at the first step of a block and every so many steps of it."""
-    since = view.step_in_block if every is None else view.step_in_block % every
-    return _where(since == 0, _whole(view), plan)
+def _refreshed(plan: CachePlan, block: ActiveBlock, every: int | None) -> CachePlan:
+    """The plan, replaced by the whole sequence at the first step of a block and after every `every` steps of it."""
+    since = block.step_in_block if every is None else block.step_in_block % every
+    return _where(since == 0, _whole(block), plan)
 
 
 def _where(condition: Tensor, one: CachePlan, other: CachePlan) -> CachePlan:
@@ -176,7 +178,11 @@ def _where(condition: Tensor, one: CachePlan, other: CachePlan) -> CachePlan:
 
 
 def _require(**settings: tuple[int | None, int]) -> None:
-    """Raises: ConfigError: a value (of each name the first) lies below the least one (the second); None passes."""
+    """Check settings, given as NAME=(value, least allowed value); None is allowed.
+
+    Raises:
+        ConfigError: a value is too small.
+    """
     for name, (value, least) in settings.items():
         if value is not None and value < least:
             raise ConfigError(f"cache.{name}: at least {least}, found {value}")

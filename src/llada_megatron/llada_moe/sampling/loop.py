@@ -1,8 +1,8 @@
-"""The sampling loop over a group of sequences: plan a pass, read its statistics, commit, until nothing is open.
+"""The sampling loop over a group of sequences: plan a pass, read its statistics, commit tokens, until nothing is open.
 
-The loop runs no model. `Group.plan` says what is to be run and `Group.apply` takes what came of it, so that a caller
-decides where it runs and what runs meanwhile. Sequences proceed independently, each through its own blocks; one that is
-finished makes room for the next.
+The loop runs no model. `SequenceGroup.plan` returns the pass to be run and `SequenceGroup.apply` takes its statistics,
+so that a caller decides where the model runs and what runs meanwhile. Sequences proceed independently, each through its
+own blocks; one that is finished makes room for the next.
 """
 
 from __future__ import annotations
@@ -22,38 +22,39 @@ from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock, Request,
 
 @dataclass(frozen=True)
 class Method:
-    """A sampling method is three choices, and how tokens are read."""
+    """A sampling method: a schedule, a cache and an editor, and how logits are processed."""
 
     schedule: Schedule = field(default_factory=FixedSteps)
     cache: Cache = field(default_factory=NoCache)
     editor: Editor = field(default_factory=NoEditor)
-    reading: LogitsProcessor = field(default_factory=LogitsProcessor)
+    logits_processor: LogitsProcessor = field(default_factory=LogitsProcessor)
     stop_id: int | None = None
-    """A sequence ends at this token, once nothing before it is open and its block is edited; the rest of it is filled
-    with it. What stands before it is what would stand there without an end, unless an editor reaches into earlier
-    blocks: no block behind the end is written to change what is before it."""
+    """Id of the end-of-text token, or None. A sequence ends at the first such token that was sampled, once nothing
+    before it is open and its block is edited; the rest of the sequence is filled with the token. The text before it is
+    the same as without a stop token, unless an editor reaches into earlier blocks, since the blocks after the end are
+    not sampled and so cannot change earlier ones."""
     grid: int | None = None
     """Block size of a block-causal model."""
 
     def __post_init__(self) -> None:
-        """What the schedule and the editor need is read, whatever `reading` says."""
-        needs = frozenset([*self.reading.needs, *self.schedule.needs, *self.editor.needs])
-        reading = replace(self.reading, needs=needs, operations=tuple(self.editor.operations))
-        object.__setattr__(self, "reading", reading)
+        """Add the statistics that the schedule and the editor need to those of `logits_processor`."""
+        needs = frozenset([*self.logits_processor.needs, *self.schedule.needs, *self.editor.needs])
+        processor = replace(self.logits_processor, needs=needs, operations=tuple(self.editor.operations))
+        object.__setattr__(self, "logits_processor", processor)
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A sequence as it was left, and what it took."""
+    """A finished sequence and its cost."""
 
     stream: int
     tokens: list[int]
     given: list[bool]
-    """Positions that were not to be written."""
+    """Positions that were not to be sampled."""
     passes: int
-    """Forward passes that it took part in."""
+    """Forward passes that the sequence took part in."""
     positions_run: int
-    """Positions that ran through the layers for it, with shadows and the blank twins of guidance."""
+    """Positions that ran through the layers for it, shadows and the unconditional rows of guidance included."""
     rows_read: int
     """Rows of logits that were read for it."""
 
@@ -62,36 +63,37 @@ class Finished:
 class Step:
     """What one pass changed."""
 
-    view: ActiveBlock
-    """Before it."""
+    block: ActiveBlock
+    """The active block before the pass."""
     statistics: Statistics
-    """`[rows, columns]`."""
+    """Statistics of its positions, `[rows, columns]`."""
     revision: Revision
     changed: Tensor
-    """[rows, columns] bool: positions that hold another token than before, or became open."""
+    """[rows, columns] bool: positions that hold another token than before, or became open again."""
     finished: list[Finished]
+    """Sequences that the pass completed."""
 
 
 @dataclass(frozen=True)
 class _PlannedPass:
-    """A pass that was planned and has not been applied."""
+    """A pass that was planned and whose statistics have not been applied yet."""
 
-    view: ActiveBlock
+    block: ActiveBlock
     plan: CachePlan
     work: Pass
     prefilling: Tensor
-    """[rows] bool: rows that only run a piece of their prompt."""
+    """[rows] bool: rows that only run a piece of their prompt and commit nothing."""
 
 
 class SequenceGroup:
-    """Sequences that are written together."""
+    """Sequences that run together in the same passes."""
 
     def __init__(self, method: Method, slots: int, seq: int, blocks: int, mask_id: int) -> None:
         """Room for `slots` sequences of up to `seq` positions in up to `blocks` blocks."""
         self.method = method
-        self.canvas = TokenBuffer.empty(slots, seq, blocks, mask_id)
+        self.buffer = TokenBuffer.empty(slots, seq, blocks, mask_id)
         self.passes = 0
-        """Forward passes of the group."""
+        """Forward passes of the group so far."""
         self._schedule = method.schedule.start(slots, seq)
         self._editor = method.editor.start(slots, seq)
         zeros = torch.zeros(slots, dtype=torch.int64)
@@ -99,159 +101,173 @@ class SequenceGroup:
         self._block, self._step, self._step_in_block = zeros.clone(), zeros.clone(), zeros.clone()
         self._masks, self._valid = zeros.clone(), zeros.clone()
         self._kept = zeros.clone()  # positions of the result
-        self._taken = torch.zeros(slots, 3, dtype=torch.int64)  # passes, positions run, rows read
+        self._cost = torch.zeros(slots, 3, dtype=torch.int64)  # passes, positions run, rows read
         self._pending: _PlannedPass | None = None
 
     @property
     def free(self) -> list[int]:
-        """Slots that hold nothing unfinished."""
+        """Slots that hold no unfinished sequence."""
         return (~self._active).nonzero().flatten().tolist()
 
-    def admit(self, slot: int, draft: Request) -> None:
+    def admit(self, slot: int, request: Request) -> None:
         """Begin a sequence in a free slot.
 
         Raises:
-            ValueError: it has no gap, or does not fit.
+            ValueError: the sequence has no open position, or does not fit.
         """
-        if not any(draft.gaps):
-            raise ValueError("a draft without a gap: there is nothing to write")
-        self.canvas.put(slot, draft)
-        self._kept[slot] = len(draft.tokens) if draft.length is None else draft.length
+        if not any(request.gaps):
+            raise ValueError("a request without a gap: there is nothing to sample")
+        self.buffer.put(slot, request)
+        self._kept[slot] = len(request.tokens) if request.length is None else request.length
         self._active[slot] = True
         for counter in (self._block, self._step, self._step_in_block, self._masks, self._valid):
             counter[slot] = 0
-        self._taken[slot] = 0
+        self._cost[slot] = 0
 
     def plan(self) -> Pass | None:
-        """What is to be run next; None = nothing is unfinished."""
+        """The pass to be run next; None if no sequence is unfinished."""
         if not self._active.any():
             return None
-        view = self._view()
-        plan = self.method.cache.plan(view, self._valid[view.slot])
-        reach = self._schedule.reach(view)
+        block = self._active_block()
+        plan = self.method.cache.plan(block, self._valid[block.slot])
+        reach = self._schedule.reach(block)
         if reach is not None:
             plan = CachePlan(plan.low, torch.minimum(plan.high, reach), torch.minimum(plan.keys, reach))
-        plan, prefilling = self._in_pieces(plan, view)
-        ask = view.masked | view.editable if self.method.editor.edits else view.masked
-        ask = ask & (view.positions < plan.high[:, None]) & ~prefilling[:, None]
-        work = pack(self.canvas, view, plan, ask, self.method.editor.shadow, bool(self.method.reading.guidance))
-        self._taken[view.slot] += torch.stack([torch.ones_like(view.slot), work.totals(len(view.slot)), ask.sum(1)], 1)
+        plan, prefilling = self._in_pieces(plan, block)
+        wanted = block.masked | block.editable if self.method.editor.edits else block.masked
+        wanted = wanted & (block.positions < plan.high[:, None]) & ~prefilling[:, None]
+        guided = bool(self.method.logits_processor.guidance)
+        work = pack(self.buffer, block, plan, wanted, self.method.editor.shadow, guided)
+        cost = [torch.ones_like(block.slot), work.totals(len(block.slot)), wanted.sum(1)]
+        self._cost[block.slot] += torch.stack(cost, 1)
         self.passes += 1
-        self._pending = _PlannedPass(view, plan, work, prefilling)
+        self._pending = _PlannedPass(block, plan, work, prefilling)
         return work
 
     def apply(self, statistics: Statistics) -> Step:
-        """Take the statistics `[rows]` of the pass that was planned last."""
+        """Apply the statistics `[rows]` of the pass that was planned last: commit and revise tokens."""
         if self._pending is None:
             raise RuntimeError("there is no planned pass to apply statistics to")
         pending, self._pending = self._pending, None
-        view, live = pending.view, ~pending.prefilling
-        placed = statistics.placed(pending.work.place, tuple(view.masked.shape))
-        chosen = self._schedule.select(placed, view) & view.masked & live[:, None]
-        revision = self._editor.revise(placed, view, chosen)
-        changed = self._write(view, revision, live)
-        self._account(view, pending.plan, revision, changed, live)
-        return Step(view, placed, revision, changed, self._finished(view))
+        block, stepping = pending.block, ~pending.prefilling
+        by_position = statistics.scattered(pending.work.offsets, tuple(block.masked.shape))
+        chosen = self._schedule.select(by_position, block) & block.masked & stepping[:, None]
+        revision = self._editor.revise(by_position, block, chosen)
+        changed = self._write(block, revision, stepping)
+        self._advance(block, pending.plan, revision, changed, stepping)
+        return Step(block, by_position, revision, changed, self._finished(block))
 
-    def _view(self) -> ActiveBlock:
-        """The stretches of the active sequences that can change now."""
-        canvas, slot = self.canvas, self._active.nonzero().flatten()
-        block = self._block[slot]
-        start, end = canvas.starts[slot, block], canvas.ends[slot, block]
-        first = canvas.starts[slot, (block - self.method.editor.reach).clamp(min=0)]
+    def _active_block(self) -> ActiveBlock:
+        """The positions of the unfinished sequences that can change now."""
+        buffer, slot = self.buffer, self._active.nonzero().flatten()
+        index = self._block[slot]
+        start, end = buffer.starts[slot, index], buffer.ends[slot, index]
+        first = buffer.starts[slot, (index - self.method.editor.reach).clamp(min=0)]
         position = first[:, None] + torch.arange(int((end - first).max()))
         inside = position < end[:, None]
-        position = position.clamp(max=canvas.tokens.shape[1] - 1)
-        is_open = canvas.open[slot[:, None], position] & inside
+        position = position.clamp(max=buffer.tokens.shape[1] - 1)
+        is_open = buffer.open[slot[:, None], position] & inside
         new = self._step_in_block[slot] == 0
         self._masks[slot] = torch.where(new, is_open.sum(1), self._masks[slot])
         return ActiveBlock(
             slot=slot,
-            stream=canvas.stream[slot],
+            stream=buffer.stream[slot],
             first=first,
             start=start,
             end=end,
-            length=canvas.lengths[slot],
-            tokens=canvas.tokens[slot[:, None], position],
+            length=buffer.lengths[slot],
+            tokens=buffer.tokens[slot[:, None], position],
             masked=is_open,
-            editable=inside & ~is_open & ~canvas.given[slot[:, None], position],
+            editable=inside & ~is_open & ~buffer.given[slot[:, None], position],
             step=self._step[slot],
             step_in_block=self._step_in_block[slot],
-            block=block,
-            blocks=canvas.blocks[slot],
+            index=index,
+            block_count=buffer.block_count[slot],
             masks=self._masks[slot],
         )
 
-    def _in_pieces(self, plan: CachePlan, view: ActiveBlock) -> tuple[CachePlan, Tensor]:
-        """Cut plans with a long way to the view short: those rows run a piece of their prompt and ask for nothing."""
+    def _in_pieces(self, plan: CachePlan, block: ActiveBlock) -> tuple[CachePlan, Tensor]:
+        """Shorten plans that begin far before the block: those rows run a piece of their prompt, without logits.
+
+        Returns the plan, and the rows that are shortened, bool `[rows]`.
+        """
         cache, grid = self.method.cache, self.method.grid
         if not isinstance(cache, BlockCausalCache) or grid is None:
-            return plan, torch.zeros_like(view.slot, dtype=torch.bool)
+            return plan, torch.zeros_like(block.slot, dtype=torch.bool)
         piece = max(grid, cache.prefill // grid * grid)
-        long = view.first - plan.low > piece
+        long = block.first - plan.low > piece
         high = torch.where(long, plan.low + piece, plan.high)
         return CachePlan(plan.low, high, high), long
 
-    def _write(self, view: ActiveBlock, revision: Revision, live: Tensor) -> Tensor:
-        """Put a revised view into the canvas; returns the changed positions `[rows, columns]`."""
-        masked = revision.masked & live[:, None]
-        tokens = revision.tokens.masked_fill(masked, self.canvas.mask_id)
-        free = (view.masked | view.editable) & live[:, None]
-        changed = free & ((tokens != view.tokens) | (masked != view.masked))
+    def _write(self, block: ActiveBlock, revision: Revision, stepping: Tensor) -> Tensor:
+        """Put a revised block into the buffer; returns the changed positions, bool `[rows, columns]`."""
+        masked = revision.masked & stepping[:, None]
+        tokens = revision.tokens.masked_fill(masked, self.buffer.mask_id)
+        free = (block.masked | block.editable) & stepping[:, None]
+        changed = free & ((tokens != block.tokens) | (masked != block.masked))
         row, column = changed.nonzero(as_tuple=True)
-        slot, position = view.slot[row], view.first[row] + column
-        self.canvas.tokens[slot, position] = tokens[row, column]
-        self.canvas.open[slot, position] = masked[row, column]
+        slot, position = block.slot[row], block.first[row] + column
+        self.buffer.tokens[slot, position] = tokens[row, column]
+        self.buffer.open[slot, position] = masked[row, column]
         return changed
 
-    def _account(self, view: ActiveBlock, plan: CachePlan, revision: Revision, changed: Tensor, live: Tensor) -> None:
-        """Advance the counters, go on to the next block where one is done, and end what met its stop token."""
-        slot, done = view.slot, revision.done & live
-        self._step[slot] += live.long()
-        self._step_in_block[slot] = torch.where(done, 0, view.step_in_block + live.long())
-        self._block[slot] = view.block + done.long()
-        self._valid[slot] = self._still_valid(view, plan, changed | (view.masked & ~live[:, None]) | revision.masked)
-        stopped = self._stop(view, done | (live & (not self.method.editor.edits)))
-        self._active[slot] = ~stopped & (self._block[slot] < view.blocks)
+    def _advance(
+        self, block: ActiveBlock, plan: CachePlan, revision: Revision, changed: Tensor, stepping: Tensor
+    ) -> None:
+        """Advance the counters, go on to the next block where one is done, and end sequences at their stop token."""
+        slot, done = block.slot, revision.done & stepping
+        self._step[slot] += stepping.long()
+        self._step_in_block[slot] = torch.where(done, 0, block.step_in_block + stepping.long())
+        self._block[slot] = block.index + done.long()
+        unsettled = changed | (block.masked & ~stepping[:, None]) | revision.masked
+        self._valid[slot] = self._still_valid(block, plan, unsettled)
+        stopped = self._stop(block, done | (stepping & (not self.method.editor.edits)))
+        self._active[slot] = ~stopped & (self._block[slot] < block.block_count)
 
-    def _still_valid(self, view: ActiveBlock, plan: CachePlan, loose: Tensor) -> Tensor:
-        """Below which position the kept keys are those of the tokens that stand there, int64 `[rows]`.
+    def _still_valid(self, block: ActiveBlock, plan: CachePlan, unsettled: Tensor) -> Tensor:
+        """The position below which the cached keys belong to the present tokens, int64 `[rows]`.
 
-        A pass makes the keys of what it runs; those of a block with a token that changed since, or is still open, are
-        not those of its final tokens, nor are those of any block behind it, which saw them.
+        A pass computes the keys of the positions it runs. Where a token of a block changed in this step or is still
+        open, the keys of that block are not those of its final tokens; neither are those of later blocks, which
+        attended to it.
+
+        Args:
+            block: the active block before the step.
+            plan: what was run.
+            unsettled: bool `[rows, columns]`, positions that changed or are open.
         """
         if self.method.grid is None:
-            return torch.zeros_like(view.slot)
-        column = torch.where(loose.any(1), loose.long().argmax(1), plan.high - view.first)
-        return torch.minimum((view.first + column) // self.method.grid * self.method.grid, plan.high)
+            return torch.zeros_like(block.slot)
+        column = torch.where(unsettled.any(1), unsettled.long().argmax(1), plan.high - block.first)
+        return torch.minimum((block.first + column) // self.method.grid * self.method.grid, plan.high)
 
-    def _stop(self, view: ActiveBlock, settled: Tensor) -> Tensor:
-        """End the settled rows whose block holds a written stop token with nothing open before it: bool `[rows]`.
+    def _stop(self, block: ActiveBlock, settled: Tensor) -> Tensor:
+        """End the settled rows whose block holds a sampled stop token with no open position before it: bool `[rows]`.
 
-        The rest of what they were to write becomes that token.
+        All later positions that are not given become that token.
         """
-        stop, canvas = self.method.stop_id, self.canvas
+        stop, buffer = self.method.stop_id, self.buffer
         if stop is None or not settled.any():
             return torch.zeros_like(settled)
-        inside = view.positions < view.end[:, None]
-        position = view.positions.clamp(max=canvas.tokens.shape[1] - 1)
-        tokens = canvas.tokens[view.slot[:, None], position]
-        still_open = canvas.open[view.slot[:, None], position] & inside
-        written = (view.masked | view.editable) & ~still_open & (tokens == stop)
+        inside = block.positions < block.end[:, None]
+        position = block.positions.clamp(max=buffer.tokens.shape[1] - 1)
+        tokens = buffer.tokens[block.slot[:, None], position]
+        still_open = buffer.open[block.slot[:, None], position] & inside
+        written = (block.masked | block.editable) & ~still_open & (tokens == stop)
         found = written & (still_open.cumsum(1) == 0) & settled[:, None]
         for row in found.any(1).nonzero().flatten().tolist():
-            slot, after = int(view.slot[row]), int(view.first[row] + found[row].long().argmax())
-            rest = slice(after, int(view.length[row]))
-            free = ~canvas.given[slot, rest]
-            canvas.tokens[slot, rest][free] = stop
-            canvas.open[slot, rest] = False
+            slot, after = int(block.slot[row]), int(block.first[row] + found[row].long().argmax())
+            rest = slice(after, int(block.length[row]))
+            free = ~buffer.given[slot, rest]
+            buffer.tokens[slot, rest][free] = stop
+            buffer.open[slot, rest] = False
         return found.any(1)
 
-    def _finished(self, view: ActiveBlock) -> list[Finished]:
-        """The sequences of a view that are no longer active."""
+    def _finished(self, block: ActiveBlock) -> list[Finished]:
+        """The sequences of the active block that have just ended."""
         finished = []
-        for slot in view.slot[~self._active[view.slot]].tolist():
+        for slot in block.slot[~self._active[block.slot]].tolist():
             kept = int(self._kept[slot])
-            tokens, given = self.canvas.tokens[slot, :kept].tolist(), self.canvas.given[slot, :kept].tolist()
-            finished.append(Finished(int(self.canvas.stream[slot]), tokens, given, *self._taken[slot].tolist()))
+            tokens, given = self.buffer.tokens[slot, :kept].tolist(), self.buffer.given[slot, :kept].tolist()
+            finished.append(Finished(int(self.buffer.stream[slot]), tokens, given, *self._cost[slot].tolist()))
         return finished

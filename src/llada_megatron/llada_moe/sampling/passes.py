@@ -1,4 +1,4 @@
-"""One forward pass over a group: the tokens that run, packed, and the rows that meet the output layer."""
+"""One forward pass over a group of sequences: the packed tokens, and the positions whose logits are computed."""
 
 from __future__ import annotations
 
@@ -14,89 +14,91 @@ from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock, LogitRow
 
 @dataclass(frozen=True)
 class Pass:
-    """What a model is to run; all on the host."""
+    """The input of a forward pass. All tensors are on the host."""
 
     tokens: Tensor
-    """[total] int64."""
+    """[total] int64: token ids of all windows, packed."""
     windows: list[Window]
-    """They fill `total` in this order."""
-    asked: Tensor
-    """[total] bool: rows that meet the output layer. With guidance their second half is that of the blank twins."""
+    """The parts of sequences that make up `total`, in this order. With guidance the second half of them repeats the
+    first one without the given text (the unconditional rows)."""
+    output_mask: Tensor
+    """[total] bool: positions whose logits are computed."""
     rows: LogitRows
-    """Names of the rows that are asked for, without the twins', in order."""
-    place: Tensor
-    """[rows] int64: their offsets in the flattened view."""
+    """What identifies the rows of logits, in order, without the unconditional ones."""
+    offsets: Tensor
+    """[rows] int64: offset of each row of logits in the flattened active block."""
 
     @property
     def positions(self) -> Tensor:
-        """Of the tokens in their sequences: `[total]` int64."""
+        """Positions of the tokens in their sequences: `[total]` int64."""
         return torch.cat([window.positions for window in self.windows])
 
     def totals(self, rows: int) -> Tensor:
-        """Positions that run for each row of the view, with its blank twin: int64 `[rows]`."""
+        """Positions that run for each row of the active block, its unconditional row included: int64 `[rows]`."""
         return torch.tensor([window.total for window in self.windows]).view(-1, rows).sum(0)
 
     @classmethod
     def idle(cls, mask_id: int) -> Pass:
-        """One token that nobody asks for: for a rank that must take part in the experts' exchange of others."""
+        """A pass over one token without logits, for a rank without work that must take part in the expert exchange."""
         none = torch.zeros(0, dtype=torch.int64)
         rows = LogitRows(none, none, none, none, none)
         return cls(torch.tensor([mask_id]), [Window(0, 0, 1, 1)], torch.zeros(1, dtype=torch.bool), rows, none)
 
 
-def pack(canvas: TokenBuffer, view: ActiveBlock, plan: CachePlan, ask: Tensor, shadow: bool, guided: bool) -> Pass:
-    """The pass of the rows of a view.
+def pack(buffer: TokenBuffer, block: ActiveBlock, plan: CachePlan, wanted: Tensor, shadow: bool, guided: bool) -> Pass:
+    """Pack the rows of an active block into one pass.
 
     Args:
-        canvas: what the tokens are taken from.
-        view: the rows.
-        plan: what each of them runs.
-        ask: bool `[rows, columns]`: positions whose statistics are wanted.
-        shadow: ask the written ones of them of their shadows (see `model.windows`); all that runs of the block has one.
-        guided: run every row a second time with the given text masked.
+        buffer: where the tokens are.
+        block: the rows.
+        plan: the positions that each row runs.
+        wanted: bool `[rows, columns]`: positions whose statistics are wanted.
+        shadow: give every position of the block that runs a shadow (see `model.windows`), and take the logits of
+            sampled positions from their shadows.
+        guided: run every row a second time with the given text masked, for classifier-free guidance.
     """
-    windows, tokens, blank = [], [], []
-    starts, ends = view.start.tolist(), view.end.tolist()
+    windows, tokens, unconditional = [], [], []
+    starts, ends = block.start.tolist(), block.end.tolist()
     ranges = zip(
-        view.slot.tolist(), plan.low.tolist(), plan.high.tolist(), plan.keys.tolist(), starts, ends, strict=True
+        block.slot.tolist(), plan.low.tolist(), plan.high.tolist(), plan.keys.tolist(), starts, ends, strict=True
     )
     for slot, low, high, keys, start, end in ranges:
-        shadowed = max(0, min(end, high) - start) if shadow else 0  # a piece of a prompt has none of the block
+        shadowed = max(0, min(end, high) - start) if shadow else 0  # 0 for a piece of a prompt, which ends before it
         window = Window(slot, low, high - low, keys, start if shadowed else 0, shadowed)
         windows.append(window)
-        shadows = torch.full((window.shadows,), canvas.mask_id)
-        tokens += [canvas.tokens[slot, low:high], shadows]
+        shadows = torch.full((window.shadows,), buffer.mask_id)
+        tokens += [buffer.tokens[slot, low:high], shadows]
         if guided:
-            given = canvas.given[slot, low:high]
-            blank += [canvas.tokens[slot, low:high].masked_fill(given, canvas.mask_id), shadows]
-    place, index = _asked(windows, view, ask, shadow)
-    row, column = place // ask.shape[1], place % ask.shape[1]
+            given = buffer.given[slot, low:high]
+            unconditional += [buffer.tokens[slot, low:high].masked_fill(given, buffer.mask_id), shadows]
+    offsets, index = _output_order(windows, block, wanted, shadow)
+    row, column = offsets // wanted.shape[1], offsets % wanted.shape[1]
     rows = LogitRows(
-        slot=view.slot[row],
-        position=view.first[row] + column,
-        stream=view.stream[row],
-        step=view.step[row],
-        current=view.tokens.flatten()[place],
+        slot=block.slot[row],
+        position=block.first[row] + column,
+        stream=block.stream[row],
+        step=block.step[row],
+        current=block.tokens.flatten()[offsets],
     )
-    asked = torch.zeros(sum(window.total for window in windows), dtype=torch.bool)
-    asked[index] = True
+    output_mask = torch.zeros(sum(window.total for window in windows), dtype=torch.bool)
+    output_mask[index] = True
     if guided:
-        slots = canvas.tokens.shape[0]
+        slots = buffer.tokens.shape[0]
         windows += [Window(w.slot + slots, w.first, w.width, w.keys, w.shadow_first, w.shadows) for w in windows]
-        asked = asked.repeat(2)
-    return Pass(torch.cat([*tokens, *blank]), windows, asked, rows, place)
+        output_mask = output_mask.repeat(2)
+    return Pass(torch.cat([*tokens, *unconditional]), windows, output_mask, rows, offsets)
 
 
-def _asked(windows: list[Window], view: ActiveBlock, ask: Tensor, shadow: bool) -> tuple[Tensor, Tensor]:
-    """Offsets in the flattened view and in the pass of the positions asked for, in the pass's order."""
-    row, column = ask.nonzero(as_tuple=True)
-    position = view.first[row] + column
+def _output_order(windows: list[Window], block: ActiveBlock, wanted: Tensor, shadow: bool) -> tuple[Tensor, Tensor]:
+    """Offsets of the wanted positions in the flattened active block and in the pass, both in the pass's order."""
+    row, column = wanted.nonzero(as_tuple=True)
+    position = block.first[row] + column
     offsets = torch.tensor([0, *(window.total for window in windows)]).cumsum(0)[:-1]
     low = torch.tensor([window.first for window in windows])
     index = offsets[row] + position - low[row]
     if shadow:
         width = torch.tensor([window.width for window in windows])
-        of_shadow = offsets[row] + width[row] + position - view.start[row]
-        index = torch.where(view.editable[row, column], of_shadow, index)
+        of_shadow = offsets[row] + width[row] + position - block.start[row]
+        index = torch.where(block.editable[row, column], of_shadow, index)
     order = index.argsort()
-    return (row * ask.shape[1] + column)[order], index[order]
+    return (row * wanted.shape[1] + column)[order], index[order]

@@ -1,4 +1,4 @@
-"""A sampling method for a model: a published one by its name, or any choice of the three parts."""
+"""Choosing a sampling method for a model: a published method by its name, or any combination of the three parts."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ _DEFAULT = Preset("", "", FixedSteps())
 
 @dataclass(frozen=True)
 class Choice:
-    """The three parts that fit a model."""
+    """The three parts of a method, fitted to a model."""
 
     schedule: Schedule
     cache: Cache
     editor: Editor
     block_length: int | None
-    """Of a bidirectional model's blocks, None = one block of all; of a block-causal model its own block size."""
+    """Positions of a block. For a bidirectional model None means one single block; a block-causal model has its own."""
     grid: int | None
     """Block size of a block-causal model; None for a bidirectional one."""
 
@@ -64,17 +64,17 @@ class Choice:
         seed: int = 0,
         stop_id: int | None = None,
     ) -> Method:
-        """The method of a group; see `Reading` and `Method` for the arguments."""
+        """The method with these parts; the arguments are those of `LogitsProcessor` and `Method`."""
         schedule = self.schedule
         if "seed" in fields_of(type(schedule)):
             schedule = dataclasses.replace(schedule, seed=seed)  # type: ignore[type-var]
-        reading = LogitsProcessor(
+        processor = LogitsProcessor(
             excluded=tuple(excluded),
             temperature=temperature,
             guidance=guidance,
             seed=seed,
         )
-        return Method(schedule, self.cache, self.editor, reading, stop_id, self.grid)
+        return Method(schedule, self.cache, self.editor, processor, stop_id, self.grid)
 
 
 def choose(
@@ -89,9 +89,9 @@ def choose(
     block_length: int | None = None,
     trained_for_editing: bool = False,
 ) -> Choice:
-    """A preset, with the parts that are named in its place, with single settings changed, fitted to a model.
+    """A preset, with parts replaced by others and single settings changed, fitted to a model.
 
-    Without a preset: fixed steps, no cache (on a block-causal model its exact one), no editor.
+    Without a preset: fixed steps, no editor, and no cache (on a block-causal model its exact cache).
 
     Args:
         preset: a key of `PRESETS`.
@@ -133,7 +133,7 @@ def _known(kind: str, name: str, names: Iterable[str]) -> str:
 
 
 def _overridden(parts: dict[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
-    """The parts with settings replaced."""
+    """The parts with the settings of `overrides` (keys such as `schedule.threshold`) replaced."""
     nodes: dict[str, list[tuple[yaml.Node, yaml.Node]]] = {kind: [] for kind in parts}
     for key, text in overrides.items():
         kind, _, setting = key.partition(".")
@@ -159,7 +159,13 @@ def _with(part: Any, values: list[tuple[yaml.Node, yaml.Node]]) -> Any:
 
 
 def _require_kind(preset: str | None, base: Preset, cache: str | None, grid: int | None) -> None:
-    """Whether a preset is for models of this kind of attention; one that only its cache excludes may name another."""
+    """Refuse a preset that is not for models with this kind of attention.
+
+    A preset that only its cache excludes is allowed where the user names another cache.
+
+    Raises:
+        ConfigError: the preset is refused.
+    """
     if base.causal is None or base.causal == (grid is not None) or (base.causal is False and cache is not None):
         return
     others = ", ".join(name for name, other in PRESETS.items() if other.causal in (None, grid is not None))
@@ -171,6 +177,7 @@ def _require_kind(preset: str | None, base: Preset, cache: str | None, grid: int
 
 
 def _require_attention(cache: Cache, grid: int | None) -> None:
+    """Raises ConfigError for a cache that is not for models with this kind of attention."""
     if cache.causal == (grid is not None):
         return
     fitting = ", ".join(name for name, kind in CACHES.items() if name == "none" or kind.causal == (grid is not None))
@@ -182,15 +189,15 @@ def _require_attention(cache: Cache, grid: int | None) -> None:
 
 
 def _editing(editor: Editor, model: ModelConfig, trained: bool) -> Editor:
-    """The editor with the model's ids of operations, if the model can be edited with it."""
+    """The editor with the model's operation ids. Raises ConfigError where the model cannot be edited with it."""
     if not isinstance(editor, TokenEditing | Levenshtein):
         return editor
     if not trained:
         raise ConfigError(
-            f"editor {name_of(editor)}: this model was not trained for editing (objective.replace_ratio 0): what it "
-            "predicts where a token stands was never learnt, and editing would destroy the text; use a model trained "
-            "with objective.replace_ratio > 0, or the editor wino, which needs no training; if this model was trained "
-            "for it elsewhere, say so with --trained-for-editing"
+            f"editor {name_of(editor)}: this model was not trained for editing (objective.replace_ratio 0): it never "
+            "learnt to predict a token at a position that holds one, and editing would destroy the text; use a model "
+            "trained with objective.replace_ratio > 0, or the editor wino, which needs no training; if this model was "
+            "trained for it elsewhere, say so with --trained-for-editing"
         )
     if isinstance(editor, Levenshtein):
         if model.delete_token_id is None or model.insert_token_id is None:

@@ -57,7 +57,7 @@ EDITORS: dict[str, type] = {
 PARTS = {"schedule": SCHEDULES, "cache": CACHES, "editor": EDITORS}
 
 _GIVEN_ELSEWHERE = {"seed", "delete_id", "insert_id"}
-"""Fields that a run's seed or the model decides."""
+"""Fields that are set from the seed of the run or from the model, not by the user."""
 
 
 def name_of(part: Any) -> str:
@@ -71,7 +71,7 @@ def settings_of(part: Any) -> dict[str, Any]:
 
 
 def in_words(schedule: Any, cache: Any, editor: Any) -> str:
-    """The parts of a method and their settings in one line; a cache that is None is left out."""
+    """The parts of a method and their settings in one line. A cache that is None is not mentioned."""
     words = []
     for kind, part in (("schedule", schedule), ("cache", cache), ("editor", editor)):
         if part is not None and not isinstance(part, NoEditor):
@@ -85,17 +85,17 @@ class Preset:
     """A published method."""
 
     does: str
-    """What it does, in a few words."""
+    """What the method does, in a few words."""
     source: str
     """Where the method and its settings were published."""
     schedule: Schedule
     cache: Cache | None = None
-    """None = the exact one of the model: the block-causal cache, or none."""
+    """None = what is exact for the model: the block-causal cache, or no cache."""
     editor: Editor = field(default_factory=NoEditor)
     block_length: int | None = None
-    """Published length of a block on a bidirectional model; None = one block of all."""
+    """Published length of a block on a bidirectional model; None = one single block."""
     causal: bool | None = None
-    """For block-causal models (True), for bidirectional ones (False), or for both."""
+    """Whether it is for block-causal models (True), for bidirectional ones (False), or for both (None)."""
 
 
 _FAST_DLLM = "Fast-dLLM, arXiv 2505.22618, and its evaluation scripts"
@@ -154,7 +154,7 @@ PRESETS: dict[str, Preset] = {
         causal=False,
     ),
     "dinfer-vicinity": Preset(
-        "all tokens of at least a probability; kept keys, renewed around the block",
+        "all tokens of at least a probability; cached keys, recomputed around the block",
         _DINFER,
         Threshold(0.8),
         VicinityCache(),
@@ -170,7 +170,7 @@ PRESETS: dict[str, Preset] = {
         causal=False,
     ),
     "dinfer-credit": Preset(
-        "all tokens of at least a probability, which grows while the model keeps to them",
+        "all tokens of at least a probability, which grows while the model repeats them",
         _DINFER,
         CreditThreshold(0.8, 0.7, 0.8, 0.2),
         VicinityCache(),
@@ -184,45 +184,45 @@ PRESETS: dict[str, Preset] = {
         block_length=32,
     ),
     "slowfast": Preset(
-        "slow steps find how far the model sees clearly, fast ones write that stretch",
+        "slow steps find how far the model is confident, fast ones sample the text up to there",
         "SlowFast sampling, arXiv 2506.10848, and its code, whose scripts have one block",
         SlowFast(),
     ),
     "klass": Preset(
-        "confident tokens whose distribution has stopped to change",
+        "confident tokens whose distribution has stopped changing",
         "KLASS, arXiv 2511.05664: defaults of its code (its scripts have 0.6 and 0.015 for GSM8K)",
         Stable(0.9, 0.01, 2),
         block_length=64,
     ),
     "wino": Preset(
-        "many tokens at once; those that the text written since makes improbable are taken back",
+        "many tokens at once; those that later tokens make improbable are masked again",
         "WINO, arXiv 2507.18578, and its configuration files",
         WideIn(0.6),
         editor=Wino(0.9),
         block_length=128,
     ),
     "llada2": Preset(
-        "all tokens above a probability, and at least one; exact kept keys",
+        "all tokens above a probability, and at least one; cached keys are exact",
         "LLaDA2.0 report",
         FlooredThreshold(0.95, 32),
         causal=True,
     ),
     "llada2.1-speed": Preset(
-        "commits early and corrects written tokens later",
+        "commits early and corrects tokens later",
         f"{_LLADA21} (S mode), settings of SGLang",
         FlooredThreshold(0.5, None),
         editor=TokenEditing(0.0, 16),
         causal=True,
     ),
     "llada2.1-quality": Preset(
-        "commits later and corrects written tokens when sure",
+        "commits later and corrects tokens when confident",
         f"{_LLADA21} (Q mode), settings of its example for diffusers",
         FlooredThreshold(0.7, None),
         editor=TokenEditing(0.5, 16),
         causal=True,
     ),
     "llada2.1-multi-block": Preset(
-        "the same, correcting the block before too",
+        "the same, and corrects the previous block too",
         f"{_LLADA21} (multi-block editing), which does not say how many blocks",
         FlooredThreshold(0.7, None),
         editor=TokenEditing(0.5, 16, 1),
@@ -239,7 +239,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def describe() -> list[dict[str, str]]:
-    """Of every preset: its name, what it does, its settings, the models it is for, its source."""
+    """For every preset its name, what it does, its settings, the models it is for, and its source."""
     return [
         {
             "name": name,

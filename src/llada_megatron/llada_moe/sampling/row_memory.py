@@ -1,4 +1,4 @@
-"""What the reading of logits keeps from step to step, and its random draws."""
+"""What is kept of rows of logits from step to step (previous values, credit), and the random draws of a row."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from llada_megatron.llada_moe.sampling.token_buffer import LogitRows
 
 
 class StepCache:
-    """Values of the rows that were read last, found again by the same sequence's row of the same position.
+    """Values of the rows of the last step, to be found again in the next one by slot and position.
 
-    A row is found only if its sequence has taken exactly one step since: what a finished sequence left in a slot is
-    nobody's, and memory is that of one reading.
+    A row is found only if it belongs to the same sequence and the sequence has taken exactly one step since. So the
+    next sequence in a slot never finds what a finished one left there, and only one step is kept in memory.
     """
 
     def __init__(self) -> None:
         self._keys: Tensor | None = None
 
     def remember(self, rows: LogitRows, *values: Tensor) -> None:
-        """Replace what is remembered by values `[rows, ...]` of these rows."""
+        """Keep the values `[rows, ...]` of these rows, in the place of the earlier ones."""
         key = _keys(rows)
         self._order = key.argsort()
         self._keys = key[self._order]
@@ -29,16 +29,16 @@ class StepCache:
         self._values = values
 
     def recall(self, rows: LogitRows) -> tuple[Tensor, list[Tensor]]:
-        """Which rows are found, bool `[rows]` on the host, and their values; those of others are any row's.
+        """Which rows are found, bool `[rows]` on the host, and their values `[rows, ...]`.
 
-        The values are an empty list before the first reading.
+        Values of rows that are not found are arbitrary. Before anything is kept, the list of values is empty.
         """
         if self._keys is None or not self._keys.numel():
             return torch.zeros_like(rows.slot, dtype=torch.bool), []
         key = _keys(rows)
-        place = torch.searchsorted(self._keys, key).clamp(max=self._keys.numel() - 1)
-        before = self._order[place]
-        found = (self._keys[place] == key) & (self._stream[before] == rows.stream)
+        nearest = torch.searchsorted(self._keys, key).clamp(max=self._keys.numel() - 1)
+        before = self._order[nearest]
+        found = (self._keys[nearest] == key) & (self._stream[before] == rows.stream)
         found &= self._step[before] + 1 == rows.step
         return found, [value[before.to(value.device)] for value in self._values]
 
@@ -54,7 +54,7 @@ _FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
 _SECOND = 0x94D049BB133111EB - (1 << 64)
 
 REMASKING, TOKEN, GAP = range(3)
-"""Purposes: streams that never share a draw."""
+"""Purposes of random draws; two purposes never share a draw."""
 
 
 def uniform(seed: int, purpose: int, *counters: Tensor) -> Tensor:
@@ -86,42 +86,43 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Credit:
-    """Settings; credits of a row are those of its position since its block began."""
+    """Settings of credit (dInfer, arXiv 2510.08666), which tokens of a position gain while its block is sampled."""
 
     alpha: float
     """Logits rise by alpha * log(1 + credit)."""
     beta: float
-    """What is left of a credit after a step."""
+    """Factor by which a credit decays in each step."""
     gamma: float
-    """In each step a row's likeliest token gains its probability ** gamma."""
+    """In each step the most probable token of a row gains a credit of its probability ** gamma."""
 
 
 class CreditAccount:
-    """The credits of the rows that are being read.
+    """The credits of the rows that have logits at present.
 
-    Of each row only the tokens that ever gained are kept, at most one for each step, and not one number per token of
-    the vocabulary. Every shard keeps all of them: they follow from what all shards learn of a row.
+    For each row only the tokens that ever gained credit are kept, at most one for each step, instead of one number for
+    each token of the vocabulary. Every shard keeps the credits of the whole vocabulary, because they follow from
+    statistics that all shards have.
     """
 
     def __init__(self, settings: Credit) -> None:
         self._settings = settings
-        self._entries = StepCache()
+        self._step_cache = StepCache()
 
     def raised(self, logits: Tensor, first_id: int, rows: LogitRows, token: Tensor, probability: Tensor) -> Tensor:
-        """Book a step, and raise the logits of this shard.
+        """Add the credits of a step, and raise the logits of this shard accordingly.
 
         Args:
             logits: `[rows, vocab / shards]`.
-            first_id: of this shard.
-            rows: names of the rows.
-            token: the likeliest token of each row over all shards, int64 `[rows]`.
+            first_id: first token id of this shard.
+            rows: what identifies the rows.
+            token: the most probable token of each row over all shards, int64 `[rows]`.
             probability: its probability, `[rows]`.
 
         Returns:
-            `[rows, vocab / shards]`.
+            the raised logits, `[rows, vocab / shards]`.
         """
         tokens, credits = token[:, None], (probability**self._settings.gamma)[:, None]
-        found, earlier = self._entries.recall(rows)
+        found, earlier = self._step_cache.recall(rows)
         if earlier:
             old = (earlier[1] * self._settings.beta).masked_fill(~found.to(logits.device)[:, None], 0.0)
             again = (earlier[0] == tokens) & (old > 0)
@@ -130,10 +131,10 @@ class CreditAccount:
             tokens = torch.cat([earlier[0], tokens], 1)
             used = credits.any(0)
             tokens, credits = tokens[:, used], credits[:, used]
-        self._entries.remember(rows, tokens, credits)
+        self._step_cache.remember(rows, tokens, credits)
         gain = self._settings.alpha * credits.log1p()
         own = tokens - first_id
         inside = (own >= 0) & (own < logits.shape[1])
         own = own.clamp(0, logits.shape[1] - 1)
         higher = (logits.gather(1, own) + gain).masked_fill(~inside, -torch.inf)
-        return logits.scatter_reduce(1, own, higher, "amax")  # a token without credit may stand there twice
+        return logits.scatter_reduce(1, own, higher, "amax")  # a token may occur twice, the second time without credit

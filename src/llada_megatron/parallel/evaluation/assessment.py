@@ -108,7 +108,7 @@ def _example(loaded: LoadedModel, tokenizer: Tokenizer, held_out: TrainingData, 
     gaps = infilling.choose_gaps((1, window.shape[1]), number, infilling.MASKED_SHARE, seed=1)
     draft = gaps_of(window[0].tolist(), gaps[0].tolist(), None)
     excluded = [*never_written(loaded.run.model, NoEditor()), tokenizer.eos_id]
-    writer = SequenceGenerator(loaded, Method(reading=LogitsProcessor(excluded=excluded)), batch_size=1)
+    writer = SequenceGenerator(loaded, Method(logits_processor=LogitsProcessor(excluded=excluded)), batch_size=1)
     filled = next(done.tokens for step in writer.steps([draft]) for done in step.finished)
     return _pieces(tokenizer, draft.tokens, filled, gaps[0].tolist())
 

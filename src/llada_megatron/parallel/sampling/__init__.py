@@ -1,1 +1,1 @@
-"""Sampling with a model that is spread over ranks."""
+"""Sampling with a model that is spread over ranks, from prompts to texts."""

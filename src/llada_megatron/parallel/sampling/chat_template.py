@@ -1,4 +1,4 @@
-"""Conversations as token ids, by the chat template that a checkpoint's tokenizer came with."""
+"""Conversations as token ids, by the chat template that came with the tokenizer of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ LLADA = (
     "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-"""The role markers of LLaDA-8B-Instruct, for checkpoints that have its tokens and lost its template."""
+"""The role markers of LLaDA-8B-Instruct, for checkpoints that have its tokens but not its template."""
 
 _LLADA_NAMES = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 _OPEN, _CLOSE = "\ue000", "\ue001"
-"""Around the numbers that stand for messages: characters of no script."""
+"""Private-use characters around the numbers that stand for messages while a template is rendered."""
 
 Message = Mapping[str, str]
 """`role` (system, user or assistant) and `content`."""
@@ -31,21 +31,22 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A Jinja template as Hugging Face writes them, run in a sandbox, and the tokenizer whose tokens it names."""
+    """A Jinja template in the format of Hugging Face, run in a sandbox, and the tokenizer whose tokens it names."""
 
     template: str
     tokenizer: Tokenizer
     names: Mapping[str, str]
-    """Special tokens that the template may ask for, such as `bos_token`."""
+    """Special tokens that the template may use by name, such as `bos_token`."""
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation, up to where the assistant's answer begins.
+        """Token ids of a conversation, up to where the assistant's answer begins.
 
-        Only the template's own text makes special tokens; their names in a message are ordinary text.
+        Only the template's own text gives special tokens; their names in a message are ordinary text.
 
         Raises:
             DataError: the template cannot be run.
-            ConfigError: it refuses the conversation, or changes its messages so that this cannot be kept apart.
+            ConfigError: the template refuses the conversation, or it changes the messages and one of them holds the
+                name of a special token, which then cannot be told from one of the template's own.
         """
         ids: list[int] = []
         text = ""
@@ -59,7 +60,7 @@ class ChatTemplate:
 
     @property
     def end_of_turn(self) -> int | None:
-        """The token that the template puts behind an answer; None where it puts none."""
+        """The token that the template puts after an answer; None if it puts none."""
         text = self._render([{"role": "user", "content": "-"}, {"role": "assistant", "content": _OPEN}], False)
         found = next(self._named(text.partition(_OPEN)[2]), None)
         return None if found is None else self.tokenizer.special_ids[found[0]]
@@ -68,22 +69,26 @@ class ChatTemplate:
         return self.tokenizer.encode(text) if text else []
 
     def _parts(self, messages: Sequence[Message]) -> list[str | _SpecialToken]:
-        """The rendered conversation: texts, and the special tokens that the template put between them."""
+        """The rendered conversation as texts and the special tokens that the template put between them.
+
+        The template is rendered once with numbers in the place of the messages, to know which text is its own, and once
+        with the messages, to check that it only strips or keeps them.
+        """
         marked = [{"role": message["role"], "content": f"{_OPEN}{i}{_CLOSE}"} for i, message in enumerate(messages)]
         pieces = re.split(f"{_OPEN}(\\d+){_CLOSE}", self._render(marked, True))
         whole = self._render(messages, True)
         for change in (str, str.strip):
-            contents = [change(message["content"]) for message in messages]
-            filled = [contents[int(piece)] if i % 2 else piece for i, piece in enumerate(pieces)]
+            changed = [change(message["content"]) for message in messages]
+            filled = [changed[int(piece)] if i % 2 else piece for i, piece in enumerate(pieces)]
             if "".join(filled) == whole:
                 return [part for i, piece in enumerate(filled) for part in ([piece] if i % 2 else self._split(piece))]
-        told = "\n".join(message["content"] for message in messages)
-        if (name := next(self._named(told), None)) is not None:
+        contents = "\n".join(message["content"] for message in messages)
+        if (name := next(self._named(contents), None)) is not None:
             raise ConfigError(f"a message holds {name[0]}, which this chat template would make a special token of")
         return self._split(whole)
 
     def _split(self, text: str) -> list[str | _SpecialToken]:
-        """A text of the template at its special tokens."""
+        """A text of the template, split at its special tokens."""
         parts: list[str | _SpecialToken] = []
         at = 0
         for name, start in self._named(text):
@@ -92,7 +97,7 @@ class ChatTemplate:
         return [*parts, text[at:]]
 
     def _named(self, text: str) -> Any:
-        """Names of special tokens in a text and where they begin, the longest first where several do."""
+        """Names of the special tokens in a text and where each begins; of several at one position the longest."""
         names = sorted(self.tokenizer.special_ids, key=len, reverse=True)
         if not names:
             return iter(())
@@ -119,16 +124,21 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class _SpecialToken:
-    """A token that only a template writes."""
+    """A special token that the template put in."""
 
     id: int
 
 
 def find_template(tokenizer: Tokenizer, wanted: str | None) -> ChatTemplate:
-    """The chat template of a tokenizer, `llada` for the published role markers, or a file with one.
+    """The chat template to be used with a tokenizer.
+
+    Args:
+        tokenizer: that of the checkpoint.
+        wanted: None for the template beside the tokenizer, `llada` for the role markers of LLaDA-8B-Instruct, or the
+            name of a file with a template.
 
     Raises:
-        DataError: there is none, or it cannot be read.
+        DataError: there is no such template, or it cannot be read.
     """
     names = _special_names(tokenizer.path.parent)
     if wanted == "llada":
@@ -151,12 +161,12 @@ def find_template(tokenizer: Tokenizer, wanted: str | None) -> ChatTemplate:
 
 
 def _template_beside(folder: Path) -> str | None:
-    """What Hugging Face's files in a folder say: a file of its own, or a key of `tokenizer_config.json`."""
+    """The template in a folder with Hugging Face's files: a file of its own, or a key of `tokenizer_config.json`."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text("utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
         found = _json_object(folder / name).get("chat_template")
-        if isinstance(found, list):  # several by name
+        if isinstance(found, list):  # a list of named templates
             named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
             found = named.get("default", next(iter(named.values()), None))
         if isinstance(found, str):
@@ -165,7 +175,7 @@ def _template_beside(folder: Path) -> str | None:
 
 
 def _special_names(folder: Path) -> dict[str, str]:
-    """`bos_token` and the like of `tokenizer_config.json`."""
+    """The special tokens of `tokenizer_config.json`, such as `bos_token`."""
     names = {}
     for key, value in _json_object(folder / "tokenizer_config.json").items():
         value = value.get("content") if isinstance(value, dict) else value
@@ -185,5 +195,5 @@ def _json_object(file: Path) -> dict[str, Any]:
 
 
 def _refuse(text: str) -> NoReturn:
-    """What a template calls when it does not take a conversation."""
+    """The function that a template calls in order to refuse a conversation."""
     raise ConfigError(f"the chat template refuses this conversation: {text}")

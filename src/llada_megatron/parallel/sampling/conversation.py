@@ -17,55 +17,56 @@ if TYPE_CHECKING:
 
 @dataclass
 class AnswerStep:
-    """An answer while it is written."""
+    """One step in the sampling of an answer."""
 
-    picture: SequenceView
+    view: SequenceView
+    """The conversation and the answer after the step."""
     first: int
-    """Position at which it begins."""
+    """Position at which the answer begins."""
     step: SampledStep
 
 
 @dataclass
 class Conversation:
-    """Messages, and how they are put to the model."""
+    """The messages of a conversation, and the model that answers them."""
 
     sampler: Sampler
     template: ChatTemplate
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
-    """Of the answers since the start, whatever was forgotten."""
+    """Results of all answers, also of those that `reset` has removed from the messages."""
 
     def __post_init__(self) -> None:
         self._end_of_turn = self.template.end_of_turn
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything but the system's message. Raises DataError where that is not UTF-8 text."""
+        """Forget all messages but the system's. Raises DataError if that is not UTF-8 text."""
         require_text(self.system or "", "the system's message")
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def ask(self, text: str) -> Iterator[AnswerStep]:
-        """Have a message answered, step by step; both are in `messages` once it is.
+        """Answer a message, step by step. After the last step the message and its answer are in `messages`.
 
         Raises:
-            ConfigError: the conversation does not fit the model's context any more.
+            ConfigError: the conversation no longer fits the model's context.
             DataError: the template cannot be run, or the message is not UTF-8 text.
         """
         require_text(text, "the message")
-        asked = [*self.messages, {"role": "user", "content": text}]
-        ids = self.template.encode(asked)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self.template.encode(messages)
         jobs = self.sampler.jobs_of([Prompt.of(ids, number=len(self.results) + 1)])
-        picture = SequenceView.of(jobs[0].draft, self.sampler.tokenizer)
+        view = SequenceView.of(jobs[0].request, self.sampler.tokenizer)
         for step in self.sampler.steps_of(jobs):
-            picture.apply(step)
-            yield AnswerStep(picture, len(ids), step)
+            view.apply(step)
+            yield AnswerStep(view, len(ids), step)
             for result in step.finished:
                 self.results.append(result)
-                self.messages = [*asked, {"role": "assistant", "content": self._answer(result)}]
+                self.messages = [*messages, {"role": "assistant", "content": self._answer(result)}]
 
     def _answer(self, result: Result) -> str:
-        """The text of an answer up to the end of its turn."""
+        """The text of an answer, up to the token that ends the assistant's turn."""
         written = [token for run in result.written for token in run]
         if self._end_of_turn in written:
             written = written[: written.index(self._end_of_turn)]

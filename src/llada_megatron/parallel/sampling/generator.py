@@ -1,9 +1,9 @@
-"""Writing many sequences with a model that is spread over ranks.
+"""Sampling many sequences with a model that is spread over ranks.
 
-Sequences are written in groups. One group after the other runs a pass (a turn), so that while the statistics of one
-group come back from the last pipeline stage, the stages work on the others: with as many groups as stages none waits
-for a whole round trip. Every rank of a replica keeps the same control of all groups: it knows what is to be run, and
-needs nothing but the statistics to know what comes next.
+Sequences run in groups, and the groups take turns to run a pass. While the statistics of one group come back from the
+last pipeline stage, the stages work on the other groups; with as many groups as stages, no stage waits for a whole
+round trip. Every rank of a replica keeps the state of all groups: it knows the pass to be run, and needs only the
+statistics to know the next one.
 """
 
 from __future__ import annotations
@@ -28,76 +28,76 @@ from llada_megatron.parallel.sampling.stage import GenerationReport, StageRunner
 
 @dataclass
 class _InFlightMicrobatch:
-    """A group, and its pass that is somewhere in the pipeline."""
+    """A group of sequences and its pass that is in the pipeline."""
 
     group: SequenceGroup
-    engine: StageRunner
+    runner: StageRunner
     work: Pass | None = None
-    """None = no pass is under way."""
+    """The pass; None = the group has no unfinished sequence."""
     statistics: Statistics | None = None
-    """Of the pass, on the last stage."""
+    """Statistics of the pass; on the last stage only."""
     arriving: ExpectedMessage | None = None
-    """Those on their way to another stage; None = the pass asks for nothing."""
+    """Statistics that another stage expects; None = the pass has no rows of logits."""
     sent: SentMessages = field(default_factory=SentMessages)
 
 
 class SequenceGenerator:
-    """Writes drafts with a loaded model by a method."""
+    """Samples sequences with a loaded model by a method."""
 
     def __init__(self, loaded: LoadedModel, method: Method, batch_size: int, groups: int | None = None) -> None:
         """Collective over all ranks.
 
         Args:
             loaded: this rank's part of the model.
-            method: how to write.
-            batch_size: sequences of a group: those that run in one pass.
-            groups: groups in flight, each with kept keys and values of its own; None = one per pipeline stage.
+            method: the sampling method.
+            batch_size: sequences of a group, which run in one pass.
+            groups: groups in flight, each with a key-value cache of its own; None = one per pipeline stage.
 
         Raises:
-            ConfigError: a layout that sampling does not run under.
+            ConfigError: the layout is one that sampling does not support.
         """
         config = loaded.model.config
         _require_layout(config)
         self.report = GenerationReport()
         self._loaded, self._method, self._batch_size = loaded, method, batch_size
-        self._column = PipelineGroup(config.hidden_size, config.params_dtype)
+        self._pipeline_group = PipelineGroup(config.hidden_size, config.params_dtype)
         self._replicas = Replicas(config.num_moe_experts is not None)
-        self._groups = groups or self._column.stages
+        self._groups = groups or self._pipeline_group.stages
         self._clock = Stopwatch()
         self._counted_at = 0.0
 
-    def steps(self, drafts: Iterable[Request]) -> Iterator[Step]:
-        """Write all drafts, and yield what each pass changed.
+    def steps(self, requests: Iterable[Request]) -> Iterator[Step]:
+        """Sample all requests, and yield what each pass changed.
 
-        Every rank of a replica gives the same drafts, and takes all steps or, with the others, none. Replicas have
-        drafts of their own; where they share experts, one that has written its own waits for the others.
+        Collective: every rank of a replica must pass the same requests and consume all steps. Replicas have requests of
+        their own; where replicas share experts, one that has finished its own keeps taking part for the others.
 
         Raises:
-            ValueError: a draft without a gap.
+            ValueError: a request has no open position.
         """
-        drafts = list(drafts)
-        waiting, flights, quiet = iter(drafts), self._flights(drafts), 0
+        requests = list(requests)
+        waiting, in_flight, idle_turns = iter(requests), self._empty_groups(requests), 0
         self._counted_at = time.perf_counter()
-        for flight in itertools.cycle(flights):
-            if flight.work is not None:
-                step = flight.group.apply(self._statistics(flight))
+        for microbatch in itertools.cycle(in_flight):
+            if microbatch.work is not None:
+                step = microbatch.group.apply(self._statistics(microbatch))
                 self._count_time()
                 yield step
-            for slot, draft in zip(flight.group.free, waiting, strict=False):
-                flight.group.admit(slot, draft)
-            flight.work = flight.group.plan()
-            quiet = 0 if self._start(flight) else quiet + 1
-            if quiet == len(flights):
+            for slot, request in zip(microbatch.group.free, waiting, strict=False):
+                microbatch.group.admit(slot, request)
+            microbatch.work = microbatch.group.plan()
+            idle_turns = 0 if self._start(microbatch) else idle_turns + 1
+            if idle_turns == len(in_flight):
                 break
-        for flight in flights:
-            flight.sent.finish()
+        for microbatch in in_flight:
+            microbatch.sent.finish()
         self._count_time()
 
-    def _flights(self, drafts: list[Request]) -> list[_InFlightMicrobatch]:
-        """Empty groups with room for the longest draft; few drafts are shared out over all groups."""
-        slots = max(1, min(self._batch_size, -(-len(drafts) // self._groups)))
-        seq = max((len(draft.tokens) for draft in drafts), default=1)
-        blocks = max((len(draft.blocks) for draft in drafts), default=1)
+    def _empty_groups(self, requests: list[Request]) -> list[_InFlightMicrobatch]:
+        """Empty groups with room for the longest request. A small number of requests is spread over all groups."""
+        slots = max(1, min(self._batch_size, -(-len(requests) // self._groups)))
+        seq = max((len(request.tokens) for request in requests), default=1)
+        blocks = max((len(request.blocks) for request in requests), default=1)
         model, mask_id = self._loaded.model, self._loaded.run.model.mask_token_id
         return [
             _InFlightMicrobatch(
@@ -106,54 +106,57 @@ class SequenceGenerator:
             for _ in range(self._groups)
         ]
 
-    def _start(self, flight: _InFlightMicrobatch) -> bool:
-        """A turn of a group: its pass on this stage, or that of other replicas; False if nobody has one."""
-        if not self._replicas.any_works(flight.work is not None):
+    def _start(self, microbatch: _InFlightMicrobatch) -> bool:
+        """One turn of a group: its pass on this stage, or an idle pass while other replicas have work.
+
+        Returns False if no replica has work.
+        """
+        if not self._replicas.any_has_work(microbatch.work is not None):
             return False
-        if flight.work is not None:
-            self._run(flight, flight.work)
+        if microbatch.work is not None:
+            self._run(microbatch, microbatch.work)
         else:
             with self._clock.running():
-                flight.engine.idle()
+                microbatch.runner.idle()
             self.report.idle_passes += 1
         return True
 
-    def _run(self, flight: _InFlightMicrobatch, work: Pass) -> None:
-        """Take the hidden states of the stage before, run, and send on."""
-        column, engine, rows = self._column, flight.engine, work.place.numel()
-        hidden = None if column.first else column.receive_hidden(work.tokens.numel())
+    def _run(self, microbatch: _InFlightMicrobatch, work: Pass) -> None:
+        """Receive the hidden states of the previous stage, run this stage, and send the result on."""
+        pipeline, runner, rows = self._pipeline_group, microbatch.runner, work.offsets.numel()
+        hidden = None if pipeline.first else pipeline.receive_hidden(work.tokens.numel())
         with self._clock.running():
-            output = engine.forward(work, hidden)
-            flight.statistics = engine.read(work, output) if column.last else None
-        if not column.last:
-            column.send_hidden(output, flight.sent)
-            flight.arriving = column.expect_statistics(rows, engine.fields) if rows else None
-        elif column.passes_on and rows:
-            packed = flight.statistics.packed()
-            flight.sent.finish()  # the hidden states that came tell that the statistics before them were taken
-            column.pass_on(packed, flight.sent)
-            flight.statistics = engine.unpacked(packed)  # to the bit what the others have
-        self._count(work, engine)
+            output = runner.forward(work, hidden)
+            microbatch.statistics = runner.read(work, output) if pipeline.last else None
+        if not pipeline.last:
+            pipeline.send_hidden(output, microbatch.sent)
+            microbatch.arriving = pipeline.expect_statistics(rows, runner.fields) if rows else None
+        elif pipeline.passes_on and rows:
+            packed = microbatch.statistics.packed()
+            microbatch.sent.finish()  # the hidden states that came prove that the earlier statistics were received
+            pipeline.pass_on(packed, microbatch.sent)
+            microbatch.statistics = runner.unpacked(packed)  # bitwise equal to those of the other stages
+        self._count(work, runner)
 
-    def _statistics(self, flight: _InFlightMicrobatch) -> Statistics:
-        """What came of the pass under way."""
-        if flight.statistics is not None:
-            return flight.statistics
-        if flight.arriving is None:
-            return flight.engine.unpacked(torch.empty(0, flight.engine.fields))
-        packed = flight.arriving.wait()
-        flight.sent.finish()  # they tell that what this stage sent for the pass was taken
-        if self._column.passes_on:
-            self._column.pass_on(packed, flight.sent)
-        return flight.engine.unpacked(packed)
+    def _statistics(self, microbatch: _InFlightMicrobatch) -> Statistics:
+        """The statistics of the pass in flight."""
+        if microbatch.statistics is not None:
+            return microbatch.statistics
+        if microbatch.arriving is None:
+            return microbatch.runner.unpacked(torch.empty(0, microbatch.runner.fields))
+        packed = microbatch.arriving.wait()
+        microbatch.sent.finish()  # the statistics prove that what this stage sent for the pass was received
+        if self._pipeline_group.passes_on:
+            self._pipeline_group.pass_on(packed, microbatch.sent)
+        return microbatch.runner.unpacked(packed)
 
-    def _count(self, work: Pass, engine: StageRunner) -> None:
-        left = engine.reader.packet_bytes if self._column.last else 0
-        if self._column.passes_on:
-            left += torch.float32.itemsize * engine.fields
+    def _count(self, work: Pass, runner: StageRunner) -> None:
+        left = runner.reader.packet_bytes if self._pipeline_group.last else 0
+        if self._pipeline_group.passes_on:
+            left += torch.float32.itemsize * runner.fields
         self.report.passes += 1
         self.report.positions_run += work.tokens.numel()
-        self.report.rows_read += work.place.numel()
+        self.report.rows_read += work.offsets.numel()
         self.report.bytes_per_row = max(self.report.bytes_per_row, left)
 
     def _count_time(self) -> None:
@@ -164,7 +167,7 @@ class SequenceGenerator:
 
 
 def _require_layout(config: TransformerConfig) -> None:
-    """Refuse what a pass over parts of sequences is not made for."""
+    """Refuse layouts that cannot run a pass over parts of sequences. Raises ConfigError."""
     refused = {
         "context_parallel": config.context_parallel_size > 1,
         "pipeline_chunks_per_rank": config.virtual_pipeline_model_parallel_size is not None,
@@ -172,6 +175,6 @@ def _require_layout(config: TransformerConfig) -> None:
         "expert_dispatcher allgather": config.moe_token_dispatcher_type == "allgather"
         and config.num_moe_experts is not None,
     }
-    for name, there in refused.items():
-        if there:
+    for name, present in refused.items():
+        if present:
             raise ConfigError(f"sampling does not run under layout.{name}; load the model without it")

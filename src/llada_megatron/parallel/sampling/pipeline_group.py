@@ -1,4 +1,4 @@
-"""What ranks tell each other while sequences are written: stages of a replica, and replicas that share experts."""
+"""Communication between ranks during sampling: stages of a replica, and replicas that share experts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from llada_megatron.parallel import device, topology
 
 
 class SentMessages:
-    """Messages on their way; their tensors must stay until they are taken."""
+    """Messages that were sent and may not be received yet; their tensors must be kept until then."""
 
     def __init__(self) -> None:
         self._messages: list[tuple[torch.Tensor, Any]] = []
 
     def add(self, tensor: torch.Tensor, handle: Any) -> None:
-        """One more."""
+        """Keep `tensor` until `handle`, the handle of its send, is complete."""
         self._messages.append((tensor, handle))
 
     def finish(self) -> None:
-        """Wait until all are taken."""
+        """Wait until all messages are received."""
         for _, handle in self._messages:
             handle.wait()
         self._messages.clear()
@@ -32,29 +32,33 @@ class SentMessages:
 
 @dataclass(frozen=True)
 class ExpectedMessage:
-    """A message that is expected."""
+    """A message that is being received."""
 
     tensor: torch.Tensor
     handle: Any
 
     def wait(self) -> torch.Tensor:
-        """The message, once it is here."""
+        """Wait for the message, and return it."""
         self.handle.wait()
         return self.tensor
 
 
 class PipelineGroup:
-    """The ranks of all stages with one tensor rank in one replica."""
+    """The pipeline group of this rank: the ranks of all stages that have its tensor rank and its replica.
+
+    Hidden states go from each stage to the next. Statistics go from the last stage around the ring of stages, through
+    the first one, to the last but one.
+    """
 
     def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
-        """`hidden_size` and `dtype` of the hidden states. Collective over the world."""
+        """Collective over the world; `hidden_size` and `dtype` are those of the hidden states."""
         self.stages = parallel_state.get_pipeline_model_parallel_world_size()
         self.stage = parallel_state.get_pipeline_model_parallel_rank()
         self._hidden_size, self._dtype = hidden_size, dtype
         if self.stages > 1:
             self._hidden_group = parallel_state.get_pipeline_model_parallel_group()
             self._ranks = torch.distributed.get_process_group_ranks(self._hidden_group)
-            self._statistics_group = _host_groups(torch.distributed.group.WORLD)
+            self._statistics_group = _host_group(torch.distributed.group.WORLD)
 
     @property
     def first(self) -> bool:
@@ -68,64 +72,68 @@ class PipelineGroup:
 
     @property
     def passes_on(self) -> bool:
-        """Whether the next stage has its statistics from this one."""
+        """Whether this stage sends statistics on to the next one of the ring."""
         return self.stages > 1 and (self.stage + 1) % self.stages != self.stages - 1
 
     def receive_hidden(self, total: int) -> torch.Tensor:
-        """`[total, 1, hidden]` from the stage before."""
+        """Hidden states `[total, 1, hidden]` from the previous stage; waits for them."""
         hidden = torch.empty(total, 1, self._hidden_size, dtype=self._dtype, device=device.current())
         torch.distributed.irecv(hidden, self._ranks[self.stage - 1], group=self._hidden_group).wait()
         return hidden
 
     def send_hidden(self, hidden: torch.Tensor, sent: SentMessages) -> None:
-        """To the next stage; does not wait."""
+        """Send hidden states `[total, 1, hidden]` to the next stage, without waiting."""
         hidden = hidden.contiguous()
         sent.add(hidden, torch.distributed.isend(hidden, self._ranks[self.stage + 1], group=self._hidden_group))
 
     def expect_statistics(self, rows: int, fields: int) -> ExpectedMessage:
-        """Packed statistics `[rows, fields]`, to come from the stage before in the round; does not wait."""
+        """Begin to receive packed statistics `[rows, fields]` from the previous stage of the ring, without waiting."""
         packed = torch.empty(rows, fields)
-        before = self._ranks[(self.stage - 1) % self.stages]
-        return ExpectedMessage(packed, torch.distributed.irecv(packed, before, group=self._statistics_group))
+        previous = self._ranks[(self.stage - 1) % self.stages]
+        return ExpectedMessage(packed, torch.distributed.irecv(packed, previous, group=self._statistics_group))
 
     def pass_on(self, packed: torch.Tensor, sent: SentMessages) -> None:
-        """Give statistics to the next stage of the round; does not wait."""
-        after = self._ranks[(self.stage + 1) % self.stages]
-        sent.add(packed, torch.distributed.isend(packed, after, group=self._statistics_group))
+        """Send statistics to the next stage of the ring, without waiting."""
+        following = self._ranks[(self.stage + 1) % self.stages]
+        sent.add(packed, torch.distributed.isend(packed, following, group=self._statistics_group))
 
 
 @functools.lru_cache(maxsize=1)
-def _host_groups(world: Any) -> Any:
-    """This rank's column as a group for host tensors (collective over the world, made once for it).
+def _host_group(world: Any) -> Any:
+    """The pipeline group of this rank once more, for tensors on the host (collective over the world, made once).
 
-    A communicator of their own, because messages of two kinds between the same ranks on one of NCCL's can block each
-    other; and on the host, because the loop reads them there.
+    Statistics have a communicator of their own, because two kinds of messages between the same ranks can block each
+    other on one NCCL communicator. It is on the host, because the sampling loop reads statistics there.
     """
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     across, rank = world.size() // stages, world.rank()  # stages are the slowest axis of the ranks
     limit = datetime.timedelta(seconds=topology.TIME_LIMIT_S)
-    columns = [
+    groups = [
         torch.distributed.new_group(list(range(first, world.size(), across)), timeout=limit, backend="gloo")
         for first in range(across)
     ]
-    return columns[rank % across]
+    return groups[rank % across]
 
 
 class Replicas:
-    """The data-parallel ranks of one stage: independent of each other, or bound together by their experts."""
+    """The data-parallel replicas of one stage, which are independent of each other or share experts."""
 
     def __init__(self, experts: bool) -> None:
-        """`experts`: whether the model has any."""
+        """`experts`: whether the model has experts."""
         tensor = parallel_state.get_tensor_model_parallel_world_size()
         spread = parallel_state.get_expert_tensor_and_model_parallel_group().size() if experts else 1
-        # both kinds of groups are runs of consecutive ranks of a stage: one that divides the other lies inside of it
-        self.bound = tensor % spread != 0
+        # Both kinds of groups are runs of consecutive ranks of a stage. If the expert group's size divides the tensor
+        # group's, it lies inside of one tensor group and so inside of one replica.
+        self.share_experts = tensor % spread != 0
 
-    def any_works(self, works: bool) -> bool:
-        """Whether a replica has something to run, and this one must take part (collective where they are bound)."""
-        if not self.bound:
-            return works
-        flag = torch.tensor([int(works)])
+    def any_has_work(self, has_work: bool) -> bool:
+        """Whether this replica must run a pass: it has work, or one that it shares experts with has.
+
+        Collective over the replicas where they share experts.
+        """
+        if not self.share_experts:
+            return has_work
+        flag = torch.tensor([int(has_work)])
         group = parallel_state.get_data_parallel_group_gloo()
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=group)
         return bool(flag.item())

@@ -1,4 +1,4 @@
-"""What is to be written: texts or token ids, with an open end or with gaps."""
+"""Prompts: texts or token ids that are to be continued, or whose gaps are to be filled."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ GAP_WORD = "mask"
 
 @dataclass(frozen=True)
 class Gap:
-    """Tokens that are missing."""
+    """A place in a prompt where tokens are missing."""
 
     tokens: int | None = None
-    """How many; None = as many as `instead_of` has."""
+    """How many tokens; None = as many as `instead_of` has."""
     instead_of: str = ""
-    """The text that was cut out."""
+    """The text that is replaced."""
 
 
 Piece = str | tuple[int, ...] | Gap
@@ -32,22 +32,22 @@ Piece = str | tuple[int, ...] | Gap
 
 @dataclass(frozen=True)
 class Prompt:
-    """One sequence to be written. Without a gap it is continued at its end, else its gaps are filled."""
+    """One prompt. Without a gap it is continued at its end; otherwise its gaps are filled."""
 
     pieces: tuple[Piece, ...]
     number: int = 1
-    """From 1: its place among the prompts of a file or a call. Random draws depend on it."""
+    """Its number among the prompts of a file or a call, from 1. Random draws depend on it."""
     id: Any = None
-    """What the user calls it."""
+    """The user's name for it."""
     max_new_tokens: int | None = None
-    """Of a continuation; None = as the settings say."""
+    """Number of new tokens of a continuation; None = that of the settings."""
 
     @classmethod
     def of(cls, prompt: str | Sequence[int] | Prompt, number: int = 1) -> Prompt:
-        """A prompt of a text or of token ids, to be continued; a Prompt takes the number.
+        """A prompt made of a text or of token ids, to be continued. A Prompt is returned with the number.
 
         Raises:
-            ConfigError: it is something else.
+            ConfigError: `prompt` is something else.
         """
         if isinstance(prompt, Prompt):
             return replace(prompt, number=number)
@@ -60,7 +60,7 @@ class Prompt:
         """A text in which `<word>` stands for one missing token and `<word:N>` for N of them.
 
         Raises:
-            ConfigError: there is none, or one of no tokens.
+            ConfigError: there is no gap, or one of no tokens.
         """
         pieces = split_gaps(text, word)
         if not any(isinstance(piece, Gap) for piece in pieces):
@@ -69,12 +69,12 @@ class Prompt:
 
     @classmethod
     def edited(cls, text: str | Sequence[int], extent: Extent, tokens: int | None = None, number: int = 1) -> Prompt:
-        """A finished text or token ids of which one extent is to be written anew.
+        """A finished text, or token ids, of which one extent is to be replaced.
 
         Args:
-            text: the whole.
-            extent: characters of a text, positions of token ids.
-            tokens: how many are written; None = as many as are cut out.
+            text: the whole text, or all token ids.
+            extent: what is replaced, counted in characters of a text or in token ids.
+            tokens: how many tokens take its place; None = as many as are replaced.
 
         Raises:
             ConfigError: the extent does not lie in the text, or is empty and `tokens` is not given.
@@ -96,12 +96,12 @@ class Prompt:
         return cls(tuple(piece for piece in pieces if piece), number)
 
     def with_length(self, max_new_tokens: int) -> Prompt:
-        """The same with so many new tokens where it is continued and does not say itself how many."""
+        """The same prompt with this number of new tokens, unless it has one of its own."""
         return self if self.max_new_tokens is not None else replace(self, max_new_tokens=max_new_tokens)
 
     @property
     def infilling(self) -> bool:
-        """Whether it has gaps."""
+        """Whether the prompt has gaps."""
         return any(isinstance(piece, Gap) for piece in self.pieces)
 
     @property
@@ -111,13 +111,13 @@ class Prompt:
 
     @property
     def digest(self) -> str:
-        """Of what it asks for."""
+        """A hash of everything that the prompt asks for, to tell whether it changed."""
         pieces = [[piece.tokens, piece.instead_of] if isinstance(piece, Gap) else piece for piece in self.pieces]
         text = json.dumps([pieces, [isinstance(piece, Gap) for piece in self.pieces], self.max_new_tokens])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        """How messages name it."""
+        """The prompt's name in messages."""
         if self.id is not None:
             return f"prompt {self.number} ({_cut(str(self.id))})"
         first = next((piece for piece in self.pieces if not isinstance(piece, Gap)), "")
@@ -129,14 +129,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Extent:
-    """START:END as in a Python slice: either end may be left out, and negative numbers count from the end."""
+    """A range START:END as in a Python slice: either end may be missing, and negative numbers count from the end."""
 
     start: int | None
     end: int | None
 
     @classmethod
     def parse(cls, text: str) -> Extent:
-        """From `START:END`. Raises ConfigError."""
+        """The extent that a text `START:END` stands for. Raises ConfigError if it is not of this form."""
         match = re.fullmatch(r"(-?\d{1,18})?:(-?\d{1,18})?", text.strip())
         if match is None:
             raise ConfigError(
@@ -145,20 +145,20 @@ class Extent:
         return cls(*(None if number is None else int(number) for number in match.groups()))
 
     def within(self, length: int) -> tuple[int, int]:
-        """The two ends in a text of this length. Raises ConfigError where they do not lie in it."""
+        """Start and end as positions in a text of this length. Raises ConfigError if they do not lie in it."""
         start, end = self.start or 0, length if self.end is None else self.end
-        start, end = (length + place if place < 0 else place for place in (start, end))
+        start, end = (length + position if position < 0 else position for position in (start, end))
         if not 0 <= start <= end <= length:
             raise ConfigError(f"the extent {start}:{end} does not lie in a text of length {length}")
         return start, end
 
 
 def split_gaps(text: str, word: str = GAP_WORD) -> list[str | Gap]:
-    """A text as strings and gaps, where it has `<word>` or `<word:N>`. Raises ConfigError for N = 0."""
+    """Split a text at its gap words, `<word>` or `<word:N>`, into strings and gaps. Raises ConfigError for N = 0."""
     pieces: list[str | Gap] = []
     position = 0
     for match in re.finditer(rf"<{re.escape(word)}(?::(\d+))?>", text):
-        count = int((match[1] or "1")[:18])  # no model takes so many that more digits would tell
+        count = int((match[1] or "1")[:18])  # more digits are too many tokens for any model anyway
         if count == 0:
             raise ConfigError(f"{match[0]} in {shown(text)}: a gap has at least one token")
         pieces += [text[position : match.start()], Gap(count)]
@@ -167,12 +167,12 @@ def split_gaps(text: str, word: str = GAP_WORD) -> list[str | Gap]:
 
 
 def shown(text: str) -> str:
-    """A text's beginning, for a message."""
+    """The beginning of a text, for a message."""
     return repr(_cut(text))
 
 
 def require_text(text: str, name: str) -> None:
-    """Refuse what no tokenizer takes. Raises DataError for bytes that were no UTF-8, and for halves of characters."""
+    """Refuse text that no tokenizer can encode. Raises DataError for bytes that were not UTF-8, and lone surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""From prompts to drafts: encoding, and what cannot be written."""
+"""From prompts to requests: prompts are encoded, and those that the model cannot sample are refused."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from llada_megatron.parallel.sampling.prompts import Gap, Piece, Prompt, require
 
 @dataclass(frozen=True)
 class RequestBuilder:
-    """How prompts become drafts for one model."""
+    """Builds the requests of prompts for one model and one sampling method."""
 
     model: ModelConfig
     tokenizer: Tokenizer | None
-    """None where prompts are token ids only."""
+    """None = prompts can only be token ids."""
     max_new_tokens: int
+    """New tokens of a continuation that does not specify them itself."""
     block_length: int | None
+    """Positions of a block; None = one single block."""
     grid: int | None
-    """Block size of a block-causal model."""
+    """Block size of a block-causal model; None for a bidirectional one."""
 
-    def draft(self, prompt: Prompt) -> Request:
-        """What is to be written; its stream is the prompt's number less one.
+    def build(self, prompt: Prompt) -> Request:
+        """The request of a prompt; its stream is the number of the prompt minus one.
 
         Raises:
-            ConfigError: it is too long for the model, or has an id that the model does not have.
-            DataError: it is a text, and there is no tokenizer.
+            ConfigError: the prompt is too long for the model, has an id that the model does not have, or has only empty
+                gaps.
+            DataError: the prompt is a text and there is no tokenizer, or it is not UTF-8 text.
         """
         pieces = [(self._ids(piece, prompt), isinstance(piece, Gap)) for piece in prompt.pieces]
         stream = prompt.number - 1
@@ -46,9 +49,9 @@ class RequestBuilder:
         return infilling(tokens, gaps, self.block_length, stream, self.grid)
 
     def _ids(self, piece: Piece, prompt: Prompt) -> Sequence[int]:
-        """Token ids; of a gap as many numbers, which mean nothing."""
+        """Token ids of a piece; for a gap as many arbitrary ids as it has tokens."""
         if isinstance(piece, Gap) and piece.tokens is not None:
-            return range(piece.tokens)  # however many: the length is looked at before there is a list
+            return range(piece.tokens)  # not a list, because the number may be huge and its check comes later
         if isinstance(piece, tuple):
             wrong = next((i for i in piece if not 0 <= i < self.model.vocab_size), None)
             if wrong is not None:
@@ -63,7 +66,7 @@ class RequestBuilder:
         return encode_long(self.tokenizer, text)
 
     def _require_room(self, given: int, new: int, prompt: Prompt) -> None:
-        """A continuation fits the model's context, its last block filled up."""
+        """Refuse a continuation that does not fit the model's context with its last block filled up."""
         grid, longest = self.grid or 1, self.model.max_sequence_length
         length = -(-(given + new) // grid) * grid
         if length <= longest:
@@ -85,15 +88,15 @@ class RequestBuilder:
             )
 
 
-def longest_first(drafts: Sequence[Request]) -> list[Request]:
-    """Drafts in the order in which they are written: what needs the most memory is known at once."""
-    return sorted(drafts, key=lambda draft: (-len(draft.tokens), draft.stream))
+def longest_first(requests: Sequence[Request]) -> list[Request]:
+    """Requests in the order in which they run: the longest first, so that a lack of memory shows at once."""
+    return sorted(requests, key=lambda request: (-len(request.tokens), request.stream))
 
 
-def steps_note(draft: Request, steps: int) -> str | None:
-    """What is done where a number of steps cannot be shared out evenly over a draft; None where it can."""
-    blocks, tokens = len(draft.blocks), sum(draft.gaps)
-    sizes = [sum(draft.gaps[start:end]) for start, end in draft.blocks]
+def steps_note(request: Request, steps: int) -> str | None:
+    """What happens if a number of steps cannot be divided evenly over a request, as a message; None if it can."""
+    blocks, tokens = len(request.blocks), sum(request.gaps)
+    sizes = [sum(request.gaps[start:end]) for start, end in request.blocks]
     shares = [max(1, steps // blocks + (block < steps % blocks)) for block in range(blocks)]
     taken = sum(map(min, shares, sizes))
     if steps < blocks:

@@ -1,4 +1,4 @@
-"""What became of a prompt, and the text of single tokens."""
+"""The result of a prompt, and the text of single tokens."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from typing import Any
 from llada_megatron.llada_moe.data.tokenizer import Tokenizer
 
 _CONTEXT = 4
-"""Tokens before a piece that are decoded with it: some tokenizers write a space only between two tokens."""
+"""Preceding tokens that are decoded together with a token, since some tokenizers write a space only between two."""
 
 _UNFINISHED = "\ufffd"
+"""What the decoder gives for an incomplete character."""
 
 
 def text_after(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of `ids` where they stand behind `before`."""
+    """The text that `ids` add when they follow the ids `before`."""
     context = list(before[-_CONTEXT:])
     known, whole = tokenizer.decode(context), tokenizer.decode([*context, *ids])
     return whole[len(known) :] if whole.startswith(known) else tokenizer.decode(list(ids))
 
 
 def token_pieces(tokenizer: Tokenizer, ids: Sequence[int | None]) -> list[str | None]:
-    """The piece of each token; None where there is none yet.
+    """The text of each token of a sequence; None where the token is None (masked).
 
-    A character of several tokens is the piece of its last one, if all of them are there.
+    A character of several tokens is the text of the last one, once all of them are there; the others have none.
     """
     pieces: list[str | None] = []
     start = 0
-    """Tokens from here on have not said their text."""
+    """First position whose text is not given out yet."""
     for i, token in enumerate(ids):
         if token is None:
             pieces.append(None)
@@ -47,41 +48,41 @@ def token_pieces(tokenizer: Tokenizer, ids: Sequence[int | None]) -> list[str | 
 
 @dataclass(frozen=True)
 class Result:
-    """One finished sequence, up to an end of text that was written (which is left out)."""
+    """One finished sequence, up to the first end-of-text token that was sampled, which is not included."""
 
     number: int
-    """Of the prompt, from 1."""
+    """Number of the prompt, from 1."""
     id: Any
-    """What the user calls the prompt."""
+    """The user's name for the prompt."""
     text: str | None
     """The whole text; None without a tokenizer."""
     new: str | None
-    """What was written: the continuation, or the fillings joined by newlines."""
+    """What was sampled: the continuation, or the fillings of gaps joined by newlines."""
     tokens: list[int]
-    """The whole sequence."""
+    """Token ids of the whole sequence."""
     written: list[list[int]]
-    """The written tokens of each gap; of a continuation there is one."""
+    """The sampled tokens of each gap; a continuation counts as one gap."""
     ended: bool
-    """Whether it ends with an end of text."""
+    """Whether the model ended the text."""
     forwards: int
-    """Forward passes that it took part in."""
+    """Forward passes that the sequence took part in."""
     positions: int
     """Positions that were run for it, over all these passes."""
     seconds: float
-    """From its first pass to its last."""
+    """Time from its first pass to its last."""
 
     @property
     def new_tokens(self) -> int:
-        """How many tokens were written."""
+        """How many tokens were sampled."""
         return sum(map(len, self.written))
 
     @property
     def tokens_per_forward(self) -> float:
-        """Written tokens per forward pass."""
+        """Sampled tokens per forward pass."""
         return self.new_tokens / max(1, self.forwards)
 
     def record(self) -> dict[str, Any]:
-        """What a line of JSON says of it."""
+        """The JSON object of the result."""
         name = {} if self.id is None else {"id": self.id}
         return {
             "number": self.number,
@@ -99,6 +100,6 @@ class Result:
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> Result:
-        """From `record`. Raises KeyError where something is missing."""
+        """The result that a `record` stands for. Raises KeyError if a key is missing."""
         fields = ("number", "text", "new", "tokens", "written", "ended", "forwards", "positions", "seconds")
         return cls(id=record.get("id"), **{field: record[field] for field in fields})

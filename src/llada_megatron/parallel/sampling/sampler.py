@@ -1,4 +1,4 @@
-"""Sampling from Python."""
+"""The Python interface of sampling."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ class WrittenToken:
     prompt: int
     """Number of the prompt, from 1."""
     position: int
-    """In the sequence, its prompt included."""
+    """Position in the sequence, its prompt included."""
     token: int | None
-    """None = it is masked again."""
+    """The new token; None = the position is masked again."""
     piece: str | None
-    """The token's text; None without a tokenizer. A part of a character reads as U+FFFD."""
+    """The text of the token; None without a tokenizer. A part of a character reads as U+FFFD."""
     confidence: float
-    """Probability that the model gave it in this step."""
+    """Probability that the model gave to the token in this step."""
 
 
 @dataclass(frozen=True)
 class SampledStep:
-    """What one forward pass wrote."""
+    """What one forward pass changed."""
 
     number: int
-    """From 1."""
+    """Number of the pass, from 1."""
     written: list[WrittenToken]
     finished: list[Result]
-    """Sequences that it completed."""
+    """Sequences that the pass completed."""
 
 
 class Sampler:
-    """A checkpoint that writes.
+    """Samples from a checkpoint.
 
     >>> with Sampler.open("runs/demo", schedule="threshold", block_length=32) as sampler:
     ...     for result in sampler.generate(["def main(", "class "], max_new_tokens=48):
@@ -57,7 +57,7 @@ class Sampler:
     """
 
     def __init__(self, loaded: LoadedModel, settings: Settings) -> None:
-        """Of a model that is loaded: every rank of its world makes one and calls it alike."""
+        """A sampler of a model that is loaded. Every rank of its world makes one, and makes the same calls."""
         from llada_megatron.parallel.sampling.session import Session
 
         self._session: Session = Session(loaded, settings)
@@ -82,28 +82,29 @@ class Sampler:
         max_new_tokens: int = 64,
         trained_for_editing: bool = False,
     ) -> Iterator[Sampler]:
-        """Load a checkpoint in this process, which takes part in no other process group meanwhile.
+        """Load a checkpoint in this process, which must not be in another process group meanwhile.
 
         Args:
-            checkpoint: a run's output directory (its newest whole checkpoint) or a step directory.
+            checkpoint: a run's output directory (its newest complete checkpoint) or a step directory.
             tokenizer: where the checkpoint's tokenizer is now, if it was moved.
             preset: a published method (`llada sample --list-presets`).
-            schedule: which masks are committed in a step, in the place of the preset's rule.
-            cache: whose keys are kept.
-            editor: what may change that was written.
-            overrides: settings of these, such as {"schedule.threshold": 0.8}.
-            block_length: tokens that are written together, from left to right; None = the preset's, or all.
-            temperature: 0 = the likeliest token.
-            guidance: classifier-free guidance, 0 = off.
-            seed: of the draws.
+            schedule: the rule for which masks are committed in a step, instead of that of the preset.
+            cache: the rule for which keys and values are reused, instead of that of the preset.
+            editor: the rule by which sampled tokens may change, instead of that of the preset.
+            overrides: settings of these rules, such as {"schedule.threshold": 0.8}.
+            block_length: positions of a block; blocks are sampled from left to right. None = that of the preset, and
+                without a preset one single block.
+            temperature: 0 = the most probable token.
+            guidance: weight of classifier-free guidance, 0 = off.
+            seed: seed of the random draws.
             batch_size: sequences that run together.
-            max_new_tokens: of a continuation.
-            trained_for_editing: the user's word for a model whose configuration does not say so.
+            max_new_tokens: new tokens of a continuation.
+            trained_for_editing: the model was trained for editing, although its configuration does not say so.
 
         Raises:
-            ConfigError: a method that does not exist, or does not fit the model.
-            CheckpointError: there is no whole checkpoint.
-            DataError: the tokenizer is another one.
+            ConfigError: the method does not exist, or does not fit the model.
+            CheckpointError: there is no complete checkpoint.
+            DataError: the tokenizer is not the one that the checkpoint was trained with.
         """
         settings = Settings(
             checkpoint=str(checkpoint),
@@ -126,12 +127,12 @@ class Sampler:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The checkpoint's, None where it has none: then prompts are token ids."""
+        """The tokenizer of the checkpoint. None = it has none, and prompts must be token ids."""
         return self._session.tokenizer
 
     @property
     def session(self) -> Session:
-        """What is below: for the command line."""
+        """The session that does the sampling, for the command line."""
         return self._session
 
     def generate(
@@ -141,23 +142,22 @@ class Sampler:
         max_new_tokens: int | None = None,
         seed: int | None = None,
     ) -> list[Result]:
-        """The results of the prompts, in their order; one prompt is a list of one.
+        """The results of the prompts, in the order of the prompts; a single prompt gives a list of one.
 
-        Draws depend on the seed and on a prompt's number in the call, not on what it runs beside: the same call gives
-        the same tokens, and rollouts of a training give another seed each time.
+        Random draws depend on the seed and on the number of a prompt in the call, not on the prompts that it runs
+        together with. So the same call gives the same tokens; rollouts during training pass another seed each time.
 
         Args:
-            prompts: texts or token ids, which are continued; `Prompt.with_gaps`, whose gaps are filled;
-                `Prompt.edited`.
-            max_new_tokens: of continuations; None = as in `open`.
-            seed: of the draws; None = as in `open`.
+            prompts: texts or token ids, which are continued, or prompts of `Prompt.with_gaps` and `Prompt.edited`.
+            max_new_tokens: new tokens of continuations; None = as in `open`.
+            seed: seed of the random draws; None = as in `open`.
 
         Raises:
-            ConfigError: a prompt that is too long, or has nothing to write.
-            DataError: a text for a checkpoint without a tokenizer.
+            ConfigError: a prompt is too long, or has no gap to fill.
+            DataError: a prompt is a text and the checkpoint has no tokenizer.
         """
         jobs = self.jobs(prompts, max_new_tokens)
-        results = [result for happened in self._session.run(jobs, seed=seed) for result in happened.results]
+        results = [result for event in self._session.run(jobs, seed=seed) for result in event.results]
         return sorted(results, key=lambda result: result.number)
 
     def steps(
@@ -167,18 +167,18 @@ class Sampler:
         max_new_tokens: int | None = None,
         seed: int | None = None,
     ) -> Iterator[SampledStep]:
-        """What each step writes, while it is written; see `generate`."""
+        """Sample prompts and yield what each step changes; arguments and errors are those of `generate`."""
         yield from self.steps_of(self.jobs(prompts, max_new_tokens), seed)
 
     def steps_of(self, jobs: Sequence[Job], seed: int | None = None) -> Iterator[SampledStep]:
-        """The same for prompts with their drafts."""
-        lengths = {job.prompt.number: job.draft.length or len(job.draft.tokens) for job in jobs}
-        for number, happened in enumerate(self._session.run(jobs, seed=seed), start=1):
-            written = [one for one in self._written(happened) if one.position < lengths[one.prompt]]
-            yield SampledStep(number, written, happened.results)
+        """As `steps`, for jobs made by `jobs` or `jobs_of`."""
+        lengths = {job.prompt.number: job.request.length or len(job.request.tokens) for job in jobs}
+        for number, event in enumerate(self._session.run(jobs, seed=seed), start=1):
+            written = [one for one in self._written(event) if one.position < lengths[one.prompt]]
+            yield SampledStep(number, written, event.results)
 
     def jobs(self, prompts: Iterable[AnyPrompt] | AnyPrompt, max_new_tokens: int | None = None) -> list[Job]:
-        """Prompts with what is to be written for each; see `generate`."""
+        """The jobs of prompts, which are numbered from 1; arguments and errors are those of `generate`."""
         each = [Prompt.of(prompt, number) for number, prompt in enumerate(_several(prompts), start=1)]
         if max_new_tokens is not None:
             if max_new_tokens < 1:
@@ -187,12 +187,12 @@ class Sampler:
         return self._session.jobs(each)
 
     def jobs_of(self, prompts: Sequence[Prompt]) -> list[Job]:
-        """The same for prompts that keep their numbers."""
+        """The jobs of prompts that keep their numbers."""
         return self._session.jobs(prompts)
 
-    def _written(self, happened: StepEvent) -> list[WrittenToken]:
-        """The changed positions of a step."""
-        step = happened.step
+    def _written(self, event: StepEvent) -> list[WrittenToken]:
+        """The positions that a step changed."""
+        step = event.step
         written = []
         for row, column in step.changed.nonzero().tolist():
             masked = bool(step.revision.masked[row, column])
@@ -200,19 +200,19 @@ class Sampler:
             piece = (
                 None if token is None or self.tokenizer is None else text_after(self.tokenizer, self._anchor, [token])
             )
-            number, position = int(step.view.stream[row]) + 1, int(step.view.first[row]) + column
+            number, position = int(step.block.stream[row]) + 1, int(step.block.first[row]) + column
             written.append(WrittenToken(number, position, token, piece, float(step.statistics.confidence[row, column])))
         return written
 
     @property
     def _anchor(self) -> list[int]:
-        """A token before which others keep their leading space."""
+        """A token to decode others after, so that they keep their leading space."""
         return self.tokenizer.encode("a")[-1:] if self.tokenizer is not None else []
 
 
 @contextmanager
 def open_sampler(settings: Settings) -> Iterator[Sampler]:
-    """A sampler of settings, in this process. Raises as `Sampler.open` does."""
+    """A sampler with these settings, in this process. Raises what `Sampler.open` raises."""
     from llada_megatron.parallel import device
 
     device.install()
@@ -230,15 +230,15 @@ def open_sampler(settings: Settings) -> Iterator[Sampler]:
 
 
 def _several(prompts: Iterable[AnyPrompt] | AnyPrompt) -> Sequence[AnyPrompt]:
-    """One prompt as a list of one; tensors and arrays as lists."""
+    """A sequence of prompts: a single one becomes a list of one, tensors and arrays become lists."""
     if isinstance(prompts, str | bytes | Mapping | Prompt) or not isinstance(prompts, Iterable):
-        return [prompts]  # type: ignore[list-item]  # what is no prompt is refused as one
+        return [prompts]  # type: ignore[list-item]  # an object that is not a prompt is refused later
     each = [item.tolist() if hasattr(item, "tolist") else item for item in prompts]
     return [each] if each and all(isinstance(item, int) for item in each) else each
 
 
 def _as_text(value: Any) -> str:
-    """A setting as the command line has it."""
+    """A setting as it is written on the command line."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

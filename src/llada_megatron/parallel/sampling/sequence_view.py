@@ -1,4 +1,4 @@
-"""One sequence while it is written, position by position, for whoever shows it."""
+"""What a display of a sequence shows while it is sampled: token, text and confidence of each position."""
 
 from __future__ import annotations
 
@@ -15,43 +15,44 @@ if TYPE_CHECKING:
 
 @dataclass
 class Cell:
-    """One position as it is now."""
+    """The present state of one position."""
 
     given: bool
+    """Whether the token is part of the prompt."""
     token: int | None
     """None = masked."""
     piece: str
-    """What is shown of it; empty where it is masked."""
+    """The text of the token; empty while it is masked."""
     confidence: float | None = None
-    """Probability that the model gave the token when it was written."""
+    """Probability that the model gave the token when it was sampled."""
     step: int = 0
-    """In which it was written or masked, from 1; 0 = from the start."""
+    """Step in which the position was sampled or masked again, from 1; 0 = unchanged since the start."""
     ended: bool = False
-    """It lies behind an end of text."""
+    """Whether the position lies after an end of text."""
 
 
 @dataclass
 class SequenceView:
-    """The cells of one sequence; changes of each step are reported once."""
+    """The cells of one sequence, which `apply` brings up to date step by step."""
 
     tokenizer: Tokenizer | None
     cells: list[Cell]
     names: dict[int, str] = field(default_factory=dict)
-    """Of tokens without a text."""
+    """Names to be shown for tokens without a text."""
 
     @classmethod
-    def of(cls, draft: Request, tokenizer: Tokenizer | None) -> SequenceView:
-        """Before the first step."""
-        length = draft.length or len(draft.tokens)
-        pairs = list(zip(draft.tokens, draft.gaps, strict=True))[:length]
+    def of(cls, request: Request, tokenizer: Tokenizer | None) -> SequenceView:
+        """The view of a sequence before its first step."""
+        length = request.length or len(request.tokens)
+        pairs = list(zip(request.tokens, request.gaps, strict=True))[:length]
         cells = [Cell(not gap, None if gap else token, "") for token, gap in pairs]
         names = {} if tokenizer is None else {i: name for name, i in tokenizer.special_ids.items()}
-        picture = cls(tokenizer, cells, names)
-        picture._say_pieces()
-        return picture
+        view = cls(tokenizer, cells, names)
+        view._update_pieces()
+        return view
 
     def apply(self, step: SampledStep) -> list[int]:
-        """Take a step over; returns the positions whose cells are not what they were."""
+        """Apply a step; returns the positions whose cells changed."""
         changed = {one.position for one in step.written}
         for one in step.written:
             cell = self.cells[one.position]
@@ -60,20 +61,23 @@ class SequenceView:
             for position in range(len(result.tokens) + result.ended, len(self.cells)):
                 self.cells[position].ended = True
                 changed.add(position)
-        return sorted(changed | self._say_pieces())
+        return sorted(changed | self._update_pieces())
 
     @property
     def masked(self) -> int:
-        """Positions that are still to be written."""
+        """How many positions are still masked."""
         return sum(cell.token is None and not cell.ended for cell in self.cells)
 
     @property
     def written(self) -> int:
-        """Positions that are."""
+        """How many positions hold a sampled token."""
         return sum(not cell.given and cell.token is not None and not cell.ended for cell in self.cells)
 
-    def _say_pieces(self) -> set[int]:
-        """Bring the pieces up to date; returns where they changed (a character of several tokens changes them all)."""
+    def _update_pieces(self) -> set[int]:
+        """Update the text of all cells; returns the positions where it changed.
+
+        A token may change the text of its neighbours, when they make up one character together.
+        """
         tokens = [cell.token for cell in self.cells]
         if self.tokenizer is None:
             pieces = [None if token is None else f"{token} " for token in tokens]

@@ -1,4 +1,4 @@
-"""Prompts through a loaded model: what every way of sampling shares, on one rank or on many."""
+"""Sampling prompts with a loaded model: the path that all interfaces share, on one rank or on many."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
 
 Share = Callable[[list["Request"]], list["Request"]]
-"""Which of all drafts this replica writes."""
+"""Selects from all requests those that this replica samples."""
 
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One step, and the prompts that it finished."""
+    """One step, and the results of the prompts that it finished."""
 
     step: Step
     results: list[Result]
@@ -43,27 +43,27 @@ class StepEvent:
 
 @dataclass(frozen=True)
 class Job:
-    """A prompt and what is to be written for it."""
+    """A prompt and its request."""
 
     prompt: Prompt
-    draft: Request
+    request: Request
 
 
 @dataclass
 class _Clock:
-    """Since when a sequence is under way."""
+    """Measures how long each sequence runs, from its first pass to its last."""
 
     now: float = field(default_factory=time.perf_counter)
     began: dict[int, float] = field(default_factory=dict)
 
     def tick(self, streams: list[int]) -> None:
-        """A step of these sequences is over."""
+        """Note that a step of these sequences has ended."""
         for stream in streams:
             self.began.setdefault(stream, self.now)
         self.now = time.perf_counter()
 
     def taken(self, stream: int) -> float:
-        """Seconds of a finished sequence."""
+        """Seconds that a finished sequence took."""
         return self.now - self.began.pop(stream)
 
 
@@ -88,22 +88,25 @@ class Session:
             trained_for_editing=settings.trained_for_editing,
         )
         self.tokenizer, self._missing = _tokenizer(loaded, settings.tokenizer)
-        self.drafting = RequestBuilder(
+        self.request_builder = RequestBuilder(
             run.model, self.tokenizer, settings.max_new_tokens, self.choice.block_length, self.choice.grid
         )
 
     def jobs(self, prompts: Sequence[Prompt]) -> list[Job]:
-        """Drafts of prompts. Raises ConfigError or DataError for one that cannot be written."""
+        """The jobs of prompts. Raises ConfigError or DataError for a prompt that cannot be sampled."""
         return self.accepted(prompts, tolerant=False)[0]
 
     def accepted(self, prompts: Sequence[Prompt], tolerant: bool) -> tuple[list[Job], list[str]]:
-        """The same; if `tolerant`, prompts that cannot be written are left out, with a message for each."""
+        """The jobs of prompts, and a message for each prompt that cannot be sampled.
+
+        If not `tolerant`, such a prompt raises ConfigError or DataError as in `jobs`; otherwise it is skipped.
+        """
         if any(prompt.textual for prompt in prompts):
             self.require_tokenizer()
         jobs, refused = [], []
         for prompt in prompts:
             try:
-                jobs.append(Job(prompt, self.drafting.draft(prompt)))
+                jobs.append(Job(prompt, self.request_builder.build(prompt)))
             except LladaError as error:
                 if not tolerant:
                     raise
@@ -111,23 +114,28 @@ class Session:
         return jobs, refused
 
     def run(
-        self, jobs: Sequence[Job], share: Share = lambda drafts: drafts, seed: int | None = None
+        self, jobs: Sequence[Job], share: Share = lambda requests: requests, seed: int | None = None
     ) -> Iterator[StepEvent]:
-        """Write the jobs of this replica, the longest first (collective; it must be run to its end on several ranks).
+        """Sample the jobs of this replica, the longest first.
 
-        Continuations and infillings are read in different ways, and come one after the other. `seed` of the draws:
-        None = that of the settings.
+        Collective: on several ranks all of them must consume all events. Continuations come first and infillings after
+        them, because different tokens are excluded for them.
+
+        Args:
+            jobs: the jobs of all replicas.
+            share: selects those of this replica.
+            seed: seed of the random draws; None = that of the settings.
         """
         seed = self.settings.seed if seed is None else seed
-        self._say_how(jobs)
+        self._note_uneven_steps(jobs)
         for infilling in (False, True):
-            chosen = {job.draft.stream: job for job in jobs if job.prompt.infilling == infilling}
+            chosen = {job.request.stream: job for job in jobs if job.prompt.infilling == infilling}
             if not chosen:
                 continue
-            writer = SequenceGenerator(self.loaded, self._method(infilling, seed), self.settings.batch_size)
+            generator = SequenceGenerator(self.loaded, self._method(infilling, seed), self.settings.batch_size)
             clock = _Clock()
-            for step in writer.steps(share(longest_first([job.draft for job in chosen.values()]))):
-                clock.tick(step.view.stream.tolist())
+            for step in generator.steps(share(longest_first([job.request for job in chosen.values()]))):
+                clock.tick(step.block.stream.tolist())
                 done = [self._result(chosen[one.stream], one, clock.taken(one.stream)) for one in step.finished]
                 yield StepEvent(step, done)
 
@@ -138,7 +146,7 @@ class Session:
         return self.tokenizer
 
     def _method(self, infilling: bool, seed: int) -> Method:
-        """How tokens are read: an end of text ends a continuation, and has no place in a gap."""
+        """The method for infillings or continuations: an end of text is excluded in gaps, and ends a continuation."""
         model = self.loaded.run.model
         excluded = [*never_written(model, self.choice.editor)]
         if self.tokenizer is not None:
@@ -153,21 +161,21 @@ class Session:
             stop_id=None if infilling else model.eos_token_id,
         )
 
-    def _say_how(self, jobs: Sequence[Job]) -> None:
-        """Tell where the steps that were asked for cannot be what is done."""
+    def _note_uneven_steps(self, jobs: Sequence[Job]) -> None:
+        """Say so where the given number of steps cannot be divided evenly."""
         schedule = self.choice.schedule
         if not isinstance(schedule, FixedSteps | RandomSteps) or (steps := schedule.steps) is None:
             return
-        notes = [note for job in jobs if (note := steps_note(job.draft, steps))]
+        notes = [note for job in jobs if (note := steps_note(job.request, steps))]
         if notes:
             others = len(set(notes)) - 1
             message(notes[0] + (f" (and the like for {others} other lengths)" if others else ""))
 
     def _result(self, job: Job, finished: Finished, seconds: float) -> Result:
-        """A finished sequence up to an end of text that was written."""
+        """The result of a finished sequence, up to the first end-of-text token that was sampled."""
         stop = self.loaded.run.model.eos_token_id
-        places = enumerate(zip(finished.tokens, finished.given, strict=True))
-        end = next((i for i, (token, given) in places if token == stop and not given), None)
+        positions = enumerate(zip(finished.tokens, finished.given, strict=True))
+        end = next((i for i, (token, given) in positions if token == stop and not given), None)
         tokens, given = finished.tokens[:end], finished.given[:end]
         gaps = stretches(~torch.tensor(given, dtype=torch.bool))
         text, new = self._texts(job.prompt, tokens, gaps)
@@ -185,7 +193,7 @@ class Session:
         )
 
     def _texts(self, prompt: Prompt, tokens: list[int], gaps: list[tuple[int, int]]) -> tuple[str | None, str | None]:
-        """The whole text and what was written; texts that were given stay as they are to the letter."""
+        """The whole text and the sampled text; given texts are returned unchanged, not decoded from tokens."""
         if self.tokenizer is None:
             return None, None
         fillings = [text_after(self.tokenizer, tokens[:start], tokens[start:end]) for start, end in gaps]
@@ -198,7 +206,7 @@ class Session:
 
 
 def _filled(prompt: Prompt, fillings: list[str]) -> str:
-    """A text with its gaps filled; gaps side by side are one."""
+    """A text with its gaps filled; adjacent gaps have one filling together."""
     waiting, parts, before = iter(fillings), [], False
     for piece in prompt.pieces:
         if isinstance(piece, Gap):
@@ -210,7 +218,11 @@ def _filled(prompt: Prompt, fillings: list[str]) -> str:
 
 
 def _tokenizer(loaded: LoadedModel, path: str | None) -> tuple[Tokenizer | None, str]:
-    """The tokenizer, or None and why there is none. Raises DataError where the one that was named cannot be used."""
+    """The tokenizer, or None and the reason why there is none.
+
+    Raises:
+        DataError: there is one, and it cannot be used.
+    """
     from llada_megatron.parallel.checkpoint.search import tokenizer_place
 
     place = path or tokenizer_place(loaded.path, loaded.facts)

@@ -1,4 +1,4 @@
-"""What a caller chooses: the checkpoint, the method, and how its draws are made."""
+"""The settings of sampling: the checkpoint, the method, and the random draws."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from llada_megatron.llada_moe.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How prompts are sampled. Everything but the batch size and the layout changes what is written."""
+    """How prompts are sampled. All settings but the batch size and the layout change the results."""
 
     checkpoint: str
     tokenizer: str | None = None
     """Where the checkpoint's tokenizer is; None = where it was during training."""
     preset: str | None = None
+    """Name of a published method; the next three replace parts of it."""
     schedule: str | None = None
     cache: str | None = None
     editor: str | None = None
     overrides: dict[str, str] = field(default_factory=dict)
-    """Keys `schedule.…`, `cache.…` and `editor.…` of the method."""
+    """Settings of the method, with keys such as `schedule.threshold`."""
     block_length: int | None = None
-    """None = the preset's, and without one a single block."""
+    """Positions of a block; None = that of the preset, and without a preset one single block."""
     trained_for_editing: bool = False
-    """The user's word that the model was trained to change written tokens."""
+    """The user states that the model was trained to change sampled tokens, whatever its configuration says."""
     max_new_tokens: int = 64
-    """Of a continuation."""
+    """New tokens of a continuation."""
     temperature: float = 0.0
     guidance: float = 0.0
     seed: int = 0
+    """Seed of the random draws."""
     batch_size: int = 8
     """Sequences that run together on one replica of the model."""
     layout: LayoutConfig = field(default_factory=LayoutConfig)
@@ -47,5 +49,5 @@ class Settings:
             raise ConfigError(f"guidance {self.guidance}: a finite number")
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """The settings as plain values."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""The passes of a group on this rank's part of the model, and what they took."""
+"""The passes of a group on this rank's part of the model, and counts and times of them."""
 
 from __future__ import annotations
 
@@ -20,32 +20,33 @@ from llada_megatron.parallel import device
 
 @dataclass
 class GenerationReport:
-    """Counts of this rank's replica, and times of this rank; they add up over all that a writer writes."""
+    """Counts of this rank's replica and times of this rank, summed over everything that a generator samples."""
 
     passes: int = 0
-    """Forward passes, over all groups."""
+    """Forward passes of all groups."""
     idle_passes: int = 0
-    """Those that ran only because replicas which share experts with this one had work."""
+    """Passes that ran only because a replica which shares experts with this one had work."""
     positions_run: int = 0
-    """Positions that passed through the layers, with blank twins and shadows."""
+    """Positions that passed through the layers, unconditional rows and shadows included."""
     rows_read: int = 0
-    """Rows that met the output layer."""
+    """Rows of logits that were computed."""
     bytes_per_row: int = 0
-    """The most that left this rank for one such row: its packet to the other vocabulary shards (counted where there is
-    one shard too), and the row's statistics to the next pipeline stage."""
+    """The most bytes that left this rank for one row of logits: its packet to the other vocabulary shards (counted
+    also if there is one shard only), and its statistics to the next pipeline stage."""
     seconds: float = 0.0
-    """Of wall time, while there was something to write."""
+    """Wall time while there was something to sample."""
     busy_seconds: float = 0.0
-    """Of them, those in which this rank ran layers or read rows; what experts and tensor ranks wait for counts too."""
+    """The part of `seconds` in which this rank ran layers or processed logits, waits for tensor-parallel and
+    expert-parallel ranks included."""
 
     @property
     def busy_share(self) -> float:
-        """Share of the time in which this rank's stage was computing."""
+        """Share of `seconds` in which this rank's stage was computing."""
         return self.busy_seconds / self.seconds if self.seconds else 0.0
 
 
 class Stopwatch:
-    """Adds up the time of pieces of work; on a GPU the time that they take there, without waiting for them."""
+    """Sums the time of pieces of work; on a GPU the time that the GPU takes, without waiting for it."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -53,7 +54,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Count what happens inside."""
+        """Count the time of the `with` block."""
         if device.cuda_available():
             began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             began.record()
@@ -66,7 +67,7 @@ class Stopwatch:
             self._seconds += time.perf_counter() - start
 
     def take(self) -> float:
-        """Seconds of the work that is over since the last call; work on a GPU may count in a later call."""
+        """Seconds of the work that ended since the last call; work on a GPU may be counted in a later call."""
         seconds, self._seconds = self._seconds, 0.0
         while self._events and self._events[0][1].query():
             began, ended = self._events.pop(0)
@@ -75,43 +76,43 @@ class Stopwatch:
 
 
 class StageRunner:
-    """One rank's part of the work on a group, and the keys and values that its layers keep for it."""
+    """Runs the passes of one group on this rank's stage, and holds the key-value cache of its layers for the group."""
 
     def __init__(self, model: DiffusionTransformer, method: Method, slots: int, seq: int) -> None:
-        """For a group of `slots` sequences of up to `seq` positions."""
+        """`slots` and `seq`: sequences of the group, and the most positions of one."""
         self._model = model
         self._seq = seq
-        twins = 2 if method.reading.guidance else 1
-        self.memory = KeyValues(slots * twins, seq) if method.cache.keeps else None
+        rows_per_sequence = 2 if method.logits_processor.guidance else 1
+        self.memory = KeyValues(slots * rows_per_sequence, seq) if method.cache.keeps else None
         shard = model.vocab_size // parallel_state.get_tensor_model_parallel_world_size()
         first_id = parallel_state.get_tensor_model_parallel_rank() * shard
-        self.reader = Reader(method.reading, first_id, gather_over_tensor_ranks)
+        self.reader = Reader(method.logits_processor, first_id, gather_over_tensor_ranks)
 
     @property
     def fields(self) -> int:
-        """Numbers of a row's packed statistics."""
-        return Statistics.width(self.reader.reading.needs)
+        """How many numbers the packed statistics of a row have."""
+        return Statistics.width(self.reader.processor.needs)
 
     def unpacked(self, packed: torch.Tensor) -> Statistics:
-        """Statistics of another rank's engine, from `[rows, fields]`."""
-        return Statistics.unpacked(packed, self.reader.reading.needs)
+        """Statistics that another stage has packed, from `[rows, fields]`."""
+        return Statistics.unpacked(packed, self.reader.processor.needs)
 
     def forward(self, work: Pass, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """This stage's layers (collective over the tensor and expert ranks of the stage).
 
         Args:
-            work: what runs.
-            hidden: `[total, 1, hidden]` from the stage before; None on the first one.
+            work: the pass.
+            hidden: hidden states `[total, 1, hidden]` of the previous stage; None on the first stage.
 
         Returns:
-            `[rows, vocab / tensor_parallel]` logits on the last stage, `[total, 1, hidden]` before it.
+            logits `[rows, vocab / tensor_parallel]` on the last stage, hidden states `[total, 1, hidden]` on others.
         """
         return self._forward(work, hidden, self.memory)
 
     def idle(self) -> None:
-        """Run one token that nobody asks for, and keep nothing: other ranks need this one in their experts' exchange.
+        """Run one token and discard the result, because other ranks need this one in the exchange of expert inputs.
 
-        Every stage makes up its own input.
+        Every stage makes its own input, so that stages exchange nothing.
         """
         hidden = None
         if not self._model.pre_process:
@@ -121,22 +122,22 @@ class StageRunner:
 
     @torch.inference_mode()
     def read(self, work: Pass, logits: torch.Tensor) -> Statistics:
-        """Statistics of the rows that the pass asks for (collective over the tensor ranks of the last stage)."""
+        """Statistics of the pass from its logits (collective over the tensor ranks of the last stage)."""
         return self.reader.read(logits, work.rows)
 
     @torch.inference_mode()
     def _forward(self, work: Pass, hidden: torch.Tensor | None, memory: KeyValues | None) -> torch.Tensor:
-        where = device.current()
-        windows = Windows(work.windows, memory, work.positions.to(where), self._seq)
+        own_device = device.current()
+        windows = Windows(work.windows, memory, work.positions.to(own_device), self._seq)
         if hidden is not None:
             self._model.set_input_tensor(hidden)
-        return self._model(work.tokens[None].to(where), windows, rows=work.asked[None].to(where))
+        return self._model(work.tokens[None].to(own_device), windows, rows=work.output_mask[None].to(own_device))
 
 
 def gather_over_tensor_ranks(packet: torch.Tensor) -> torch.Tensor:
     """The packets of all vocabulary shards: `[rows, numbers]` -> `[shards, rows, numbers]` (collective)."""
     shards = parallel_state.get_tensor_model_parallel_world_size()
-    if shards == 1 or packet.numel() == 0:  # a pass that asks for nothing asks for it on every shard
+    if shards == 1 or packet.numel() == 0:  # a pass without rows of logits has none on every shard
         return packet[None].expand(shards, *packet.shape)
     parts = torch.empty(shards, *packet.shape, dtype=packet.dtype, device=packet.device)
     group = parallel_state.get_tensor_model_parallel_group()

@@ -18,12 +18,12 @@ DELETE, INSERT = 14, 15
 
 def method(schedule: Schedule, editor: Editor, stop_id: int | None = None, grid: int | None = None) -> Method:
     """Greedy, without a cache."""
-    reading = LogitsProcessor(
+    processor = LogitsProcessor(
         needs=frozenset({*schedule.needs, *editor.needs}),
         excluded=[MASK, *{DELETE, INSERT} - set(editor.operations)],
         operations=editor.operations,
     )
-    return Method(schedule, editor=editor, reading=reading, stop_id=stop_id, grid=grid)
+    return Method(schedule, editor=editor, logits_processor=processor, stop_id=stop_id, grid=grid)
 
 
 def probabilities(logits: Logits, tokens: Sequence[int], excluded: Sequence[int] = (MASK, DELETE, INSERT)) -> Tensor:

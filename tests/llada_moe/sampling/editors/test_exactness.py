@@ -66,17 +66,17 @@ class Compared:
 
     def __init__(self, group: SequenceGroup, model: BlockCausal, fresh: BlockCausal) -> None:
         self.group, self.model, self.fresh = group, model, fresh
-        self.reader = Reader(group.method.reading, 0, lambda packet: packet[None])
+        self.reader = Reader(group.method.logits_processor, 0, lambda packet: packet[None])
         self.largest, self.positions = 0.0, 0
 
     def __call__(self, work: Pass) -> Statistics:
         rows, at = [], 0
         for window in work.windows:
-            tokens, asked = work.tokens[at : at + window.total], work.asked[at : at + window.total]
-            logits = self.model(tokens, window)[asked]
+            tokens, wanted = work.tokens[at : at + window.total], work.output_mask[at : at + window.total]
+            logits = self.model(tokens, window)[wanted]
             whole = dataclasses.replace(window, first=0, width=window.keys)
-            text = torch.cat([self.group.canvas.tokens[window.slot, : window.keys], tokens[window.width :]])
-            expected = self.fresh(text, whole)[window.first :][asked]
+            text = torch.cat([self.group.buffer.tokens[window.slot, : window.keys], tokens[window.width :]])
+            expected = self.fresh(text, whole)[window.first :][wanted]
             self.largest = max(self.largest, float((logits - expected).abs().max()) if len(logits) else 0.0)
             self.positions += window.total
             rows.append(logits)
@@ -86,14 +86,14 @@ class Compared:
 
 
 def run(
-    drafts: list[Request], editor: Editor, cache: Cache, seed: int, slots: int, stop_id: int | None = 12
+    requests: list[Request], editor: Editor, cache: Cache, seed: int, slots: int, stop_id: int | None = 12
 ) -> tuple[list[Finished], Compared]:
     schedule = WideIn(0.3) if isinstance(editor, Wino) else Threshold(0.4)
     how = dataclasses.replace(method(schedule, editor, stop_id, GRID), cache=cache)
-    size = max(len(draft.tokens) for draft in drafts), max(len(draft.blocks) for draft in drafts)
+    size = max(len(request.tokens) for request in requests), max(len(request.blocks) for request in requests)
     group = SequenceGroup(how, slots, *size, MASK)
     compared = Compared(group, *(BlockCausal(slots, size[0], seed) for _ in range(2)))
-    finished = [done for step in steps(group, drafts, compared) for done in step.finished]
+    finished = [done for step in steps(group, requests, compared) for done in step.finished]
     return sorted(finished, key=lambda row: row.stream), compared
 
 
@@ -107,19 +107,19 @@ def run(
     seed=st.integers(0, 1000),
 )
 def test_logits_and_results_are_those_of_recomputation(lengths, gaps, editor, prefill, slots, seed):
-    drafts = [continuation([9] * given, new, None, i, GRID) for i, (given, new) in enumerate(lengths)]
-    drafts.append(infilling([8] * len(gaps), gaps, None, len(drafts), GRID))
-    kept, compared = run(drafts, editor, BlockCausalCache(prefill), seed, slots)
+    requests = [continuation([9] * given, new, None, i, GRID) for i, (given, new) in enumerate(lengths)]
+    requests.append(infilling([8] * len(gaps), gaps, None, len(requests), GRID))
+    kept, compared = run(requests, editor, BlockCausalCache(prefill), seed, slots)
     assert compared.largest <= 1e-9
-    plain, _ = run(drafts, editor, Recompute(), seed, slots)
+    plain, _ = run(requests, editor, Recompute(), seed, slots)
     assert [row.tokens for row in kept] == [row.tokens for row in plain]
 
 
 def test_edits_of_earlier_blocks_happen_and_cost_runs():
-    drafts = [continuation([9] * 8, 24, None, i, GRID) for i in range(8)]
+    requests = [continuation([9] * 8, 24, None, i, GRID) for i in range(8)]
     positions = {}
     for reach in (0, 1, 2):
-        finished, compared = run(drafts, TokenEditing(0.2, 4, reach), BlockCausalCache(), 5, 8)
+        finished, compared = run(requests, TokenEditing(0.2, 4, reach), BlockCausalCache(), 5, 8)
         assert compared.largest <= 1e-9
         positions[reach] = compared.positions / sum(row.passes for row in finished)
     assert positions[0] < positions[1] < positions[2]
@@ -127,8 +127,8 @@ def test_edits_of_earlier_blocks_happen_and_cost_runs():
 
 def test_a_block_that_nothing_changes_in_its_last_step_is_not_run_again():
     """The step that confirms a block ran it with its final tokens, so the next one starts from kept features."""
-    drafts = [continuation([9] * 4, 16, None, 0, GRID)]
-    finished, compared = run(drafts, TokenEditing(1.0, 4), BlockCausalCache(), 3, 1)
+    requests = [continuation([9] * 4, 16, None, 0, GRID)]
+    finished, compared = run(requests, TokenEditing(1.0, 4), BlockCausalCache(), 3, 1)
     assert compared.positions == 4 + GRID * finished[0].passes
 
 
@@ -140,10 +140,10 @@ def test_a_block_that_nothing_changes_in_its_last_step_is_not_run_again():
     seed=st.integers(0, 1000),
 )
 def test_what_stands_before_an_end_is_what_would_stand_there_without_one(lengths, editor, cache, seed):
-    drafts = [continuation([9] * given, new, None, i, GRID) for i, (given, new) in enumerate(lengths)]
-    whole, _ = run(drafts, editor, cache, seed, 3, stop_id=None)
+    requests = [continuation([9] * given, new, None, i, GRID) for i, (given, new) in enumerate(lengths)]
+    whole, _ = run(requests, editor, cache, seed, 3, stop_id=None)
     stop = whole[0].tokens[len(whole[0].tokens) * 2 // 3]
-    for before, row in zip(whole, run(drafts, editor, cache, seed, 3, stop_id=stop)[0], strict=True):
+    for before, row in zip(whole, run(requests, editor, cache, seed, 3, stop_id=stop)[0], strict=True):
         written = [i for i, is_given in enumerate(row.given) if not is_given]
         end = next((i for i in written if before.tokens[i] == stop), len(row.tokens))
         assert row.tokens[:end] == before.tokens[:end]

@@ -33,9 +33,9 @@ def answers(*script: list[int]) -> Logits:
     return logits
 
 
-def states(draft: Request, logits: Logits, editor: Levenshtein = EDITOR) -> list[list[int]]:
+def states(request: Request, logits: Logits, editor: Levenshtein = EDITOR) -> list[list[int]]:
     """What the model is shown in each pass, and the result."""
-    finished, toy, _ = write([draft], method(Threshold(0.5), editor), logits)
+    finished, toy, _ = write([request], method(Threshold(0.5), editor), logits)
     return [shown[0] for shown in toy.shown] + [finished[0].tokens]
 
 
@@ -160,11 +160,11 @@ def test_a_model_without_operations_is_refused():
         Levenshtein().start(1, 4)
 
 
-def plainly(draft: Request, logits: Logits, threshold: float, editor: Levenshtein) -> tuple[list[int], int]:
+def plainly(request: Request, logits: Logits, threshold: float, editor: Levenshtein) -> tuple[list[int], int]:
     """LLaDA2.2's loop over one block after another: tokens, and forward passes."""
-    cells = [(MASK, True) if gap else (token, False) for token, gap in zip(draft.tokens, draft.gaps, strict=True)]
+    cells = [(MASK, True) if gap else (token, False) for token, gap in zip(request.tokens, request.gaps, strict=True)]
     passes = 0
-    for start, end in draft.blocks:
+    for start, end in request.blocks:
         first = {i for i in range(start, end) if cells[i][1]}
         seen, post, done = Counter(), 0, False
         while not done:
@@ -182,7 +182,7 @@ def plainly(draft: Request, logits: Logits, threshold: float, editor: Levenshtei
                 taken = sorted({*taken, *ranked[:least]})
             written = {i: int(choice[i]) for i in taken}
             for i in range(start, end):
-                sure = draft.gaps[i] and not cells[i][1] and p[i] > editor.edit_threshold
+                sure = request.gaps[i] and not cells[i][1] and p[i] > editor.edit_threshold
                 if sure and int(choice[i]) != cells[i][0]:
                     written[i] = int(choice[i])
             changes = [i for i in written if not cells[i][1] or written[i] in (DELETE, INSERT)]
@@ -198,7 +198,7 @@ def plainly(draft: Request, logits: Logits, threshold: float, editor: Levenshtei
                 else:
                     del written[i]
             kept = set()
-            for is_gap, run in groupby(range(start, end), key=lambda i: draft.gaps[i]):
+            for is_gap, run in groupby(range(start, end), key=lambda i: request.gaps[i]):
                 places, new = list(run), []
                 for i in places if is_gap else []:
                     if written.get(i) == INSERT:
@@ -233,10 +233,10 @@ def plainly(draft: Request, logits: Logits, threshold: float, editor: Levenshtei
 )
 def test_as_the_plain_loop(rows, block, threshold, edit_threshold, max_post_steps, seed):
     editor = Levenshtein(edit_threshold, max_post_steps, DELETE, INSERT)
-    drafts = [infilling([t for t, _ in row], [g for _, g in row], block, i) for i, row in enumerate(rows)]
-    finished, _, _ = write(drafts, method(Threshold(threshold), editor), bidirectional(seed))
-    for draft, row in zip(drafts, finished, strict=True):
-        assert (row.tokens, row.passes) == plainly(draft, bidirectional(seed), threshold, editor)
+    requests = [infilling([t for t, _ in row], [g for _, g in row], block, i) for i, row in enumerate(rows)]
+    finished, _, _ = write(requests, method(Threshold(threshold), editor), bidirectional(seed))
+    for request, row in zip(requests, finished, strict=True):
+        assert (row.tokens, row.passes) == plainly(request, bidirectional(seed), threshold, editor)
         assert not {DELETE, INSERT, MASK} & set(row.tokens)
 
 
@@ -245,16 +245,16 @@ def test_the_second_choice_is_read_from_shards_as_from_the_whole(temperature):
     logits = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
     logits[:25, DELETE] = 9.0
     rows = LogitRows(*[torch.arange(50)] * 5)
-    reading = LogitsProcessor(frozenset({"text", "entropy"}), [MASK], [DELETE, INSERT], temperature)
-    whole = Reader(reading, 0, lambda packet: packet[None]).read(logits, rows)
+    processor = LogitsProcessor(frozenset({"text", "entropy"}), [MASK], [DELETE, INSERT], temperature)
+    whole = Reader(processor, 0, lambda packet: packet[None]).read(logits, rows)
     plain = LogitsProcessor(frozenset(), [MASK, DELETE, INSERT], (), temperature)
     assert torch.equal(whole.text, Reader(plain, 0, lambda packet: packet[None]).read(logits, rows).token)
     packets: list[Tensor] = []
     for first in (0, 4, 8, 12):
-        reader = Reader(reading, first, lambda packet: packets.append(packet) or packet[None])
+        reader = Reader(processor, first, lambda packet: packets.append(packet) or packet[None])
         reader.read(logits[:, first : first + 4], rows)
         assert reader.packet_bytes <= 64
-    together = Reader(reading, 0, lambda packet: torch.stack(packets[:4])).read(logits[:, :4], rows)
+    together = Reader(processor, 0, lambda packet: torch.stack(packets[:4])).read(logits[:, :4], rows)
     assert torch.equal(together.text, whole.text) and torch.equal(together.token, whole.token)
-    again = Statistics.unpacked(whole.packed(), reading.needs)
+    again = Statistics.unpacked(whole.packed(), processor.needs)
     assert torch.equal(again.text, whole.text) and again.text.dtype == torch.int64 and again.current is None

@@ -24,7 +24,7 @@ EDITORS = [
 ]
 
 
-class Whim:
+class RandomStatistics:
     """Statistics that follow no text: tokens, operations and probabilities at random."""
 
     def __init__(self, editor: Editor, seed: int) -> None:
@@ -32,16 +32,16 @@ class Whim:
         self.words = torch.tensor([4, 5, 6, *editor.operations * 3])
 
     def __call__(self, work: Pass) -> Statistics:
-        rows = len(work.place)
+        rows = len(work.offsets)
         chosen = self.words[torch.randint(len(self.words), (rows,), generator=self.draw)]
         sure, current = torch.rand(2, rows, generator=self.draw) + 1e-6
         text = torch.randint(4, 8, (rows,), generator=self.draw)
         return Statistics(chosen, sure, current=current, text=text)
 
 
-def bound(draft: Request, editor: Editor) -> int:
+def bound(request: Request, editor: Editor) -> int:
     """Steps that a sequence takes at most."""
-    masks = [sum(draft.gaps[start:end]) for start, end in draft.blocks]
+    masks = [sum(request.gaps[start:end]) for start, end in request.blocks]
     budget = 0 if isinstance(editor, Wino) else editor.max_post_steps
     last = 1 if isinstance(editor, Levenshtein) else 0
     return sum(masks) + len(masks) * (budget + last)
@@ -57,15 +57,15 @@ def bound(draft: Request, editor: Editor) -> int:
     seed=st.integers(0, 10**6),
 )
 def test_every_row_ends_within_the_bound(lengths, gaps, grid, schedule, editor, seed):
-    drafts = [continuation([9] * given, new, 6, i, grid) for i, (given, new) in enumerate(lengths)]
-    drafts.append(infilling([9] * len(gaps), gaps, 5, len(drafts), grid))
+    requests = [continuation([9] * given, new, 6, i, grid) for i, (given, new) in enumerate(lengths)]
+    requests.append(infilling([9] * len(gaps), gaps, 5, len(requests), grid))
     how = method(schedule, editor)
-    size = max(len(draft.tokens) for draft in drafts), max(len(draft.blocks) for draft in drafts)
+    size = max(len(request.tokens) for request in requests), max(len(request.blocks) for request in requests)
     group = SequenceGroup(how, 2, *size, MASK)
-    finished = [done for step in steps(group, drafts, Whim(editor, seed)) for done in step.finished]
-    assert len(finished) == len(drafts)
+    finished = [done for step in steps(group, requests, RandomStatistics(editor, seed)) for done in step.finished]
+    assert len(finished) == len(requests)
     for row in finished:
-        draft = drafts[row.stream]
-        assert row.passes <= bound(draft, editor)
-        for token, gap in zip(row.tokens, draft.gaps, strict=False):
+        request = requests[row.stream]
+        assert row.passes <= bound(request, editor)
+        for token, gap in zip(row.tokens, request.gaps, strict=False):
             assert token in (4, 5, 6, 7) if gap else token == 9

@@ -19,12 +19,12 @@ TEXT = [5, 6, 7, 8, 9, 10, 11, 12]
 WRONG = 13
 
 
-def plainly(draft: Request, logits: Logits, threshold: float, editor: TokenEditing) -> tuple[list[int], int]:
+def plainly(request: Request, logits: Logits, threshold: float, editor: TokenEditing) -> tuple[list[int], int]:
     """LLaDA2.1's loop: tokens, and forward passes."""
-    tokens = [MASK if gap else token for token, gap in zip(draft.tokens, draft.gaps, strict=True)]
-    is_open, passes = list(draft.gaps), 0
-    for number, (_, end) in enumerate(draft.blocks):
-        first = draft.blocks[max(0, number - editor.reach)][0]
+    tokens = [MASK if gap else token for token, gap in zip(request.tokens, request.gaps, strict=True)]
+    is_open, passes = list(request.gaps), 0
+    for number, (_, end) in enumerate(request.blocks):
+        first = request.blocks[max(0, number - editor.reach)][0]
         post = 0
         while True:
             p, choice = probabilities(logits, tokens).max(-1)
@@ -35,7 +35,7 @@ def plainly(draft: Request, logits: Logits, threshold: float, editor: TokenEditi
             edits = [
                 i
                 for i in range(first, end)
-                if draft.gaps[i] and not is_open[i] and choice[i] != tokens[i] and p[i] > editor.edit_threshold
+                if request.gaps[i] and not is_open[i] and choice[i] != tokens[i] and p[i] > editor.edit_threshold
             ]
             for i in take + edits:
                 tokens[i], is_open[i] = int(choice[i]), False
@@ -58,10 +58,10 @@ def plainly(draft: Request, logits: Logits, threshold: float, editor: TokenEditi
 )
 def test_as_the_plain_loop(prompts, new, block, reach, threshold, edit_threshold, max_post_steps, seed):
     editor = TokenEditing(edit_threshold, max_post_steps, reach)
-    drafts = [continuation(prompt, new, block, i) for i, prompt in enumerate(prompts)]
-    finished, _, _ = write(drafts, method(Threshold(threshold), editor), bidirectional(seed))
-    for draft, row in zip(drafts, finished, strict=True):
-        assert (row.tokens, row.passes) == plainly(draft, bidirectional(seed), threshold, editor)
+    requests = [continuation(prompt, new, block, i) for i, prompt in enumerate(prompts)]
+    finished, _, _ = write(requests, method(Threshold(threshold), editor), bidirectional(seed))
+    for request, row in zip(requests, finished, strict=True):
+        assert (row.tokens, row.passes) == plainly(request, bidirectional(seed), threshold, editor)
 
 
 def hasty(tokens: torch.Tensor) -> torch.Tensor:
@@ -73,10 +73,10 @@ def hasty(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def test_repairs_planted_errors():
-    draft = continuation(TEXT[:2], 6, None)
-    without, _, _ = write([draft], method(Threshold(0.9), NoEditor()), hasty)
+    request = continuation(TEXT[:2], 6, None)
+    without, _, _ = write([request], method(Threshold(0.9), NoEditor()), hasty)
     assert without[0].tokens == [5, 6, 7, WRONG, 9, 10, WRONG, 12]
-    edited, _, steps = write([draft], method(Threshold(0.9), TokenEditing(0.5)), hasty)
+    edited, _, steps = write([request], method(Threshold(0.9), TokenEditing(0.5)), hasty)
     assert edited[0].tokens == TEXT
     assert [int(step.changed.sum()) for step in steps] == [6, 2, 0]
 
@@ -113,7 +113,7 @@ def test_an_error_that_the_next_block_shows_is_repaired_within_reach(reach, repa
     editor = TokenEditing(0.5, reach=reach)
     finished, _, steps = write([continuation([], 8, 4)], method(Threshold(), editor), logits)
     assert finished[0].tokens == ([*TEXT] if repaired else [*TEXT[:2], WRONG, *TEXT[3:]])
-    assert [step.view.first.tolist() for step in steps][-1] == [0 if reach else 4]
+    assert [step.block.first.tolist() for step in steps][-1] == [0 if reach else 4]
 
 
 def test_an_edited_end_of_text_stops_and_is_not_final_before_the_block_is():

@@ -17,18 +17,18 @@ from tests.llada_moe.sampling.editors.rows import MASK, method, probabilities, s
 from tests.llada_moe.sampling.toy import Logits, bidirectional, steps
 
 
-class Shadowed:
+class ShadowModel:
     """Whole sequences; a shadow says what the model would of the sequence with its position masked."""
 
     def __init__(self, logits: Logits, method: Method) -> None:
-        self.logits, self.reader = logits, Reader(method.reading, 0, lambda packet: packet[None])
+        self.logits, self.reader = logits, Reader(method.logits_processor, 0, lambda packet: packet[None])
 
     def __call__(self, work: Pass) -> Statistics:
         rows, at = [], 0
         for window in work.windows:
             tokens = work.tokens[at : at + window.width]
             own = [self.logits(tokens)] + [self.logits(masked(tokens, i))[i : i + 1] for i in shadows_of(window)]
-            rows.append(torch.cat(own)[work.asked[at : at + window.total]])
+            rows.append(torch.cat(own)[work.output_mask[at : at + window.total]])
             at += window.total
         return self.reader.read(torch.cat(rows), work.rows)
 
@@ -41,18 +41,18 @@ def masked(tokens: Tensor, at: int) -> Tensor:
     return tokens.index_fill(0, torch.tensor([at]), MASK)
 
 
-def run(drafts: list[Request], schedule: Schedule, editor: Wino, logits: Logits) -> tuple[list[Finished], list[Step]]:
+def run(requests: list[Request], schedule: Schedule, editor: Wino, logits: Logits) -> tuple[list[Finished], list[Step]]:
     how = method(schedule, editor)
-    size = max(len(draft.tokens) for draft in drafts), max(len(draft.blocks) for draft in drafts)
-    taken = list(steps(SequenceGroup(how, len(drafts), *size, MASK), drafts, Shadowed(logits, how)))
+    size = max(len(request.tokens) for request in requests), max(len(request.blocks) for request in requests)
+    taken = list(steps(SequenceGroup(how, len(requests), *size, MASK), requests, ShadowModel(logits, how)))
     finished = [done for step in taken for done in step.finished]
     return sorted(finished, key=lambda row: row.stream), taken
 
 
-def plainly(draft: Request, logits: Logits, wide: WideIn, narrow: float) -> tuple[list[int], int]:
+def plainly(request: Request, logits: Logits, wide: WideIn, narrow: float) -> tuple[list[int], int]:
     """The published loop: tokens, and forward passes."""
-    tokens, passes = [MASK if gap else t for t, gap in zip(draft.tokens, draft.gaps, strict=True)], 0
-    for start, end in draft.blocks:
+    tokens, passes = [MASK if gap else t for t, gap in zip(request.tokens, request.gaps, strict=True)], 0
+    for start, end in request.blocks:
         masks, accepted_before = set(range(start, end)), 30
         while masks:
             passes += 1
@@ -89,10 +89,10 @@ def of_shadow(logits: Logits, tokens: list[int], at: int) -> Tensor:
     seed=st.integers(0, 50),
 )
 def test_as_the_published_loop(prompts, new, block, wide, narrow, seed):
-    drafts = [continuation(prompt, new, block, i) for i, prompt in enumerate(prompts)]
-    finished, _ = run(drafts, wide, Wino(narrow), bidirectional(seed))
-    for draft, row in zip(drafts, finished, strict=True):
-        assert (row.tokens, row.passes) == plainly(draft, bidirectional(seed), wide, narrow)
+    requests = [continuation(prompt, new, block, i) for i, prompt in enumerate(prompts)]
+    finished, _ = run(requests, wide, Wino(narrow), bidirectional(seed))
+    for request, row in zip(requests, finished, strict=True):
+        assert (row.tokens, row.passes) == plainly(request, bidirectional(seed), wide, narrow)
         assert row.passes <= new
 
 
@@ -122,7 +122,7 @@ def test_what_the_model_did_not_look_at_is_not_taken_back():
     _, taken = run([continuation([5, 6], 24, None)], SlowFast(3, 0.15, 0.3), Wino(0.5), bidirectional(5, 1.0))
     at_risk = 0
     for step in taken:
-        unseen = step.view.editable & (step.statistics.confidence == 0)
+        unseen = step.block.editable & (step.statistics.confidence == 0)
         at_risk += int(unseen.sum()) if int(step.changed.sum()) > 1 else 0
         assert not bool((step.revision.masked & unseen).any())
     assert at_risk

@@ -1,4 +1,4 @@
-"""Rules for what may still change of the tokens that were written."""
+"""Editors: rules by which tokens that were already sampled may still change."""
 
 from llada_megatron.llada_moe.sampling.editors.base import (
     Editor,

@@ -1,4 +1,4 @@
-"""What may still change of the tokens that were written."""
+"""What an editor is: a rule by which tokens that were already sampled may still change."""
 
 from __future__ import annotations
 
@@ -17,39 +17,44 @@ from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock
 
 @dataclass(frozen=True)
 class Revision:
-    """A view after a step."""
+    """The state of an active block after a step."""
 
     tokens: Tensor
-    """[rows, columns] int64: what stands at the masked and editable positions now; elsewhere it does not count."""
+    """[rows, columns] int64: the new tokens of masked and editable positions; values elsewhere are ignored."""
     masked: Tensor
-    """[rows, columns] bool: open positions of the current block now. Only masked and editable ones may be."""
+    """[rows, columns] bool: open positions after the step. Only masked and editable positions may be open."""
     done: Tensor
-    """[rows] bool: the block is finished: nothing is masked, and the editor changes nothing more."""
+    """[rows] bool: the block is finished, that is, nothing is masked and the editor makes no more changes."""
 
 
 class RunningEditor(Protocol):
-    """An editor at work on one group of slots."""
+    """An editor while it runs on one group of sequences, with what it remembers of them."""
 
-    def revise(self, statistics: Statistics, view: ActiveBlock, chosen: Tensor) -> Revision:
-        """What becomes of a view whose schedule chose to commit `chosen` `[rows, columns]`.
+    def revise(self, statistics: Statistics, block: ActiveBlock, chosen: Tensor) -> Revision:
+        """The active block after a step in which the schedule chose to commit the positions `chosen`.
 
-        It must make progress: every row ends its block after finitely many steps. A row with masks of which none is
-        chosen was only prefilled: it stays as it is.
+        Every row must finish its block after finitely many steps. A row that has masks of which none is chosen was
+        only prefilled, and must stay as it is.
+
+        Args:
+            statistics: `[rows, columns]`.
+            block: the active block before the step.
+            chosen: bool `[rows, columns]`, masked positions to be committed.
         """
         ...
 
 
 class Editor(Protocol):
-    """Settings of a rule that changes written tokens."""
+    """Settings of a rule that changes sampled tokens."""
 
     @property
     def needs(self) -> Collection[Need]:
-        """Statistics that the rule reads beside token and confidence."""
+        """Statistics that the rule uses besides token and confidence."""
         ...
 
     @property
     def edits(self) -> bool:
-        """Whether written positions are asked for: the output layer runs on them too."""
+        """Whether the output layer runs on sampled positions too."""
         ...
 
     @property
@@ -59,22 +64,25 @@ class Editor(Protocol):
 
     @property
     def shadow(self) -> bool:
-        """Whether written positions are judged by their shadows (see `model.windows`): masks put in their place."""
+        """Whether the logits of sampled positions come from their shadows, mask tokens at the same positions.
+
+        See `model.windows`.
+        """
         ...
 
     @property
     def operations(self) -> Collection[int]:
-        """Ids that are not text but operations on it: chosen like tokens, carried out, never written."""
+        """Ids that stand for operations on the text: they are predicted like tokens, but carried out, never written."""
         ...
 
     def start(self, slots: int, seq: int) -> RunningEditor:
-        """The rule at work; see `Schedule.start`."""
+        """Begin to edit sequences of up to `seq` positions in `slots` slots; compare `Schedule.start`."""
         ...
 
 
 @dataclass(frozen=True)
 class NoEditor:
-    """What is written stays."""
+    """Sampled tokens never change."""
 
     needs = frozenset[Need]()
     edits = False
@@ -83,22 +91,26 @@ class NoEditor:
     operations = ()
 
     def start(self, slots: int, seq: int) -> RunningEditor:
-        """See `Editor`."""
+        """Implements `Editor.start`; there is nothing to remember."""
         return self
 
-    def revise(self, statistics: Statistics, view: ActiveBlock, chosen: Tensor) -> Revision:
-        """See `Revising`."""
-        masked = view.masked & ~chosen
-        return Revision(commit(statistics, view, chosen), masked, ~masked.any(1))
+    def revise(self, statistics: Statistics, block: ActiveBlock, chosen: Tensor) -> Revision:
+        """Implements `RunningEditor.revise`."""
+        masked = block.masked & ~chosen
+        return Revision(commit(statistics, block, chosen), masked, ~masked.any(1))
 
 
-def commit(statistics: Statistics, view: ActiveBlock, chosen: Tensor) -> Tensor:
-    """The view's tokens with the chosen predictions written: `[rows, columns]`."""
-    return statistics.token.where(chosen, view.tokens)
+def commit(statistics: Statistics, block: ActiveBlock, chosen: Tensor) -> Tensor:
+    """The tokens of the block with the predictions at the chosen positions put in, `[rows, columns]`."""
+    return statistics.token.where(chosen, block.tokens)
 
 
 def require_in_range(edit_threshold: float, max_post_steps: int) -> None:
-    """Raises: ConfigError: a setting that editors share is out of range."""
+    """Check the settings that several editors have.
+
+    Raises:
+        ConfigError: one is out of range.
+    """
     if not 0 <= edit_threshold <= 1:
         raise ConfigError(f"editor.edit_threshold: {edit_threshold} must lie between 0 and 1; it is a probability")
     if max_post_steps < 0:
@@ -106,11 +118,11 @@ def require_in_range(edit_threshold: float, max_post_steps: int) -> None:
 
 
 def never_written(model: ModelConfig, editor: Editor) -> tuple[int, ...]:
-    """Ids that a reader must leave out: the mask token, and the model's operations where the editor knows none."""
+    """Ids that must never be sampled: the mask token, and the model's operations that the editor does not carry out."""
     operations = [i for i in (model.delete_token_id, model.insert_token_id) if i is not None]
     return (model.mask_token_id, *sorted(set(operations) - set(editor.operations)))
 
 
 def trained_for_editing(objective: ObjectiveConfig) -> bool:
-    """Whether a model learnt to correct written tokens. One that did not says nothing sensible at those positions."""
+    """Whether a model was trained to correct tokens. Predictions of another one at sampled positions mean nothing."""
     return objective.replace_ratio > 0

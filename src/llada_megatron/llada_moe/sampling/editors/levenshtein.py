@@ -1,4 +1,4 @@
-"""Levenshtein editing of LLaDA2.2: beside replacing tokens the model deletes them and makes room for new ones."""
+"""Levenshtein editing of LLaDA2.2: the model replaces tokens, deletes them, and makes room for new ones."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock, stretche
 
 @dataclass(frozen=True)
 class Levenshtein:
-    """Carry out the operations that the model predicts (LLaDA2.2 report), within what is to be written of a block.
+    """Carry out the operations that the model predicts (LLaDA2.2 report) on the positions of a block that may change.
 
     "Delete" removes a position: what follows moves left, and a mask comes in at the end. "Insert" puts a mask before a
-    position: what follows moves right, and the last position is lost. A given token neither changes nor moves; it
-    bounds the stretch that does.
+    position: what follows moves right, and the last position is lost. A given token neither changes nor moves, so each
+    run of positions between given tokens is edited by itself.
 
-    Masks that came by operations are told apart from the block's first ones. While there are first ones, a step commits
-    at least one more than there are others, so that they run out; after that it commits all, and steps count against
-    the budget. A last step then writes text only. A block state that was there before loses its least sure change, one
-    more each time, so that deletions and insertions cannot chase each other.
+    Masks that operations put in are distinguished from the initial masks of the block. While initial masks are left, a
+    step commits at least one position more than there are other masks, so that the initial ones run out. After that a
+    step commits all masks and counts against `max_post_steps`; when these are spent, one last step writes text only.
+    Each time a block returns to an earlier state, one more of the least confident changes is dropped, so that deletions
+    and insertions cannot alternate for ever.
 
-    It needs a model that was trained for it, with ids for the operations.
+    The rule needs a model that was trained for it, with ids for the operations.
     """
 
     edit_threshold: float = 0.0
-    """As for `TokenEditing`; published: 0.0."""
+    """See `TokenEditing.edit_threshold`; the published value is 0.0."""
     max_post_steps: int = 16
-    """Steps in a block that begin with none of its first masks, before the last one."""
+    """Steps in a block that begin without any initial mask, before the last step."""
     delete_id: int | None = None
     """The model's `delete_token_id`."""
     insert_id: int | None = None
@@ -51,11 +52,15 @@ class Levenshtein:
 
     @property
     def operations(self) -> tuple[int, ...]:
-        """See `Editor`."""
+        """Implements `Editor.operations`."""
         return tuple(i for i in (self.delete_id, self.insert_id) if i is not None)
 
     def start(self, slots: int, seq: int) -> RunningEditor:
-        """See `Editor`. Raises: ConfigError: the ids of the operations are missing."""
+        """Implements `Editor.start`.
+
+        Raises:
+            ConfigError: the ids of the operations are missing.
+        """
         if self.delete_id is None or self.insert_id is None:
             raise ConfigError(
                 "editor levenshtein: the model names no delete_token_id and insert_token_id; it needs one that was "
@@ -65,86 +70,88 @@ class Levenshtein:
 
 
 @dataclass
-class _Memory:
-    """What is remembered of a slot's block."""
+class _BlockHistory:
+    """What is remembered of the current block of a slot."""
 
-    post: int = 0
-    seen: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    post_steps: int = 0
+    """Steps that began without any initial mask."""
+    states: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    """How often a step began with these tokens."""
 
 
 class _RunningLevenshtein:
     def __init__(self, settings: Levenshtein, slots: int, seq: int) -> None:
         self._settings = settings
-        self._first = torch.zeros(slots, seq, dtype=torch.bool)  # the block's first masks, by column
-        self._memory = [_Memory() for _ in range(slots)]
+        self._initial = torch.zeros(slots, seq, dtype=torch.bool)  # initial masks of the block that are left, by column
+        self._history = [_BlockHistory() for _ in range(slots)]
 
-    def revise(self, statistics: Statistics, view: ActiveBlock, chosen: Tensor) -> Revision:
-        """See `Revising`."""
+    def revise(self, statistics: Statistics, block: ActiveBlock, chosen: Tensor) -> Revision:
+        """Implements `RunningEditor.revise`."""
         if statistics.text is None:
-            raise RuntimeError("deleting and inserting needs a second choice; the reading lacks 'text'")
-        width = view.masked.shape[1]
-        new = view.step_in_block == 0
-        first = torch.where(new[:, None], view.masked, self._first[view.slot, :width] & view.masked)
-        chosen = chosen | self._floor(statistics, view, chosen, first)
+            raise RuntimeError("deleting and inserting needs the best text token: the statistics lack 'text'")
+        width = block.masked.shape[1]
+        new = block.step_in_block == 0
+        initial = torch.where(new[:, None], block.masked, self._initial[block.slot, :width] & block.masked)
+        chosen = chosen | self._floor(statistics, block, chosen, initial)
         sure = statistics.confidence > self._settings.edit_threshold
-        replaced = view.editable & sure & (statistics.token != view.tokens)
-        tokens, masked, done = view.tokens.clone(), view.masked.clone(), torch.zeros_like(new)
-        for row, slot in enumerate(view.slot.tolist()):
+        replaced = block.editable & sure & (statistics.token != block.tokens)
+        tokens, masked, done = block.tokens.clone(), block.masked.clone(), torch.zeros_like(new)
+        for row, slot in enumerate(block.slot.tolist()):
             if new[row]:
-                self._memory[slot] = _Memory()
-            if view.masked[row].any() and not chosen[row].any():
+                self._history[slot] = _BlockHistory()
+            if block.masked[row].any() and not chosen[row].any():
                 continue
-            last = self._is_last(slot, bool(first[row].any()))
-            written = self._written(statistics, view, row, chosen[row] | replaced[row], last)
-            self._carry_out(written, row, view, tokens, masked, first)
+            last = self._is_last(slot, bool(initial[row].any()))
+            written = self._written(statistics, block, row, chosen[row] | replaced[row], last)
+            self._carry_out(written, row, block, tokens, masked, initial)
             done[row] = not masked[row].any() and (last or written == {})
-        self._first[view.slot, :width] = first
+        self._initial[block.slot, :width] = initial
         return Revision(tokens, masked, done)
 
-    def _floor(self, statistics: Statistics, view: ActiveBlock, chosen: Tensor, first: Tensor) -> Tensor:
-        """Further positions to commit in rows that commit any: bool `[rows, columns]`."""
-        others = (view.masked & ~first).sum(1)
-        least = torch.where(first.any(1), others + 1, view.masked.shape[1])
+    def _floor(self, statistics: Statistics, block: ActiveBlock, chosen: Tensor, initial: Tensor) -> Tensor:
+        """The positions that rows which commit any must commit at least: bool `[rows, columns]`."""
+        others = (block.masked & ~initial).sum(1)
+        least = torch.where(initial.any(1), others + 1, block.masked.shape[1])
         least = torch.where(chosen.any(1), least, 0)
-        known = view.masked & (statistics.confidence > 0)  # a schedule may look at a part of the block only
+        known = block.masked & (statistics.confidence > 0)  # a schedule may look at a part of the block only
         short = chosen.sum(1) < least
         return best(statistics.confidence, known, torch.where(short, least, 0))
 
-    def _is_last(self, slot: int, has_first: bool) -> bool:
-        """Count the step against the budget; whether it is the one after it."""
-        memory = self._memory[slot]
-        last = not has_first and memory.post >= self._settings.max_post_steps
-        memory.post += not has_first
+    def _is_last(self, slot: int, has_initial: bool) -> bool:
+        """Count a step that begins without initial masks; returns whether it must be the last one of the block."""
+        history = self._history[slot]
+        last = not has_initial and history.post_steps >= self._settings.max_post_steps
+        history.post_steps += not has_initial
         return last
 
-    def _written(self, statistics: Statistics, view: ActiveBlock, row: int, at: Tensor, last: bool) -> dict[int, int]:
-        """Column -> token or operation of what a row writes at the columns `at`."""
+    def _written(self, statistics: Statistics, block: ActiveBlock, row: int, at: Tensor, last: bool) -> dict[int, int]:
+        """What a row writes at the columns `at`, as column -> token or operation; dropped changes are not in it."""
         assert statistics.text is not None
         columns = at.nonzero().flatten().tolist()
         token = {c: int(statistics.token[row, c]) for c in columns}
         text = {c: int(statistics.text[row, c]) for c in columns}
-        is_masked = {c: bool(view.masked[row, c]) for c in columns}
+        is_masked = {c: bool(block.masked[row, c]) for c in columns}
         operations = self._settings.operations
         changes = [c for c in columns if not is_masked[c] or token[c] in operations]
         if last:
             dropped = [c for c in changes if token[c] in operations]
         else:
-            seen = self._memory[int(view.slot[row])].seen
-            own = int(view.end[row] - view.first[row])  # the view is as wide as the batch needs
-            state = tuple(view.tokens[row, :own].tolist())
-            dropped = sorted(changes, key=lambda c: float(statistics.confidence[row, c]))[: seen[state]]
-            seen[state] += 1
+            states = self._history[int(block.slot[row])].states
+            own = int(block.end[row] - block.first[row])  # other rows may be wider
+            state = tuple(block.tokens[row, :own].tolist())
+            dropped = sorted(changes, key=lambda c: float(statistics.confidence[row, c]))[: states[state]]
+            states[state] += 1
         return {c: text[c] if c in dropped else token[c] for c in columns if is_masked[c] or c not in dropped}
 
     def _carry_out(
-        self, written: dict[int, int], row: int, view: ActiveBlock, tokens: Tensor, masked: Tensor, first: Tensor
+        self, written: dict[int, int], row: int, block: ActiveBlock, tokens: Tensor, masked: Tensor, initial: Tensor
     ) -> None:
-        """Write into a row of `tokens`, `masked` and `first`, each stretch between given tokens by itself."""
-        free = view.masked[row] | view.editable[row]
+        """Update a row of `tokens`, `masked` and `initial`, each run of positions between given tokens by itself."""
+        free = block.masked[row] | block.editable[row]
         for start, end in stretches(free):
-            cells: list[tuple[int, bool, bool]] = []  # token, masked, one of the first masks
+            cells: list[tuple[int, bool, bool]] = []  # token, whether masked, whether an initial mask
             for column in range(start, end):
-                old = int(view.tokens[row, column]), bool(view.masked[row, column]), bool(first[row, column])
+                old = int(block.tokens[row, column]), bool(block.masked[row, column]), bool(initial[row, column])
                 new = written.get(column)
                 if new is None:
                     cells.append(old)
@@ -155,4 +162,4 @@ class _RunningLevenshtein:
             cells = (cells + [(0, True, False)] * (end - start))[: end - start]
             tokens[row, start:end] = torch.tensor([token for token, _, _ in cells])
             masked[row, start:end] = torch.tensor([is_masked for _, is_masked, _ in cells])
-            first[row, start:end] = torch.tensor([is_first for _, _, is_first in cells])
+            initial[row, start:end] = torch.tensor([is_initial for _, _, is_initial in cells])

@@ -1,4 +1,4 @@
-"""Token editing of LLaDA2.1: written tokens that the model would now write otherwise are replaced."""
+"""Token editing of LLaDA2.1: sampled tokens are replaced where the model now predicts another one."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock
 
 @dataclass(frozen=True)
 class TokenEditing:
-    """Replace a written token by another prediction more probable than a threshold (LLaDA2.1 report, "T2T").
+    """Replace a sampled token by another prediction more probable than a threshold (LLaDA2.1 report, "T2T").
 
-    A block ends with the first step that changes nothing, or when the budget is spent. The threshold for masks is the
-    schedule's. It needs a model that was trained on replaced tokens (`objective.replace_ratio`).
+    A block ends with the first step that changes nothing, or after `max_post_steps`. The threshold for masks is that of
+    the schedule. The rule needs a model that was trained on replaced tokens (`objective.replace_ratio`).
     """
 
     edit_threshold: float = 0.5
-    """Published: 0.5 (quality), 0.0 (speed)."""
+    """Probability above which a token is replaced; published: 0.5 (quality), 0.0 (speed)."""
     max_post_steps: int = 16
-    """Steps in a block that begin with no mask in it."""
+    """Steps in a block that begin without any mask in it."""
     reach: int = 0
     """Blocks before the current one that are edited too (multi-block editing). They are run again in every step.
 
-    Under block-causal attention a block does not see what comes behind it: it changes later only if its budget was
-    spent before it was settled. The report does not say how its model has it.
+    Under block-causal attention a block does not see later ones, so it changes later only if it ended by
+    `max_post_steps` before it was settled. The report does not say how its model handles this.
     """
 
     needs = frozenset[Need]()
@@ -44,7 +44,7 @@ class TokenEditing:
             raise ConfigError(f"editor.reach: {self.reach} must not be negative; 0 edits the current block only")
 
     def start(self, slots: int, seq: int) -> RunningEditor:
-        """See `Editor`."""
+        """Implements `Editor.start`."""
         return _RunningTokenEditing(self, slots)
 
 
@@ -53,13 +53,13 @@ class _RunningTokenEditing:
         self._settings = settings
         self._post = torch.zeros(slots, dtype=torch.int64)
 
-    def revise(self, statistics: Statistics, view: ActiveBlock, chosen: Tensor) -> Revision:
-        """See `Revising`."""
+    def revise(self, statistics: Statistics, block: ActiveBlock, chosen: Tensor) -> Revision:
+        """Implements `RunningEditor.revise`."""
         sure = statistics.confidence > self._settings.edit_threshold
-        replaced = view.editable & sure & (statistics.token != view.tokens)
+        replaced = block.editable & sure & (statistics.token != block.tokens)
         written = chosen | replaced
-        masked = view.masked & ~chosen
-        post = torch.where(view.step_in_block == 0, 0, self._post[view.slot]) + (~view.masked.any(1)).long()
-        self._post[view.slot] = post
+        masked = block.masked & ~chosen
+        post = torch.where(block.step_in_block == 0, 0, self._post[block.slot]) + (~block.masked.any(1)).long()
+        self._post[block.slot] = post
         settled = ~written.any(1) | (post >= self._settings.max_post_steps)
-        return Revision(statistics.token.where(written, view.tokens), masked, ~masked.any(1) & settled)
+        return Revision(statistics.token.where(written, block.tokens), masked, ~masked.any(1) & settled)

@@ -1,4 +1,4 @@
-"""WINO (arXiv 2507.18578): commit widely, then take back what the text written since makes improbable."""
+"""WINO (arXiv 2507.18578): commit many tokens, then mask those again that later tokens make improbable."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock
 
 @dataclass(frozen=True)
 class WideIn(Stateless):
-    """WINO's schedule: commit all predictions above a low threshold, up to a cap, and the most probable one."""
+    """The schedule of WINO: commit all predictions above a low threshold, up to a cap, and the most probable one."""
 
     threshold: float = 0.6
     share: float = 0.7
-    """Of the block's masks: the cap, which lies between `least` and `most`."""
+    """Share of the block's masks that is the cap, within the limits `least` and `most`."""
     least: int = 5
     most: int = 20
 
-    def select(self, statistics: Statistics, view: ActiveBlock) -> Tensor:
-        """See `schedules.Running`."""
-        cap = (view.masked.sum(1) * self.share).long().clamp(self.least, self.most)
-        wide = view.masked & (statistics.confidence > self.threshold)
+    def select(self, statistics: Statistics, block: ActiveBlock) -> Tensor:
+        """Implements `RunningSchedule.select`."""
+        cap = (block.masked.sum(1) * self.share).long().clamp(self.least, self.most)
+        wide = block.masked & (statistics.confidence > self.threshold)
         confident = best(statistics.confidence, wide, cap)
-        return confident | top(statistics.confidence, view.masked)
+        return confident | top(statistics.confidence, block.masked)
 
 
 @dataclass(frozen=True)
 class Wino:
-    """WINO's editor: written tokens that their shadows give less than `threshold` become masks again.
+    """The editor of WINO: sampled tokens whose shadows give them a probability below `threshold` become masks again.
 
-    In a step that commits one token nothing is taken back, and never as much as the step before committed: a block
-    takes at most as many steps as it has masks.
+    A step that commits one token takes nothing back, and a step takes back fewer tokens than the step before
+    committed. So a block takes at most as many steps as it has masks.
     """
 
     threshold: float = 0.9
@@ -48,7 +48,7 @@ class Wino:
     operations = ()
 
     def start(self, slots: int, seq: int) -> RunningEditor:
-        """See `Editor`."""
+        """Implements `Editor.start`."""
         return _RunningWino(self, slots)
 
 
@@ -57,15 +57,15 @@ class _RunningWino:
         self._settings = settings
         self._committed = torch.zeros(slots, dtype=torch.int64)  # in each slot's last step
 
-    def revise(self, statistics: Statistics, view: ActiveBlock, chosen: Tensor) -> Revision:
-        """See `Revising`."""
+    def revise(self, statistics: Statistics, block: ActiveBlock, chosen: Tensor) -> Revision:
+        """Implements `RunningEditor.revise`."""
         if statistics.current is None:
-            raise RuntimeError("WINO judges written tokens by their probabilities; the reading lacks 'current'")
+            raise RuntimeError("WINO judges sampled tokens by their probabilities: the statistics lack 'current'")
         committed = chosen.sum(1)
-        before = torch.where(view.step_in_block == 0, 0, self._committed[view.slot])
-        judged = view.editable & (statistics.confidence > 0)  # a schedule may look at a part of the block only
+        before = torch.where(block.step_in_block == 0, 0, self._committed[block.slot])
+        judged = block.editable & (statistics.confidence > 0)  # a schedule may look at a part of the block only
         doubted = judged & (statistics.current < self._settings.threshold) & (committed > 1)[:, None]
         revoked = best(-statistics.current, doubted, before - 1)
-        self._committed[view.slot] = committed
-        masked = (view.masked & ~chosen) | revoked
-        return Revision(commit(statistics, view, chosen), masked, ~masked.any(1))
+        self._committed[block.slot] = committed
+        masked = (block.masked & ~chosen) | revoked
+        return Revision(commit(statistics, block, chosen), masked, ~masked.any(1))

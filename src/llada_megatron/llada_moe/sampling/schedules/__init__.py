@@ -1,4 +1,4 @@
-"""Which of the open positions are committed in a step: the published rules."""
+"""Schedules: published rules that choose which open positions are committed in a step."""
 
 from llada_megatron.llada_moe.sampling.schedules.base import RunningSchedule, Schedule, Stateless, best, top
 from llada_megatron.llada_moe.sampling.schedules.stateful import SlowFast, Stable

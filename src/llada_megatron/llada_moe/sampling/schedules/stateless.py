@@ -32,45 +32,45 @@ class Threshold(Stateless):
         """Raises: ConfigError: no probability."""
         require_share("threshold", self.threshold)
 
-    def select(self, statistics: Statistics, view: ActiveBlock) -> Tensor:
-        """See `Running`."""
-        confident = view.masked & (statistics.confidence >= self.threshold)
-        return confident | top(statistics.confidence, view.masked)
+    def select(self, statistics: Statistics, block: ActiveBlock) -> Tensor:
+        """Implements `RunningSchedule.select`."""
+        confident = block.masked & (statistics.confidence >= self.threshold)
+        return confident | top(statistics.confidence, block.masked)
 
 
 @dataclass(frozen=True)
 class FlooredThreshold(Stateless):
-    """Commit every prediction more probable than this, and so many of the best that `steps` finish a block (LLaDA2).
+    """Commit every prediction above a threshold, and at least so many that a block is finished in `steps` (LLaDA2).
 
     From the LLaDA2.0 report and its published sampler, where the positions of a block are shared evenly over the steps.
-    LLaDA2.1 has no such number: at least the best one is committed.
+    LLaDA2.1 sets no number of steps, and commits at least the best prediction.
     """
 
     threshold: float = 0.95
     steps: int | None = 32
-    """Of a block; None = as many as it takes."""
+    """Largest number of steps of a block; None = no limit."""
 
     def __post_init__(self) -> None:
         """Raises: ConfigError: no probability, or no step."""
         require_share("threshold", self.threshold)
         require_at_least("steps", self.steps, 1)
 
-    def select(self, statistics: Statistics, view: ActiveBlock) -> Tensor:
-        """See `Running`."""
-        confident = view.masked & (statistics.confidence > self.threshold)
+    def select(self, statistics: Statistics, block: ActiveBlock) -> Tensor:
+        """Implements `RunningSchedule.select`."""
+        confident = block.masked & (statistics.confidence > self.threshold)
         if self.steps is None:
-            return confident | top(statistics.confidence, view.masked)
-        size = view.end - view.start
-        floor = (size // self.steps + (view.step_in_block < size % self.steps)).clamp(min=1)
-        return confident | best(statistics.confidence, view.masked, floor)
+            return confident | top(statistics.confidence, block.masked)
+        size = block.end - block.start
+        floor = (size // self.steps + (block.step_in_block < size % self.steps)).clamp(min=1)
+        return confident | best(statistics.confidence, block.masked, floor)
 
 
 @dataclass(frozen=True)
 class Factor(Stateless):
-    """Commit the n most confident ones for the largest n with (n + 1) (1 - confidence of the n-th) < factor.
+    """Commit the n most confident predictions, for the largest n with (n + 1) (1 - confidence of the n-th) < factor.
 
-    Fast-dLLM, arXiv 2505.22618, section 3.3. The published code also commits the last candidate where it is the first
-    to fail; this is the formula.
+    Fast-dLLM, arXiv 2505.22618, section 3.3. The published code differs from the formula, which is followed here: it
+    also commits the last candidate if that is the first to fail.
     """
 
     factor: float = 1.0
@@ -79,20 +79,20 @@ class Factor(Stateless):
         """Raises: ConfigError: a factor below 0."""
         require_at_least("factor", self.factor, 0)
 
-    def select(self, statistics: Statistics, view: ActiveBlock) -> Tensor:
-        """See `Running`."""
-        confidence = comparable(statistics.confidence, view.masked).sort(1, descending=True).values
+    def select(self, statistics: Statistics, block: ActiveBlock) -> Tensor:
+        """Implements `RunningSchedule.select`."""
+        confidence = comparable(statistics.confidence, block.masked).sort(1, descending=True).values
         number = torch.arange(1, confidence.shape[1] + 1)
         passing = ((number + 1) * (1.0 - confidence) < self.factor).long().cumprod(1).sum(1)
-        return best(statistics.confidence, view.masked, passing.clamp(min=1))
+        return best(statistics.confidence, block.masked, passing.clamp(min=1))
 
 
 @dataclass(frozen=True)
 class Hierarchical(Stateless):
-    """Commit all above `high`, and of every run of masks the best if it is above `low` (dInfer, arXiv 2510.08666).
+    """Commit all predictions above `high`, and in every run of masks the best one if it is above `low`.
 
-    So a long run is divided by what is committed in its middle, and neighbours are rarely committed in one step. The
-    most confident one of all is always committed.
+    dInfer, arXiv 2510.08666. Commits inside a long run of masks divide it, so that neighbours are rarely committed in
+    the same step. The most confident prediction of all is always committed.
     """
 
     high: float = 0.92
@@ -103,13 +103,13 @@ class Hierarchical(Stateless):
         require_share("high", self.high)
         require_share("low", self.low)
 
-    def select(self, statistics: Statistics, view: ActiveBlock) -> Tensor:
-        """See `Running`."""
-        confidence, masked = comparable(statistics.confidence, view.masked), view.masked
+    def select(self, statistics: Statistics, block: ActiveBlock) -> Tensor:
+        """Implements `RunningSchedule.select`."""
+        confidence, masked = comparable(statistics.confidence, block.masked), block.masked
         begins = masked.clone()
         begins[:, 1:] &= ~masked[:, :-1]
-        run = begins.cumsum(1) * masked  # 0 = not masked
-        rows, columns = masked.shape  # at most as many runs, and number 0
+        run = begins.cumsum(1) * masked  # number of the run, 0 = not masked
+        rows, columns = masked.shape  # there are at most `columns` runs
         highest = confidence.new_full((rows, columns + 1), -torch.inf).scatter_reduce(1, run, confidence, "amax")
         is_best = masked & (confidence == highest.gather(1, run))
         column = torch.arange(columns).expand_as(run)
@@ -122,10 +122,10 @@ class Hierarchical(Stateless):
 
 @dataclass(frozen=True)
 class CreditThreshold(Stateless):
-    """A threshold on predictions that gain weight while the model keeps to them (credit; dInfer, arXiv 2510.08666).
+    """A threshold on predictions that gain weight while the model repeats them (credit; dInfer, arXiv 2510.08666).
 
-    Of each row and step the likeliest token gains its probability ** gamma of credit, all earlier credit fading by
-    beta; the logits then rise by alpha * log(1 + credit). See `statistics.Credit`.
+    In each step the most probable token of a position gains a credit of its probability ** gamma, earlier credits decay
+    by the factor beta, and the logits rise by alpha * log(1 + credit). See `row_memory.Credit`.
     """
 
     threshold: float = 0.8
@@ -142,81 +142,83 @@ class CreditThreshold(Stateless):
 
     @property
     def needs(self) -> Collection[Need]:  # type: ignore[override]
-        """See `Schedule`."""
+        """Implements `Schedule.needs`."""
         return frozenset({Credit(self.alpha, self.beta, self.gamma)})
 
-    def select(self, statistics: Statistics, view: ActiveBlock) -> Tensor:
-        """See `Running`."""
-        return Threshold(self.threshold).select(statistics, view)
+    def select(self, statistics: Statistics, block: ActiveBlock) -> Tensor:
+        """Implements `RunningSchedule.select`."""
+        return Threshold(self.threshold).select(statistics, block)
 
 
 @dataclass(frozen=True)
 class EntropyBound(Stateless):
-    """Commit the longest run of best predictions whose entropies, without the largest, sum to at most gamma.
+    """Commit as many of the best predictions as have entropies that, without the largest, sum to at most gamma.
 
-    The EB-Sampler (arXiv 2505.24857): this sum bounds what the predictions can say of each other. With gamma 0 one
-    position is committed in a step, without a bound all of them.
+    The EB-Sampler (arXiv 2505.24857): the sum bounds the mutual information of the predictions. With gamma 0 a step
+    commits one position, and with an infinite one all of them.
     """
 
     gamma: float = 0.1
-    """Nats."""
+    """The bound, in nats."""
     order: Literal["entropy", "confidence"] = "entropy"
-    """What makes a prediction a good one: low entropy, or high confidence."""
+    """Whether the best predictions are those of lowest entropy or of highest confidence."""
     needs = frozenset[Need]({"entropy"})
 
     def __post_init__(self) -> None:
         """Raises: ConfigError: a bound below 0."""
         require_at_least("gamma", self.gamma, 0)
 
-    def select(self, statistics: Statistics, view: ActiveBlock) -> Tensor:
-        """See `Running`."""
+    def select(self, statistics: Statistics, block: ActiveBlock) -> Tensor:
+        """Implements `RunningSchedule.select`."""
         entropy = statistics.entropy
         assert entropy is not None
         priority = -entropy if self.order == "entropy" else statistics.confidence
-        ranked = comparable(priority, view.masked).argsort(dim=1, descending=True, stable=True)
+        ranked = comparable(priority, block.masked).argsort(dim=1, descending=True, stable=True)
         sums = entropy.double().nan_to_num(nan=1e30).gather(1, ranked)
         within = (sums.cumsum(1) - sums.cummax(1).values) <= self.gamma
-        return best(priority, view.masked, within.long().cumprod(1).sum(1).clamp(min=1))
+        return best(priority, block.masked, within.long().cumprod(1).sum(1).clamp(min=1))
 
 
 @dataclass(frozen=True)
 class FixedSteps(Stateless):
-    """The sampler of the LLaDA paper (arXiv 2502.09992, algorithms 4 and 5): a block's masks shared out over its steps.
+    """The sampler of the LLaDA paper (arXiv 2502.09992, algorithms 4 and 5): a fixed number of steps.
 
-    `steps` are shared evenly over a row's blocks, and a block's masks evenly over its steps; where a division leaves a
-    rest, the first ones take one more. A block takes at least one step and never more than it has masks.
+    `steps` are divided evenly among the blocks of a sequence, and the masks of a block evenly among its steps; where a
+    division leaves a remainder, the first ones take one more. A block takes at least one step, and never more than it
+    has masks.
     """
 
     steps: int | None = None
-    """Of a sequence; None = one per token."""
+    """Steps of a sequence; None = one per token."""
     remasking: Literal["low_confidence", "random"] = "low_confidence"
-    """Which predictions stay: the most confident ones, or random ones."""
+    """Which predictions are committed: the most confident ones, or random ones."""
     seed: int = 0
+    """Seed of the random choice."""
 
     def __post_init__(self) -> None:
         """Raises: ConfigError: no step at all."""
         require_at_least("steps", self.steps, 1)
 
-    def select(self, statistics: Statistics, view: ActiveBlock) -> Tensor:
-        """See `Running`."""
+    def select(self, statistics: Statistics, block: ActiveBlock) -> Tensor:
+        """Implements `RunningSchedule.select`."""
         priority = statistics.confidence
         if self.remasking == "random":
-            names = (view.stream[:, None], view.step[:, None], view.positions)
+            names = (block.stream[:, None], block.step[:, None], block.positions)
             priority = row_memory.uniform(self.seed, row_memory.REMASKING, *names)
-        return best(priority, view.masked, self._commits(view))
+        return best(priority, block.masked, self._commits(block))
 
-    def _commits(self, view: ActiveBlock) -> Tensor:
-        """How many positions each row commits in this step `[rows]`."""
+    def _commits(self, block: ActiveBlock) -> Tensor:
+        """How many positions each row commits in this step, int64 `[rows]`."""
         if self.steps is None:
-            return torch.ones_like(view.masks)
-        blocks = view.blocks.clamp(min=1)
-        steps = (self.steps // blocks + (view.block < self.steps % blocks)).clamp(min=1)
-        steps = torch.minimum(steps, view.masks.clamp(min=1))
-        return (view.masks // steps + (view.step_in_block < view.masks % steps)).clamp(min=1)
+            return torch.ones_like(block.masks)
+        blocks = block.block_count.clamp(min=1)
+        steps = (self.steps // blocks + (block.index < self.steps % blocks)).clamp(min=1)
+        steps = torch.minimum(steps, block.masks.clamp(min=1))
+        return (block.masks // steps + (block.step_in_block < block.masks % steps)).clamp(min=1)
 
 
 @dataclass(frozen=True)
 class RandomSteps(FixedSteps):
-    """The same in random order: the paper's plain reverse process (algorithm 4)."""
+    """Fixed steps that commit random positions: the plain reverse process of the LLaDA paper (algorithm 4)."""
 
     remasking: Literal["low_confidence", "random"] = "random"

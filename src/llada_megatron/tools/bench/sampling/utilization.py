@@ -1,4 +1,4 @@
-"""How busy the pipeline stages are while sequences are written, by the number of groups in flight."""
+"""How busy the pipeline stages are during sampling, by the number of groups in flight."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from llada_megatron.parallel.sampling.stage import GenerationReport
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is written, with the initial weights of a run under its layout."""
+    """What is sampled, with the initial weights of a run under its layout."""
 
     run: RunConfig
     method: Method
-    drafts: Sequence[Request]
-    """Every data-parallel replica writes all of them."""
+    requests: Sequence[Request]
+    """Every data-parallel replica samples all of them."""
     batch_size: int
 
 
 def stage_reports(
-    load: Workload, groups: Sequence[int], repeats: int = 1, timeout: float = 600.0
+    workload: Workload, groups: Sequence[int], repeats: int = 1, timeout: float = 600.0
 ) -> dict[int, list[GenerationReport]]:
-    """Write the same drafts with each number of groups in turn, on forked processes of this machine.
+    """Sample the same requests with each number of groups in turn, on forked processes of this machine.
 
     Args:
-        load: what is written.
+        workload: what is sampled.
         groups: numbers of groups in flight.
-        repeats: rounds over all of them, of which the one with the shortest time on rank 0 counts.
+        repeats: rounds over all of these numbers; for each number the round with the shortest time on rank 0 counts.
         timeout: seconds after which the ranks are ended.
 
     Returns:
-        By the number of groups the report of each rank.
+        for each number of groups, the report of each rank.
     """
-    parts = run_ranks(_measure, load.run.layout.world_size, load, list(groups) * repeats, timeout=timeout)
+    parts = run_ranks(_measure, workload.run.layout.world_size, workload, list(groups) * repeats, timeout=timeout)
     best: dict[int, list[GenerationReport]] = {}
     for number, *reports in zip(list(groups) * repeats, *parts, strict=True):
         if number not in best or reports[0].seconds < best[number][0].seconds:
@@ -48,21 +48,23 @@ def stage_reports(
     return best
 
 
-def _measure(load: Workload, groups: Sequence[int]) -> list[GenerationReport]:
-    """On a rank: one report for each number of groups."""
+def _measure(workload: Workload, groups: Sequence[int]) -> list[GenerationReport]:
+    """Runs on each rank: one report for each number of groups."""
     from llada_megatron.parallel import build, topology
     from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
     from llada_megatron.parallel.sampling.generator import SequenceGenerator
 
-    topology.initialize(load.run.layout, 0)
-    loaded = LoadedModel(build.build_run_chunks(load.run)[0].eval(), load.run, Path(), {})
-    for _ in SequenceGenerator(loaded, load.method, load.batch_size, max(groups)).steps(load.drafts[: load.batch_size]):
-        pass  # the first passes make buffers and connections
+    topology.initialize(workload.run.layout, 0)
+    loaded = LoadedModel(build.build_run_chunks(workload.run)[0].eval(), workload.run, Path(), {})
+    for _ in SequenceGenerator(loaded, workload.method, workload.batch_size, max(groups)).steps(
+        workload.requests[: workload.batch_size]
+    ):
+        pass  # the first passes allocate buffers and open connections
     reports = []
     for number in groups:
-        writer = SequenceGenerator(loaded, load.method, load.batch_size, number)
+        generator = SequenceGenerator(loaded, workload.method, workload.batch_size, number)
         torch.distributed.barrier()
-        for _ in writer.steps(load.drafts):
+        for _ in generator.steps(workload.requests):
             pass
-        reports.append(writer.report)
+        reports.append(generator.report)
     return reports

@@ -1,4 +1,4 @@
-"""Views and statistics from plain lists."""
+"""Active blocks and statistics made of plain lists."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llada_megatron.llada_moe.sampling.statistics import Statistics
 from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock
 
 
-def make_view(
+def make_block(
     masked: Sequence[Sequence[bool]],
     start: Sequence[int] | int = 0,
     step: Sequence[int] | int = 0,
@@ -39,8 +39,8 @@ def make_view(
         editable=torch.zeros_like(is_masked),
         step=numbers(step),
         step_in_block=numbers(step if step_in_block is None else step_in_block),
-        block=numbers(0),
-        blocks=numbers(1),
+        index=numbers(0),
+        block_count=numbers(1),
         masks=is_masked.sum(1),
     )
 
