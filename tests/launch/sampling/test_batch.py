@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llada_megatron.launch.sampling.batch_output import BatchOutput, PartFile, _taken, part_path, records
+from llada_megatron.launch.sampling.batch_output import BatchOutput, PartFile, _acquire, part_path, records
 from llada_megatron.parallel.sampling.results import Result
 from tests.launch.sampling.checkpoints import run_cli, start_cli
 
@@ -107,7 +107,7 @@ def test_another_checkpoint_and_a_file_of_someone_else(dense, mute, prompts, tmp
     output.write_text("notes\n")
     code, _, err = run_cli(capsys, "sample", dense, *command)
     assert code == 1
-    assert "exists, and out.jsonl.run.json beside it" in err
+    assert "exists, but out.jsonl.run.json beside it" in err
     assert output.read_text() == "notes\n"
     output.unlink()
     assert run_cli(capsys, "sample", dense, *command)[0] == 0
@@ -218,7 +218,7 @@ def test_a_lock_that_its_owner_just_removed_is_none(tmp_path):
     with path.open("w") as lock:
         path.unlink()
         path.touch()
-        assert not _taken(lock, path)
+        assert not _acquire(lock, path)
     with output.locked():
         assert path.exists()
     assert not path.exists()

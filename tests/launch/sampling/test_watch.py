@@ -45,11 +45,11 @@ def test_the_page_has_every_step_and_loads_nothing(dense, tmp_path, capsys):
     arguments = ["--prompt", "a </script> ü", "--max-new-tokens", 20, "--schedule", "threshold", "--html", page]
     code, out, err = run_cli(capsys, "watch", dense, *arguments)
     assert code == 0
-    told = re.findall(r"^step (\d+): (\d+) written", err, re.MULTILINE)
+    reported = re.findall(r"^step (\d+): (\d+) written", err, re.MULTILINE)
     html = page.read_text("utf-8")
     data = recorded(html)
-    assert len(data["steps"]) == len(told) > 0
-    for (_, count), step, number in zip(told, data["steps"], range(1, 100), strict=False):
+    assert len(data["steps"]) == len(reported) > 0
+    for (_, count), step, number in zip(reported, data["steps"], range(1, 100), strict=False):
         assert sum(entry[4] == number and entry[2] is not None for entry in step) == int(count)
     assert replayed(data).replace("<|endoftext|>", "") == out[:-1]
     references = References()
