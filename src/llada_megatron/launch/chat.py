@@ -28,13 +28,13 @@ examples:
   echo 'What is the capital of France?' | llada chat runs/llada-8b-instruct
 
 /reset forgets the conversation, /exit (or Ctrl-D) ends it, Ctrl-C stops an answer. The chat template is the one that
-came with the checkpoint's tokenizer; --template llada has the role markers of LLaDA-8B-Instruct."""
+came with the checkpoint's tokenizer; --template llada uses the role markers of LLaDA-8B-Instruct."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `llada chat`."""
     add_model(parser)
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument("--template", metavar="NAME", help="llada, or a file with a Jinja template")
     parser.add_argument(
         "--max-new-tokens", type=int, metavar="N", help=f"the longest answer (default: {ANSWER_TOKENS})"

@@ -31,16 +31,16 @@ EXAMPLES = """\
 examples:
   llada sample runs/demo --prompt 'def main(' --max-new-tokens 48
   llada sample runs/demo --infill --prompt 'for i in <mask:2>(10):'      two tokens are missing
-  llada sample runs/demo --edit 4:9 --file a.py                          characters 4 to 9 are written anew
+  llada sample runs/demo --edit 4:9 --file a.py                          characters 4 to 9 are replaced
   llada sample runs/demo --preset fast-dllm-dual schedule.threshold=0.8 --prompt 'import '
   git show HEAD:setup.py | llada sample runs/demo/checkpoints/step-00000400 --jsonl
   llada sample runs/large --prompts in.jsonl --output out.jsonl layout.data_parallel=4     a batch; see docs/sample.md
 
 With --infill, <mask> stands for one token and <mask:N> for N of them (another word than mask: --gap-word). Without it
-these are text like any other. A method is three choices: the schedule says which tokens a step writes, the cache what
-is run again, the editor what may still change; a preset is a published choice (--list-presets), and schedule.KEY=VALUE,
-cache.KEY=VALUE and editor.KEY=VALUE change its settings. One process runs the model, whatever layout it was trained
-under, unless layout.AXIS=N asks for more."""
+these are ordinary text. A method has three parts: the schedule chooses which masks a step fills, the cache which keys
+and values are reused, and the editor which sampled tokens may still change. A preset is a published method
+(--list-presets), and schedule.KEY=VALUE, cache.KEY=VALUE and editor.KEY=VALUE change its settings. One process runs the
+model, whatever layout it was trained under, unless layout.AXIS=N asks for more."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--jsonl", action="store_true", help="one JSON object per text on stdout")
     output.add_argument(
-        "--output", metavar="FILE", help="batch: results to FILE.jsonl; the same command goes on with it"
+        "--output", metavar="FILE", help="batch: results go to FILE; after an interruption the same command continues"
     )
     output.add_argument("--overwrite", action="store_true", help="begin the batch of --output anew")
     output.add_argument("--local", action="store_true", help="start the ranks here, even in a job of torchrun or srun")

@@ -32,15 +32,15 @@ examples:
   llada watch runs/demo --infill --prompt 'for i in <mask:2>(10):' --pause 0.2
   llada watch runs/demo --preset fast-dllm --prompt 'import ' --html steps.html
 
-Colours are probabilities: red is unsure, green is sure; what the step has just written is underlined. Where standard
-output is no terminal, the finished text goes there and a line per step to standard error."""
+Colours are probabilities, from red (low) to green (high); tokens of the latest step are underlined. If standard output
+is not a terminal, the finished text goes there and a line per step to standard error."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `llada watch`."""
     add_model(parser)
     texts = parser.add_argument_group("what is written")
-    texts.add_argument("--prompt", metavar="TEXT", help="a text; standard input where there is none")
+    texts.add_argument("--prompt", metavar="TEXT", help="a text (default: standard input)")
     texts.add_argument("--file", metavar="FILE", help="a file with a text")
     add_prompt_options(texts)
     add_method(parser, batched=False)

@@ -19,7 +19,7 @@ from tests.llada_moe.sampling.blocks import make_block, make_statistics
 from tests.llada_moe.sampling.toy import EOS, MASK, VOCAB, bidirectional, write
 
 Published = Generator[int | set[int] | None, list[float] | None, None]
-"""Says how far the model may look, is told confidences, says what it commits, and so on."""
+"""Says how far the model may look, is given confidences, says what it commits, and so on."""
 
 
 def slowfast(length: int) -> Published:

@@ -33,10 +33,8 @@ def add_prompt_options(group: argparse._ArgumentGroup) -> None:
     """Add the options that say what is done with a text; `prompt_options_of` reads them."""
     group.add_argument("--infill", action="store_true", help="fill the gaps of a text instead of continuing it")
     group.add_argument("--gap-word", metavar="WORD", help=f"gaps are <WORD>, <WORD:N> (default: {GAP_WORD})")
-    group.add_argument("--edit", metavar="START:END", help="write these characters (of token ids: tokens) anew")
-    group.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="length of a continuation (64), or of what --edit puts in"
-    )
+    group.add_argument("--edit", metavar="START:END", help="replace these characters (of token ids: tokens)")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="length of a continuation (64), or of an edit")
 
 
 def prompt_options_of(args: argparse.Namespace) -> PromptOptions:
@@ -55,22 +53,24 @@ def add_method(parser: argparse.ArgumentParser, temperature: float = 0.0, batche
     """Add the options of the sampling method. If not `batched`, there is no `--batch-size`."""
     group = parser.add_argument_group("how it is written")
     group.add_argument("--preset", metavar="NAME", help="a published method (llada sample --list-presets)")
+    group.add_argument("--schedule", metavar="NAME", help="rule for which masks a step fills, instead of the preset's")
+    group.add_argument("--cache", metavar="NAME", help="rule for which keys of earlier passes are reused")
+    group.add_argument("--editor", metavar="NAME", help="rule by which sampled tokens may change")
     group.add_argument(
-        "--schedule", metavar="NAME", help="which tokens a step writes, in the place of the preset's rule"
+        "--trained-for-editing", action="store_true", help="state that this model was trained for editing"
     )
-    group.add_argument("--cache", metavar="NAME", help="whose keys are kept from earlier passes")
-    group.add_argument("--editor", metavar="NAME", help="what may change that was written")
-    group.add_argument("--trained-for-editing", action="store_true", help="the model was, though it does not say so")
     group.add_argument("--steps", type=int, metavar="N", help="forward passes per text (default: one per token)")
-    group.add_argument("--block-length", type=int, metavar="N", help="write in blocks of N tokens, left to right")
+    group.add_argument("--block-length", type=int, metavar="N", help="sample in blocks of N tokens, left to right")
     group.add_argument(
         "--remasking",
         choices=["low_confidence", "random"],
-        help="what fixed steps keep: short for --schedule steps or random",
+        help="which predictions fixed steps keep: short for --schedule steps or random",
     )
-    group.add_argument("--temperature", type=float, default=temperature, metavar="T", help="0 = the likeliest token")
+    group.add_argument(
+        "--temperature", type=float, default=temperature, metavar="T", help="0 = the most probable token"
+    )
     group.add_argument("--guidance", type=float, default=0.0, metavar="W", help="classifier-free guidance (0 = off)")
-    group.add_argument("--seed", type=int, default=0, help="of the random draws")
+    group.add_argument("--seed", type=int, default=0, help="seed of the random draws")
     if batched:
         group.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts that run together")
 
