@@ -1,7 +1,7 @@
 """A run that an earlier version of this program saved goes on, and is read by everything that reads checkpoints.
 
-`earlier_run.tar.xz` holds the prepared set of a tiny run and its checkpoint of step 2, as version 0.1.0 wrote them on two
-ranks with two experts each. Keys in files on disk keep their names, whatever attributes of this program are called.
+`earlier_run.tar.xz` holds the prepared set of a tiny run and its checkpoint of step 2, as version 0.1.0 wrote them on
+two ranks with two experts each. Keys in files on disk keep their names, whatever attributes of this program are called.
 """
 
 import json
@@ -64,7 +64,8 @@ def test_the_run_goes_on_where_it_stopped(earlier):
     assert all(5.0 < loss < 6.5 for loss in losses)
     (newest, *_) = find_checkpoints(earlier / "before")
     written = json.loads((newest / "manifest.json").read_text())
-    assert newest.name == "step-00000004" and written["facts"]["step"] == 4 and written["facts"]["consumed_samples"] == 16
+    assert newest.name == "step-00000004"
+    assert (written["facts"]["step"], written["facts"]["consumed_samples"]) == (4, 16)
 
 
 def test_it_is_exported_with_its_tokenizer_and_a_card(earlier, monkeypatch):

@@ -142,8 +142,8 @@ def test_tokenizer_files_go_along_unchanged(tmp_path):
     assert to_sharded(source, tmp_path / "sharded")["notes"] == []
     names = ["special_tokens_map.json", "tokenizer.json"]
     assert sorted(path.name for path in (tmp_path / "sharded/tokenizer").iterdir()) == names
-    facts = ShardedReader(tmp_path / "sharded" / STEP).facts["tokenizer"]
-    assert facts["path"] == str(tmp_path / "sharded/tokenizer/tokenizer.json") and facts["vocab_size"] == 15
+    metadata = ShardedReader(tmp_path / "sharded" / STEP).manifest.metadata["tokenizer"]
+    assert metadata["path"] == str(tmp_path / "sharded/tokenizer/tokenizer.json") and metadata["vocab_size"] == 15
     assert not [
         note for note in to_huggingface(tmp_path / "sharded", tmp_path / "exported")["notes"] if "not there" in note
     ]

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 def checkpoint_tokenizer(loaded: LoadedModel, path: str | None = None) -> Tokenizer:
     """The tokenizer of the checkpoint's data. Raises DataError if it is not there, or another one."""
-    return find_tokenizer(loaded.path, loaded.facts, loaded.run.model, path)
+    return find_tokenizer(loaded.path, loaded.metadata, loaded.run.model, path)
 
 
-def find_tokenizer(step: Path, facts: Mapping[str, Any], model: ModelConfig, path: str | None = None) -> Tokenizer:
+def find_tokenizer(step: Path, metadata: Mapping[str, Any], model: ModelConfig, path: str | None = None) -> Tokenizer:
     """The tokenizer of a step directory, its end and mask tokens those of the model.
 
     Args:
         step: the directory.
-        facts: its facts.
+        metadata: what its manifest says of it.
         model: its model.
         path: where the tokenizer is now; None = where it was.
 
@@ -34,14 +34,14 @@ def find_tokenizer(step: Path, facts: Mapping[str, Any], model: ModelConfig, pat
     from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer, require_tokenizer
     from llada_megatron.parallel.checkpoint.search import tokenizer_place
 
-    file = path or tokenizer_place(step, dict(facts))
+    file = path or tokenizer_place(step, dict(metadata))
     if file is None or not Path(file).exists():
         where = f"is not at {file}" if file else "is not known (it was imported without one)"
         raise DataError(
             f"the checkpoint's tokenizer {where}; say where it is with --tokenizer FILE, or give token ids in the "
             "place of texts"
         )
-    require_tokenizer(file, facts.get("tokenizer"), step)
+    require_tokenizer(file, metadata.get("tokenizer"), step)
     tokenizer = load_tokenizer(file)
     tokenizer.eos_id, tokenizer.mask_id = model.eos_token_id, model.mask_token_id
     return tokenizer

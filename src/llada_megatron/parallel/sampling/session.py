@@ -213,7 +213,7 @@ def _tokenizer(loaded: LoadedModel, path: str | None) -> tuple[Tokenizer | None,
     """The tokenizer, or None and why there is none. Raises DataError where the one that was named cannot be used."""
     from llada_megatron.parallel.checkpoint.search import tokenizer_place
 
-    place = path or tokenizer_place(loaded.path, loaded.facts)
+    place = path or tokenizer_place(loaded.path, loaded.metadata)
     try:
         return checkpoint_tokenizer(loaded, path), ""
     except DataError as error:

@@ -145,7 +145,7 @@ def _tokenizer(source: ShardedSource, options: ExportOptions) -> TokenizerFiles:
     """The tokenizer's files. Raises DataError: not the one that the checkpoint was trained with."""
     path = options.tokenizer or source.tokenizer
     if path is not None and path.exists():
-        require_tokenizer(path, source.facts.get("tokenizer"), source.directory)
+        require_tokenizer(path, source.metadata.get("tokenizer"), source.directory)
     return tokenizer_files(path, source.model)
 
 
@@ -167,8 +167,8 @@ def _plan(source: ShardedSource, tokenizer: TokenizerFiles, options: ExportOptio
         "direction": "export",
         "checkpoint": str(source.directory),
         FILES: file_states(_files(source)),
-        "checkpoint's digests": source.reader.digests,
-        "checkpoint's facts": source.facts,
+        "checkpoint's digests": {name: stated.sha256 for name, stated in source.reader.manifest.files.items()},
+        "checkpoint's facts": source.metadata,
         "tokenizer": {name: hashlib.sha256(data).hexdigest() for name, data in tokenizer.files.items()},
         "--dtype": str(options.dtype),
         "--shard-size": options.shard_bytes,
@@ -177,7 +177,7 @@ def _plan(source: ShardedSource, tokenizer: TokenizerFiles, options: ExportOptio
 
 
 def _files(source: ShardedSource) -> list[Path]:
-    return [source.directory / name for name in source.reader.digests]
+    return [source.directory / name for name in source.reader.manifest.files]
 
 
 def _fill(workspace: Workspace, source: ShardedSource, shards: list[Shard], workers: int) -> None:
@@ -191,12 +191,12 @@ def _fill(workspace: Workspace, source: ShardedSource, shards: list[Shard], work
         return Task(number, lambda progress: _write_shard(path, shard, source, progress), writes=shard.size)
 
     def check(number: int, name: str) -> Task:
-        reads = source.reader.sizes[name]
+        reads = source.reader.manifest.files[name].size
         return Task(len(shards) + number, lambda progress: _check(name, source, progress), reads=reads)
 
     # the check runs beside the writing, which waits for the disk; nothing gets its name before both are done
     writes = [write(number) for number in range(len(shards))]
-    checks = [check(number, name) for number, name in enumerate(source.reader.digests)]
+    checks = [check(number, name) for number, name in enumerate(source.reader.manifest.files)]
     both = [task for pair in zip_longest(writes, checks) for task in pair if task is not None]
     run_tasks(workspace, both, workers, "checking and exporting")
     require_unchanged(workspace, _files(source))
@@ -239,7 +239,7 @@ def _write_rest(
     for name, data in tokenizer.files.items():
         write_durably(output / name, data)
     write_durably(output / "generation_config.json", _json(generation_config(source.model)))
-    write_durably(output / "README.md", model_card(source.model, table, source.facts, tokenizer.loadable).encode())
+    write_durably(output / "README.md", model_card(source.model, table, source.metadata, tokenizer.loadable).encode())
     write_durably(output / CONFIG, _json(dict(sorted(config.items()))))
 
 

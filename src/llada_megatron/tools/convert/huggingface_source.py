@@ -42,7 +42,7 @@ class KeptTokenizer:
         """SHA-256 by name."""
         return {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
 
-    def facts(self, folder: Path) -> dict[str, Any] | None:
+    def metadata(self, folder: Path) -> dict[str, Any] | None:
         """What a checkpoint says of it that has it in `folder`."""
         if self.loaded is None:
             return None

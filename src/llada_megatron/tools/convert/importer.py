@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.hub_cache import repository_name
 from llada_megatron.llada_moe.huggingface.tokenizer_export import code_notes
 from llada_megatron.llada_moe.huggingface.weights import Unit
-from llada_megatron.parallel.checkpoint.conversion.placement import pieces
+from llada_megatron.parallel.checkpoint.conversion.placement import rank_shards
 from llada_megatron.parallel.checkpoint.conversion.shard_writer import TaskWriter, finalize
 from llada_megatron.parallel.checkpoint.manifest import step_name, write_durably
 from llada_megatron.parallel.checkpoint.search import TOKENIZER
@@ -179,7 +179,7 @@ def _fill(
     require_unchanged(workspace, source.tensors.files)
     write_durably(workspace.output / MODEL_FILE, dump_yaml(run.model).encode())
     tokenizer.write(workspace.output / TOKENIZER)
-    finalize(step, records, _facts(source, run) | {"tokenizer": tokenizer.facts(workspace.target / TOKENIZER)})
+    finalize(step, records, _metadata(source, run) | {"tokenizer": tokenizer.metadata(workspace.target / TOKENIZER)})
 
 
 def _convert(
@@ -198,8 +198,8 @@ def _convert(
             tensor = source.read(unit, dtypes[unit])
             weight = unit.weight
             rows = unit.stop - unit.start
-            for piece in pieces(run.model, run.layout, weight.key, unit.index, unit.start, rows):
-                writer.append(piece.rank, weight.key, weight.global_shape, piece.offsets, tensor[piece.slices])
+            for shard in rank_shards(run.model, run.layout, weight.key, unit.index, unit.start, rows):
+                writer.append(shard.rank, weight.key, weight.global_shape, shard.offsets, tensor[shard.slices])
             progress.advance(tensor.nbytes)
         record = writer.close()
         return TaskResult(record, tuple(step / name for name in record["files"]))
@@ -207,7 +207,7 @@ def _convert(
         writer.discard()
 
 
-def _facts(source: HuggingFaceSource, run: RunConfig) -> dict[str, Any]:
+def _metadata(source: HuggingFaceSource, run: RunConfig) -> dict[str, Any]:
     """What the manifest says, but for the tokenizer."""
     return {
         "model": to_dict(run.model),
@@ -218,7 +218,7 @@ def _facts(source: HuggingFaceSource, run: RunConfig) -> dict[str, Any]:
         "versions": {
             "llada-megatron": __version__,
             "torch": torch.__version__,
-            "megatron-core": metadata.version("megatron-core"),
+            "megatron-core": version("megatron-core"),
         },
         "imported": {
             "format": source.format.name,

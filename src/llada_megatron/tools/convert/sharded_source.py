@@ -31,16 +31,12 @@ class ShardedSource:
         """
         self.reader = first_whole(find_checkpoints(path), ShardedReader, message)
         self.directory = self.reader.directory
+        self.metadata: dict[str, Any] = self.reader.manifest.metadata
         try:
-            self.run: RunConfig = from_dict(RunConfig, self.facts["run"])
-            self.model: ModelConfig = from_dict(ModelConfig, self.facts["model"])
+            self.run: RunConfig = from_dict(RunConfig, self.metadata["run"])
+            self.model: ModelConfig = from_dict(ModelConfig, self.metadata["model"])
         except KeyError as error:
             raise CheckpointError(f"{self.directory}: its manifest does not say {error}") from None
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What its manifest says."""
-        return self.reader.facts
 
     @property
     def objective(self) -> ObjectiveConfig:
@@ -50,24 +46,27 @@ class ShardedSource:
     @property
     def kind(self) -> str:
         """For people."""
-        return f"sharded, step {self.facts['step']:,}"
+        return f"sharded, step {self.metadata['step']:,}"
 
     @property
     def tokenizer(self) -> Path | None:
         """The folder that an import keeps beside the checkpoints, or the file that the training used."""
-        place = tokenizer_place(self.directory, self.facts)
+        place = tokenizer_place(self.directory, self.metadata)
         return place if place is not None and place.exists() else None
 
     def details(self) -> dict[str, Any]:
         """Files, bytes and history."""
-        layout = {axis: size for axis, size in self.facts["layout"].items() if axis.endswith("parallel") and size > 1}
+        layout = {
+            axis: size for axis, size in self.metadata["layout"].items() if axis.endswith("parallel") and size > 1
+        }
         history = {
             "layout": ", ".join(f"{axis} {size}" for axis, size in layout.items()) or "one rank",
-            "samples seen": f"{self.facts['consumed_samples']:,}",
+            "samples seen": f"{self.metadata['consumed_samples']:,}",
         }
-        if "imported" in self.facts:
-            history["imported from"] = f"{self.facts['imported']['from']} ({self.facts['imported']['format']})"
-        return {"files": len(self.reader.digests), "bytes": self.reader.bytes, "history": history}
+        if "imported" in self.metadata:
+            history["imported from"] = f"{self.metadata['imported']['from']} ({self.metadata['imported']['format']})"
+        files = self.reader.manifest.files
+        return {"files": len(files), "bytes": sum(stated.size for stated in files.values()), "history": history}
 
     def compare(self) -> Findings:
         """What is missing, too much, or of another shape than the manifest's model has."""

@@ -103,7 +103,7 @@ def test_a_padded_vocabulary_of_a_sharded_checkpoint_is_stripped_and_said(source
     to_sharded(source, tmp_path / "out")
     step = tmp_path / "out/checkpoints/step-00000000"
     manifest = manifests.read(step)
-    for model in (manifest.facts["model"], manifest.facts["run"]["model"]):
+    for model in (manifest.metadata["model"], manifest.metadata["run"]["model"]):
         model["vocab_size"] = 250
     manifests.write(step, manifest)
     notes = to_huggingface(tmp_path / "out", tmp_path / "exported")["notes"]
