@@ -17,8 +17,7 @@ from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.huggingface import weights as canonical
 from llada_megatron.parallel.checkpoint.conversion.shard_reader import ShardedReader
 from llada_megatron.parallel.checkpoint.search import run_of
-from llada_megatron.tools.convert import importer
-from llada_megatron.tools.convert.target import parse_layout
+from llada_megatron.tools.convert import importer, parse_layout
 from tests.parallel.checkpoint import initial_weights
 from tests.ranks import run_ranks
 from tests.tools.convert.checkpoints import (

@@ -81,8 +81,13 @@ class Unit:
         return (self.stop - self.start, *self.weight.shape[1:])
 
     @property
+    def elements(self) -> int:
+        """Number of elements of its tensor."""
+        return math.prod(self.shape)
+
+    @property
     def name(self) -> str:
-        """For messages: the canonical name, the expert, and the rows if it is not the whole."""
+        """Its name in messages: canonical name, expert, and the rows unless it has all of them."""
         expert = "" if self.expert is None else f"[{self.expert}]"
         whole = self.start == 0 and self.stop == self.weight.shape[0]
         return f"{self.weight.key}{expert}" + ("" if whole else f" rows {self.start} to {self.stop - 1}")

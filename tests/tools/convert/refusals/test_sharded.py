@@ -3,7 +3,7 @@
 import pytest
 
 from llada_megatron.llada_moe.errors import CheckpointError
-from llada_megatron.tools.convert.source import open_source
+from llada_megatron.tools.convert.inspector import open_source
 from tests.tools.convert.checkpoints import bits, tensors_of, to_huggingface
 from tests.tools.convert.refusals.refusal import refused
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llada_megatron.llada_moe.config import load_model
-from llada_megatron.tools.convert.findings import is_padding
+from llada_megatron.tools.convert.source import is_padding
 from tests.tools.convert.checkpoints import config_of, differing, read, tensors_of, to_huggingface, to_sharded, write
 from tests.tools.convert.refusals.refusal import GATE, QUERY, refused, rewritten
 
