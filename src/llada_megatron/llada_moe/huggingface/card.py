@@ -1,6 +1,6 @@
 """The model card of an export, and its `generation_config.json`: written from the model and the checkpoint's metadata.
 
-The same checkpoint gives the same card. Of paths on the machine that trained, only the last names are told.
+The same checkpoint gives the same card. Of paths on the machine that trained it, the card shows only the last names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llada_megatron.llada_moe.model.parameters import count_parameters
 from llada_megatron.llada_moe.objectives import make_objective
 
 Row = tuple[str, str]
-"""What, and its value."""
+"""Name and value."""
 
 _ROUTING = {
     "softmax": "softmax over all experts",
@@ -29,7 +29,7 @@ _ROUTING = {
     "sigmoid": "sigmoid, divided by the sum over the chosen experts",
 }
 _PLACES = re.compile(r"checkpoints|step-\d+")
-"""Names of directories in a run, which say nothing without the run's."""
+"""Names of directories of a run, which need the name of the run before them."""
 
 
 def generation_config(model: ModelConfig) -> dict[str, Any]:
@@ -45,9 +45,9 @@ def model_card(model: ModelConfig, table: Format, metadata: dict[str, Any], toke
     """The text of `README.md`.
 
     Args:
-        table: the format of the export.
+        table: format of the export.
         metadata: what the checkpoint's manifest says of the run.
-        tokenizer: the export has one that AutoTokenizer reads.
+        tokenizer: whether the export has a tokenizer that AutoTokenizer reads.
     """
     run = from_dict(RunConfig, metadata["run"])
     kind = _kind(run.objective)
@@ -83,7 +83,7 @@ def _kind(objective: ObjectiveConfig) -> str:
 
 
 def _rows(rows: Iterator[Row]) -> str:
-    """A table of two columns; what would end a cell is escaped."""
+    """A Markdown table of two columns; characters that would end a cell are escaped."""
     lines = [f"| {what} | {value.replace('|', chr(92) + '|')} |" for what, value in rows]
     return "\n".join(["| | |", "|---|---|", *lines])
 
@@ -151,7 +151,7 @@ def _trained(run: RunConfig, metadata: dict[str, Any]) -> Iterator[Row]:
 
 
 def _last_names(path: str) -> str:
-    """The name of a run, with what follows it where the path is one of a directory in it."""
+    """The end of a path from the name of the run on, if it is one of a directory in a run, else its last name."""
     names = [name for name in PurePath(path).parts if name != PurePath(path).anchor]
     first = len(names) - 1
     while first > 0 and _PLACES.fullmatch(names[first]):

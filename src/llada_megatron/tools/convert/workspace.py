@@ -160,7 +160,7 @@ class Workspace:
         return records
 
     def finish(self, task: int, record: Any, files: Collection[Path]) -> None:
-        """Note in the journal that a task is done, once the storage has not only its files' contents but their names."""
+        """Note in the journal that a task is done, once the storage has the names of its files; it has the contents."""
         sizes = {str(path.relative_to(self.output)): path.stat().st_size for path in files}
         for folder in {folder for path in files for folder in path.parents if folder.is_relative_to(self.root)}:
             sync_directory(folder)
