@@ -1,10 +1,10 @@
 """The tokenizer's files of an export, and those that an import keeps; code beside them is neither run nor copied.
 
 `AutoTokenizer.from_pretrained(export)` gives the ids that the model was trained on for any text; if the file has a
-template, with `add_special_tokens=False`. There are two exceptions. In training, names of special tokens within a
-text are plain text: files that are written here say so (`split_special_tokens`), but those of an imported folder stay
-as they are (give `split_special_tokens=True` in the call). And some SentencePiece models have no equal `tokenizer.json`, as
-`sentencepiece_conversion` explains; then only the `.model` is written.
+template, with `add_special_tokens=False`. There are two exceptions. In training, names of special tokens within a text
+are plain text: files that are written here say so (`split_special_tokens`), but those of an imported folder stay as
+they are (give `split_special_tokens=True` in the call). And some SentencePiece models have no equal `tokenizer.json`,
+as `sentencepiece_conversion` explains; then only the `.model` is written.
 """
 
 from __future__ import annotations
