@@ -155,6 +155,7 @@ def test_tokenizer_files_go_along_unchanged(tmp_path):
 
 def _train(run, root):
     """Save a run, optimizer included, after one step."""
+    from llada_megatron.llada_moe.objectives import make_objective
     from llada_megatron.parallel import build
     from llada_megatron.parallel.checkpoint.store import CheckpointStore
     from llada_megatron.parallel.training import distributed_optimizer
@@ -168,7 +169,8 @@ def _train(run, root):
     distributed_optimizer.set_learning_rate(run, built, 1)
     TrainingStep(run, models, built, SyntheticData(run))(1)
     data = SimpleNamespace(tokenizer=SimpleNamespace(sha256="0" * 64, vocab_size=256, suffix=".json"))
-    RunState(run, chunks, built, [data], step=1).save(CheckpointStore(root / "checkpoints"))
+    state = RunState(run, make_objective(run.objective), chunks, built, [data], step=1)
+    state.save(CheckpointStore(root / "checkpoints"))
 
 
 @pytest.mark.parametrize(
