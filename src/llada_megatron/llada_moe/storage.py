@@ -1,4 +1,4 @@
-"""Reading and writing large files: no needless copy, and at the speed of the disk."""
+"""Reading and writing of large files without needless copies, at the speed of the disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _STEP = 64 * 2**20
 
 
 def read_into(descriptor: int, offset: int, values: torch.Tensor) -> int:
-    """Fill the memory of a contiguous tensor from byte `offset` of a file; the bytes read, fewer where the file ends.
+    """Fill a contiguous tensor from byte `offset` of a file; returns the bytes read, fewer if the file ends before.
 
     Raises:
         OSError: it cannot be read.
@@ -26,10 +26,11 @@ def read_into(descriptor: int, offset: int, values: torch.Tensor) -> int:
 
 
 class Writeback:
-    """Has the system write out a growing file while the program goes on filling it.
+    """Makes the system write a growing file to the disk while the program goes on filling it.
 
-    Left alone, Linux collects gigabytes of a file in memory before it starts, and the disk is idle until then: the time
-    to fill and the time to sync add up. Advice that the pages are not needed starts the writing, and waits for nothing.
+    By itself, Linux collects gigabytes of a file in memory before it starts to write, and the disk is idle until then:
+    the time to fill and the time to sync add up. Advice that the pages are not needed starts the writing at once, and
+    does not wait for it.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -37,7 +38,7 @@ class Writeback:
         self._size = self._asked = 0
 
     def wrote(self, count: int) -> None:
-        """`count` more bytes are in the file."""
+        """Note that `count` more bytes were written to the file."""
         self._size += count
         if self._size - self._asked >= _STEP and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

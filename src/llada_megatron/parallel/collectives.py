@@ -1,4 +1,4 @@
-"""Steps that succeed on all ranks or fail on all with the same error, so that no rank waits for one that gave up.
+"""Actions that succeed on all ranks, or fail on all with the same error, so that no rank waits for one that failed.
 
 All functions are collective over the world group.
 """
@@ -19,7 +19,7 @@ _FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
 def on_rank_0(action: Callable[[], _T]) -> _T:
-    """Rank 0 acts; all ranks return its result or raise its error."""
+    """Run `action` on rank 0; all ranks return its result or raise its error."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -35,7 +35,7 @@ def on_rank_0(action: Callable[[], _T]) -> _T:
 
 
 def agree(fault: str | None, kind: type[LladaError] = CheckpointError) -> None:
-    """Raise on all ranks the first fault that any of them has."""
+    """Raise an error of `kind` on all ranks if any of them has a fault, with the text of the first."""
     faults: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(faults, fault)
     first = next(filter(None, faults), None)
@@ -44,7 +44,7 @@ def agree(fault: str | None, kind: type[LladaError] = CheckpointError) -> None:
 
 
 def try_together(what: str, action: Callable[[], _T]) -> _T:
-    """Every rank acts; if any fails, all raise (CheckpointError unless the failure was a LladaError's message)."""
+    """Run `action` on every rank; if it fails on any, all raise a CheckpointError that says `what` failed and why."""
     result, fault = None, None
     try:
         result = action()
@@ -73,5 +73,5 @@ def explain(error: BaseException) -> str:
 
 
 def as_error(text: str) -> LladaError:
-    """A ResourceError if `text` tells of a full disk, else a CheckpointError."""
+    """A ResourceError if `text` is about a full disk, else a CheckpointError."""
     return (ResourceError if any(sign in text for sign in _FULL) else CheckpointError)(text)

@@ -13,18 +13,18 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
 
 OPTIMIZER_FORMAT = "fully_reshardable"
-"""The one of Megatron's optimizer formats that loads under any layout."""
+"""Of Megatron's optimizer formats, the one that loads under any layout."""
 
 
 def apply_factories_copy(chunk: DiffusionTransformer) -> dict[str, Any]:
-    """The chunk's sharded state with fused matrices (gate and up) taken apart; views of the parameters."""
+    """The chunk's sharded state, in which fused matrices (gate and up) are separate views of the parameter."""
     state = chunk_state(chunk)
     apply_factories(state)
     return state
 
 
 def state_metadata() -> dict[str, Any]:
-    """What Megatron's `sharded_state_dict` functions need to know; the same on saving and loading."""
+    """The metadata for Megatron's `sharded_state_dict` functions, the same for saving and loading."""
     return {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         "distrib_optim_sharding_type": OPTIMIZER_FORMAT,
@@ -35,9 +35,9 @@ def state_metadata() -> dict[str, Any]:
 
 
 def chunk_state(chunk: DiffusionTransformer) -> dict[str, Any]:
-    """Sharded weights and buffers of one chunk, without Transformer Engine's pickled extras."""
+    """Sharded weights and buffers of one chunk, without the pickled extra state of Transformer Engine."""
     state = chunk.sharded_state_dict(metadata=state_metadata())
-    return {name: entry for name, entry in state.items() if isinstance(entry, ShardedTensor | ShardedTensorFactory)}
+    return {name: value for name, value in state.items() if isinstance(value, ShardedTensor | ShardedTensorFactory)}
 
 
 def model_state(chunks: list[DiffusionTransformer]) -> dict[str, Any]:
@@ -55,14 +55,14 @@ def fill_weights(chunks: list[DiffusionTransformer], read: Callable[[str, tuple[
     """Copy weights into the chunks of a world of one process.
 
     Args:
-        read: gives a weight by its key in a checkpoint and, of an expert, its index; whole.
+        read: returns a whole weight, given its key in a checkpoint and the index of the expert, `()` if it has none.
     """
     for chunk in chunks:
-        for entry in nested_values(apply_factories_copy(chunk)):
-            axes = entry.prepend_axis_num
-            start = entry.global_offset[axes:]
-            rows = tuple(slice(a, a + n) for a, n in zip(start, entry.data.shape, strict=True))
-            entry.data.copy_(read(entry.key, entry.global_offset[:axes])[rows])
+        for shard in nested_values(apply_factories_copy(chunk)):
+            axes = shard.prepend_axis_num
+            start = shard.global_offset[axes:]
+            rows = tuple(slice(a, a + n) for a, n in zip(start, shard.data.shape, strict=True))
+            shard.data.copy_(read(shard.key, shard.global_offset[:axes])[rows])
 
 
 def _chunk_key(index: int, count: int) -> str:

@@ -27,7 +27,7 @@ OBJECTIVES = {
 }
 
 
-def facts(model, step=750, objective=None, load="/home/someone/parent/checkpoints/step-00000000", **more):
+def metadata(model, step=750, objective=None, load="/home/someone/parent/checkpoints/step-00000000", **more):
     run = RunConfig(
         model=model,
         training=TrainingConfig(steps=1000, sequence_length=4096, global_batch_size=64, seed=5),
@@ -48,7 +48,7 @@ def facts(model, step=750, objective=None, load="/home/someone/parent/checkpoint
 
 def card(name="llada2-mini", tokenizer=True, **known):
     model = load_model(name)
-    return model_card(model, export_format(model), facts(model, **known), tokenizer)
+    return model_card(model, export_format(model), metadata(model, **known), tokenizer)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -70,8 +70,8 @@ def _begin(run, root, asynchronous):
     chunks, step = _parts(run)
     store = CheckpointStore(root, asynchronous=asynchronous)
     _train(run, step, range(FIRST))
-    facts = {"model": to_dict(run.model), "step": FIRST}
-    store.save(FIRST, _sharded(chunks, step, False), facts, {"distrib_optim_sharding_type": "fully_reshardable"})
+    metadata = {"model": to_dict(run.model), "step": FIRST}
+    store.save(FIRST, _sharded(chunks, step, False), metadata, {"distrib_optim_sharding_type": "fully_reshardable"})
     outcome = _train(run, step, range(FIRST, LAST))
     store.finish()
     return outcome
@@ -96,10 +96,10 @@ def _go_on(run, root):
     step.run = run
     step.data.__init__(run)
     store = CheckpointStore(root)
-    state, facts = store.load(store.latest(), _sharded(chunks, step, True), to_dict(run.model))
+    state, metadata = store.load(store.latest(), _sharded(chunks, step, True), to_dict(run.model))
     sharded_state.load_model_state(chunks, state)
     load_optimizer_state(step.optimizer, state["optimizer"])
-    return _train(run, step, range(facts["step"], LAST))
+    return _train(run, step, range(metadata["step"], LAST))
 
 
 @functools.cache

@@ -30,7 +30,7 @@ def read_whole(directory):
 
 def test_what_is_written_is_read(tmp_path):
     manifest = read_whole(make(tmp_path / "step-00000007"))
-    assert manifest.facts == {"step": 7, "model": MODEL}
+    assert manifest.metadata == {"step": 7, "model": MODEL}
     assert manifest.files["a.distcp"] == FileRecord(3, manifests.hashlib.sha256(b"abc").hexdigest())
     assert manifests.verify_digest(tmp_path / "step-00000007", "a.distcp", manifest.files["a.distcp"]) is None
 
@@ -79,16 +79,16 @@ def test_names_that_leave_the_directory_are_refused(tmp_path, name):
 
 
 def test_another_model_is_refused_with_the_keys_that_differ(tmp_path):
-    facts = {"model": MODEL}
-    manifests.require_model(tmp_path, facts, MODEL)
+    metadata = {"model": MODEL}
+    manifests.require_model(tmp_path, metadata, MODEL)
     other = {**MODEL, "hidden_size": 128, "moe": {"num_experts": 16, "top_k": 2}}
     with pytest.raises(CheckpointError) as caught:
-        manifests.require_model(tmp_path, facts, other)
+        manifests.require_model(tmp_path, metadata, other)
     assert "hidden_size: 64 in the checkpoint, 128 in this run" in str(caught.value)
     assert "moe.num_experts: 8 in the checkpoint, 16 in this run" in str(caught.value)
     assert "top_k" not in str(caught.value)
     with pytest.raises(CheckpointError, match=r"moe\.num_experts: 8 in the checkpoint, absent in this run"):
-        manifests.require_model(tmp_path, facts, {**MODEL, "moe": None})
+        manifests.require_model(tmp_path, metadata, {**MODEL, "moe": None})
 
 
 def test_steps_are_numbers_not_text(tmp_path):
@@ -98,20 +98,18 @@ def test_steps_are_numbers_not_text(tmp_path):
     assert manifests.steps(tmp_path / "absent") == []
 
 
-def test_inspection_needs_no_torch(tmp_path):
+def test_reading_needs_no_torch(tmp_path):
     make(tmp_path / "step-00000007")
-    (make(tmp_path / "step-00000009") / "a.distcp").unlink()
     program = (
-        "import sys, json; from llada_megatron.parallel.checkpoint.manifest import inspect_manifest; "
-        "print(json.dumps(inspect_manifest(sys.argv[1]))); assert 'torch' not in sys.modules"
+        "import sys, pathlib; from llada_megatron.parallel.checkpoint import manifest, search; "
+        "path = pathlib.Path(sys.argv[1]); found = manifest.read(path); manifest.verify_sizes(path, found); "
+        "print(found.metadata['step']); assert 'torch' not in sys.modules"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=60, check=True
-    )
-    found = json.loads(done.stdout)
-    assert found["path"].endswith("step-00000007") and found["bytes"] == 3 and found["facts"]["step"] == 7
+    command = [sys.executable, "-c", program, tmp_path / "step-00000007"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "7\n"
     with pytest.raises(CheckpointError, match="there is no checkpoint at"):
-        manifests.inspect_manifest(tmp_path / "absent")
+        manifests.read(tmp_path / "absent")
 
 
 def test_hashing_tells_how_far_it_is(tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.parallel.checkpoint.conversion.placement import pieces
+from llada_megatron.parallel.checkpoint.conversion.placement import rank_shards
 
 MODELS = [
     ("tiny-dense", []),
@@ -65,16 +65,16 @@ def cases(draw):
 
 
 def placed(model, layout, key, shape, block):
-    """(offsets, sizes): rank of all pieces of a weight that is handed over in blocks of rows."""
+    """(offsets, sizes): rank of all shards of a weight that is handed over in blocks of rows."""
     experts, rows = (shape[0], shape[1]) if len(shape) == 3 else (None, shape[0])
     found = {}
     for index in [(expert,) for expert in range(experts)] if experts else [()]:
         for start in range(0, rows, block):
             count = min(block, rows - start)
             part = torch.empty((count, *shape[len(index) + 1 :]), device="meta")
-            for piece in pieces(model, layout, key, index, start, count):
-                sizes = (*(1 for _ in index), *part[piece.slices].shape)
-                found[piece.offsets, sizes] = piece.rank
+            for shard in rank_shards(model, layout, key, index, start, count):
+                sizes = (*(1 for _ in index), *part[shard.slices].shape)
+                found[shard.offsets, sizes] = shard.rank
     return found
 
 
@@ -121,9 +121,9 @@ def test_every_rank_finds_in_its_files_what_it_asks_for(asked, case, block):
 def test_a_layout_that_does_not_divide_the_model_is_refused():
     dense, moe = load_model("tiny-dense"), load_model("tiny-moe")
     with pytest.raises(ConfigError, match="3 tensor-parallel ranks do not divide output_layer.weight"):
-        pieces(dense, LayoutConfig(tensor_parallel=3), "output_layer.weight", (), 0, 8)
+        rank_shards(dense, LayoutConfig(tensor_parallel=3), "output_layer.weight", (), 0, 8)
     with pytest.raises(ConfigError, match="3 expert-parallel ranks do not divide"):
         layout = LayoutConfig(data_parallel=3, expert_parallel=3)
-        pieces(moe, layout, "decoder.layers.1.mlp.experts.experts.linear_fc1.weight", (0,), 0, 8)
+        rank_shards(moe, layout, "decoder.layers.1.mlp.experts.experts.linear_fc1.weight", (0,), 0, 8)
     with pytest.raises(ConfigError, match="3 pipeline stages do not divide the 4 layers"):
-        pieces(dense, LayoutConfig(pipeline_parallel=3), "decoder.layers.3.input_layernorm.weight", (), 0, 8)
+        rank_shards(dense, LayoutConfig(pipeline_parallel=3), "decoder.layers.3.input_layernorm.weight", (), 0, 8)

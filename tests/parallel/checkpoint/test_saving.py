@@ -68,9 +68,9 @@ class Session:
         self.store._report = self.talk.said.append
         resumed = self.store.latest()
         if resumed is not None:
-            loaded, facts = self.store.load(resumed, _state(0), {"width": 4})
-            _check(loaded, facts["step"])
-            self.state.step = facts["step"]
+            loaded, metadata = self.store.load(resumed, _state(0), {"width": 4})
+            _check(loaded, metadata["step"])
+            self.state.step = metadata["step"]
         self.resumed = resumed
         self.saver = saving.Saver(run, self.store, self.talk, resumed, self.state.step)
 
@@ -83,7 +83,7 @@ class Session:
     def copied(self):
         """Wait for what is being copied, as many steps would."""
         deadline = time.monotonic() + 60
-        while self.saver._copies.reading:
+        while self.saver._copies.protected:
             assert time.monotonic() < deadline
             self.saver.poll()
             time.sleep(0.02)

@@ -60,15 +60,15 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
 
 
 def test_keys_of_training_may_differ_where_only_the_weights_are_taken(tmp_path):
-    facts = {"model": to_dict(replace(MODEL, init_std=0.5, moe=replace(MODEL.moe, aux_loss_coefficient=0.0)))}
-    require_model(tmp_path, facts, MODEL, weights_only=True)
+    metadata = {"model": to_dict(replace(MODEL, init_std=0.5, moe=replace(MODEL.moe, aux_loss_coefficient=0.0)))}
+    require_model(tmp_path, metadata, MODEL, weights_only=True)
     with pytest.raises(CheckpointError, match=r"aux_loss_coefficient: 0.0 in the checkpoint, 0.01 in this run"):
-        require_model(tmp_path, facts, MODEL)
+        require_model(tmp_path, metadata, MODEL)
 
 
 def test_a_key_that_is_newer_than_the_checkpoint_counts_as_its_default(tmp_path):
-    facts = {"model": to_dict(MODEL)}
-    del facts["model"]["moe"]["routed_scaling_factor"]
-    require_model(tmp_path, facts, MODEL)
+    metadata = {"model": to_dict(MODEL)}
+    del metadata["model"]["moe"]["routed_scaling_factor"]
+    require_model(tmp_path, metadata, MODEL)
     with pytest.raises(CheckpointError, match=r"routed_scaling_factor: 1.0 in the checkpoint, 2.0 in this run"):
-        require_model(tmp_path, facts, replace(MODEL, moe=replace(MODEL.moe, routed_scaling_factor=2.0)))
+        require_model(tmp_path, metadata, replace(MODEL, moe=replace(MODEL.moe, routed_scaling_factor=2.0)))

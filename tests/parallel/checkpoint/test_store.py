@@ -64,10 +64,10 @@ def _resume(root):
     path = store.latest()
     if path is None:
         return None, said
-    state, facts = store.load(path, _state(0), {"width": 4})
-    _check(state, facts["step"])
+    state, metadata = store.load(path, _state(0), {"width": 4})
+    _check(state, metadata["step"])
     assert state["content_metadata"] == {"kind": "test"}
-    return facts["step"], said
+    return metadata["step"], said
 
 
 def _fails(root, action, *arguments):
@@ -169,12 +169,12 @@ def test_a_checkpoint_that_cannot_be_loaded_is_refused_on_all_ranks(tmp_path):
 # --- killed -------------------------------------------------------------------------------------------------
 
 KILL_AT = (
-    "writer.write",
-    "writer.record",
+    "rank_writer.write",
+    "rank_writer.record",
     "manifest.write",
     "manifest.verify_sizes",
-    "shelf._give_name",
-    "shelf.remove",
+    "retention._give_name",
+    "retention.remove",
 )
 
 
@@ -203,7 +203,7 @@ def test_a_killed_save_leaves_the_earlier_checkpoint(tmp_path, place, after):
         run_ranks(_kill_at, 1, tmp_path, place, after)
     ((step, said),) = run_ranks(_resume, 1, tmp_path)
     assert step in (1, 2) and said == []
-    assert step == (2 if (place, after) == ("shelf._give_name", True) or place == "shelf.remove" else 1)
+    assert step == (2 if (place, after) == ("retention._give_name", True) or place == "retention.remove" else 1)
     run_ranks(_save, 1, tmp_path, [3], 1)
     assert names(tmp_path) == ["latest", "step-00000003"]
 
@@ -239,10 +239,10 @@ def test_a_background_save_holds_the_state_of_its_step(tmp_path):
 
 
 def _kill_the_writer(root):
-    from llada_megatron.parallel.checkpoint import saving_process as checkpoint_writer
+    from llada_megatron.parallel.checkpoint import rank_writer
 
     _save(root, [1])
-    checkpoint_writer.write = lambda *_: time.sleep(60)
+    rank_writer.write = lambda *_: time.sleep(60)
     store = _store(root, asynchronous=True)
     store.save(2, _state(2), {"step": 2})
     psutil.Process().children()[0].kill()
@@ -260,9 +260,9 @@ def test_a_killed_writer_fails_the_save_on_all_ranks(tmp_path):
 
 
 def _die_while_writing(root):
-    from llada_megatron.parallel.checkpoint import saving_process as checkpoint_writer
+    from llada_megatron.parallel.checkpoint import rank_writer
 
-    checkpoint_writer.write = lambda *_: time.sleep(60)
+    rank_writer.write = lambda *_: time.sleep(60)
     _store(root, asynchronous=True).save(1, _state(1), {"step": 1})
     Path(root, "writer").write_text(str(psutil.Process().children()[0].pid))
     os.kill(os.getpid(), signal.SIGKILL)
@@ -279,9 +279,9 @@ def test_a_writer_does_not_outlive_its_trainer(tmp_path):
 
 
 def _ask_without_fork(root):
-    from llada_megatron.parallel.checkpoint import saving_process as checkpoint_writer
+    from llada_megatron.parallel.checkpoint import rank_writer
 
-    checkpoint_writer.multiprocessing.get_all_start_methods = lambda: ["spawn"]
+    rank_writer.multiprocessing.get_all_start_methods = lambda: ["spawn"]
     said = []
     store = _store(root, asynchronous=True, report=said.append)
     store.save(1, _state(1), {"step": 1})
@@ -359,7 +359,7 @@ def _fill_completely(root, name):
         raise OSError(28, "No space left on device", name)
 
     if name == ".metadata":
-        store.writing.FileSystemWriterAsync.finish = full
+        store.rank_writer.FileSystemWriterAsync.finish = full
     else:
         store.manifests.write_durably = full
     return _fails(root, lambda _: _store(root).save(2, _state(2), {"step": 2}))

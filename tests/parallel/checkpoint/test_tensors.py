@@ -58,7 +58,7 @@ def test_the_weights_of_any_layout_are_those_of_one_process(saved, model, layout
     reader, expected = ShardedReader(saved(model, layout)), weights(model)
     assert reader.tensors == {key: (value.dtype, tuple(value.shape)) for key, value in expected.items()}
     assert not any("layers.*" in key or "decoder.layers.self" in key for key in reader.tensors)
-    assert reader.facts["step"] == 1
+    assert reader.manifest.metadata["step"] == 1
     for key, value in expected.items():
         assert torch.equal(reader.read(key), value), key
 
@@ -132,7 +132,7 @@ def copy(saved, tmp_path):
 
 def test_a_changed_byte_is_found(copy):
     reader = ShardedReader(copy)
-    for name in reader.digests:
+    for name in reader.manifest.files:
         reader.verify(name)
     path = copy / "__0_0.distcp"
     content = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""What tasks write piece by piece is a checkpoint like any other."""
+"""What tasks write shard by shard is a checkpoint like any other."""
 
 import json
 
@@ -9,7 +9,7 @@ from llada_megatron.llada_moe.config import load_model, to_dict
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.parallel.checkpoint import manifest as manifests
 from llada_megatron.parallel.checkpoint import safety
-from llada_megatron.parallel.checkpoint.conversion.placement import pieces
+from llada_megatron.parallel.checkpoint.conversion.placement import rank_shards
 from llada_megatron.parallel.checkpoint.conversion.shard_reader import ShardedReader
 from llada_megatron.parallel.checkpoint.conversion.shard_writer import TaskWriter, finalize
 from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
@@ -30,13 +30,13 @@ def _write(directory, model, layout, order=range(TASKS), dtype=None):
             value = value if dtype is None or key.endswith("expert_bias") else value.to(dtype)
             for index in [(expert,) for expert in range(value.shape[0])] if value.dim() == 3 else [()]:
                 whole = value[index]
-                for piece in pieces(config, LAYOUTS[layout], key, index, 0, whole.shape[0]):
-                    task.append(piece.rank, key, tuple(value.shape), piece.offsets, whole[piece.slices])
+                for shard in rank_shards(config, LAYOUTS[layout], key, index, 0, whole.shape[0]):
+                    task.append(shard.rank, key, tuple(value.shape), shard.offsets, whole[shard.slices])
         records.append(json.loads(json.dumps(task.close())))
     return records
 
 
-def _facts(model, layout):
+def _metadata(model, layout):
     run = run_of(model, layout)
     return FACTS | {"model": to_dict(run.model), "run": to_dict(run)}
 
@@ -51,7 +51,7 @@ def _load(run, path):
     topology.initialize(run.layout, 7)
     loaded = load_checkpoint(path, run.layout)
     assert {p.dtype for name, p in loaded.model.named_parameters()} == {torch.float32}
-    CheckpointStore(path.parent / "again").save(1, model_state([loaded.model]), loaded.facts)
+    CheckpointStore(path.parent / "again").save(1, model_state([loaded.model]), loaded.metadata)
 
 
 @pytest.mark.parametrize(
@@ -69,10 +69,10 @@ def _load(run, path):
 )
 def test_what_was_written_loads_under_every_layout_bit_for_bit(tmp_path, model, wrote, reads, dtype):
     directory = tmp_path / "step-00000000"
-    finalize(directory, _write(directory, model, wrote, dtype=dtype), _facts(model, wrote))
+    finalize(directory, _write(directory, model, wrote, dtype=dtype), _metadata(model, wrote))
     expected = {key: value if key.endswith("expert_bias") else value.to(dtype) for key, value in weights(model).items()}
     reader = ShardedReader(directory)
-    for name in reader.digests:
+    for name in reader.manifest.files:
         reader.verify(name)
     safety.refuse_unsafe(directory, manifests.read(directory).files)
     assert all(torch.equal(reader.read(key), value) for key, value in expected.items())
@@ -85,11 +85,11 @@ def test_what_was_written_loads_under_every_layout_bit_for_bit(tmp_path, model, 
 
 def test_what_was_written_opens_in_one_process(tmp_path):
     directory = tmp_path / "step-00000000"
-    finalize(directory, _write(directory, "tiny-moe", "EP2"), _facts("tiny-moe", "EP2"))
+    finalize(directory, _write(directory, "tiny-moe", "EP2"), _metadata("tiny-moe", "EP2"))
     with open_checkpoint(tmp_path) as loaded:
         found = dict(loaded.model.named_parameters())
     key = "output_layer.weight"
-    assert loaded.facts["imported"] and torch.equal(found[key], weights("tiny-moe")[key])
+    assert loaded.metadata["imported"] and torch.equal(found[key], weights("tiny-moe")[key])
 
 
 def test_the_same_pieces_give_the_same_bytes(tmp_path):

@@ -15,9 +15,9 @@ from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.huggingface.formats import export_format
 from llada_megatron.llada_moe.huggingface.formats.table import write_config
 from llada_megatron.llada_moe.huggingface.mapping import tensor_shapes
+from llada_megatron.tools.convert import parse_layout
 from llada_megatron.tools.convert.exporter import ExportOptions, export_checkpoint
 from llada_megatron.tools.convert.importer import ImportOptions, import_checkpoint
-from llada_megatron.tools.convert.target import parse_layout
 
 INDEX = "model.safetensors.index.json"
 MODELS = ("tiny-dense", "tiny-moe-softmax", "tiny-moe")

@@ -17,8 +17,7 @@ from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.huggingface import weights as canonical
 from llada_megatron.parallel.checkpoint.conversion.shard_reader import ShardedReader
 from llada_megatron.parallel.checkpoint.search import run_of
-from llada_megatron.tools.convert import importer
-from llada_megatron.tools.convert.target import parse_layout
+from llada_megatron.tools.convert import importer, parse_layout
 from tests.parallel.checkpoint import initial_weights
 from tests.ranks import run_ranks
 from tests.tools.convert.checkpoints import (
@@ -142,8 +141,8 @@ def test_tokenizer_files_go_along_unchanged(tmp_path):
     assert to_sharded(source, tmp_path / "sharded")["notes"] == []
     names = ["special_tokens_map.json", "tokenizer.json"]
     assert sorted(path.name for path in (tmp_path / "sharded/tokenizer").iterdir()) == names
-    facts = ShardedReader(tmp_path / "sharded" / STEP).facts["tokenizer"]
-    assert facts["path"] == str(tmp_path / "sharded/tokenizer/tokenizer.json") and facts["vocab_size"] == 15
+    metadata = ShardedReader(tmp_path / "sharded" / STEP).manifest.metadata["tokenizer"]
+    assert metadata["path"] == str(tmp_path / "sharded/tokenizer/tokenizer.json") and metadata["vocab_size"] == 15
     assert not [
         note for note in to_huggingface(tmp_path / "sharded", tmp_path / "exported")["notes"] if "not there" in note
     ]
@@ -156,6 +155,7 @@ def test_tokenizer_files_go_along_unchanged(tmp_path):
 
 def _train(run, root):
     """Save a run, optimizer included, after one step."""
+    from llada_megatron.llada_moe.objectives import make_objective
     from llada_megatron.parallel import build
     from llada_megatron.parallel.checkpoint.store import CheckpointStore
     from llada_megatron.parallel.training import distributed_optimizer
@@ -169,7 +169,8 @@ def _train(run, root):
     distributed_optimizer.set_learning_rate(run, built, 1)
     TrainingStep(run, models, built, SyntheticData(run))(1)
     data = SimpleNamespace(tokenizer=SimpleNamespace(sha256="0" * 64, vocab_size=256, suffix=".json"))
-    RunState(run, chunks, built, [data], step=1).save(CheckpointStore(root / "checkpoints"))
+    state = RunState(run, make_objective(run.objective), chunks, built, [data], step=1)
+    state.save(CheckpointStore(root / "checkpoints"))
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_an_export_goes_on_with_the_step_it_began_with(tmp_path, monkeypatch, ca
                 to_huggingface(tmp_path / "run", tmp_path / "out")
         shutil.copytree(newer.with_name("step-00000000"), newer)
         assert to_huggingface(tmp_path / "run", tmp_path / "out")["tensors"]
-        assert "is of step-00000000: this one too, though" in capsys.readouterr().err
+        assert "goes on with step-00000000, although" in capsys.readouterr().err
         assert not (tmp_path / ".out.converting").exists()
         with pytest.raises(ConfigError, match="not empty"):
             to_huggingface(tmp_path / "run", tmp_path / "out")

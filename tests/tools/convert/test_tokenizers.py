@@ -95,8 +95,8 @@ def test_a_snapshot_of_the_cache_is_read_and_named_by_its_repository(source, tmp
     for path in (repository / "blobs").iterdir():
         (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
     to_sharded(snapshot, tmp_path / "sharded")
-    facts = ShardedReader(tmp_path / "sharded" / STEP).facts
-    assert facts["imported"]["from"] == "org/name" and facts["tokenizer"]["vocab_size"] == 15
+    metadata = ShardedReader(tmp_path / "sharded" / STEP).manifest.metadata
+    assert metadata["imported"]["from"] == "org/name" and metadata["tokenizer"]["vocab_size"] == 15
     to_huggingface(tmp_path / "sharded", tmp_path / "exported")
     assert "were read from `org/name`" in (tmp_path / "exported/README.md").read_text()
     assert read(tmp_path / "exported").keys() == tensors_of("tiny-dense").keys()

@@ -10,9 +10,9 @@ import torch
 from llada_megatron.llada_moe.model.patterns import whole_sequences
 from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
 from llada_megatron.tools.bench.layouts import MODELS
+from llada_megatron.tools.convert import parse_layout
 from llada_megatron.tools.convert.exporter import ExportOptions, export_checkpoint
 from llada_megatron.tools.convert.importer import ImportOptions, import_checkpoint
-from llada_megatron.tools.convert.target import parse_layout
 from tests.llada_moe.huggingface.exported import load, modules_in, random_peer, same_weights
 
 transformers = pytest.importorskip("transformers")

@@ -15,7 +15,7 @@ from llada_megatron import cli
 from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.huggingface import weights as canonical
 from llada_megatron.tools.convert import logits, verifier
-from llada_megatron.tools.convert.source import open_source
+from llada_megatron.tools.convert.inspector import open_source
 from tests.tools.convert.checkpoints import (
     MODELS,
     WORDS,

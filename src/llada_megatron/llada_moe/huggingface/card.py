@@ -1,6 +1,6 @@
-"""The model card of an export, and its `generation_config.json`: written from the model and the checkpoint's facts.
+"""The model card of an export, and its `generation_config.json`: written from the model and the checkpoint's metadata.
 
-The same checkpoint gives the same card. Of paths on the machine that trained, only the last names are told.
+The same checkpoint gives the same card. Of paths on the machine that trained it, the card shows only the last names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llada_megatron.llada_moe.model.parameters import count_parameters
 from llada_megatron.llada_moe.objectives import make_objective
 
 Row = tuple[str, str]
-"""What, and its value."""
+"""Name and value."""
 
 _ROUTING = {
     "softmax": "softmax over all experts",
@@ -29,7 +29,7 @@ _ROUTING = {
     "sigmoid": "sigmoid, divided by the sum over the chosen experts",
 }
 _PLACES = re.compile(r"checkpoints|step-\d+")
-"""Names of directories in a run, which say nothing without the run's."""
+"""Names of directories of a run, which need the name of the run before them."""
 
 
 def generation_config(model: ModelConfig) -> dict[str, Any]:
@@ -41,15 +41,15 @@ def generation_config(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def model_card(model: ModelConfig, table: Format, facts: dict[str, Any], tokenizer: bool = True) -> str:
+def model_card(model: ModelConfig, table: Format, metadata: dict[str, Any], tokenizer: bool = True) -> str:
     """The text of `README.md`.
 
     Args:
-        table: the format of the export.
-        facts: those in the checkpoint's manifest.
-        tokenizer: the export has one that AutoTokenizer reads.
+        table: format of the export.
+        metadata: what the checkpoint's manifest says of the run.
+        tokenizer: whether the export has a tokenizer that AutoTokenizer reads.
     """
-    run = from_dict(RunConfig, facts["run"])
+    run = from_dict(RunConfig, metadata["run"])
     kind = _kind(run.objective)
     head = {
         "library_name": "transformers",
@@ -63,7 +63,7 @@ def model_card(model: ModelConfig, table: Format, facts: dict[str, Any], tokeniz
         "## Architecture",
         _rows(_architecture(model)),
         "## Training",
-        _training(run, facts),
+        _training(run, metadata),
         "## Use",
         _USE.format(
             classes="AutoModelForCausalLM, AutoTokenizer" if tokenizer else "AutoModelForCausalLM",
@@ -83,7 +83,7 @@ def _kind(objective: ObjectiveConfig) -> str:
 
 
 def _rows(rows: Iterator[Row]) -> str:
-    """A table of two columns; what would end a cell is escaped."""
+    """A Markdown table of two columns; characters that would end a cell are escaped."""
     lines = [f"| {what} | {value.replace('|', chr(92) + '|')} |" for what, value in rows]
     return "\n".join(["| | |", "|---|---|", *lines])
 
@@ -123,18 +123,18 @@ def _experts(model: ModelConfig, moe: MoEConfig) -> Iterator[Row]:
         )
 
 
-def _training(run: RunConfig, facts: dict[str, Any]) -> str:
-    imported = facts.get("imported")  # a run that continues from it writes facts of its own
+def _training(run: RunConfig, metadata: dict[str, Any]) -> str:
+    imported = metadata.get("imported")  # a run that continues from it writes metadata of its own
     if imported:
         origin = f"The weights were read from `{imported['from']}`, in the format {imported['format']}"
         return f"{origin}, and have not been trained since."
-    return _rows(_trained(run, facts)) + "\n\nTrained with llada-megatron on Megatron-Core."
+    return _rows(_trained(run, metadata)) + "\n\nTrained with llada-megatron on Megatron-Core."
 
 
-def _trained(run: RunConfig, facts: dict[str, Any]) -> Iterator[Row]:
+def _trained(run: RunConfig, metadata: dict[str, Any]) -> Iterator[Row]:
     training, optimizer = run.training, run.optimizer
-    samples = facts["consumed_samples"]
-    yield "steps", f"{facts['step']:,} of {training.steps:,}"
+    samples = metadata["consumed_samples"]
+    yield "steps", f"{metadata['step']:,} of {training.steps:,}"
     yield "sequences", f"{samples:,}, {training.global_batch_size:,} in each step"
     yield "tokens", f"{samples * training.sequence_length:,} ({training.sequence_length:,} in each sequence)"
     if run.checkpoint.load:
@@ -147,11 +147,11 @@ def _trained(run: RunConfig, facts: dict[str, Any]) -> Iterator[Row]:
     yield "precision", training.precision
     yield "data", ", ".join(f"`{PurePath(data.path).name}` (weight {data.weight:g})" for data in run.data.sets)
     yield "seed", f"{training.seed}"
-    yield "versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    yield "versions", ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())
 
 
 def _last_names(path: str) -> str:
-    """The name of a run, with what follows it where the path is one of a directory in it."""
+    """The end of a path from the name of the run on, if it is one of a directory in a run, else its last name."""
     names = [name for name in PurePath(path).parts if name != PurePath(path).anchor]
     first = len(names) - 1
     while first > 0 and _PLACES.fullmatch(names[first]):

@@ -1,4 +1,4 @@
-"""Directories as the Hugging Face hub's cache lays them out, and links that lead out of a directory.
+"""Directories of the Hugging Face hub's cache, and the refusal of links that lead out of a directory.
 
 Layout (https://huggingface.co/docs/huggingface_hub/guides/manage-cache): `models--ORG--NAME/snapshots/HASH/FILE` is a
 link to `../../blobs/DIGEST`.
@@ -14,7 +14,7 @@ _PREFIX, _SNAPSHOTS, _BLOBS = "models--", "snapshots", "blobs"
 
 
 def repository_name(directory: Path) -> str:
-    """`ORG/NAME` of a snapshot in the cache, the directory's own name anywhere else."""
+    """`ORG/NAME` of a snapshot in the cache, or the name of a directory that is not in the cache."""
     directory = directory.resolve()
     repository = directory.parent.parent.name
     if directory.parent.name == _SNAPSHOTS and repository.startswith(_PREFIX):
@@ -23,10 +23,10 @@ def repository_name(directory: Path) -> str:
 
 
 def require_own_file(path: Path, error: type[LladaError]) -> None:
-    """Check that a file lies in its directory or, in the hub's cache, among the blobs of the same repository.
+    """Check that a file is in its directory or, in the hub's cache, among the blobs of the same repository.
 
     Raises:
-        error: it is a link to somewhere else: what is there could be a secret, and would be converted and published.
+        error: it is a link to somewhere else. The file there could be a secret, and would be converted and published.
     """
     try:
         directory, target = path.parent.resolve(), path.resolve()

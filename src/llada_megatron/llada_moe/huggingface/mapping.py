@@ -1,4 +1,4 @@
-"""Between the tensors of a format and the units of canonical weights: exact copies of rows, nothing computed."""
+"""Which rows of a format's tensors make up each unit of canonical weights, and copies of them in both directions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llada_megatron.llada_moe.huggingface.weights import Unit, units
 
 @dataclass(frozen=True)
 class Part:
-    """Rows [start, stop) of the Hugging Face tensor `name`, which is `shape` as a whole."""
+    """Rows [start, stop) of the Hugging Face tensor `name`, whose whole shape is `shape`."""
 
     name: str
     shape: tuple[int, ...]
@@ -26,7 +26,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Mapping:
-    """One unit and the parts that it is made of, in order."""
+    """A unit and the parts that it consists of, in order."""
 
     unit: Unit
     parts: tuple[Part, ...]
@@ -52,21 +52,21 @@ def tensor_shapes(table: Format, model: ModelConfig) -> dict[str, tuple[int, ...
 
 
 def merge(unit: Unit, parts: Sequence[torch.Tensor], model: ModelConfig) -> torch.Tensor:
-    """The unit's tensor from those of its parts."""
+    """The tensor of a unit, from the tensors of its parts."""
     whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
     return interleave(whole, model) if unit.weight.pattern == weights.QKV else whole
 
 
 def split(mapping: Mapping, tensor: torch.Tensor, model: ModelConfig) -> list[torch.Tensor]:
-    """The tensors of a unit's parts from its own; the inverse of `merge`."""
+    """The tensors of a unit's parts, from the tensor of the unit; the inverse of `merge`."""
     whole = concatenate(tensor, model) if mapping.unit.weight.pattern == weights.QKV else tensor
     return list(whole.split([part.stop - part.start for part in mapping.parts]))
 
 
 def interleave(concatenated: torch.Tensor, model: ModelConfig) -> torch.Tensor:
-    """Rows of all queries, all keys, all values to Megatron's order: per query group its queries, its key, its value.
+    """Reorder all queries, all keys, all values to Megatron's order: for each query group its queries, key and value.
 
-    Both are `[(heads + 2 * kv_heads) * head_dim, hidden]`.
+    Input and result are `[(heads + 2 * kv_heads) * head_dim, hidden]`.
     """
     groups = model.num_key_value_heads
     rows = concatenated.split(_projection_rows(model))
@@ -82,13 +82,13 @@ def concatenate(interleaved: torch.Tensor, model: ModelConfig) -> torch.Tensor:
 
 
 def _projection_rows(model: ModelConfig) -> list[int]:
-    """Rows of the query, key and value projections."""
+    """Number of rows of the query, key and value projections."""
     keys = model.num_key_value_heads * model.head_dim
     return [model.num_attention_heads * model.head_dim, keys, keys]
 
 
 def _parts(unit: Unit, names: Sequence[str], model: ModelConfig) -> tuple[Part, ...]:
-    """Of the tensors that lie one below another, those that the unit's rows touch."""
+    """The parts of a unit, whose weight consists of the rows of the tensors `names`, one after another."""
     shape = unit.weight.shape
     counts = [shape[0] // len(names)] * len(names)
     if unit.weight.pattern == weights.QKV and len(names) > 1:

@@ -1,10 +1,10 @@
-"""The header of a .safetensors file: which tensors it holds and where, checked before anything else trusts it.
+"""The header of a .safetensors file, parsed here because the library does not tell where in the file a tensor lies.
 
 Format (https://huggingface.co/docs/safetensors): 8 bytes little-endian length N, N bytes of JSON
 `{name: {"dtype", "shape", "data_offsets": [begin, end]}}`, then the tensors' bytes without gaps.
 
-Reading and writing are our own because the `safetensors` library can neither write a shard larger than memory piece by
-piece nor read rows of a tensor without mapping the whole file; both are what a conversion within bounded memory needs.
+The position is what the reader needs to read rows without mapping the file (safetensors_reader.py). The header of a
+downloaded file is checked here before anything trusts it, and a fault is named with the tensor that has it.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ _MAX_TENSOR_BYTES = 2**63 - 1
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies."""
+    """One tensor of a file: what it is and where it lies."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: Path
     offset: int
-    """Bytes from the start of the file."""
+    """Where its bytes begin, counted from the start of the file."""
     size: int
-    """Bytes."""
+    """Number of its bytes."""
 
     @property
     def rows(self) -> int:
@@ -65,7 +65,7 @@ def read_header(path: Path) -> list[TensorInfo]:
     """The tensors of one .safetensors file in the order of their bytes.
 
     Raises:
-        CheckpointError: missing, truncated or damaged file, a dtype torch lacks, tensors that overlap or leave gaps.
+        CheckpointError: the file is missing, truncated or damaged, a dtype is unknown, tensors overlap or leave gaps.
     """
     text, start, end = _header_text(path)
     header = parse_json(path, text, "header")
@@ -79,7 +79,11 @@ def read_header(path: Path) -> list[TensorInfo]:
 
 
 def parse_json(path: Path, text: bytes, what: str) -> dict[str, Any]:
-    """The JSON object in `text`, a name given twice refused. Raises CheckpointError, which calls the text `what`."""
+    """The JSON object in `text`.
+
+    Raises:
+        CheckpointError: it is not one, or has a name twice; the message calls the text `what`.
+    """
     try:
         content = json.loads(text.decode("utf-8"), object_pairs_hook=_object_of_distinct)
     except (ValueError, RecursionError) as error:
@@ -90,7 +94,7 @@ def parse_json(path: Path, text: bytes, what: str) -> dict[str, Any]:
 
 
 def file_size(path: Path) -> int:
-    """Bytes of a regular file, links followed. Raises CheckpointError if there is none."""
+    """Size in bytes of a regular file, with links followed. Raises CheckpointError: there is none."""
     try:
         if path.is_file():
             return path.stat().st_size
@@ -129,7 +133,7 @@ def _header_text(path: Path) -> tuple[bytes, int, int]:
 
 
 def _object_of_distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as a dict. Raises ValueError for a name given twice, of which `json` would keep the last."""
+    """A JSON object as a dict. Raises ValueError: a name is there twice; `json` alone would keep the last value."""
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
@@ -139,7 +143,7 @@ def _object_of_distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor(path: Path, start: int, name: str, entry: Any) -> TensorInfo:
-    """One entry of the header, checked by itself."""
+    """Check one entry of the header by itself, and return the tensor that it describes."""
     where = f"{path}: tensor {name!r}"
     match entry:
         case {"dtype": str(code), "shape": list(shape), "data_offsets": [begin, end]}:
@@ -165,7 +169,7 @@ def _tensor(path: Path, start: int, name: str, entry: Any) -> TensorInfo:
 
 
 def _check_contiguous(path: Path, tensors: list[TensorInfo], start: int, end: int) -> None:
-    """Every byte from `start` to `end` belongs to exactly one tensor."""
+    """Check that every byte from `start` to `end` belongs to exactly one tensor."""
     for found, wanted in zip(tensors, _ends(tensors, start), strict=False):
         if found.offset != wanted:
             fault = "overlaps the tensor before it" if found.offset < wanted else "leaves a gap before it"
@@ -186,7 +190,7 @@ def _check_contiguous(path: Path, tensors: list[TensorInfo], start: int, end: in
 
 
 def _ends(tensors: list[TensorInfo], start: int) -> Iterator[int]:
-    """Where each tensor has to start: at `start`, then where the one before ends."""
+    """Where each tensor has to begin: the first at `start`, each other where the one before ends."""
     yield start
     for tensor in tensors:
         yield tensor.offset + tensor.size

@@ -1,4 +1,7 @@
-"""Writes .safetensors files piece by piece, so that a shard may be larger than memory, and the index beside them."""
+"""Writes .safetensors files in rows, which the library cannot: its `save_file` needs all tensors of a file in memory.
+
+So a file may be larger than memory. The index of several files is written here too.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,10 @@ def shard_name(number: int, count: int) -> str:
 
 
 class ShardWriter:
-    """One .safetensors file: the header at once, then the tensors' bytes in the announced order as they come.
+    """One .safetensors file: the header is written first, then the tensors in the announced order, row by row.
 
-    The format allows no padding between tensors; announce wider dtypes first where a reader should find them aligned.
-    As a context manager it closes the file, and on an error removes it.
+    The format allows no padding between tensors; if a reader should find them aligned, announce wider dtypes first.
+    As a context manager it closes the file, or removes it after an error.
     """
 
     def __init__(
@@ -43,8 +46,8 @@ class ShardWriter:
         """Replace the file at `path` by the header of `tensors` (name, dtype, shape); metadata None means format `pt`.
 
         Raises:
-            CheckpointError: a name given twice, a dtype without a code in the format, or a file that cannot be written.
-            ResourceError: no space left.
+            CheckpointError: a name is given twice, a dtype has no code in the format, or the file cannot be written.
+            ResourceError: no space is left.
         """
         self.path = Path(path)
         self._tensors = list(tensors)
@@ -62,8 +65,8 @@ class ShardWriter:
         """Write the next rows of axis 0 of the current tensor, `[rows, ...]`; after its last row comes the next tensor.
 
         Raises:
-            CheckpointError: another dtype or shape than announced, more rows, or nothing left to write.
-            ResourceError: no space left.
+            CheckpointError: the dtype, the shape or the number of rows is not as announced, or all is written already.
+            ResourceError: no space is left.
         """
         if self._next == len(self._tensors):
             raise CheckpointError(f"{self.path}: all {len(self._tensors)} announced tensors are written already")
@@ -87,8 +90,8 @@ class ShardWriter:
         """Check that every tensor was written, and wait until the storage holds the file.
 
         Raises:
-            CheckpointError: tensors that were announced and not written.
-            ResourceError: no space left.
+            CheckpointError: not all announced tensors were written.
+            ResourceError: no space is left.
         """
         if self._stream.closed:
             return
@@ -121,7 +124,7 @@ class ShardWriter:
                 self.path.unlink(missing_ok=True)
 
     def _write(self, content: memoryview) -> None:
-        """Write all of `content`; the system may take less at a time (2 GiB on Linux)."""
+        """Write all of `content`; one call of the system may write less of it (2 GiB on Linux)."""
         try:
             while content:
                 count = self._stream.write(content)
@@ -133,16 +136,16 @@ class ShardWriter:
 
 
 def write_index(directory: Path, weight_map: Mapping[str, str], total_size: int) -> None:
-    """Write the index of a directory's shards durably, all or nothing.
+    """Write the index of a directory's files so that it is there as a whole or not at all, also after a crash.
 
     Args:
-        directory: where the shards are.
-        weight_map: file name of each tensor.
+        directory: where the files are.
+        weight_map: name of the file of each tensor.
         total_size: bytes of all tensors.
 
     Raises:
         CheckpointError: the file cannot be written.
-        ResourceError: no space left.
+        ResourceError: no space is left.
     """
     path = Path(directory) / INDEX_NAME
     partial = path.with_name(f".{INDEX_NAME}.partial")
@@ -160,7 +163,7 @@ def write_index(directory: Path, weight_map: Mapping[str, str], total_size: int)
 def _header(
     path: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> bytes:
-    """Length and JSON, padded with spaces as the library does: the tensors' bytes start at a multiple of 8."""
+    """Length and JSON of the header, padded with spaces as by the library: the tensors begin at a multiple of 8."""
     entries: dict[str, object] = {METADATA: dict(metadata)} if metadata else {}
     begin = 0
     for name, dtype, shape in tensors:

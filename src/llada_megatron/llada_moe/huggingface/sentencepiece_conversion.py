@@ -1,13 +1,13 @@
 """A SentencePiece byte-pair model as a `tokenizer.json`: the same pieces, ids and merges.
 
-A SentencePiece model merges the neighbours whose union has the best score, the leftmost first; a byte-pair model of the
-`tokenizers` package the neighbours whose pair comes first in a list. Ordered by score, all ways to split each piece are
-that list. (Two ways to make one piece have one score and two places in the list. That could matter where occurrences of
-a piece overlap; no such text is known.) Spaces are kept as spaces in the pieces, so that the character SentencePiece
-writes for them is ordinary text, which SentencePieceTokenizer makes it too.
+A SentencePiece model merges the neighbours whose union has the best score, the leftmost first. A byte-pair model of the
+`tokenizers` package merges the neighbours whose pair comes first in a list. That list consists of all ways to split
+each piece in two, ordered by the score of the piece. (Two ways to split one piece have the same score but two positions
+in the list. That could matter where occurrences of a piece overlap; no such text is known.) Spaces stay spaces in the
+pieces, so that the character which SentencePiece writes for them is ordinary text, as for SentencePieceTokenizer.
 
-The fields of the file are those of `sentencepiece_model.proto`, read here because the generated reader of the
-sentencepiece package loads with one version of protobuf only.
+The fields of the file are those of `sentencepiece_model.proto`. They are read here because the generated reader of the
+sentencepiece package works with one version of protobuf only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LONGEST_VARINT = 10
 
 
 class Kind(IntEnum):
-    """What a piece is."""
+    """The kind of a piece, as SentencePiece numbers them."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -42,7 +42,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class VocabularyPiece:
-    """One entry of the vocabulary; its id is its place."""
+    """One piece of the vocabulary; its id is its position in the list."""
 
     text: str
     score: float
@@ -51,17 +51,17 @@ class VocabularyPiece:
 
 @dataclass(frozen=True)
 class VocabularyModel:
-    """What a SentencePiece file says."""
+    """The content of a SentencePiece file, as far as it matters here."""
 
     pieces: list[VocabularyPiece]
     dummy_prefix: bool
-    """A space is put before every text."""
+    """Whether a space is put before every text."""
     unlike: list[str]
-    """What a `tokenizer.json` would not do alike."""
+    """Reasons why a `tokenizer.json` would not give the same ids; empty if it would."""
 
 
 def read_model(data: bytes) -> VocabularyModel:
-    """The pieces and rules in the bytes of a `.model`. Raises DataError: they are no SentencePiece model."""
+    """The pieces and rules in the bytes of a `.model` file. Raises DataError: it is no SentencePiece model."""
     try:
         top = list(_fields(data))
         pieces = [_piece(dict(_fields(value))) for number, value in top if number == 1]
@@ -83,9 +83,9 @@ def read_model(data: bytes) -> VocabularyModel:
 
 
 def convert(model: VocabularyModel) -> tokenizers.Tokenizer:
-    """The same vocabulary, ids and merges; control symbols are special tokens, which no text produces.
+    """A tokenizer with the same vocabulary, ids and merges; control symbols are special tokens, which no text produces.
 
-    `model` must have nothing in `unlike`. With a dummy prefix, a text that holds the character for spaces has fewer
+    `model.unlike` must be empty. With a dummy prefix, a text that holds the character for spaces has fewer
     spaces here: SentencePieceTokenizer encodes what follows it as a text of its own.
     """
     texts = [piece.text.replace(SPACE_SYMBOL, " ") for piece in model.pieces]
@@ -104,7 +104,7 @@ def convert(model: VocabularyModel) -> tokenizers.Tokenizer:
 
 
 def _merges(model: VocabularyModel) -> Iterator[tuple[str, str]]:
-    """Pairs of pieces, best first."""
+    """Pairs of pieces to merge, the best first."""
     normal = {piece.text.replace(SPACE_SYMBOL, " "): piece.score for piece in model.pieces if piece.kind is Kind.NORMAL}
     for text in sorted(normal, key=lambda text: -normal[text]):
         for cut in range(1, len(text)):
@@ -140,7 +140,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """An integer and the offset behind it."""
+    """An integer in protobuf's encoding, and the offset after it."""
     value = 0
     for place in range(_LONGEST_VARINT):
         byte = data[at + place]

@@ -1,11 +1,10 @@
-"""The tokenizer's files of an export, and those that an import keeps. Code that comes with a tokenizer is neither run
-nor copied.
+"""The tokenizer's files of an export, and those that an import keeps; code beside them is neither run nor copied.
 
-`AutoTokenizer.from_pretrained(export)` gives the ids that the model was trained on for any text, with
-`add_special_tokens=False` where the file has a template, with two reservations. Names of special tokens in running text
-are text here: the files written here say so too (`split_special_tokens`), those of an imported folder stay as they are
-(give `split_special_tokens=True` in the call). And some SentencePiece models have no equal `tokenizer.json`: see
-`sentencepiece_conversion`; then only the `.model` is written.
+`AutoTokenizer.from_pretrained(export)` gives the ids that the model was trained on for any text; if the file has a
+template, with `add_special_tokens=False`. There are two exceptions. In training, names of special tokens within a text
+are plain text: files that are written here say so (`split_special_tokens`), but those of an imported folder stay as
+they are (give `split_special_tokens=True` in the call). And some SentencePiece models have no equal `tokenizer.json`,
+as `sentencepiece_conversion` explains; then only the `.model` is written.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from llada_megatron.llada_moe.huggingface.tokenizer_names import (
 
 MODEL = "tokenizer.model"
 VOCABULARIES = (FAST, MODEL, "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
-"""One of these makes a folder a tokenizer's."""
+"""A folder with one of these files holds a tokenizer."""
 FILES = (
     *VOCABULARIES,
     CONFIG,
@@ -47,21 +46,21 @@ FILES = (
 
 @dataclass
 class TokenizerFiles:
-    """What an export has of a tokenizer."""
+    """The files of a tokenizer for an export."""
 
     files: dict[str, bytes] = field(default_factory=dict)
-    """Name and content."""
+    """Content by name."""
     notes: list[str] = field(default_factory=list)
     """What the user should know, a sentence each."""
 
     @property
     def loadable(self) -> bool:
-        """Whether AutoTokenizer can tell from the files what to make of them."""
+        """Whether AutoTokenizer can tell from the files which class reads them."""
         return FAST in self.files or "tokenizer_class" in parse(Path(CONFIG), self.files.get(CONFIG, b"{}"))
 
 
 def find_tokenizer_files(directory: Path) -> list[Path]:
-    """The files of the tokenizer in a checkpoint's directory; none without a vocabulary.
+    """The files of the tokenizer in a checkpoint's directory; none if there is no vocabulary.
 
     Raises:
         DataError: one is a link that leads out of the directory.
@@ -75,13 +74,13 @@ def find_tokenizer_files(directory: Path) -> list[Path]:
 
 
 def code_notes(directory: Path) -> list[str]:
-    """A note on the tokenizer's code in a directory, and one on code that its configuration names, if there is any."""
+    """Notes on code in a tokenizer's directory, and on code that its configuration names; none if there is none."""
     names = sorted(path.name for path in directory.glob("tokeniz*.py"))
     notes = [f"{', '.join(names)} of {directory}: code, neither run nor copied"] if names else []
     config = next((path for path in find_tokenizer_files(directory) if path.name == CONFIG), None)
     try:
         code = _named_code(parse(config, config.read_bytes())) if config else {}
-    except DataError:  # a file that cannot be read names none; who needs it refuses it
+    except DataError:  # a file that cannot be read names no code, and is refused where it is needed
         code = {}
     for key, value in code.items():
         notes.append(f"{config} names code ({key} {value!r}): not run, and not named in an export")
@@ -95,11 +94,11 @@ def tokenizer_files(source: Path | None, model: ModelConfig) -> TokenizerFiles:
         source: a `tokenizer.json`, a SentencePiece `.model`, a folder with the files of a tokenizer, or None.
         model: its token ids become the tokens `eos_token`, `pad_token` (the same) and `mask_token`.
 
-    Files of a folder stay as they are but for what is missing (a mask token, and the names of these three), a wrong
-    name of the mask, and names of code.
+    Files of a folder stay as they are, except that what is missing is added (a mask token, and the names of these
+    three), a wrong name of the mask token is corrected, and names of code are removed.
 
     Raises:
-        DataError: `source` is no tokenizer, or not that of `model`.
+        DataError: `source` is no tokenizer, or that of another model.
     """
     result = TokenizerFiles()
     if source is None:
@@ -115,7 +114,7 @@ def tokenizer_files(source: Path | None, model: ModelConfig) -> TokenizerFiles:
 
 
 def _contents(source: Path, notes: list[str]) -> dict[str, bytes]:
-    """File name -> bytes, before anything is added."""
+    """The files by name as they are, before anything is added or corrected."""
     if source.is_dir():
         notes += code_notes(source)
         files = {path.name: path.read_bytes() for path in find_tokenizer_files(source)}
@@ -145,7 +144,7 @@ def _sentencepiece(source: Path, data: bytes, notes: list[str]) -> dict[str, byt
 
 
 def _with_special_names(source: Path, data: bytes) -> bytes:
-    """The file, with added tokens marked special where HuggingFaceTokenizer takes them for special."""
+    """The file, with those added tokens marked special that HuggingFaceTokenizer treats as special."""
     content = parse(source, data)
     changed = False
     for token in added_tokens(source, content):
@@ -155,7 +154,7 @@ def _with_special_names(source: Path, data: bytes) -> bytes:
 
 
 def _named_code(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a `tokenizer_config.json` names code that transformers would fetch and run, by its key."""
+    """The keys and values of a `tokenizer_config.json` that name code, which transformers would fetch and run."""
     found = {"auto_map": config["auto_map"]} if "auto_map" in config else {}
     name = config.get("tokenizer_class")
     if name is not None and not (isinstance(name, str) and name.isidentifier()):
@@ -164,7 +163,7 @@ def _named_code(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _remove_code(files: dict[str, bytes], source: Path) -> None:
-    """Remove from `tokenizer_config.json` what names code: the class too, which is then one of that code."""
+    """Remove from `tokenizer_config.json` what names code, and the name of the class, which is one of that code."""
     config = parse(beside(source, CONFIG), files[CONFIG])
     if not _named_code(config):
         return

@@ -1,4 +1,4 @@
-"""The special tokens of an exported `tokenizer.json`: the model's, by the names in the files beside it."""
+"""The special tokens of an exported tokenizer, by the ids of the model and the names in the tokenizer's files."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llada_megatron.llada_moe.errors import DataError
 
 FAST, CONFIG, NAMES = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 GENERIC_CLASS = "PreTrainedTokenizerFast"
-"""Of transformers: does what `tokenizer.json` says and nothing else."""
+"""A class of transformers that does what `tokenizer.json` says and nothing else."""
 
 
 def complete(files: dict[str, bytes], model: ModelConfig, source: Path, notes: list[str]) -> None:
     """Add what is missing: the mask token, and the names of the special tokens in `tokenizer_config.json`.
 
-    A name there that stands for another id than the model's is replaced if it is the mask's, else kept with a note.
+    Of names there that stand for another id than the model's, the mask's is replaced; others are kept with a note.
     """
     names = _special_names(files, model, source, notes)
     vocabulary = _vocabulary(source, files[FAST])
@@ -39,7 +39,7 @@ def complete(files: dict[str, bytes], model: ModelConfig, source: Path, notes: l
 
 
 def parse(path: Path, data: bytes) -> dict[str, Any]:
-    """The JSON object in a file's bytes. Raises DataError, which names the file."""
+    """The JSON object in the bytes of a file. Raises DataError, which names the file: they are not one."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -55,7 +55,7 @@ def dump(content: dict[str, Any]) -> bytes:
 
 
 def beside(source: Path, name: str) -> Path:
-    """The file of that name of a tokenizer, which is given as a folder or as one of its files."""
+    """The path of the file `name` of a tokenizer, which `source` gives as a folder or as one of its files."""
     return source / name if source.is_dir() else source if name == FAST else source.with_name(name)
 
 
@@ -81,7 +81,7 @@ def _new_config(model: ModelConfig) -> dict[str, Any]:
 def _correct(
     table: dict[str, Any], names: dict[str, str], vocabulary: dict[str, int], path: Path, notes: list[str]
 ) -> None:
-    """Replace or remove the name of a wrong mask in a table of names; tell of another end of text."""
+    """Replace or remove the name of a wrong mask token in a table of names; note another end-of-text token."""
     mask, end = _content(table.get("mask_token")), _content(table.get("eos_token"))
     if mask and mask != names.get("mask_token"):
         instead = names.get("mask_token")
@@ -99,13 +99,13 @@ def _correct(
 
 
 def _content(token: Any) -> str | None:
-    """The text of a token as the files name it: a string, or a table."""
+    """The text of a token, which the files give as a string or in a table."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
 
 def _special_names(files: dict[str, bytes], model: ModelConfig, source: Path, notes: list[str]) -> dict[str, str]:
-    """The names of the model's special tokens; a mask that the file does not have is added to it where it can be."""
+    """The names of the model's special tokens; a mask token that the file lacks is added to it if that is possible."""
     vocabulary = _vocabulary(source, files[FAST])
     tokens = {index: name for name, index in vocabulary.items()}
     size = max(tokens, default=-1) + 1

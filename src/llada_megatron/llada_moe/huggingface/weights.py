@@ -1,7 +1,7 @@
-"""The weights of a model in canonical form: Megatron's names and whole shapes, as sharded checkpoints state them.
+"""The weights of a model in canonical form: the names and whole shapes that they have in sharded checkpoints.
 
-Conversion goes unit by unit. A unit is what one or a few tensors of a Hugging Face checkpoint become together: the
-query, key and value projections of a layer, gate and up of one expert, a block of rows of the embedding.
+A conversion goes through units. A unit consists of one or a few tensors of a Hugging Face checkpoint: the query, key
+and value projections of a layer, gate and up of one expert, a block of rows of the embedding.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
 
 BLOCK_ELEMENTS = 16 * 2**20
-"""Tensors that convert row by row are cut into units of about this many elements (32 MB in bf16)."""
+"""Weights whose rows keep their order are cut into units of about this many elements (32 MB in bf16)."""
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
@@ -35,20 +35,20 @@ SHARED_UP = _LAYER + "mlp.shared_experts.linear_fc1.weight"
 SHARED_DOWN = _LAYER + "mlp.shared_experts.linear_fc2.weight"
 
 VOCABULARY_ROWS = (EMBEDDING, OUTPUT)
-"""One row per token: the only weights that may have padding rows below."""
+"""The weights with one row per token, which alone may have padding rows at the end."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight of a whole model, or the stack of one weight of all experts of a layer."""
+    """A weight of the whole model, or one weight of all experts of a layer, stacked."""
 
     pattern: str
     """One of the names above."""
     layer: int | None
     experts: int
-    """Length of the leading expert axis; 0 = there is none."""
+    """Length of the leading expert axis; 0 = it has none."""
     shape: tuple[int, ...]
-    """Without the expert axis."""
+    """Its shape without the expert axis."""
 
     @property
     def key(self) -> str:
@@ -63,7 +63,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Unit:
-    """What is converted at once: rows [start, stop) of a weight, of one expert where it has an expert axis."""
+    """What is converted at once: rows [start, stop) of a weight, or of one expert of a weight with an expert axis."""
 
     weight: Weight
     expert: int | None
@@ -72,7 +72,7 @@ class Unit:
 
     @property
     def index(self) -> tuple[int, ...]:
-        """Where it lies on the expert axis."""
+        """Its position on the expert axis; empty if the weight has none."""
         return () if self.expert is None else (self.expert,)
 
     @property
@@ -81,8 +81,13 @@ class Unit:
         return (self.stop - self.start, *self.weight.shape[1:])
 
     @property
+    def elements(self) -> int:
+        """Number of elements of its tensor."""
+        return math.prod(self.shape)
+
+    @property
     def name(self) -> str:
-        """For messages: the canonical name, the expert, and the rows if it is not the whole."""
+        """Its name in messages: canonical name, expert, and the rows unless it has all of them."""
         expert = "" if self.expert is None else f"[{self.expert}]"
         whole = self.start == 0 and self.stop == self.weight.shape[0]
         return f"{self.weight.key}{expert}" + ("" if whole else f" rows {self.start} to {self.stop - 1}")
@@ -101,7 +106,7 @@ def canonical_weights(model: ModelConfig) -> Iterator[Weight]:
 
 
 def units(model: ModelConfig) -> Iterator[Unit]:
-    """Every unit of `model`, in the order of the forward pass; large weights in several blocks of rows."""
+    """Every unit of `model`, in the order of the forward pass; large weights are several units of some rows each."""
     for weight in canonical_weights(model):
         for expert in range(weight.experts) if weight.experts else (None,):
             for start, stop in _blocks(weight):
@@ -110,14 +115,14 @@ def units(model: ModelConfig) -> Iterator[Unit]:
 
 def _blocks(weight: Weight) -> Iterator[tuple[int, int]]:
     rows, width = weight.shape[0], math.prod(weight.shape[1:])
-    # the rows of query, key and value change places
+    # rows of query, key and value change their order, so they stay one unit
     block = rows if weight.pattern == QKV else max(1, BLOCK_ELEMENTS // width)
     for start in range(0, rows, block):
         yield start, min(start + block, rows)
 
 
 Described = tuple[str, int, tuple[int, ...]]
-"""Pattern, number of experts, shape."""
+"""Pattern, number of experts and shape of a weight."""
 
 
 def _layer_weights(model: ModelConfig, layer: int) -> Iterator[Described]:

@@ -1,7 +1,7 @@
-"""The program that copies files of a checkpoint and reads them back; started by `copies.py`, without torch.
+"""The program that `copies.py` starts: it copies files of a checkpoint and reads them back, and does not import torch.
 
-A process of its own, so that neither training nor a fork of the trainer waits for it. It reads what to do as JSON from
-its input, writes what went wrong, if anything, to its output, and ends with its parent.
+It is a process of its own so that neither training nor a fork of the trainer waits for it. It reads its order as JSON
+from standard input, writes what went wrong, if anything, to standard output, and ends when its parent does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NICENESS = 10
 
 
 def copy_files(source: Path, target: Path, files: dict[str, FileRecord]) -> str | None:
-    """Copy `files` from one directory into another and verify what arrived; what went wrong, or None."""
+    """Copy `files` from one directory into another and verify the copies. Returns what went wrong, or None."""
     for name, stated in files.items():
         try:
             shutil.copyfile(source / name, target / name)
@@ -34,7 +34,7 @@ def copy_files(source: Path, target: Path, files: dict[str, FileRecord]) -> str 
 
 
 def _make_durable(path: Path) -> None:
-    """Wait until the storage holds the file, and let the reading back come from there where it can."""
+    """Wait until the storage holds the file, and drop it from memory so that it is read back from there."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -45,7 +45,7 @@ def _make_durable(path: Path) -> None:
 
 
 def main() -> int:
-    """Do what the input says: {"parent", "source", "target", "files": {name: [size, sha256]}}."""
+    """Carry out the order on standard input: {"parent", "source", "target", "files": {name: [size, sha256]}}."""
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):  # the trainer decides when it ends
         signal.signal(number, signal.SIG_IGN)
     order = json.load(sys.stdin)

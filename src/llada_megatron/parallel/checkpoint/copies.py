@@ -1,8 +1,8 @@
 """Copies of a run's checkpoints on other storage, made in the background while training goes on.
 
-The ranks share the files out; each has a process copy and verify its share (copier.py). When all are through, rank 0
-publishes the copy by the same rules as a checkpoint. All methods are collective, and a failure is reported, never
-raised: training does not need the copy.
+The files are divided among the ranks; each rank starts a process that copies and verifies its share (copier.py). When
+all have finished, rank 0 publishes the copy by the same rules as a checkpoint. All methods are collective. A failure is
+reported, never raised: training does not need the copy.
 """
 
 from __future__ import annotations
@@ -30,45 +30,46 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True)
 class _Order:
-    """What is copied, as rank 0 found it; a checkpoint that is replaced meanwhile makes the copy fail."""
+    """What is to be copied, as rank 0 read it; if the checkpoint is replaced meanwhile, the copy fails."""
 
     source: Path
     partial: Path
     step: int
     manifest: bytes
     files: list[tuple[str, int, str]]
-    """Name, size and SHA-256, the largest first."""
+    """Name, size in bytes and SHA-256 of each file, the largest first."""
 
 
 class Copies:
     """A second directory of a run's checkpoints."""
 
-    def __init__(self, shelf: Retention, report: Callable[[str], None]) -> None:
+    def __init__(self, retention: Retention, report: Callable[[str], None]) -> None:
         """`report` receives one-line messages, on rank 0 only."""
-        self._shelf, self._report = shelf, report
+        self._retention, self._report = retention, report
         self._waiting: Path | None = None
         self._order: _Order | None = None
         self._copier: subprocess.Popen[str] | None = None
 
     @property
-    def reading(self) -> list[str]:
-        """Names of the step directories that must stay, since they are or will be read."""
+    def protected(self) -> list[str]:
+        """Names of the step directories that are being copied or wait for it, and must not be removed."""
         return [path.name for path in (self._order and self._order.source, self._waiting) if path]
 
     def add(self, checkpoint: Path) -> None:
-        """Copy a completed checkpoint, after the one that is being copied; of several that wait, the newest."""
+        """Copy a completed checkpoint once the current copy is done; only the newest of those that wait is kept."""
         if self._waiting is not None:
-            self._say(f"{self._waiting.name} is not copied to {self._shelf.path}: copying is slower than saving")
+            self._say(f"{self._waiting.name} is not copied to {self._retention.path}: copying is slower than saving")
         self._waiting = checkpoint
         self._start_next()
 
     def catch_up(self, checkpoint: Path) -> None:
         """Copy the checkpoint that the run goes on from, unless its copy is there."""
-        if checkpoint.parent != self._shelf.path and on_rank_0(lambda: fault(self._shelf.path / checkpoint.name)):
+        copy = self._retention.path / checkpoint.name
+        if checkpoint != copy and on_rank_0(lambda: fault(copy)):
             self.add(checkpoint)
 
     def poll(self) -> None:
-        """Publish the copy if every rank is through with its share."""
+        """Publish the copy if every rank has copied its share."""
         if self._order is None:
             return
         done = torch.tensor(int(self._copier is None or self._copier.poll() is not None))
@@ -78,22 +79,22 @@ class Copies:
             self._start_next()
 
     def finish(self, stop: Callable[[], bool]) -> None:
-        """Wait until everything is copied; `stop`, looked at now and then, ends the waiting on all ranks."""
-        told = False
+        """Wait until everything is copied, or until `stop`, which is called now and then, returns true on any rank."""
+        reported = False
         while self._order is not None:
-            asked = torch.tensor(int(stop()))
-            dist.all_reduce(asked)
-            if asked:
+            stop_requested = torch.tensor(int(stop()))
+            dist.all_reduce(stop_requested)
+            if stop_requested:
                 self._abandon(self._order)
                 return
-            if not told:
-                self._say(f"waiting for the copy in {self._shelf.path}")
-                told = True
+            if not reported:
+                self._say(f"waiting for the copy in {self._retention.path}")
+                reported = True
             self.poll()
             time.sleep(_POLL_S)
 
     def _abandon(self, order: _Order) -> None:
-        """End the copying at once; `catch_up` of the next start takes it up."""
+        """End the copying at once; `catch_up` at the next start of the run copies the checkpoint again."""
         if self._copier is not None:
             self._copier.kill()
             self._copier.wait()
@@ -117,12 +118,12 @@ class Copies:
         self._copier = _start_copier({"parent": os.getpid(), "files": files, **places})
 
     def _prepare(self, checkpoint: Path) -> _Order:
-        """Rank 0: read the manifest, make sure of the space, and make the directory."""
+        """On rank 0: read the manifest, check that the copy fits on the disk, and make the directory for it."""
         manifest = manifests.read(checkpoint)
-        files = [(name, *astuple(entry)) for name, entry in manifest.files.items()]
+        files = [(name, *astuple(stated)) for name, stated in manifest.files.items()]
         files.sort(key=lambda file: (-file[1], file[0]))
         step, needed = int(checkpoint.name.rpartition("-")[2]), sum(size for _, size, _ in files)
-        partial = self._shelf.make_partial(step)
+        partial = self._retention.make_partial(step)
         free = shutil.disk_usage(partial).free
         if free < needed:
             remove(partial)
@@ -144,10 +145,11 @@ class Copies:
         manifests.write_durably(order.partial / manifests.FILE_NAME, order.manifest)
         manifests.verify_sizes(order.partial, manifests.read(order.partial))
         manifests.sync_directory(order.partial)
-        return self._shelf.publish(order.partial, order.step)
+        return self._retention.publish(order.partial, order.step)
 
     def _failed(self, checkpoint: Path, error: LladaError) -> None:
-        self._say(f"WARNING: {checkpoint.name} could not be copied to {self._shelf.path}; training goes on: {error}")
+        place = self._retention.path
+        self._say(f"WARNING: {checkpoint.name} could not be copied to {place}; training goes on: {error}")
 
     def _discard(self, order: _Order) -> None:
         if dist.get_rank() == 0:
@@ -159,7 +161,7 @@ class Copies:
 
 
 def _start_copier(order: dict[str, object]) -> subprocess.Popen[str] | None:
-    """A running copier; None where it could not be started."""
+    """Start a process that copies this rank's share; None where it could not be started."""
     command = [sys.executable, "-P", "-m", "llada_megatron.parallel.checkpoint.copier"]
     try:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -172,9 +174,9 @@ def _start_copier(order: dict[str, object]) -> subprocess.Popen[str] | None:
 
 
 def _outcome(copier: subprocess.Popen[str] | None) -> str | None:
-    """What went wrong on this rank, or None."""
+    """Why this rank's share was not copied, or None if it was."""
     if copier is None:
         return f"rank {dist.get_rank()}: no process for copying could be started"
-    said = copier.stdout.read()  # type: ignore[union-attr]
+    fault = copier.stdout.read()  # type: ignore[union-attr]
     code = copier.wait()
-    return None if code == 0 else f"rank {dist.get_rank()}: {said or f'the copying process ended with code {code}'}"
+    return None if code == 0 else f"rank {dist.get_rank()}: {fault or f'the copying process ended with code {code}'}"

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout as a model to run: in this process alone, or spread over ranks under another layout."""
+"""A model filled from a checkpoint of any layout: in this process alone, or over the ranks of another layout."""
 
 from __future__ import annotations
 
@@ -34,18 +34,22 @@ class LoadedModel:
 
     model: DiffusionTransformer
     run: RunConfig
-    """The run that made it."""
+    """The configuration of the run that made the checkpoint."""
     path: Path
     """The step directory it was read from."""
-    facts: dict[str, Any]
-    """The checkpoint's facts."""
+    metadata: dict[str, Any]
+    """What its manifest says of the run: step, layout, tokenizer and so on, as JSON values."""
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor, rows: torch.Tensor, boundaries: torch.Tensor) -> torch.Tensor:
         """Logits `[rows, vocab]` on the host of the selected rows of `tokens` `[batch, seq]`, equal on all ranks.
 
-        For evaluation and for comparing models; sampling reads statistics where the logits are (`parallel.sampling`).
-        Every rank gives the same arguments (collective).
+        This is for evaluation and for comparing models; sampling computes statistics where the logits are
+        (`parallel.sampling`). Collective: every rank gives the same arguments.
+
+        Args:
+            rows: `[batch, seq]` bool, true for the selected positions.
+            boundaries: cumulative lengths of the documents, int32.
         """
         count = int(rows.sum())
         if count == 0:
@@ -88,11 +92,11 @@ class LoadedModel:
 def open_checkpoint(path: str | Path) -> Iterator[LoadedModel]:
     """Load a step directory, or the newest whole one of a run, in a world of one process.
 
-    Of a run's checkpoints a damaged one is passed over for the one before it. Reading changes nothing in the run's
-    directory, which a training may be writing to.
+    A damaged checkpoint of a run is skipped for the one before it. Nothing in the run's directory is changed: a
+    training may be writing to it.
 
     Raises:
-        CheckpointError: there is none, none is whole, or the model in it is of another kind than this version's.
+        CheckpointError: there is none, none is whole, or it holds a model that this version does not know.
     """
     candidates = find_checkpoints(path)
     with _world_of_one() as scratch:
@@ -101,7 +105,7 @@ def open_checkpoint(path: str | Path) -> Iterator[LoadedModel]:
 
 @contextmanager
 def _world_of_one() -> Iterator[str]:
-    """Process groups of this process alone; yields a directory that goes away with them."""
+    """Process groups of this process alone; yields a temporary directory that is removed with them."""
     with tempfile.TemporaryDirectory(prefix="llada-") as scratch:
         topology.join(0, 1, f"file://{scratch}/rendezvous")
         try:
@@ -115,9 +119,13 @@ def _world_of_one() -> Iterator[str]:
 def open_weights(
     model: ModelConfig, objective: ObjectiveConfig, read: Callable[[str, tuple[int, ...]], torch.Tensor]
 ) -> Iterator[DiffusionTransformer]:
-    """A model in float32 in a world of one process, whose weights `read` gives (see `sharded_state.fill_weights`)."""
+    """A model in float32 in a world of one process, filled with the weights that `read` gives.
+
+    Args:
+        read: as for `sharded_state.fill_weights`.
+    """
     with _world_of_one():
-        with warnings.catch_warnings():  # torch and Megatron announce coming changes of their own insides
+        with warnings.catch_warnings():  # torch and Megatron warn of coming changes in their own internals
             warnings.simplefilter("ignore")
             config = build.transformer_config(model, LayoutConfig())
             chunks = build.build_chunks(model, LayoutConfig(), config, make_objective(objective).pattern(step=0))
@@ -127,15 +135,15 @@ def open_weights(
 
 
 def load_checkpoint(path: str | Path, layout: LayoutConfig) -> LoadedModel:
-    """The same under `layout`, whose process groups exist (collective)."""
+    """Load what `open_checkpoint` would, spread over the ranks of `layout`, whose process groups exist (collective)."""
     with tempfile.TemporaryDirectory(prefix="llada-") as scratch:
         return _load_first(find_checkpoints(path), layout, CheckpointStore(scratch))
 
 
 def _equal_everywhere(shard: torch.Tensor | None, rows: int, vocab: int) -> torch.Tensor:
-    """The whole logits `[rows, vocab]`, from the shards of the last stage's tensor ranks.
+    """The whole logits `[rows, vocab]`, gathered from the tensor-parallel ranks of the last stage.
 
-    All ranks take those of one of them: data-parallel copies may differ in the last bit.
+    All ranks get those of one rank, because data-parallel copies may differ in the last bit.
     """
     if shard is None:
         whole = torch.empty(rows, vocab, device=device.current())
@@ -152,7 +160,7 @@ def _load_first(candidates: list[Path], layout: LayoutConfig, store: CheckpointS
         if torch.distributed.get_rank() == 0:
             message(text)
 
-    with warnings.catch_warnings():  # torch and Megatron announce coming changes of their own insides
+    with warnings.catch_warnings():  # torch and Megatron warn of coming changes in their own internals
         warnings.simplefilter("ignore")
         return first_whole(candidates, lambda path: _load(path, layout, store), report)
 
@@ -161,9 +169,9 @@ def _load(path: Path, layout: LayoutConfig, store: CheckpointStore) -> LoadedMod
     run = run_of(path)
     config = build.transformer_config(run.model, layout, run.training)
     objective = make_objective(run.objective)
-    objective.load_state(store.facts(path).get("objective", {}))
-    pattern = objective.pattern(int(store.facts(path)["step"]))
+    objective.load_state(store.metadata(path).get("objective", {}))
+    pattern = objective.pattern(int(store.metadata(path)["step"]))
     chunks = build.build_chunks(run.model, layout, config, pattern)
-    state, facts = store.load(path, sharded_state.model_state(chunks))
+    state, metadata = store.load(path, sharded_state.model_state(chunks))
     sharded_state.load_model_state(chunks, state)
-    return LoadedModel(chunks[0].eval(), run, path, facts)
+    return LoadedModel(chunks[0].eval(), run, path, metadata)

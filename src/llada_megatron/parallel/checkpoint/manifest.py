@@ -38,10 +38,12 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What one checkpoint holds: `facts` about the run, and a record of each file by name."""
+    """What one checkpoint holds."""
 
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
+    """What is known of the run: model, run, step, layout and so on. JSON values, under the key `facts` in the file."""
     files: dict[str, FileRecord]
+    """By name; without the manifest itself."""
 
 
 def step_name(step: int) -> str:
@@ -50,7 +52,7 @@ def step_name(step: int) -> str:
 
 
 def steps(root: Path) -> list[tuple[int, Path]]:
-    """The (step, directory) pairs under `root` that carry a checkpoint's name, newest first; none is verified."""
+    """Step and path of the directories under `root` that are named as a checkpoint, newest first; none is verified."""
     if not root.is_dir():
         return []
     named = ((_STEP_NAME.fullmatch(entry.name), entry) for entry in root.iterdir())
@@ -58,7 +60,7 @@ def steps(root: Path) -> list[tuple[int, Path]]:
 
 
 def record(path: Path, advance: Callable[[int], object] = lambda count: None) -> FileRecord:
-    """Size and SHA-256 of the file at `path`, as it is read back now; `advance` learns of bytes once they are read."""
+    """Size and SHA-256 of the file at `path`, from reading it now; `advance` is called with the bytes of each read."""
     digest, size, block = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as stream:
         while count := stream.readinto(block):
@@ -88,7 +90,7 @@ def sync_directory(path: Path) -> None:
 def write(directory: Path, manifest: Manifest) -> None:
     """Write `manifest.json` durably, with a digest of its own content."""
     files = {name: asdict(manifest.files[name]) for name in sorted(manifest.files)}
-    body = {"schema": SCHEMA, "facts": manifest.facts, "files": files}
+    body = {"schema": SCHEMA, "facts": manifest.metadata, "files": files}
     text = json.dumps({**body, "sha256": _self_digest(body)}, indent=1)
     write_durably(directory / FILE_NAME, text.encode())
 
@@ -105,7 +107,7 @@ def read(directory: Path) -> Manifest:
         raise CheckpointError(f"there is no checkpoint at {directory}")
     try:
         body = json.loads(path.read_bytes())
-        schema, facts, files = body["schema"], body["facts"], body["files"]
+        schema, metadata, files = body["schema"], body["facts"], body["files"]
     except FileNotFoundError:
         raise DamagedCheckpointError(
             f"{directory} has no {FILE_NAME}: the save or the copy was not completed, or another program wrote it; "
@@ -119,7 +121,7 @@ def read(directory: Path) -> Manifest:
         )
     if body.pop("sha256", None) != _self_digest(body):
         raise DamagedCheckpointError(f"{path} was changed after it was written")
-    return Manifest(facts, dict(_records(path, files)))
+    return Manifest(metadata, dict(_records(path, files)))
 
 
 def verify_sizes(directory: Path, manifest: Manifest) -> None:
@@ -143,7 +145,7 @@ def verify_sizes(directory: Path, manifest: Manifest) -> None:
 def verify_digest(
     directory: Path, name: str, stated: FileRecord, advance: Callable[[int], object] = lambda count: None
 ) -> str | None:
-    """Read one file whole, which `advance` follows; what is wrong with it, or None."""
+    """Read the whole of one file, and return what is wrong with it, or None. `advance` is called as by `record`."""
     try:
         found = record(directory / name, advance)
     except OSError as error:
@@ -155,13 +157,13 @@ def verify_digest(
     return None
 
 
-def require_model(path: Path, facts: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def require_model(path: Path, metadata: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of another architecture.
 
     Raises:
         CheckpointError: listing each differing key with the checkpoint's and the run's value.
     """
-    found = dict(_leaves(facts.get("model") or {}))
+    found = dict(_leaves(metadata.get("model") or {}))
     wanted = dict(_leaves(json.loads(json.dumps(expected))))
     pairs = {key: (found.get(key, "absent"), wanted.get(key, "absent")) for key in sorted(found.keys() | wanted.keys())}
     differing = [f"{key}: {a} in the checkpoint, {b} in this run" for key, (a, b) in pairs.items() if a != b]
@@ -174,31 +176,6 @@ def require_model(path: Path, facts: Mapping[str, Any], expected: Mapping[str, A
     )
 
 
-def inspect_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of a step directory, or of the newest readable one under a directory of checkpoints, without torch.
-
-    Returns:
-        {"path", "facts", "files": {name: {"size", "sha256"}}, "bytes"}; sizes are verified, contents are not.
-
-    Raises:
-        CheckpointError: nothing readable there.
-    """
-    root = Path(path)
-    candidates = [directory for _, directory in steps(root)] or [root]
-    faults = []
-    for directory in candidates:
-        try:
-            manifest = read(directory)
-            verify_sizes(directory, manifest)
-        except DamagedCheckpointError as error:
-            faults.append(str(error))
-            continue
-        files = {name: asdict(entry) for name, entry in manifest.files.items()}
-        size = sum(entry.size for entry in manifest.files.values())
-        return {"path": str(directory), "facts": manifest.facts, "files": files, "bytes": size}
-    raise CheckpointError("; ".join(faults))
-
-
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys of nested mappings; a list is one value, an empty mapping or None is absent."""
     if isinstance(tree, Mapping):
@@ -209,10 +186,10 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _records(path: Path, files: Any) -> Iterator[tuple[str, FileRecord]]:
-    for name, entry in files.items():
+    for name, stated in files.items():
         if name in ("", ".", "..", FILE_NAME) or "/" in name or "\\" in name or "\0" in name:
             raise CheckpointError(f"{path} names {name!r}, which is not a file of the checkpoint: refused")
-        yield name, FileRecord(entry["size"], entry["sha256"])
+        yield name, FileRecord(stated["size"], stated["sha256"])
 
 
 def _self_digest(body: Mapping[str, Any]) -> str:

@@ -1,4 +1,7 @@
-"""A folder of step directories: how one comes into it, which of them stay, and the file `latest`. Not collective."""
+"""Which checkpoints of a run are kept: new ones get their name, old ones are removed, `latest` names the newest.
+
+Nothing here is collective; rank 0 alone calls it.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,12 @@ _REPLACED = ".replaced-"
 
 @dataclass
 class Retention:
-    """The checkpoints of one run in one place; at most one process may write to it."""
+    """The checkpoints of one run in the directory `path`; at most one process may write to it."""
 
     path: Path
     keep_last: int = 3
     keep_every: int = 0
-    """Those whose step is a multiple stay for ever; 0 = none do."""
+    """Checkpoints whose step is a multiple of this are never removed; 0 = there are none such."""
     _swept: bool = field(default=False, repr=False)
 
     def make_partial(self, step: int) -> Path:
@@ -40,16 +43,16 @@ class Retention:
         directory.mkdir(parents=True)
         return directory
 
-    def publish(self, partial: Path, step: int, spared: Collection[str] = ()) -> Path:
-        """Give a complete directory its name, name it in `latest`, and remove what need not stay.
+    def publish(self, partial: Path, step: int, protected: Collection[str] = ()) -> Path:
+        """Give a complete directory its name, name it in `latest`, and remove the checkpoints that need not be kept.
 
         Args:
-            spared: names of directories that are being read.
+            protected: names of directories that are being read, and are not removed.
         """
         target = self.path / manifests.step_name(step)
         _give_name(partial, target)
         self._point_latest(target)
-        self._prune(step, spared)
+        self._prune(step, protected)
         return target
 
     def _point_latest(self, target: Path) -> None:
@@ -58,16 +61,16 @@ class Retention:
         new.replace(self.path / LATEST)
         manifests.sync_directory(self.path)
 
-    def _prune(self, newest: int, spared: Collection[str]) -> None:
-        """Of the checkpoints up to step `newest` keep the last `keep_last` whole ones, and the one that `latest` names.
+    def _prune(self, newest: int, protected: Collection[str]) -> None:
+        """Of the checkpoints up to step `newest`, keep the last `keep_last` whole ones and the one that `latest` names.
 
-        Later ones are not counted: the run fell back from them because they were damaged.
+        Later ones are neither counted nor removed: the run fell back from them because they were damaged.
         """
         found = [(step, path) for step, path in manifests.steps(self.path) if step <= newest]
         kept = [step for step, path in found if fault(path) is None][: self.keep_last]
         for step, path in found:
-            for_ever = step > 0 and self.keep_every > 0 and step % self.keep_every == 0
-            if kept and step < kept[-1] and not for_ever and path.name not in (self._latest_name(), *spared):
+            permanent = step > 0 and self.keep_every > 0 and step % self.keep_every == 0
+            if kept and step < kept[-1] and not permanent and path.name not in (self._latest_name(), *protected):
                 remove(path)
 
     def _latest_name(self) -> str | None:
@@ -76,7 +79,7 @@ class Retention:
         return None
 
     def _sweep(self) -> None:
-        """Remove what a killed run left; put back a checkpoint that was moved aside for one that never came."""
+        """Remove what a killed run left, but put back a checkpoint whose replacement was never completed."""
         for path in self.path.glob(f".*{_REPLACED}*"):
             target = self.path / path.name[1:].split(_REPLACED)[0]
             if target.exists():
@@ -88,7 +91,7 @@ class Retention:
 
 
 def fault(path: Path) -> str | None:
-    """What is wrong with a step directory, as far as names and sizes tell, or None."""
+    """What the names and sizes of its files show to be wrong with a step directory, or None."""
     try:
         manifests.verify_sizes(path, manifests.read(path))
     except CheckpointError as error:
@@ -97,7 +100,7 @@ def fault(path: Path) -> str | None:
 
 
 def remove(path: Path) -> None:
-    """Remove a directory or file. A checkpoint loses its manifest first: half a removal is not half a checkpoint."""
+    """Remove a directory or file. The manifest goes first, so that a half-removed directory is no checkpoint."""
     with contextlib.suppress(OSError):
         (path / manifests.FILE_NAME).unlink()
     if path.is_dir():
@@ -107,7 +110,7 @@ def remove(path: Path) -> None:
 
 
 def _give_name(directory: Path, target: Path) -> None:
-    """Rename; a directory of that name (a damaged one, from which the run fell back) is moved aside first."""
+    """Rename `directory` to `target`; a damaged checkpoint of that name is moved aside first, and then removed."""
     aside = target.with_name(f".{target.name}{_REPLACED}{time.time_ns():x}")
     if target.exists():
         target.rename(aside)

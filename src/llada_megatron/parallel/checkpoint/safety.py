@@ -1,4 +1,4 @@
-"""Reading a checkpoint without running what is in it.
+"""Safe reading of a checkpoint: nothing that is in it is run.
 
 A `torch_dist` directory is made of pickles, and two of its readers run whatever a pickle asks for: torch reads
 `.metadata` with plain `pickle.load` (torch/distributed/checkpoint/filesystem.py, FileSystemReader.read_metadata) and
@@ -62,7 +62,7 @@ _ADVICE = "It was refused and nothing in it was run. Load only checkpoints whose
 
 
 def _layout(name: str) -> torch.layout:
-    """Stands for torch.serialization._get_layout."""
+    """Takes the place of torch.serialization._get_layout."""
     return {"torch.strided": torch.strided}[name]
 
 
@@ -73,7 +73,7 @@ _ALLOWED |= {("torch", name): value for name, value in vars(torch).items() if is
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes of `.metadata` and nothing else."""
+    """Finds the classes that `.metadata` is made of, and refuses all others."""
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -83,7 +83,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(directory: Path, files: Collection[str]) -> metadata.Metadata:
-    """The parsed `.metadata` of `directory`, whose storage entries all name one of `files`.
+    """The parsed `.metadata` of `directory`, checked to refer to none but `files`.
 
     Raises:
         CheckpointError: it holds anything but a description of tensors and objects in those files.
@@ -127,7 +127,7 @@ def _structure_fault(found: Any, files: Collection[str]) -> str | None:
 
 
 def refuse_unsafe(directory: Path, files: Collection[str], part: int = 0, parts: int = 1) -> None:
-    """Try every object of share `part` of `parts` of the checkpoint with a reader that runs nothing.
+    """Read share `part` of `parts` of the checkpoint's objects with a reader that runs nothing.
 
     Raises:
         CheckpointError: naming the file and object that is more than plain data.
@@ -169,7 +169,7 @@ def _check_object(path: Path, key: str | None, offset: int, length: int) -> None
 
 
 def _cause(error: Exception) -> str:
-    """The line of torch's long explanation that names the cause."""
+    """The one line of torch's long message that names the cause."""
     lines = [line.strip() for line in str(error).splitlines()]
     first = f"{type(error).__name__}: {lines[0] if lines else ''}"
     return next((line for line in lines if "GLOBAL" in line or "nsupported" in line), first)[:300]
@@ -177,7 +177,7 @@ def _cause(error: Exception) -> str:
 
 @contextlib.contextmanager
 def guarded(directory: Path, files: Collection[str]) -> Iterator[None]:
-    """While this is open, the readers of torch and Megatron run nothing that `directory` holds, and read no other."""
+    """Inside the `with` block the readers of torch and Megatron run nothing of `directory`, and read nothing else."""
 
     def read(self: Any, *_: Any, **__: Any) -> metadata.Metadata:
         if Path(self.path) != directory:
@@ -199,7 +199,7 @@ def guarded(directory: Path, files: Collection[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _environment(**values: str | None) -> Iterator[None]:
-    """Environment variables set (or, with None, removed) while this is open."""
+    """Environment variables set (or, with None, removed) inside the `with` block."""
     before = {name: os.environ.get(name) for name in values}
 
     def put(settings: dict[str, str | None]) -> None:
@@ -218,7 +218,7 @@ def _environment(**values: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def local_files() -> Iterator[None]:
-    """Plain files while this is open: where the multi-storage client is installed, Megatron would use its readers."""
+    """Plain files inside the `with` block; Megatron would use the multi-storage client where that is installed."""
     from megatron.core.msc_utils import MultiStorageClientFeature  # here: reading metadata does not need Megatron
 
     enabled = MultiStorageClientFeature.is_enabled()

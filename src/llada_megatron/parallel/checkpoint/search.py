@@ -1,4 +1,4 @@
-"""Which checkpoints a path means, and the run that made one. Without torch."""
+"""Which checkpoints a path means, which run made one, and where its tokenizer is. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llada_megatron.llada_moe.config import from_dict, to_dict
 from llada_megatron.llada_moe.config.model import ModelConfig, architecture
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import CheckpointError
-from llada_megatron.parallel.checkpoint import manifest as checkpoint_manifest
+from llada_megatron.parallel.checkpoint import manifest as manifests
 
 T = TypeVar("T")
 TOKENIZER = "tokenizer"
@@ -18,25 +18,25 @@ TOKENIZER = "tokenizer"
 
 
 def find_checkpoints(path: str | Path) -> list[Path]:
-    """What `path` can mean, best first: a step directory itself, or the steps of a run, newest first.
+    """The step directories that `path` can mean, the best first: itself, or those of a run, newest first.
 
     Raises:
         CheckpointError: there is none.
     """
     path = Path(path)
-    if (path / checkpoint_manifest.FILE_NAME).is_file():
+    if (path / manifests.FILE_NAME).is_file():
         return [path]
     for directory in (path / "checkpoints", path):
-        found = [step for _, step in checkpoint_manifest.steps(directory)]
+        found = [step for _, step in manifests.steps(directory)]
         if found:
             return found
     raise CheckpointError(f"no checkpoint in {path}: give a run's output directory, or one of its step-… directories")
 
 
 def weights_to_start_from(run: RunConfig) -> Path | None:
-    """The step directory that `checkpoint.load` means: itself, or the newest whole one of a run or an import.
+    """The step directory that `checkpoint.load` names, or the newest whole one of the run or import that it names.
 
-    Contents are not verified here, sizes are.
+    The sizes of files are verified here, their contents are not.
 
     Raises:
         CheckpointError: there is none, all are damaged, or the newest holds another model.
@@ -45,61 +45,64 @@ def weights_to_start_from(run: RunConfig) -> Path | None:
         return None
 
     def check(path: Path) -> Path:
-        manifest = checkpoint_manifest.read(path)
-        checkpoint_manifest.verify_sizes(path, manifest)
-        require_model(path, manifest.facts, run.model, weights_only=True)
+        manifest = manifests.read(path)
+        manifests.verify_sizes(path, manifest)
+        require_model(path, manifest.metadata, run.model, weights_only=True)
         return path
 
     return first_whole(find_checkpoints(run.checkpoint.load), check, lambda text: None)
 
 
 def first_whole(candidates: list[Path], use: Callable[[Path], T], report: Callable[[str], None]) -> T:
-    """What `use` makes of the first candidate that it does not find damaged.
+    """The result of `use` for the first candidate that is not damaged.
 
     Args:
-        report: receives a message for each that was passed over.
+        candidates: step directories, the best first.
+        use: reads one; raises DamagedCheckpointError if it is damaged.
+        report: receives a message for each that was skipped.
 
     Raises:
-        DamagedCheckpointError: of the last candidate.
+        DamagedCheckpointError: the last candidate is damaged as well.
     """
     for path in candidates[:-1]:
         try:
             return use(path)
-        except checkpoint_manifest.DamagedCheckpointError as error:
+        except manifests.DamagedCheckpointError as error:
             report(f"passed over a damaged checkpoint: {error}")
     return use(candidates[-1])
 
 
-def require_model(path: Path, facts: dict[str, Any], model: ModelConfig, weights_only: bool = False) -> None:
+def require_model(path: Path, metadata: dict[str, Any], model: ModelConfig, weights_only: bool = False) -> None:
     """Refuse a checkpoint of another model; keys that did not exist when it was written count as their defaults.
 
     Args:
-        weights_only: keys that act in training alone may differ.
+        weights_only: keys that matter only in training may differ.
 
     Raises:
         CheckpointError: listing each differing key.
     """
     view = architecture if weights_only else to_dict
-    found = from_dict(ModelConfig, facts["model"])
-    checkpoint_manifest.require_model(path, {"model": view(found)}, view(model))
+    found = from_dict(ModelConfig, metadata["model"])
+    manifests.require_model(path, {"model": view(found)}, view(model))
 
 
-def tokenizer_place(step: Path, facts: dict[str, Any]) -> Path | None:
-    """Where the tokenizer of a step directory should be; None where its facts name none.
+def tokenizer_place(step: Path, metadata: dict[str, Any]) -> Path | None:
+    """Where the tokenizer of a step directory should be; None where its metadata names none.
 
-    An import keeps it in a folder beside the checkpoints, also after a move; a training run names the file it used.
+    An import keeps it in a folder beside the checkpoints, which is found even after a move; the metadata of a training
+    run has the path of the file that the run used.
     """
     folder = step.parent.parent / TOKENIZER
     if folder.is_dir():
         return folder
-    path = (facts.get("tokenizer") or {}).get("path")
+    path = (metadata.get("tokenizer") or {}).get("path")
     return Path(path) if path else None
 
 
 def run_of(path: Path) -> RunConfig:
-    """The run that made a step directory. Raises CheckpointError."""
-    facts = checkpoint_manifest.read(path).facts
+    """The configuration of the run that made a step directory. Raises CheckpointError: its manifest holds none."""
+    metadata = manifests.read(path).metadata
     try:
-        return from_dict(RunConfig, facts["run"])
+        return from_dict(RunConfig, metadata["run"])
     except KeyError as error:
         raise CheckpointError(f"{path}: its manifest does not describe a run ({error})") from error

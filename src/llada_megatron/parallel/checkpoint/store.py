@@ -4,7 +4,7 @@ Layout of a run's directory:
 
     step-00000100/              a checkpoint: *.distcp, .metadata, metadata.json, common.pt, manifest.json
     .step-00000200.partial-…/   one being written, or left by a killed run; swept by the next run's first save
-    latest                      name of the last checkpoint, for people and tools
+    latest                      name of the newest checkpoint
 
 Every method of CheckpointStore is collective: all ranks of the world group call it, and when it fails it fails on all
 of them with the same message.
@@ -25,8 +25,7 @@ from torch import distributed as dist
 
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, LladaError, ResourceError
 from llada_megatron.parallel.checkpoint import manifest as manifests
-from llada_megatron.parallel.checkpoint import safety
-from llada_megatron.parallel.checkpoint import saving_process as writing
+from llada_megatron.parallel.checkpoint import rank_writer, safety
 from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError, Manifest
 from llada_megatron.parallel.checkpoint.retention import Retention, remove
 from llada_megatron.parallel.collectives import agree, as_error, explain, on_rank_0, try_together
@@ -40,9 +39,9 @@ class _PendingSave:
 
     step: int
     directory: Path
-    facts: dict[str, Any]
-    plan: writing.WritePlan
-    process: writing.BackgroundWrite | None
+    metadata: dict[str, Any]
+    plan: rank_writer.WritePlan
+    process: rank_writer.BackgroundWrite | None
 
 
 class CheckpointStore:
@@ -57,25 +56,25 @@ class CheckpointStore:
         keep_every: int = 0,
         copies: str | Path | None = None,
     ) -> None:
-        """Nothing is touched before the first save: a reader may look into the directory of a run that is going on.
+        """Change nothing on the disk before the first save, so that the directory of a running training can be read.
 
         Args:
-            directory: where the step directories lie; made by the first save. Shared by all ranks.
-            keep_last: how many verified checkpoints stay (at least one).
-            asynchronous: write in the background where that is safe; otherwise a message says why not.
+            directory: where the step directories are; shared by all ranks, and made by the first save.
+            keep_last: how many verified checkpoints are kept (at least one).
+            asynchronous: write in the background; where that is impossible, a message says why.
             report: receives one-line messages, on rank 0 only; by default they go to stderr.
-            keep_every: those whose step is a multiple stay for ever; 0 = none do.
+            keep_every: checkpoints whose step is a multiple of this are never removed; 0 = there are none such.
             copies: a second directory of the same run's checkpoints, which `latest` looks into as well.
         """
         self.directory = Path(directory).absolute()
-        self.shelf = Retention(self.directory, max(1, keep_last), keep_every)
+        self.retention = Retention(self.directory, max(1, keep_last), keep_every)
         self.copies = Path(copies).absolute() if copies else None
-        self.spared: Collection[str] = ()
-        """Names of step directories that are being read, and stay for that time (of rank 0)."""
+        self.protected: Collection[str] = ()
+        """On rank 0: names of step directories that are being read and must not be removed."""
         self._report = report or (lambda text: print(text, file=sys.stderr, flush=True))
         self._pending: _PendingSave | None = None
         self._verified: Path | None = None
-        reason = writing.why_not_asynchronous() if asynchronous else None
+        reason = rank_writer.why_not_asynchronous() if asynchronous else None
         self._asynchronous = asynchronous and reason is None
         if reason:
             self._say(f"checkpoints are written synchronously: {reason}")
@@ -99,42 +98,43 @@ class CheckpointStore:
         self,
         step: int,
         sharded_state: dict[str, Any],
-        facts: Mapping[str, Any],
+        metadata: Mapping[str, Any],
         content_metadata: dict[str, Any] | None = None,
     ) -> None:
         """Write the checkpoint of `step`; an asynchronous one counts after a later `poll` or `finish`.
 
         Args:
             step: number of steps taken.
-            sharded_state: nested dictionaries of Megatron's ShardedTensor/ShardedObject and plain values; taken apart.
-            facts: what the manifest says of the run (JSON values): model, run, step, consumed_samples, layout, …
+            sharded_state: nested dictionaries of Megatron's ShardedTensor and ShardedObject and of plain values; not
+                usable afterwards.
+            metadata: what the manifest says of the run (JSON values): model, run, step, consumed_samples, layout, …
             content_metadata: how the state was sharded; found again under that key of the loaded state.
 
         Raises:
-            ResourceError: the disk is full (also before anything is written, when its free space does not suffice).
-            ConfigError: the directory is another one on some of the machines.
+            ResourceError: the disk is full, or its free space would not suffice; in this case nothing is written.
+            ConfigError: the directory is not the same one on all machines.
             CheckpointError: any other failure. Earlier checkpoints stay as they are.
         """
         self.finish()
-        directory = on_rank_0(lambda: self.shelf.make_partial(step))
+        directory = on_rank_0(lambda: self.retention.make_partial(step))
         try:
             seen = directory.is_dir()
             agree(None if seen else f"{directory.parent} is not the same directory on all machines", ConfigError)
             if content_metadata is not None:
                 sharded_state["content_metadata"] = content_metadata
             with safety.local_files():
-                planned = try_together("planning the checkpoint", lambda: writing.plan(sharded_state, directory))
+                planned = try_together("planning the checkpoint", lambda: rank_writer.plan(sharded_state, directory))
             self._require_space(planned.size)
         except LladaError:
             self._discard(directory)
             raise
-        process = writing.BackgroundWrite(planned) if self._asynchronous else None
-        self._pending = _PendingSave(step, directory, dict(facts), planned, process)
+        process = rank_writer.BackgroundWrite(planned) if self._asynchronous else None
+        self._pending = _PendingSave(step, directory, dict(metadata), planned, process)
         if process is None:
             self.finish()
 
     def poll(self) -> Path | None:
-        """Complete the pending save if every rank has written its part; the checkpoint's directory then, else None."""
+        """Complete the pending save if every rank has written its part; returns the checkpoint's directory, or None."""
         if self._pending is None or self._pending.process is None:
             return None
         done = torch.tensor(int(self._pending.process.done()))
@@ -142,7 +142,7 @@ class CheckpointStore:
         return self.finish() if done else None
 
     def finish(self) -> Path | None:
-        """Wait for the pending save and complete it; the checkpoint's directory, or None if there was none.
+        """Wait for the pending save and complete it; returns the checkpoint's directory, or None if there was none.
 
         Raises:
             ResourceError, CheckpointError: as `save`.
@@ -152,7 +152,7 @@ class CheckpointStore:
             return None
         self._verified = None  # the new directory may take the name of the verified one
         with safety.local_files():
-            mine = pending.process.wait() if pending.process else writing.write(pending.plan)
+            mine = pending.process.wait() if pending.process else rank_writer.write(pending.plan)
         parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(mine, parts)
         try:
@@ -176,8 +176,8 @@ class CheckpointStore:
 
         on_rank_0(check)
 
-    def _complete(self, pending: _PendingSave, parts: list[writing.WrittenFile]) -> Path:
-        """Rank 0: turn what the ranks wrote into a checkpoint, or say why it cannot be one."""
+    def _complete(self, pending: _PendingSave, parts: list[rank_writer.WriteResult]) -> Path:
+        """On rank 0: make a checkpoint of what the ranks wrote, or raise an error that says why that is impossible."""
         reason = next((f"rank {rank}: {part.error}" for rank, part in enumerate(parts) if part.error), None)
         try:
             if reason is None:
@@ -188,18 +188,18 @@ class CheckpointStore:
             f"the checkpoint of step {pending.step} could not be written ({reason}); earlier checkpoints are untouched"
         )
 
-    def _publish(self, pending: _PendingSave, parts: list[writing.WrittenFile]) -> Path:
+    def _publish(self, pending: _PendingSave, parts: list[rank_writer.WriteResult]) -> Path:
         """Complete the partial directory, verify it, and give it its name."""
         directory = pending.directory
         pending.plan.writer.finish(pending.plan.metadata, [part.results for part in parts])
         manifests.write_durably(directory / safety.COMMON, pending.plan.common)
         manifests.write_durably(directory / safety.CONFIG, safety.CONFIG_CONTENT)
-        files = {name: entry for part in parts for name, entry in part.files.items()}
+        files = {name: stated for part in parts for name, stated in part.files.items()}
         files |= {name: manifests.record(directory / name) for name in (safety.METADATA, safety.COMMON, safety.CONFIG)}
-        manifests.write(directory, Manifest(pending.facts, files))
+        manifests.write(directory, Manifest(pending.metadata, files))
         manifests.verify_sizes(directory, manifests.read(directory))
         manifests.sync_directory(directory)
-        return self.shelf.publish(directory, pending.step, self.spared)
+        return self.retention.publish(directory, pending.step, self.protected)
 
     def _discard(self, directory: Path) -> None:
         if dist.get_rank() == 0:
@@ -210,10 +210,10 @@ class CheckpointStore:
     def latest(self, thorough: bool = True) -> Path | None:
         """The newest checkpoint whose files are all whole, or None if there is none at all.
 
-        Those in the directory of copies count as well; of two of the same step the run's own comes first.
+        Those in the directory of copies count as well; of two of the same step, the run's own is preferred.
 
         Args:
-            thorough: read every byte of a candidate and compare (shared out over the ranks); otherwise sizes only.
+            thorough: compare every file with its SHA-256, each rank reading a share; otherwise compare sizes only.
 
         Raises:
             CheckpointError: there are checkpoints, and none is usable.
@@ -240,17 +240,17 @@ class CheckpointStore:
         own, copied = manifests.steps(self.directory), []
         try:
             copied = manifests.steps(self.copies) if self.copies else []
-        except OSError as error:  # storage that is away must not keep a run from its own checkpoints
+        except OSError as error:  # unavailable storage must not keep a run from its own checkpoints
             self._say(f"copies of checkpoints cannot be looked for: {explain(error)}")
         return sorted([*own, *copied], key=lambda found: -found[0])
 
-    def facts(self, path: str | Path) -> dict[str, Any]:
-        """What the manifest of a step directory says of its run; its files have the stated sizes.
+    def metadata(self, path: str | Path) -> dict[str, Any]:
+        """The metadata in the manifest of a step directory; its files are checked to have the stated sizes.
 
         Raises:
             DamagedCheckpointError, CheckpointError: as `load`.
         """
-        return self._manifest(Path(path).absolute()).facts
+        return self._manifest(Path(path).absolute()).metadata
 
     def load(
         self, path: str | Path, sharded_state: dict[str, Any], model: Mapping[str, Any] | None = None
@@ -259,11 +259,11 @@ class CheckpointStore:
 
         Args:
             path: a step directory of any run.
-            sharded_state: template as for `save`, under any parallel layout; may ask for a part of what was saved.
-            model: the run's model (JSON values); refused if the checkpoint's differs.
+            sharded_state: template as for `save`, under any parallel layout; may name only a part of what was saved.
+            model: the run's model (JSON values); a checkpoint of another model is refused.
 
         Returns:
-            (state, facts): `sharded_state` with values in place of its shards, and the manifest's facts.
+            (state, metadata): `sharded_state` with values in place of its shards, and the manifest's metadata.
 
         Raises:
             DamagedCheckpointError: incomplete, or bytes changed.
@@ -272,7 +272,7 @@ class CheckpointStore:
         path = Path(path).absolute()
         manifest = self._manifest(path)
         if model is not None:
-            manifests.require_model(path, manifest.facts, model)
+            manifests.require_model(path, manifest.metadata, model)
         if path != self._verified:
             self._verify(path, manifest)
         rank, world = dist.get_rank(), dist.get_world_size()
@@ -282,7 +282,7 @@ class CheckpointStore:
             with safety.guarded(path, manifest.files):
                 return dist_checkpointing.load(sharded_state, str(path))
 
-        return try_together(f"loading {path}", read), manifest.facts
+        return try_together(f"loading {path}", read), manifest.metadata
 
     def _manifest(self, path: Path) -> Manifest:
         def read() -> Manifest:
@@ -293,7 +293,7 @@ class CheckpointStore:
         return on_rank_0(read)
 
     def _verify(self, path: Path, manifest: Manifest) -> None:
-        """Compare every file with its SHA-256; the ranks share the files out, the largest first."""
+        """Compare every file with its SHA-256; the files are divided among the ranks, the largest first."""
         rank, world = dist.get_rank(), dist.get_world_size()
         by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
         faults = [manifests.verify_digest(path, name, manifest.files[name]) for name in by_size[rank::world]]

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def checkpoint_tokenizer(loaded: LoadedModel, path: str | None = None) -> Tokenizer:
-    """The tokenizer that a loaded checkpoint was trained with; see `find_tokenizer`."""
-    return find_tokenizer(loaded.path, loaded.facts, loaded.run.model, path)
+    """The tokenizer that a loaded checkpoint was trained with. Raises DataError as `find_tokenizer` does."""
+    return find_tokenizer(loaded.path, loaded.metadata, loaded.run.model, path)
 
 
 def find_tokenizer(step: Path, metadata: Mapping[str, Any], model: ModelConfig, path: str | None = None) -> Tokenizer:

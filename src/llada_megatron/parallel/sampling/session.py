@@ -225,7 +225,7 @@ def _tokenizer(loaded: LoadedModel, path: str | None) -> tuple[Tokenizer | None,
     """
     from llada_megatron.parallel.checkpoint.search import tokenizer_place
 
-    place = path or tokenizer_place(loaded.path, loaded.facts)
+    place = path or tokenizer_place(loaded.path, loaded.metadata)
     try:
         return checkpoint_tokenizer(loaded, path), ""
     except DataError as error:

@@ -47,7 +47,7 @@ class Saver:
         self._copies = self._open_copies()
         if self._copies is not None and resumed is not None:
             self._copies.catch_up(resumed)
-            self._spare()
+            self._protect_copied()
 
     def save(self, state: RunState) -> None:
         """Write a checkpoint of this step; a failure is reported.
@@ -69,7 +69,7 @@ class Saver:
             self._tolerate(self._poll_pending)
         if self._copies is not None:
             self._copies.poll()
-            self._spare()
+            self._protect_copied()
 
     def finish(self) -> None:
         """Wait for a save that is being written; a failure is reported.
@@ -129,7 +129,7 @@ class Saver:
         self._reporter.message(f"checkpoint of step {self._saving}: {self._seconds:.2f} s of training time")
         if self._copies is not None:
             self._copies.add(path)
-            self._spare()
+            self._protect_copied()
 
     def _tolerate(self, action: Callable[[], None]) -> None:
         try:
@@ -152,9 +152,9 @@ class Saver:
         settings = self._settings
         if settings.copy_to is None:
             return None
-        shelf = Retention(Path(settings.copy_to).absolute(), settings.keep_last, settings.keep_every)
-        return Copies(shelf, self._reporter.message)
+        retention = Retention(Path(settings.copy_to).absolute(), settings.keep_last, settings.keep_every)
+        return Copies(retention, self._reporter.message)
 
-    def _spare(self) -> None:
+    def _protect_copied(self) -> None:
         """What is being copied must not be removed."""
-        self._store.spared = self._copies.reading if self._copies is not None else ()
+        self._store.protected = self._copies.protected if self._copies is not None else ()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class RunState:
         """Write a checkpoint of this step (collective)."""
         model = model_state(self.chunks)
         store.save(
-            self.step, model | {"optimizer": optimizer_state(self.optimizer, model, loading=False)}, self._facts()
+            self.step, model | {"optimizer": optimizer_state(self.optimizer, model, loading=False)}, self._metadata()
         )
 
     def resume(self, store: CheckpointStore) -> Path | None:
@@ -79,39 +79,39 @@ class RunState:
         Raises:
             ConfigError, CheckpointError: as `resume`.
         """
-        saved = store.facts(path)
+        saved = store.metadata(path)
         require_model(path, saved, self.run.model)
         refuse_changed_run(path, saved, self.run)
         self._require_tokenizer(path, saved)
         model = model_state(self.chunks)
         template = model | {"optimizer": optimizer_state(self.optimizer, model, loading=True)}
-        state, facts = store.load(path, template)
+        state, metadata = store.load(path, template)
         load_model_state(self.chunks, state)
         load_optimizer_state(self.optimizer, state["optimizer"])
-        self.step = int(facts["step"])
-        self.objective.load_state(facts.get("objective", {}))
-        known, self.history = self.history.decisions, from_dict(History, facts.get("recovery", {}))
+        self.step = int(metadata["step"])
+        self.objective.load_state(metadata.get("objective", {}))
+        known, self.history = self.history.decisions, from_dict(History, metadata.get("recovery", {}))
         self.history.learn(known)
 
     def load_weights(self, store: CheckpointStore, path: Path) -> None:
         """Start from the weights of another run's step directory, with a fresh optimizer (collective)."""
-        require_model(path, store.facts(path), self.run.model, weights_only=True)
-        state, facts = store.load(path, model_state(self.chunks))
-        self._require_tokenizer(path, facts)
+        require_model(path, store.metadata(path), self.run.model, weights_only=True)
+        state, metadata = store.load(path, model_state(self.chunks))
+        self._require_tokenizer(path, metadata)
         load_model_state(self.chunks, state)
         self.optimizer.reload_model_params()
 
-    def _require_tokenizer(self, path: Path, facts: dict[str, Any]) -> None:
-        if facts["tokenizer"] is None:  # imported without tokenizer files
+    def _require_tokenizer(self, path: Path, metadata: dict[str, Any]) -> None:
+        if metadata["tokenizer"] is None:  # imported without tokenizer files
             return
-        saved, present = facts["tokenizer"]["sha256"], self.manifests[0].tokenizer.sha256
+        saved, present = metadata["tokenizer"]["sha256"], self.manifests[0].tokenizer.sha256
         if saved != present:
             raise CheckpointError(
                 f"{path} was trained on data prepared with another tokenizer ({saved[:12]}, not {present[:12]}); "
                 "prepare the data with the tokenizer of that run (llada prepare --tokenizer)"
             )
 
-    def _facts(self) -> dict[str, Any]:
+    def _metadata(self) -> dict[str, Any]:
         tokenizer = self.manifests[0].tokenizer
         return {
             "model": to_dict(self.run.model),
@@ -124,7 +124,7 @@ class RunState:
             "versions": {
                 "llada-megatron": __version__,
                 "torch": torch.__version__,
-                "megatron-core": metadata.version("megatron-core"),
+                "megatron-core": version("megatron-core"),
             },
             "tokenizer": {
                 "sha256": tokenizer.sha256,
@@ -142,7 +142,7 @@ def load_frozen(run: RunConfig, store: CheckpointStore, path: str) -> list[torch
     """
 
     def load(found: Path) -> list[torch.nn.Module]:
-        require_model(found, store.facts(found), run.model, weights_only=True)
+        require_model(found, store.metadata(found), run.model, weights_only=True)
         pattern = make_objective(run.objective).pattern(step=0)
         config = transformer_config(run.model, run.layout, run.training)
         chunks = build_chunks(run.model, run.layout, config, pattern, run.training.logits_chunk_mb)
@@ -152,13 +152,13 @@ def load_frozen(run: RunConfig, store: CheckpointStore, path: str) -> list[torch
     return first_whole(find_checkpoints(path), load, logging.getLogger(__name__).warning)
 
 
-def refuse_changed_run(path: Path, facts: dict[str, Any], run: RunConfig) -> None:
+def refuse_changed_run(path: Path, metadata: dict[str, Any], run: RunConfig) -> None:
     """Refuse to continue `path` under a configuration in which its step number means other samples.
 
     Raises:
         ConfigError: names each changed key, what it was and what it is.
     """
-    saved, present = facts["run"], to_dict(run)
+    saved, present = metadata["run"], to_dict(run)
     changes = [change for key in FROZEN for change in _changes(key, _at(saved, key), _at(present, key))]
     if changes:
         raise ConfigError(

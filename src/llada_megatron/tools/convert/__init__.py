@@ -1,4 +1,4 @@
-"""`llada convert`: checkpoints from and to the formats of Hugging Face, and what is in one."""
+"""`llada convert`: import and export Hugging Face checkpoints, compare two checkpoints, and show what is in one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import emit_json, message, size_text
+from llada_megatron.llada_moe.config.layout import LayoutConfig, data_parallel_for_experts
 from llada_megatron.llada_moe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20,
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One sub-command per direction, and two that look."""
+    """Add the actions: import, export, verify and inspect."""
     names = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     read = names.add_parser("import", help="a Hugging Face checkpoint to a sharded one")
     read.add_argument("source", metavar="HF_DIR", help="directory with config.json and *.safetensors")
@@ -62,16 +63,39 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parse_size(text: str) -> int:
-    """`5GB`, `500MB`, `2GiB` in bytes. Raises ConfigError."""
-    word = text.strip().upper()
-    unit = next((unit for unit in sorted(SIZE_UNITS, key=len, reverse=True) if word.endswith(unit)), "")
+    """Bytes that `5GB`, `500MB` or `2GiB` means. Raises ConfigError: the text is not a size."""
+    number = text.strip().upper()
+    unit = next((unit for unit in sorted(SIZE_UNITS, key=len, reverse=True) if number.endswith(unit)), "")
     try:
-        size = int(float(word.removesuffix(unit)) * SIZE_UNITS.get(unit, 1))
+        size = int(float(number.removesuffix(unit)) * SIZE_UNITS.get(unit, 1))
     except (ValueError, OverflowError):
         size = 0
     if size < 1:
         raise ConfigError(f"--shard-size {text}: a size such as 5GB, 500MB or 2GiB")
     return size
+
+
+AXES = ("tensor_parallel", "pipeline_parallel", "pipeline_chunks_per_rank", "expert_parallel", "expert_tensor_parallel")
+"""The axes of a layout that cut weights; the ranks of the others hold copies."""
+
+
+def parse_layout(text: str | None) -> LayoutConfig:
+    """The layout that `tensor_parallel=2,expert_parallel=4` means, with the data-parallel ranks that its experts need.
+
+    Raises:
+        ConfigError: an axis cuts no weights or is given twice, or a value is not a whole number from 1.
+    """
+    axes: dict[str, int] = {}
+    for setting in text.split(",") if text else ():
+        name, _, value = setting.strip().partition("=")
+        if name not in AXES or not value.isdecimal() or int(value) < 1:
+            raise ConfigError(f"--layout {setting}: it takes {', '.join(f'{axis}=N' for axis in AXES)}, with commas")
+        if name in axes:
+            raise ConfigError(f"--layout {text}: {name} twice")
+        axes[name] = int(value)
+    tensor = axes.get("tensor_parallel", 1)
+    data = data_parallel_for_experts(tensor, axes.get("expert_parallel", 1), axes.get("expert_tensor_parallel", 1))
+    return LayoutConfig(**axes, data_parallel=data, sequence_parallel=tensor > 1)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -82,7 +106,6 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 def _import(args: argparse.Namespace) -> int:
     from llada_megatron.tools.convert.importer import ImportOptions, import_checkpoint
-    from llada_megatron.tools.convert.target import parse_layout
     from llada_megatron.tools.convert.tasks import default_workers
 
     options = ImportOptions(
@@ -120,7 +143,7 @@ def _report(args: argparse.Namespace, summary: dict[str, Any], place: str) -> in
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from llada_megatron.tools.convert.source import open_source
+    from llada_megatron.tools.convert.inspector import open_source
     from llada_megatron.tools.convert.tasks import default_workers
     from llada_megatron.tools.convert.verifier import verify
 
@@ -149,8 +172,7 @@ def _text(path: str) -> str:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from llada_megatron.tools.convert.description import as_text, describe
-    from llada_megatron.tools.convert.source import open_source
+    from llada_megatron.tools.convert.inspector import as_text, describe, open_source
 
     source = open_source(Path(args.source))
     try:

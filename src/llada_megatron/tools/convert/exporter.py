@@ -1,4 +1,4 @@
-"""Which tensors of an export are in which file."""
+"""`llada convert export`: a directory that transformers loads, from a sharded checkpoint."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -25,31 +26,33 @@ from llada_megatron.llada_moe.huggingface.tokenizer_export import TokenizerFiles
 from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.parallel.checkpoint.manifest import write_durably
 from llada_megatron.parallel.checkpoint.search import find_checkpoints
-from llada_megatron.tools.convert.findings import parameters_by_dtype
 from llada_megatron.tools.convert.huggingface_source import CONFIG
 from llada_megatron.tools.convert.sharded_source import ShardedSource
-from llada_megatron.tools.convert.source import FILES, file_states, kept_dtype, require_unchanged
+from llada_megatron.tools.convert.source import kept_dtype, parameters_by_dtype
 from llada_megatron.tools.convert.tasks import ByteProgress, Task, TaskResult, run_tasks
-from llada_megatron.tools.convert.workspace import Workspace, begun_plan
+from llada_megatron.tools.convert.workspace import FILES, Workspace, file_states, unfinished_plan
 
 
 @dataclass
 class Shard:
-    """One file of the export: its tensors in order, and the units that fill them."""
+    """One safetensors file of the export."""
 
     mappings: list[Mapping] = field(default_factory=list)
+    """The units that fill it, in order."""
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
+    """dtype and shape by name, in order."""
     size: int = 0
+    """Bytes of the tensors."""
 
 
 def plan_shards(source: ShardedSource, table: Format, wanted: torch.dtype | None, shard_bytes: int) -> list[Shard]:
-    """The files to write: tensors in the order of the forward pass.
+    """The files to write, with the tensors in the order of the forward pass.
+
+    A file holds at most `shard_bytes` of tensors, unless a single tensor, or those that one unit fills, are larger:
+    these are not divided among files.
 
     Args:
-        wanted: dtype of the weights; None = as stored.
-
-    A file has at most `shard_bytes` of them. What is converted together stays together, tensors are not cut, and those
-    that are larger have a file to themselves.
+        wanted: dtype of the weights; None = as they are stored.
     """
     shards = [Shard()]
     for group in _whole_tensors(table, source):
@@ -67,7 +70,7 @@ def plan_shards(source: ShardedSource, table: Format, wanted: torch.dtype | None
 
 
 def size_notes(shards: list[Shard], shard_bytes: int) -> list[str]:
-    """A note on files that are larger than they should be."""
+    """A note if there are files larger than `shard_bytes`."""
     larger = [shard.size for shard in shards if shard.size > shard_bytes]
     if not larger:
         return []
@@ -79,7 +82,7 @@ def size_notes(shards: list[Shard], shard_bytes: int) -> list[str]:
 
 
 def _whole_tensors(table: Format, source: ShardedSource) -> Iterator[list[Mapping]]:
-    """The mappings, those of one large tensor's blocks of rows together."""
+    """The mappings in groups: one, or all those that fill one large tensor in blocks of rows."""
     group: list[Mapping] = []
     for mapping in mappings(table, source.model):
         if group and mapping.parts[0].start == 0:
@@ -91,29 +94,30 @@ def _whole_tensors(table: Format, source: ShardedSource) -> Iterator[list[Mappin
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """How to export."""
+    """Options of an export."""
 
     dtype: torch.dtype | None = None
-    """None = as stored."""
+    """dtype of the written weights; None = as they are stored."""
     shard_bytes: int = 5 * 10**9
+    """Most bytes of tensors per file."""
     tokenizer: Path | None = None
-    """None = where the checkpoint says it is."""
+    """Where the tokenizer is; None = where the checkpoint says."""
     workers: int = 1
 
 
 def export_checkpoint(path: Path, target: Path, options: ExportOptions) -> dict[str, Any]:
-    """Convert a sharded checkpoint to a Hugging Face directory `target`, with what is needed to load it there.
+    """Convert a sharded checkpoint to a Hugging Face directory `target`, with everything that is needed to load it.
 
     Returns:
-        a summary: format, tensors, parameters, bytes, the directory, notes.
+        a summary: name of the format, number of tensors and parameters, bytes, the directory, notes.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or its model has no published format.
-        ConfigError: a target that is not empty.
-        DataError: its tokenizer is none, or that of another model.
-        ResourceError: no space left; repeat the command once there is.
+        ConfigError: the target is not empty.
+        DataError: the tokenizer cannot be read, or is not the one that the checkpoint was trained with.
+        ResourceError: no space is left; the same command continues once there is some.
     """
-    source = ShardedSource(_begun(path, target) or path)
+    source = ShardedSource(_begun_from(path, target) or path)
     table = export_format(source.model)
     config = write_config(table, source.model)
     notes = source.require_whole()
@@ -142,33 +146,33 @@ def export_checkpoint(path: Path, target: Path, options: ExportOptions) -> dict[
 
 
 def _tokenizer(source: ShardedSource, options: ExportOptions) -> TokenizerFiles:
-    """The tokenizer's files. Raises DataError: not the one that the checkpoint was trained with."""
+    """The tokenizer's files. Raises DataError: it is not the one that the checkpoint was trained with."""
     path = options.tokenizer or source.tokenizer
     if path is not None and path.exists():
-        require_tokenizer(path, source.facts.get("tokenizer"), source.directory)
+        require_tokenizer(path, source.metadata.get("tokenizer"), source.directory)
     return tokenizer_files(path, source.model)
 
 
-def _begun(path: Path, target: Path) -> Path | None:
-    """The checkpoint of the run `path` that an unfinished export to `target` is of; newer ones may have come since."""
-    plan = begun_plan(target)
+def _begun_from(path: Path, target: Path) -> Path | None:
+    """The checkpoint of the run `path` that an unfinished export to `target` reads, if newer ones have come since."""
+    plan = unfinished_plan(target)
     if plan.get("direction") != "export":
         return None
     candidates = [candidate.absolute() for candidate in find_checkpoints(path)]
     begun = next((candidate for candidate in candidates[1:] if str(candidate) == plan["checkpoint"]), None)
     if begun is not None:
-        message(f"the unfinished export to {target} is of {begun.name}: this one too, though {path} has newer ones")
+        message(f"the unfinished export to {target} goes on with {begun.name}, although {path} has newer checkpoints")
     return begun
 
 
 def _plan(source: ShardedSource, tokenizer: TokenizerFiles, options: ExportOptions) -> dict[str, Any]:
-    """What decides the bytes of the output."""
+    """Everything that decides the bytes of the output; the keys are shown when an unfinished export differs."""
     return {
         "direction": "export",
         "checkpoint": str(source.directory),
-        FILES: file_states(_files(source)),
-        "checkpoint's digests": source.reader.digests,
-        "checkpoint's facts": source.facts,
+        FILES: file_states(source.files),
+        "checkpoint's digests": {name: stated.sha256 for name, stated in source.reader.manifest.files.items()},
+        "checkpoint's facts": source.metadata,
         "tokenizer": {name: hashlib.sha256(data).hexdigest() for name, data in tokenizer.files.items()},
         "--dtype": str(options.dtype),
         "--shard-size": options.shard_bytes,
@@ -176,37 +180,31 @@ def _plan(source: ShardedSource, tokenizer: TokenizerFiles, options: ExportOptio
     }
 
 
-def _files(source: ShardedSource) -> list[Path]:
-    return [source.directory / name for name in source.reader.digests]
-
-
 def _fill(workspace: Workspace, source: ShardedSource, shards: list[Shard], workers: int) -> None:
-    """The weights and their index."""
+    """Check the checkpoint's files, and write the weights and their index."""
     names = [shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [SINGLE_NAME]
 
-    def write(number: int) -> Task:
-        path, shard = workspace.output / names[number], shards[number]
-        return Task(number, lambda progress: _write_shard(path, shard, source, progress), writes=shard.size)
-
-    def check(number: int, name: str) -> Task:
-        reads = source.reader.sizes[name]
-        return Task(len(shards) + number, lambda progress: _check(name, source, progress), reads=reads)
-
-    # the check runs beside the writing, which waits for the disk; nothing gets its name before both are done
-    writes = [write(number) for number in range(len(shards))]
-    checks = [check(number, name) for number, name in enumerate(source.reader.digests)]
+    writes = [
+        Task(number, partial(_write_shard, workspace.output / name, shard, source), writes=shard.size)
+        for number, (name, shard) in enumerate(zip(names, shards, strict=True))
+    ]
+    checks = [
+        Task(number, partial(_check, name, source), reads=stated.size)
+        for number, (name, stated) in enumerate(source.reader.manifest.files.items(), start=len(shards))
+    ]
+    # files are checked while others are written, which waits for the disk; nothing is published before both are done
     both = [task for pair in zip_longest(writes, checks) for task in pair if task is not None]
     run_tasks(workspace, both, workers, "checking and exporting")
-    require_unchanged(workspace, _files(source))
+    workspace.require_unchanged(source.files)
     if len(shards) > 1:
         places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard.tensors}
         write_index(workspace.output, places, sum(shard.size for shard in shards))
 
 
 def _write_shard(path: Path, shard: Shard, source: ShardedSource, progress: ByteProgress) -> TaskResult:
-    """One task: one file."""
+    """One task: write one file of the export."""
     listed = [(name, dtype, shape) for name, (dtype, shape) in shard.tensors.items()]
     with ShardWriter(path, listed) as writer:
         for mapping in shard.mappings:
@@ -218,28 +216,28 @@ def _write_shard(path: Path, shard: Shard, source: ShardedSource, progress: Byte
 
 
 def _check(name: str, source: ShardedSource, progress: ByteProgress) -> TaskResult:
-    """One task: one file of the checkpoint holds what was written."""
+    """One task: check that a file of the checkpoint holds the bytes that were written."""
     source.reader.verify(name, progress.advance)
     return TaskResult()
 
 
 def _main_dtype(shards: list[Shard]) -> str:
     """The dtype of most parameters, as `config.json` names it."""
-    counts = parameters_by_dtype(entry for shard in shards for entry in shard.tensors.values())
+    counts = parameters_by_dtype(tensor for shard in shards for tensor in shard.tensors.values())
     return max(counts, key=lambda dtype: counts[dtype])
 
 
 def _write_rest(
     output: Path, source: ShardedSource, table: Format, config: dict[str, Any], tokenizer: TokenizerFiles
 ) -> None:
-    """Everything but the weights. The configuration comes last: without it nothing loads."""
+    """Write everything but the weights. The configuration is written last, because nothing loads without it."""
     assert table.exports is not None
     for file in modeling_files(table.exports.folder):
         write_durably(output / file.name, file.read_bytes())
     for name, data in tokenizer.files.items():
         write_durably(output / name, data)
     write_durably(output / "generation_config.json", _json(generation_config(source.model)))
-    write_durably(output / "README.md", model_card(source.model, table, source.facts, tokenizer.loadable).encode())
+    write_durably(output / "README.md", model_card(source.model, table, source.metadata, tokenizer.loadable).encode())
     write_durably(output / CONFIG, _json(dict(sorted(config.items()))))
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer's files of an imported checkpoint, which are kept unchanged."""
+"""A Hugging Face directory as a source of canonical weights, and the tokenizer's files that an import keeps."""
 
 from __future__ import annotations
 
@@ -24,33 +24,32 @@ from llada_megatron.llada_moe.huggingface.formats import find_format
 from llada_megatron.llada_moe.huggingface.formats.table import Format, normalized, read_config
 from llada_megatron.llada_moe.huggingface.mapping import Mapping, mappings, merge
 from llada_megatron.llada_moe.huggingface.safetensors_reader import TensorDirectory, pickles
-from llada_megatron.llada_moe.huggingface.tokenizer_export import find_tokenizer_files
+from llada_megatron.llada_moe.huggingface.tokenizer_export import code_notes, find_tokenizer_files
 from llada_megatron.llada_moe.huggingface.weights import Unit
 from llada_megatron.parallel.checkpoint.manifest import sync_directory, write_durably
-from llada_megatron.tools.convert.findings import Findings, is_padding, parameters_by_dtype, require_comparable
+from llada_megatron.tools.convert.source import Findings, is_padding, parameters_by_dtype, require_comparable
 
 
 @dataclass(frozen=True)
 class KeptTokenizer:
-    """Files by name, and what they load as; None where there are none, or none that can be used."""
+    """The tokenizer in a checkpoint's directory, whose files an import keeps unchanged."""
 
     files: dict[str, bytes]
+    """Name and content; empty if there is no tokenizer."""
     loaded: Tokenizer | None
+    """None if there is no tokenizer, or its files cannot be used."""
+    notes: list[str]
+    """What the user should know, a sentence each."""
 
-    @property
-    def digests(self) -> dict[str, str]:
-        """SHA-256 by name."""
-        return {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
-
-    def facts(self, folder: Path) -> dict[str, Any] | None:
-        """What a checkpoint says of it that has it in `folder`."""
+    def metadata(self, folder: Path) -> dict[str, Any] | None:
+        """What the manifest of a checkpoint says of it, once it is in `folder`."""
         if self.loaded is None:
             return None
         path = folder / self.loaded.path.name
         return {"sha256": self.loaded.sha256, "vocab_size": self.loaded.vocab_size, "path": str(path)}
 
     def write(self, folder: Path) -> None:
-        """Make `folder` and the files in it, durably, unless there are none."""
+        """Write the files into `folder`, which is made if there are any, and wait until the storage holds them."""
         if self.files:
             folder.mkdir(exist_ok=True)
             for name, data in self.files.items():
@@ -59,14 +58,21 @@ class KeptTokenizer:
 
 
 def keep_tokenizer(directory: Path) -> KeptTokenizer:
-    """Read the files of the tokenizer in a checkpoint's directory, and say so if they cannot be used."""
+    """Read the files of the tokenizer in a checkpoint's directory. A message says so if they cannot be used.
+
+    Raises:
+        DataError: one is a link that leads out of the directory.
+    """
     files = {path.name: path.read_bytes() for path in find_tokenizer_files(directory)}
     try:
         loaded = load_tokenizer(directory) if files else None
     except DataError as error:
         message(f"the tokenizer's files are kept but cannot be used: {error}")
         loaded = None
-    return KeptTokenizer(files, loaded)
+    notes = code_notes(directory)
+    if not files:
+        notes.append("no tokenizer files in it: sampling and export will need one (--tokenizer)")
+    return KeptTokenizer(files, loaded, notes)
 
 
 CONFIG = "config.json"
@@ -75,17 +81,18 @@ USABLE_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class HuggingFaceSource:
-    """One directory with `config.json` and safetensors files. Nothing in it is executed."""
+    """A directory with `config.json` and safetensors files. Nothing in it is executed."""
 
     def __init__(self, directory: Path, mask_token_id: int | None = None, require_mask: bool = True) -> None:
         """Read the configuration and the headers of the weights.
 
         Args:
-            mask_token_id: takes the place of the configuration's.
-            require_mask: refuse an autoregressive model's configuration, which names none, without `mask_token_id`.
+            mask_token_id: replaces that of the configuration.
+            require_mask: refuse a configuration that names no mask token (those of autoregressive models do not) if
+                `mask_token_id` is not given.
 
         Raises:
-            CheckpointError: no or an unknown configuration, or files that are missing or damaged.
+            CheckpointError: the configuration is missing or of an unknown format, or files are missing or damaged.
             ConfigError: `mask_token_id` is outside the vocabulary, or ends texts.
         """
         self.directory = Path(directory)
@@ -94,7 +101,7 @@ class HuggingFaceSource:
         self.format: Format = find_format(self.config, file)
         self._mask_is_missing = mask_token_id is None and self.format.needs_mask(self.config)
         if mask_token_id is not None or (self._mask_is_missing and not require_mask):
-            # any will do, where no token is masked or the option's follows
+            # a placeholder: no token is masked, or the option replaces it below
             self.config["mask_token_id"] = 0 if normalized(self.config).get("eos_token_id") else 1
         self.model: ModelConfig = read_config(self.format, self.config, file)
         if mask_token_id is not None:
@@ -107,7 +114,7 @@ class HuggingFaceSource:
 
     @property
     def objective(self) -> ObjectiveConfig:
-        """What the checkpoints of its format were trained with."""
+        """The objective that checkpoints of its format were trained with."""
         kind = "autoregressive" if self.format.autoregressive else "diffusion"
         moe, block = self.model.moe, self.format.block_size
         if moe is not None and moe.expert_capacity > 0:
@@ -116,21 +123,21 @@ class HuggingFaceSource:
 
     @property
     def kind(self) -> str:
-        """For people."""
+        """What kind of checkpoint it is, in words."""
         return f"Hugging Face, {self.format.title}"
 
     @property
     def tokenizer(self) -> Path | None:
-        """The directory, if it has tokenizer files."""
+        """The directory, if it has tokenizer files, else None."""
         return self.directory if find_tokenizer_files(self.directory) else None
 
     def details(self) -> dict[str, Any]:
-        """Files, bytes and history."""
+        """`files` (a number), `bytes`, and `history` (name and value of what is known of its origin)."""
         history = {"mask token": "none; an import needs --mask-token-id"} if self._mask_is_missing else {}
         return {"files": len(self.tensors.files), "bytes": self.tensors.bytes, "history": history}
 
     def compare(self) -> Findings:
-        """What is missing, too much, or of another shape than the configuration says."""
+        """Compare its tensors with those that the configuration describes: missing, too many, of another shape."""
         found = dict(self.tensors.tensors)
         result = Findings()
         padded: dict[str, int] = {}
@@ -160,19 +167,19 @@ class HuggingFaceSource:
         return result
 
     def require_whole(self) -> list[str]:
-        """Notes on what is left out on purpose. Raises CheckpointError: the tensors are not those of the model."""
+        """Return notes on what is ignored. Raises CheckpointError: the tensors are not those of the model."""
         return self.compare().require_none(self.directory, f"the {self.format.title} that its {CONFIG} describes")
 
     def dtypes(self) -> dict[str, int]:
-        """Parameters by dtype, as torch names it."""
+        """Number of parameters of each dtype, as torch names it."""
         return parameters_by_dtype((info.dtype, info.shape) for info in self.tensors.tensors.values())
 
     def dtype(self, unit: Unit) -> torch.dtype:
-        """As stored."""
+        """The dtype in which the unit is stored."""
         return self.tensors.tensors[self._by_unit[unit].parts[0].name].dtype
 
     def read(self, unit: Unit, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The unit's tensor, as stored or in `dtype`."""
+        """The tensor of the unit, in `dtype` or as it is stored."""
         parts = [self.tensors.read(part.name, part.start, part.stop) for part in self._by_unit[unit].parts]
         if dtype is not None:
             parts = [part.to(dtype) for part in parts]
@@ -183,7 +190,7 @@ class HuggingFaceSource:
         self.tensors.close()
 
     def _compare_tied(self, result: Findings) -> None:
-        """An output layer that is stored though it is the embedding: a note if it is the same, else a fault."""
+        """Note an output layer that is stored although it is the embedding; if it differs, it is a fault."""
         (embedding,), (output,) = self.format.names[weights.EMBEDDING], self.format.names[weights.OUTPUT]
         if not self.model.tie_embeddings or output not in result.extra:
             return
@@ -205,7 +212,7 @@ class HuggingFaceSource:
 
 
 def _with_mask(model: ModelConfig, mask_token_id: int) -> ModelConfig:
-    """The model with the mask token of the command line. Raises ConfigError."""
+    """The model with the mask token of the command line. Raises ConfigError: that token cannot be the mask."""
     model = dataclasses.replace(model, mask_token_id=mask_token_id)
     try:
         validate_model(model)

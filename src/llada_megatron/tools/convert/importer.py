@@ -1,9 +1,12 @@
-"""From a Hugging Face checkpoint to a sharded one, unit by unit."""
+"""`llada convert import`: a sharded checkpoint from a Hugging Face one, unit by unit."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +15,15 @@ import torch
 from llada_megatron import __version__
 from llada_megatron.llada_moe.config import dump_yaml, to_dict
 from llada_megatron.llada_moe.config.data import DataConfig
-from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig, check_layout
 from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
-from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.hub_cache import repository_name
-from llada_megatron.llada_moe.huggingface.tokenizer_export import code_notes
 from llada_megatron.llada_moe.huggingface.weights import Unit
-from llada_megatron.parallel.checkpoint.conversion.placement import pieces
+from llada_megatron.parallel.checkpoint.conversion.placement import rank_shards
 from llada_megatron.parallel.checkpoint.conversion.shard_writer import TaskWriter, finalize
 from llada_megatron.parallel.checkpoint.manifest import step_name, write_durably
 from llada_megatron.parallel.checkpoint.search import TOKENIZER
@@ -31,20 +33,12 @@ from llada_megatron.tools.convert.huggingface_source import (
     KeptTokenizer,
     keep_tokenizer,
 )
-from llada_megatron.tools.convert.source import (
-    FILES,
-    batches,
-    file_states,
-    kept_dtype,
-    require_unchanged,
-    unit_elements,
-)
-from llada_megatron.tools.convert.target import require_layout
+from llada_megatron.tools.convert.source import kept_dtype
 from llada_megatron.tools.convert.tasks import ByteProgress, Task, TaskResult, run_tasks, workers_for_files
-from llada_megatron.tools.convert.workspace import Workspace
+from llada_megatron.tools.convert.workspace import FILES, Workspace, file_states
 
 TASK_BYTES = 2**30
-"""About what one task converts; an interrupted conversion repeats at most this much per worker."""
+"""About how much one task converts; after an interruption at most this much is repeated for each worker."""
 
 STEP = Path("checkpoints") / step_name(0)
 
@@ -53,11 +47,11 @@ MODEL_FILE = "model.yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """How to import."""
+    """Options of an import."""
 
     layout: LayoutConfig
     dtype: torch.dtype | None = None
-    """None = as stored."""
+    """dtype of the written weights; None = as they are stored."""
     mask_token_id: int | None = None
     workers: int = 1
 
@@ -66,13 +60,13 @@ def import_checkpoint(directory: Path, target: Path, options: ImportOptions) -> 
     """Convert the checkpoint in `directory` to a sharded one in `target`.
 
     Returns:
-        a summary: format, tensors, parameters, bytes, where the checkpoint is, notes.
+        a summary: name of the format, number of tensors and parameters, bytes, path of the checkpoint, notes.
 
     Raises:
-        CheckpointError: the source is incomplete, damaged, or of a kind that is not known.
-        ConfigError: a layout that does not fit, or a target that is not empty.
-        DataError: a file of its tokenizer is a link that leads out of it.
-        ResourceError: no space left; repeat the command once there is.
+        CheckpointError: the source is incomplete, damaged, or of an unknown format.
+        ConfigError: the model cannot be cut for the layout, or the target is not empty.
+        DataError: a file of the tokenizer is a link that leads out of the directory.
+        ResourceError: no space is left; the same command continues once there is some.
     """
     tokenizer = keep_tokenizer(directory)
     source = HuggingFaceSource(directory, options.mask_token_id)
@@ -80,30 +74,27 @@ def import_checkpoint(directory: Path, target: Path, options: ImportOptions) -> 
         notes = source.require_whole()
         dtypes = _dtypes(source, options.dtype)
         run = _run(source, options.layout, dtypes)
-        require_layout(run)
+        _require_layout(run)
         with Workspace(target, _plan(source, tokenizer, options)) as workspace:
             if not workspace.complete:
                 _fill(workspace, source, tokenizer, run, dtypes, options.workers)
             workspace.publish()
     finally:
         source.close()
-    notes += code_notes(directory)
-    if not tokenizer.files:
-        notes.append("no tokenizer files in it: sampling and export will need one (--tokenizer)")
     return {
         "format": source.format.name,
         "checkpoint": str(target / STEP),
         "tensors": len({part.name for mapping in source.mappings for part in mapping.parts}),
-        "parameters": sum(unit_elements(unit) for unit in dtypes),
-        "bytes": sum(unit_elements(unit) * dtype.itemsize for unit, dtype in dtypes.items()),
-        "notes": notes,
+        "parameters": sum(unit.elements for unit in dtypes),
+        "bytes": sum(unit.elements * dtype.itemsize for unit, dtype in dtypes.items()),
+        "notes": notes + tokenizer.notes,
     }
 
 
 def _dtypes(source: HuggingFaceSource, wanted: torch.dtype | None) -> dict[Unit, torch.dtype]:
-    """The dtype of each unit. Raises CheckpointError for one that a model cannot be trained or run in."""
+    """The dtype to write each unit in. Raises CheckpointError: no model can be trained or run in one of them."""
     found: dict[Unit, torch.dtype] = {}
-    of_weight: dict[str, tuple[torch.dtype, str]] = {}
+    by_weight: dict[str, tuple[torch.dtype, str]] = {}
     for mapping in source.mappings:
         key = mapping.unit.weight.key
         for part in mapping.parts:
@@ -114,18 +105,32 @@ def _dtypes(source: HuggingFaceSource, wanted: torch.dtype | None) -> dict[Unit,
                     f"{source.directory}: {part.name} is {stored}; bfloat16 and float32 are kept as they are, "
                     "float16 and float64 are converted with --dtype bf16 or fp32, quantised weights are not read"
                 )
-            first, name = of_weight.setdefault(key, (dtype, part.name))
+            first, name = by_weight.setdefault(key, (dtype, part.name))
             if dtype is not first:
                 raise CheckpointError(
                     f"{source.directory}: {name} is {first} and {part.name} is {dtype}, but both become parts of "
                     f"{key}: give --dtype bf16 or fp32"
                 )
-        found[mapping.unit] = of_weight[key][0]
+        found[mapping.unit] = by_weight[key][0]
     return found
 
 
+def _batches(dtypes: dict[Unit, torch.dtype], size: int) -> Iterator[tuple[list[Unit], int]]:
+    """The units in batches of about `size` bytes, each with its size in bytes."""
+    batch: list[Unit] = []
+    total = 0
+    for unit, dtype in dtypes.items():
+        batch.append(unit)
+        total += unit.elements * dtype.itemsize
+        if total >= size:
+            yield batch, total
+            batch, total = [], 0
+    if batch:
+        yield batch, total
+
+
 def _run(source: HuggingFaceSource, layout: LayoutConfig, dtypes: dict[Unit, torch.dtype]) -> RunConfig:
-    """The run of no steps that the checkpoint stands for."""
+    """The configuration of a run of no steps, which the manifest of the checkpoint describes."""
     projection = next(dtype for unit, dtype in dtypes.items() if unit.weight.pattern == weights.QKV)
     return RunConfig(
         model=source.model,
@@ -143,14 +148,22 @@ def _run(source: HuggingFaceSource, layout: LayoutConfig, dtypes: dict[Unit, tor
     )
 
 
+def _require_layout(run: RunConfig) -> None:
+    """Raises ConfigError, with every reason, if the model cannot be cut for the layout."""
+    reasons: list[str] = []
+    check_layout(run.model, run.layout, lambda key, reason: reasons.append(f"{key.removeprefix('layout.')}: {reason}"))
+    if reasons:
+        raise ConfigError(f"--layout: {'; '.join(reasons)}")
+
+
 def _plan(source: HuggingFaceSource, tokenizer: KeptTokenizer, options: ImportOptions) -> dict[str, Any]:
-    """What decides the bytes of the output."""
+    """Everything that decides the bytes of the output; the keys are shown when an unfinished import differs."""
     return {
         "direction": "import",
         "source": str(source.directory.resolve()),
         FILES: file_states(source.tensors.files),
         "source's configuration": source.config_sha256,
-        "source's tokenizer": tokenizer.digests,
+        "source's tokenizer": {name: hashlib.sha256(data).hexdigest() for name, data in tokenizer.files.items()},
         "--layout": to_dict(options.layout),
         "--dtype": str(options.dtype),
         "--mask-token-id": options.mask_token_id,
@@ -166,20 +179,20 @@ def _fill(
     dtypes: dict[Unit, torch.dtype],
     workers: int,
 ) -> None:
-    """Everything the target holds."""
+    """Convert the weights, and write everything else that the target holds; the manifest is last."""
     step = workspace.output / STEP
     step.mkdir(parents=True, exist_ok=True)
 
-    def task(number: int, batch: list[Unit], size: int) -> Task:
-        return Task(number, lambda progress: _convert(step, number, batch, source, run, dtypes, progress), writes=size)
-
     workers = workers_for_files(workers, run.layout.world_size, len(source.tensors.files))
-    tasks = [task(number, *batch) for number, batch in enumerate(batches(dtypes, dtypes, TASK_BYTES))]
+    tasks = [
+        Task(number, partial(_convert, step, number, batch, source, run, dtypes), writes=size)
+        for number, (batch, size) in enumerate(_batches(dtypes, TASK_BYTES))
+    ]
     records = run_tasks(workspace, tasks, workers, "importing")
-    require_unchanged(workspace, source.tensors.files)
+    workspace.require_unchanged(source.tensors.files)
     write_durably(workspace.output / MODEL_FILE, dump_yaml(run.model).encode())
     tokenizer.write(workspace.output / TOKENIZER)
-    finalize(step, records, _facts(source, run) | {"tokenizer": tokenizer.facts(workspace.target / TOKENIZER)})
+    finalize(step, records, _metadata(source, run) | {"tokenizer": tokenizer.metadata(workspace.target / TOKENIZER)})
 
 
 def _convert(
@@ -191,15 +204,15 @@ def _convert(
     dtypes: dict[Unit, torch.dtype],
     progress: ByteProgress,
 ) -> TaskResult:
-    """One task: read each unit once and give each rank its part."""
+    """One task: read each unit of the batch once, and write the shard of each rank."""
     writer = TaskWriter(step, number)
     try:
         for unit in batch:
             tensor = source.read(unit, dtypes[unit])
             weight = unit.weight
             rows = unit.stop - unit.start
-            for piece in pieces(run.model, run.layout, weight.key, unit.index, unit.start, rows):
-                writer.append(piece.rank, weight.key, weight.global_shape, piece.offsets, tensor[piece.slices])
+            for shard in rank_shards(run.model, run.layout, weight.key, unit.index, unit.start, rows):
+                writer.append(shard.rank, weight.key, weight.global_shape, shard.offsets, tensor[shard.slices])
             progress.advance(tensor.nbytes)
         record = writer.close()
         return TaskResult(record, tuple(step / name for name in record["files"]))
@@ -207,8 +220,8 @@ def _convert(
         writer.discard()
 
 
-def _facts(source: HuggingFaceSource, run: RunConfig) -> dict[str, Any]:
-    """What the manifest says, but for the tokenizer."""
+def _metadata(source: HuggingFaceSource, run: RunConfig) -> dict[str, Any]:
+    """What the manifest says of the run, except for the tokenizer."""
     return {
         "model": to_dict(run.model),
         "run": to_dict(run),
@@ -218,7 +231,7 @@ def _facts(source: HuggingFaceSource, run: RunConfig) -> dict[str, Any]:
         "versions": {
             "llada-megatron": __version__,
             "torch": torch.__version__,
-            "megatron-core": metadata.version("megatron-core"),
+            "megatron-core": version("megatron-core"),
         },
         "imported": {
             "format": source.format.name,

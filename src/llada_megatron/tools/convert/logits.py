@@ -1,4 +1,4 @@
-"""The logits of checkpoints of either kind on a text, computed by our model in float32, and how two compare."""
+"""The logits of two checkpoints on a text, computed by this project's model in float32, and how they compare."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ TEXT = """\
 It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. \
 学而时习之，不亦说乎？ def gcd(a, b): return a if b == 0 else gcd(b, a % b)  # 1071 and 462 have 21.
 """
-"""Dickens, Confucius, Euclid: words, another script, code and numbers."""
+"""English, another script, code and numbers (Dickens, Confucius, Euclid's algorithm)."""
 
 _MASKED_EVERY = 6
+"""Every so many tokens of the text are masked for one."""
 
 _LONGEST = 256
+"""Most tokens of the text."""
 
 
 def missing_memory(model: ModelConfig) -> str | None:
-    """Why the model cannot be run on this machine, or None."""
+    """Why the model cannot be run in the free memory of this machine, or None if it can."""
     needed, free = 4 * count_parameters(model).total, psutil.virtual_memory().available
     if needed * 1.1 > free:
         return f"in float32 the model takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free"
@@ -41,7 +43,7 @@ def missing_memory(model: ModelConfig) -> str | None:
 
 
 def token_ids(a: CheckpointSource, b: CheckpointSource, text: str | None) -> tuple[torch.Tensor, str]:
-    """`[1, seq]` ids of the text, every sixth masked for a model of masks; and what they are.
+    """Token ids of the text, `[1, seq]`, every sixth masked for a diffusion model; and what they are, in words.
 
     Args:
         text: None = a few sentences.
@@ -59,20 +61,20 @@ def logits(
     """Logits `[seq, vocab]` of `tokens` `[1, seq]`, float32, with the attention of `objective`.
 
     Args:
-        show: told how many bytes of weights were read.
+        show: called with the bytes of each weight that is read.
     """
     device.install()
     from llada_megatron.parallel.checkpoint.loaded_model import open_weights
 
-    by_place: dict[tuple[str, tuple[int, ...]], list[Unit]] = {}
+    by_weight: dict[tuple[str, tuple[int, ...]], list[Unit]] = {}
     for unit in units(source.model):
-        by_place.setdefault((unit.weight.key, unit.index), []).append(unit)
-    met: set[tuple[str, tuple[int, ...]]] = set()
+        by_weight.setdefault((unit.weight.key, unit.index), []).append(unit)
+    counted: set[tuple[str, tuple[int, ...]]] = set()
 
     def read(key: str, index: tuple[int, ...]) -> torch.Tensor:
-        blocks = by_place[key, index]
-        if (key, index) not in met:  # gate and up are asked for one after the other
-            met.add((key, index))
+        blocks = by_weight[key, index]
+        if (key, index) not in counted:  # gate and up are read one after the other
+            counted.add((key, index))
             show(sum(unit_bytes(source, unit) for unit in blocks))
         return torch.cat([source.read(unit, torch.float32) for unit in blocks])
 
@@ -84,7 +86,7 @@ def logits(
 
 
 def _encode(a: CheckpointSource, b: CheckpointSource, text: str | None) -> tuple[list[int], str]:
-    """Ids, and in words what they are."""
+    """Ids of the text, or drawn ones if neither tokenizer can be used; and what they are, in words."""
     obstacles = []
     for source in (a, b):
         if source.tokenizer is not None:
@@ -99,7 +101,7 @@ def _encode(a: CheckpointSource, b: CheckpointSource, text: str | None) -> tuple
 
 
 def _ids(tokenizer: Path, text: str, vocabulary: int) -> list[int] | str:
-    """Of the text, or why there are none."""
+    """Ids of the text, or the reason why this tokenizer gives none."""
     try:
         ids = load_tokenizer(tokenizer).encode(text)
     except LladaError as error:
@@ -112,20 +114,20 @@ def _ids(tokenizer: Path, text: str, vocabulary: int) -> list[int] | str:
 
 
 ROUNDING = 1e-6
-"""Of the largest logit: a float32 product of equal matrices may differ by it, with where they lie in memory."""
+"""Share of the largest logit by which float32 products of equal matrices may differ, depending on their alignment."""
 
 
 def compare_logits(a: CheckpointSource, b: CheckpointSource, text: str | None, tolerance: float) -> dict[str, Any]:
-    """How the logits of both compare.
+    """Compare the logits of both checkpoints.
 
     Args:
         text: None = a few sentences.
-        tolerance: largest absolute difference that counts as equal, beside that of rounding.
+        tolerance: largest absolute difference that counts as equal; the error of rounding counts as equal in any case.
 
     Returns:
         JSON values: whether they were `compared`, or else why `not_compared`; whether they are `equal`; the `largest`
-        difference, null where only one of two is a number; the `first_position` that differs, its `token`, and
-        `apart_there`; what the logits of the first `reach`; what they were computed `on`.
+        difference, null if one of the two is not a number; the `first_position` that differs, its `token`, and the
+        difference there (`apart_there`); the largest logit of the first (`reach`); what they were computed `on`.
     """
     obstacle = missing_memory(a.model)
     if obstacle:
@@ -155,22 +157,22 @@ def compare_logits(a: CheckpointSource, b: CheckpointSource, text: str | None, t
 
 
 def as_line(found: dict[str, Any]) -> str:
-    """The same for people."""
+    """A result of `compare_logits` as a line of text."""
     if not found["compared"]:
         return f"logits: not compared: {found['not_compared']}"
-    largest, reach = _words(found["largest"]), f"logits reach {found['reach']:.3g}"
+    largest, reach = _text(found["largest"]), f"logits reach {found['reach']:.3g}"
     if found["equal"]:
         return f"logits: equal on {found['on']} (largest difference {largest}, {reach})"
     return (
         f"logits: on {found['on']} they differ by up to {largest}, first at position {found['first_position']} (token "
-        f"{found['token']}, by {_words(found['apart_there'])}); {reach}"
+        f"{found['token']}, by {_text(found['apart_there'])}); {reach}"
     )
 
 
 def _number(value: float) -> float | None:
-    """JSON has no others."""
+    """The value, or None if it is not finite, which JSON cannot hold."""
     return value if math.isfinite(value) else None
 
 
-def _words(value: float | None) -> str:
+def _text(value: float | None) -> str:
     return "nan" if value is None else f"{value:.3g}"

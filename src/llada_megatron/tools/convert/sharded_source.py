@@ -1,4 +1,4 @@
-"""A sharded checkpoint as a source of canonical weights: what it is, and whether it is whole."""
+"""A sharded checkpoint as a source of canonical weights."""
 
 from __future__ import annotations
 
@@ -17,60 +17,64 @@ from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.weights import Unit, canonical_weights
 from llada_megatron.parallel.checkpoint.conversion.shard_reader import ShardedReader
 from llada_megatron.parallel.checkpoint.search import find_checkpoints, first_whole, tokenizer_place
-from llada_megatron.tools.convert.findings import Findings, is_padding, parameters_by_dtype
+from llada_megatron.tools.convert.source import Findings, is_padding, parameters_by_dtype
 
 
 class ShardedSource:
-    """One step directory, whatever layout wrote it."""
+    """A step directory, whatever layout wrote it."""
 
     def __init__(self, path: Path) -> None:
         """Open a step directory, or the newest whole one of a run.
 
         Raises:
-            CheckpointError: there is none, or it does not say what model it holds.
+            CheckpointError: there is none, or its manifest does not say what model it holds.
         """
         self.reader = first_whole(find_checkpoints(path), ShardedReader, message)
         self.directory = self.reader.directory
+        self.metadata: dict[str, Any] = self.reader.manifest.metadata
         try:
-            self.run: RunConfig = from_dict(RunConfig, self.facts["run"])
-            self.model: ModelConfig = from_dict(ModelConfig, self.facts["model"])
+            self.run: RunConfig = from_dict(RunConfig, self.metadata["run"])
+            self.model: ModelConfig = from_dict(ModelConfig, self.metadata["model"])
         except KeyError as error:
             raise CheckpointError(f"{self.directory}: its manifest does not say {error}") from None
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What its manifest says."""
-        return self.reader.facts
+    def files(self) -> list[Path]:
+        """Its files, without the manifest."""
+        return [self.directory / name for name in self.reader.manifest.files]
 
     @property
     def objective(self) -> ObjectiveConfig:
-        """Of the run that made it."""
+        """The objective of the run that made it."""
         return self.run.objective
 
     @property
     def kind(self) -> str:
-        """For people."""
-        return f"sharded, step {self.facts['step']:,}"
+        """What kind of checkpoint it is, in words."""
+        return f"sharded, step {self.metadata['step']:,}"
 
     @property
     def tokenizer(self) -> Path | None:
         """The folder that an import keeps beside the checkpoints, or the file that the training used."""
-        place = tokenizer_place(self.directory, self.facts)
+        place = tokenizer_place(self.directory, self.metadata)
         return place if place is not None and place.exists() else None
 
     def details(self) -> dict[str, Any]:
-        """Files, bytes and history."""
-        layout = {axis: size for axis, size in self.facts["layout"].items() if axis.endswith("parallel") and size > 1}
+        """`files` (a number), `bytes`, and `history` (name and value of what is known of its origin)."""
+        layout = self.metadata["layout"].items()
+        axes = [f"{axis} {size}" for axis, size in layout if axis.endswith("parallel") and size > 1]
         history = {
-            "layout": ", ".join(f"{axis} {size}" for axis, size in layout.items()) or "one rank",
-            "samples seen": f"{self.facts['consumed_samples']:,}",
+            "layout": ", ".join(axes) or "one rank",
+            "samples seen": f"{self.metadata['consumed_samples']:,}",
         }
-        if "imported" in self.facts:
-            history["imported from"] = f"{self.facts['imported']['from']} ({self.facts['imported']['format']})"
-        return {"files": len(self.reader.digests), "bytes": self.reader.bytes, "history": history}
+        if "imported" in self.metadata:
+            imported = self.metadata["imported"]
+            history["imported from"] = f"{imported['from']} ({imported['format']})"
+        files = self.reader.manifest.files
+        return {"files": len(files), "bytes": sum(stated.size for stated in files.values()), "history": history}
 
     def compare(self) -> Findings:
-        """What is missing, too much, or of another shape than the manifest's model has."""
+        """Compare its tensors with those of the manifest's model: missing, too many, of another shape."""
         found = dict(self.reader.tensors)
         result = Findings()
         for weight in canonical_weights(self.model):
@@ -88,21 +92,21 @@ class ShardedSource:
         return result
 
     def require_whole(self) -> list[str]:
-        """Notes on what is left out on purpose. Raises CheckpointError: the tensors are not those of the model."""
+        """Return notes on what is ignored. Raises CheckpointError: the tensors are not those of the model."""
         return self.compare().require_none(self.directory, "the model that its manifest describes")
 
     def dtypes(self) -> dict[str, int]:
-        """Parameters by dtype, as torch names it."""
+        """Number of parameters of each dtype, as torch names it."""
         return parameters_by_dtype(self.reader.tensors.values())
 
     def dtype(self, unit: Unit) -> torch.dtype:
-        """As stored."""
+        """The dtype in which the unit is stored."""
         return self.reader.tensors[unit.weight.key][0]
 
     def read(self, unit: Unit, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The unit's tensor, as stored or in `dtype`."""
+        """The tensor of the unit, in `dtype` or as it is stored."""
         tensor = self.reader.read(unit.weight.key, unit.index, unit.start, unit.stop)
         return tensor if dtype is None else tensor.to(dtype)
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no file is held open."""

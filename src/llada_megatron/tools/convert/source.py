@@ -1,10 +1,11 @@
-"""A checkpoint of either kind as a source of canonical weights: opened, in units, and watched for changes."""
+"""What every kind of checkpoint can be asked, and how its tensors compare with those of its model."""
 
 from __future__ import annotations
 
-import datetime
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,134 +15,139 @@ from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.huggingface import weights
-from llada_megatron.llada_moe.huggingface.safetensors_reader import pickles
-from llada_megatron.llada_moe.huggingface.weights import Unit, units
-from llada_megatron.parallel.checkpoint.search import find_checkpoints
-from llada_megatron.tools.convert.findings import Findings
-from llada_megatron.tools.convert.huggingface_source import CONFIG, HuggingFaceSource
-from llada_megatron.tools.convert.sharded_source import ShardedSource
-from llada_megatron.tools.convert.workspace import Workspace, changes
+from llada_megatron.llada_moe.huggingface.weights import BLOCK_ELEMENTS, Unit, units
+from llada_megatron.llada_moe.model.parameters import count_parameters
 
-FILES = "source's files"
-"""Their key in a plan."""
+_MOST_NAMES = 5
+_LISTED = 100_000
+"""How many missing tensors, or units of large tensors, can be listed in a few seconds."""
+_MOST_PADDING = 128 * 64
+"""Rows: Megatron pads to a multiple of 128 rows per tensor-parallel rank."""
 
 
-def file_states(paths: Iterable[Path]) -> dict[str, str]:
-    """By name what shows that a file has changed: its size, and when it was written (UTC)."""
-    states = {}
-    for path in paths:
-        found = path.stat()
-        seconds, rest = divmod(found.st_mtime_ns, 10**9)
-        date = datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
-        states[path.name] = f"{found.st_size:,} bytes of {date}.{rest:09}"
-    return states
+@dataclass
+class Findings:
+    """What is wrong with the tensors of a checkpoint: names of tensors for each kind of fault, and notes."""
 
+    missing: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+    """Each with its name, the expected and the found shape."""
+    notes: list[str] = field(default_factory=list)
+    """What is ignored, and why that is right; a sentence each."""
 
-def require_unchanged(workspace: Workspace, paths: Iterable[Path]) -> None:
-    """Raises: CheckpointError: one of the source's files was written since the conversion began."""
-    try:
-        now = file_states(paths)
-    except OSError as error:
-        raise CheckpointError(f"{error.filename} went away while it was converted ({error.strerror})") from error
-    before = workspace.plan[FILES]
-    if before != now:
-        raise CheckpointError(
-            f"the source changed while it was converted ({changes(before, now)}), and the output may be of either: "
-            f"wait until nothing writes there, remove {workspace.root}, and repeat the command"
-        )
+    def faults(self) -> Iterator[str]:
+        """One line per kind of fault, with the first few names."""
+        for fault, names in (
+            ("missing", self.missing),
+            ("not of this model", self.extra),
+            ("of a wrong shape", self.misshapen),
+        ):
+            if names:
+                more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+                count = f"{len(names)} tensors are" if len(names) > 1 else "1 tensor is"
+                yield f"{count} {fault}: {', '.join(names[:_MOST_NAMES])}{more}"
 
-
-def unit_elements(unit: Unit) -> int:
-    """Number of elements of its tensor."""
-    return torch.Size(unit.shape).numel()
-
-
-def kept_dtype(unit: Unit, stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """The dtype to write: the expert bias is in float32 in any case, in which it is published and updated."""
-    return stored if wanted is None else torch.float32 if unit.weight.pattern == weights.EXPERT_BIAS else wanted
-
-
-def batches(units: Iterable[Unit], dtypes: dict[Unit, torch.dtype], size: int) -> Iterator[tuple[list[Unit], int]]:
-    """Consecutive units of about `size` bytes together, with their bytes."""
-    batch: list[Unit] = []
-    total = 0
-    for unit in units:
-        batch.append(unit)
-        total += unit_elements(unit) * dtypes[unit].itemsize
-        if total >= size:
-            yield batch, total
-            batch, total = [], 0
-    if batch:
-        yield batch, total
+    def require_none(self, directory: Path, what: str) -> list[str]:
+        """Return the notes. Raises CheckpointError: there are faults, so `directory` does not hold `what` it should."""
+        faults = list(self.faults())
+        if faults:
+            raise CheckpointError(f"{directory} does not hold {what}: {'; '.join(faults)}")
+        return self.notes
 
 
 class CheckpointSource(Protocol):
-    """What both kinds can do. Threads may share one."""
+    """A checkpoint of either kind, whose weights are read in units. Threads may share one."""
 
     directory: Path
     model: ModelConfig
 
     @property
     def objective(self) -> ObjectiveConfig:
-        """What its weights were trained with."""
+        """The objective that its weights were trained with."""
 
     @property
     def kind(self) -> str:
-        """What it is, for people."""
+        """What kind of checkpoint it is, in words."""
 
     @property
     def tokenizer(self) -> Path | None:
-        """Its tokenizer's folder or file, if it is there."""
+        """The folder or file of its tokenizer, or None if that is not there."""
 
     def compare(self) -> Findings:
-        """Its tensors against those of its model."""
+        """Compare its tensors with those of its model."""
 
     def require_whole(self) -> list[str]:
-        """Notes on what is left out. Raises CheckpointError: its tensors are not those of its model."""
+        """Return notes on what is ignored. Raises CheckpointError: its tensors are not those of its model."""
 
     def dtypes(self) -> dict[str, int]:
-        """Parameters by dtype."""
+        """Number of parameters of each dtype, as torch names it."""
 
     def dtype(self, unit: Unit) -> torch.dtype:
-        """Of a unit's tensor, as stored."""
+        """The dtype in which a unit is stored."""
 
     def read(self, unit: Unit, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A unit's tensor, as stored or in `dtype`."""
+        """The tensor of a unit, in `dtype` or as it is stored."""
 
     def details(self) -> dict[str, Any]:
-        """What else there is to say of it."""
+        """`files` (a number), `bytes`, and `history` (name and value of what is known of its origin)."""
 
     def close(self) -> None:
         """Close its files."""
 
 
-def open_source(path: Path) -> CheckpointSource:
-    """A Hugging Face directory, a step directory, or the newest whole checkpoint of a run.
-
-    Raises:
-        CheckpointError: neither, or its description cannot be read.
-    """
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory: give a checkpoint's")
-    published = (path / CONFIG).exists() or any(path.glob("*.safetensors*"))
-    if published or (pickles(path) and not _is_sharded(path)):
-        return HuggingFaceSource(path, require_mask=False)
-    return ShardedSource(path)
-
-
 def unit_bytes(source: CheckpointSource, unit: Unit) -> int:
-    """Of a unit's tensor, as stored."""
-    return math.prod(unit.shape) * source.dtype(unit).itemsize
+    """Bytes of a unit as it is stored."""
+    return unit.elements * source.dtype(unit).itemsize
 
 
 def stored_bytes(source: CheckpointSource) -> int:
-    """Of all that its model consists of."""
+    """Bytes of all weights of the model as they are stored."""
     return sum(unit_bytes(source, unit) for unit in units(source.model))
 
 
-def _is_sharded(path: Path) -> bool:
-    """Whether pickles in a directory are those that belong to a sharded checkpoint, or lie about in a run's."""
-    try:
-        return bool(find_checkpoints(path))
-    except CheckpointError:
-        return any(path.glob("*.distcp"))
+def kept_dtype(unit: Unit, stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype to write a unit in. The expert bias stays in float32, in which it is published and updated."""
+    if wanted is None:
+        return stored
+    return torch.float32 if unit.weight.pattern == weights.EXPERT_BIAS else wanted
+
+
+def parameters_by_dtype(tensors: Iterable[tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, int]:
+    """How many parameters of each dtype, as torch names it, tensors of these dtypes and shapes hold."""
+    counts: Counter[str] = Counter()
+    for dtype, shape in tensors:
+        counts[str(dtype).removeprefix("torch.")] += math.prod(shape)
+    return dict(counts)
+
+
+def is_padding(expected: tuple[int, ...], found: tuple[int, ...]) -> bool:
+    """Whether a weight with a row per token has the `expected` rows and a plausible number of padding rows after them.
+
+    More rows than twice the tokens, or than padding to a multiple makes, belong to another vocabulary.
+    """
+    if len(found) != len(expected) or found[1:] != expected[1:]:
+        return False
+    return 0 < found[0] - expected[0] < min(expected[0], _MOST_PADDING)
+
+
+def require_comparable(model: ModelConfig, tensors: int, elements: int, file: str) -> None:
+    """Refuse a configuration that describes far more than is there, before all tensors of its model are listed.
+
+    Args:
+        tensors: number of tensors that are there.
+        elements: number of their elements.
+        file: the configuration that describes `model`.
+
+    Raises:
+        CheckpointError: so large a model cannot be there, not even in part.
+    """
+    experts = model.moe.num_experts if model.moe else 0
+    if model.num_layers * max(experts, 1) > max(tensors, _LISTED):
+        what = f"{model.num_layers:,} layers" + (f" of {experts:,} experts" if experts else "")
+        raise CheckpointError(f"{file} describes {what}, and there are {tensors:,} tensors: it is of another model")
+    described = count_parameters(model).total
+    if described > max(2 * elements, _LISTED * BLOCK_ELEMENTS):
+        raise CheckpointError(
+            f"{file} describes {described:,} parameters, and there are {elements:,}: it is of another model"
+        )

@@ -1,4 +1,4 @@
-"""Where a conversion may put its output, for which layout, and the lock that keeps a second process away from it."""
+"""Where a conversion may put its output, and the lock that keeps a second process away from it."""
 
 from __future__ import annotations
 
@@ -10,40 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from llada_megatron.console import message
-from llada_megatron.llada_moe.config.layout import LayoutConfig, check_layout, data_parallel_for_experts
-from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, LladaError, ResourceError
-
-AXES = ("tensor_parallel", "pipeline_parallel", "pipeline_chunks_per_rank", "expert_parallel", "expert_tensor_parallel")
-"""The axes that cut weights; the others hold copies."""
-
-
-def parse_layout(text: str | None) -> LayoutConfig:
-    """`tensor_parallel=2,expert_parallel=4` as a layout with as many data-parallel ranks as the experts need.
-
-    Raises:
-        ConfigError: an axis that cuts no weights or is given twice, or a value that is no number from 1.
-    """
-    axes: dict[str, int] = {}
-    for word in text.split(",") if text else ():
-        name, _, value = word.strip().partition("=")
-        if name not in AXES or not value.isdecimal() or int(value) < 1:
-            raise ConfigError(f"--layout {word}: it takes {', '.join(f'{axis}=N' for axis in AXES)}, with commas")
-        if name in axes:
-            raise ConfigError(f"--layout {text}: {name} twice")
-        axes[name] = int(value)
-    tensor = axes.get("tensor_parallel", 1)
-    data = data_parallel_for_experts(tensor, axes.get("expert_parallel", 1), axes.get("expert_tensor_parallel", 1))
-    return LayoutConfig(**axes, data_parallel=data, sequence_parallel=tensor > 1)
-
-
-def require_layout(run: RunConfig) -> None:
-    """Raises: ConfigError: the run's model cannot be cut as its layout says; with every reason."""
-    reasons: list[str] = []
-    check_layout(run.model, run.layout, lambda key, reason: reasons.append(f"{key.removeprefix('layout.')}: {reason}"))
-    if reasons:
-        raise ConfigError(f"--layout: {'; '.join(reasons)}")
-
 
 _LOCK = "lock"
 
@@ -57,7 +24,7 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def resolve(target: Path) -> Path:
-    """The directory that `target` names, through links. Raises: ConfigError: it is a mount point."""
+    """The directory that `target` names, with links followed. Raises ConfigError: it is a mount point."""
     resolved = Path(os.path.realpath(target))
     if os.path.ismount(resolved):
         raise ConfigError(f"{resolved} is a mount point, which cannot be replaced: name a new directory in it")
@@ -65,14 +32,14 @@ def resolve(target: Path) -> Path:
 
 
 def work_directory(target: Path) -> Path:
-    """Where the output for `target`, a resolved path, grows."""
+    """The directory in which the output for `target`, a resolved path, grows."""
     return target.with_name(f".{target.name}.converting")
 
 
 def require_empty(target: Path) -> None:
-    """Raises: ConfigError: there is a file at `target`, or something in it."""
+    """Raises ConfigError: `target` is a file, or a directory that is not empty."""
     if target.is_dir():
-        inside = sorted(entry.name for entry in target.iterdir())
+        inside = sorted(path.name for path in target.iterdir())
         if inside:
             raise ConfigError(f"{target} is not empty (it holds {inside[0]!r}): name a new directory, or empty it")
     elif target.exists():
@@ -80,10 +47,10 @@ def require_empty(target: Path) -> None:
 
 
 class Lock:
-    """The directory `root`, made if need be, for this process alone until `release` or its end."""
+    """The directory `root`, made if need be, for this process alone until `release` or the end of the process."""
 
     def __init__(self, root: Path) -> None:
-        """Does not wait.
+        """Take the lock, without waiting for it.
 
         Raises:
             CheckpointError: the directory cannot be made.
@@ -96,11 +63,11 @@ class Lock:
             raise _failure(root, error) from error
 
     def release(self) -> None:
-        """Let others in, and leave no directory that holds nothing but the lock."""
+        """Release the lock, and remove the directory if it holds nothing else."""
         with contextlib.suppress(OSError):
             if os.listdir(self._root) == [_LOCK]:
                 (self._root / _LOCK).unlink()
-        self._stream.close()  # NFS keeps a name in the directory until then
+        self._stream.close()  # until then NFS keeps a name in the directory
         with contextlib.suppress(OSError):
             self._root.rmdir()
 
@@ -117,7 +84,7 @@ def _acquire(root: Path) -> TextIO:
             if os.path.samestat(os.fstat(stream.fileno()), os.stat(root / _LOCK)):
                 return stream
         except FileNotFoundError:
-            pass  # as above, after it was opened
+            pass  # the same happened after the file was opened
         except BaseException:
             stream.close()
             raise

@@ -1,4 +1,4 @@
-"""How many files a conversion may hold open at a time."""
+"""The tasks of a conversion, run in threads: progress, interruption, and the limit on open files."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from typing import Any
 from llada_megatron.console import message
 from llada_megatron.tools.convert.workspace import Workspace
 
-_OTHERS = 64  # libraries, streams, the journal
+_OTHERS = 64  # open files of libraries, streams and the journal
 
 
 def workers_for_files(workers: int, files_each: int, files: int) -> int:
-    """How many of `workers` threads may run, with this process's limit raised as far as is needed and allowed.
+    """How many of `workers` threads can run, after the limit on open files was raised as far as needed and allowed.
 
     Args:
-        files_each: most files that one thread writes at a time.
-        files: those open for all of them.
+        files_each: number of files that one thread writes at a time.
+        files: number of files that are open for all threads together.
     """
     fixed = files + _OTHERS
     wanted = fixed + workers * files_each
@@ -53,24 +53,24 @@ _LINE_SECONDS = 30.0
 
 
 class StoppedError(Exception):
-    """Raised inside a task when another one failed or the user interrupted; never seen outside."""
+    """Raised inside a task when another one failed or the user interrupted; `run_tasks` raises the cause instead."""
 
 
 class ByteProgress:
-    """Bytes done, told by tasks in several threads; `advance` is also where a task learns that it should stop."""
+    """Counts the bytes that the tasks have done in their threads, and stops a task when it counts."""
 
     def __init__(self, advance: Callable[[int], object]) -> None:
         self._advance = advance
         self._stop = threading.Event()
 
     def advance(self, count: int) -> None:
-        """`count` more bytes are converted. Raises StoppedError."""
+        """Count `count` more bytes. Raises StoppedError: the task must stop."""
         if self._stop.is_set():
             raise StoppedError
         self._advance(count)
 
     def stop(self) -> None:
-        """Make every task stop at its next unit."""
+        """Make every task stop when it next counts bytes."""
         self._stop.set()
 
     @property
@@ -81,42 +81,42 @@ class ByteProgress:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a task has done."""
+    """What a finished task leaves."""
 
     record: Any = None
-    """JSON values."""
+    """JSON values that `run_tasks` returns, now or after an interruption."""
     files: tuple[Path, ...] = ()
-    """Written, and their contents on the storage."""
+    """The files that it wrote, whose contents the storage holds."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A part of a conversion that is done as a whole or again. It tells its progress in bytes of both kinds."""
+    """A part of a conversion, which is repeated as a whole if it is interrupted. It counts its bytes of both kinds."""
 
     number: int
     run: Callable[[ByteProgress], TaskResult]
     writes: int = 0
     """Bytes of tensors that it writes."""
     reads: int = 0
-    """Bytes that it goes through and writes nothing of."""
+    """Bytes that it reads without writing them."""
 
     @property
     def size(self) -> int:
-        """Its share of the work."""
+        """Bytes of both kinds, its share of the work."""
         return self.writes + self.reads
 
 
 def default_workers() -> int:
-    """Threads to use when the user does not say."""
+    """The number of threads if the user gives none."""
     return min(MOST_WORKERS, len(os.sched_getaffinity(0)))
 
 
 def run_tasks(workspace: Workspace, tasks: Sequence[Task], workers: int, title: str) -> list[Any]:
-    """Run what is not done yet; returns every task's record, in order.
+    """Run the tasks that are not done yet, and return the records of all, in order.
 
     Raises:
-        ResourceError: the disk cannot hold what is missing.
-        KeyboardInterrupt, or any error of a task, once all threads have ended; finished tasks stay done.
+        ResourceError: the disk cannot hold what is still to be written.
+        KeyboardInterrupt, or any error of a task: after all threads have ended; finished tasks are not run again.
     """
     records = workspace.resume()
     open_tasks = [task for task in tasks if task.number not in records]
@@ -127,7 +127,7 @@ def run_tasks(workspace: Workspace, tasks: Sequence[Task], workers: int, title: 
         show(sum(task.size for task in tasks if task.number in records))
 
         def work(task: Task, progress: ByteProgress) -> None:
-            progress.advance(0)  # a task that waited is not begun any more
+            progress.advance(0)  # so that a task that waited is not begun after a failure
             result = task.run(progress)
             workspace.finish(task.number, result.record, result.files)
             records[task.number] = result.record
@@ -141,7 +141,7 @@ def run_tasks(workspace: Workspace, tasks: Sequence[Task], workers: int, title: 
 def _run(
     work: Callable[[Task, ByteProgress], None], tasks: Sequence[Task], workers: int, progress: ByteProgress
 ) -> list[BaseException]:
-    """Work on the tasks in threads until all are done or one fails; what those raised that did."""
+    """Run the tasks in threads until all are done or one fails; returns the errors of those that failed."""
     pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="convert")
     with _postponed_interrupt(progress):
         try:
@@ -156,7 +156,7 @@ def _run(
 
 @contextlib.contextmanager
 def _postponed_interrupt(progress: ByteProgress) -> Iterator[None]:
-    """Ctrl-C stops the tasks, and is raised when they have: until then the files and the lock on them are in use."""
+    """Ctrl-C stops the tasks, and is raised when they have stopped: until then they use the files and the lock."""
     seen = False
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -180,7 +180,7 @@ def _postponed_interrupt(progress: ByteProgress) -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A progress bar on stderr where that is a terminal, else a line now and then; yields what adds bytes to it."""
+    """A progress bar on stderr if that is a terminal, else a line now and then; yields a function that adds bytes."""
     if not sys.stderr.isatty():
         yield _lines(title, total)
         return

@@ -19,11 +19,11 @@ from llada_megatron.tools.convert.tasks import progress_bar
 _SHOWN = 5
 
 _CHUNK = 4 * 2**20
-"""Elements compared at once: what is calculated with them takes ten times their memory."""
+"""Elements compared at once: the comparison takes ten times their memory."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-_AHEAD = 4  # units compared beyond the one that is waited for, per worker
+_AHEAD = 4  # units that are submitted at a time, per worker
 
 NOT_COMPARED = (
     "family",
@@ -33,23 +33,23 @@ NOT_COMPARED = (
     "insert_token_id",
     "max_sequence_length",
 )
-"""Keys of a model that say nothing of how a text becomes logits."""
+"""Keys of a model that have no effect on the logits of a text."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two tensors differ, and by how much."""
+    """Where the tensors of a unit differ, and by how much."""
 
     unit: Unit
     position: tuple[int, ...]
-    """Of the first difference, in the whole weight."""
+    """Position of the first difference in the whole weight."""
     values: tuple[float, float]
-    """There, of either."""
+    """The two values there."""
     largest: float
-    """Absolute difference over the unit; not a number where only one of two values is a number."""
+    """Largest absolute difference over the unit; NaN if only one of two values is NaN."""
     dtypes: tuple[torch.dtype, torch.dtype]
     tolerated: bool = False
-    """Not equal, but nowhere by more than the tolerance."""
+    """Whether no difference exceeds the tolerance."""
 
     def __str__(self) -> str:
         a, b = self.values
@@ -58,7 +58,7 @@ class Difference:
 
 
 def require_same_architecture(a: CheckpointSource, b: CheckpointSource) -> None:
-    """Raises: CheckpointError: the models differ, so that no tensor can be compared with another."""
+    """Raises CheckpointError: the models differ, so that their tensors cannot be compared."""
     one, other = architecture(a.model), architecture(b.model)
     keys = [key for key in one | other if key not in NOT_COMPARED and one.get(key) != other.get(key)]
     differing = [f"{key}: {one.get(key)} and {other.get(key)}" for key in keys]
@@ -72,13 +72,14 @@ def verify(
     """Compare two checkpoints.
 
     Args:
-        tolerance: see `differences`.
-        text: for the logits; None = a few sentences.
-        logits: whether to compare those as well.
+        tolerance: largest absolute difference that counts as equal; 0 asks for equal dtypes and equal bits.
+        workers: number of threads.
+        text: text whose logits are compared; None = a few sentences.
+        logits: whether to compare logits as well.
 
     Returns:
-        JSON values: whether they are `equal`; the number of `tensors` compared, of `differing` and `identical` ones;
-        of the `logits` what `compare_logits` says, or null; and `lines` that say it to people.
+        JSON values: whether they are `equal`; the number of `tensors` compared, of `differing` and of `identical` ones;
+        under `logits` the result of `compare_logits`, or null; and the same as text in `lines`.
 
     Raises:
         CheckpointError: one is not whole, or they are of different models.
@@ -106,7 +107,7 @@ def verify(
 def _add_logits(
     result: dict[str, Any], a: CheckpointSource, b: CheckpointSource, text: str | None, tolerance: float
 ) -> None:
-    """Compare the logits as well: different ones count where no difference of the tensors explains them."""
+    """Compare the logits as well; if they differ although all tensors are identical, the checkpoints are not equal."""
     from llada_megatron.tools.convert.logits import as_line, compare_logits
 
     found = result["logits"] = compare_logits(a, b, text, tolerance)
@@ -121,11 +122,11 @@ def _add_logits(
 
 
 def _lines(count: int, identical: int, differing: list[Difference], tolerance: float) -> Iterator[str]:
-    """How the tensors compare, for people."""
+    """How the tensors compare, as lines of text."""
     measure = "bit for bit" if tolerance == 0 else f"within {tolerance:g} ({identical:,} bit for bit)"
     yield f"tensors: {count - len(differing):,} of {count:,} are equal {measure}"
-    for words, each in zip(("first difference", *["then"] * (_SHOWN - 1)), differing, strict=False):
-        yield f"{words}: {each}"
+    for label, each in zip(("first difference", *["then"] * (_SHOWN - 1)), differing, strict=False):
+        yield f"{label}: {each}"
 
 
 def differences(
@@ -135,11 +136,11 @@ def differences(
     workers: int,
     show: Callable[[int], object] = lambda count: None,
 ) -> Iterator[Difference | None]:
-    """For every unit in the order of the forward pass: how it differs, or None where it is the same bits.
+    """How each unit differs, in the order of the forward pass; None if the bits are the same.
 
     Args:
         tolerance: largest absolute difference that counts as equal; 0 asks for equal dtypes and equal bits.
-        show: told how many bytes were compared.
+        show: called with the bytes of each unit once it is compared.
     """
     waiting = iter(units(a.model))
     pool = ThreadPoolExecutor(max_workers=workers)
@@ -155,11 +156,11 @@ def differences(
             show(unit_bytes(a, unit) + unit_bytes(b, unit))
             running += [(unit, start(unit)) for unit in islice(waiting, 1)]
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error or an interruption none of those that wait is compared
+        pool.shutdown(cancel_futures=True)  # after an error or an interruption, units that wait are not compared
 
 
 def difference(a: CheckpointSource, b: CheckpointSource, unit: Unit, tolerance: float) -> Difference | None:
-    """How one unit differs, or None."""
+    """How one unit differs, or None if the bits are the same; arguments as for `differences`."""
     one, other = a.read(unit).reshape(-1), b.read(unit).reshape(-1)
     same_dtype = one.dtype == other.dtype
     largest, beyond, unequal = torch.tensor(0.0, dtype=torch.float64), None, None
@@ -169,7 +170,7 @@ def difference(a: CheckpointSource, b: CheckpointSource, unit: Unit, tolerance: 
             continue
         x, y = x.double(), y.double()
         apart = torch.where((x == y) | (x.isnan() & y.isnan()), 0.0, (x - y).abs_())
-        largest = torch.maximum(largest, apart.max())  # of a number and none it is none
+        largest = torch.maximum(largest, apart.max())  # NaN if one of the two is NaN
         if unequal is None:
             unequal = start + int(differing.int().argmax())
         if beyond is None and (tolerance == 0 or not apart.max() <= tolerance):
@@ -177,8 +178,8 @@ def difference(a: CheckpointSource, b: CheckpointSource, unit: Unit, tolerance: 
     if unequal is None:
         return None
     first = unequal if beyond is None else beyond
-    place = [int(index) for index in torch.unravel_index(torch.tensor(first), unit.shape)]
-    place[0] += unit.start
+    position = [int(index) for index in torch.unravel_index(torch.tensor(first), unit.shape)]
+    position[0] += unit.start
     values = float(one[first]), float(other[first])
     dtypes = one.dtype, other.dtype
-    return Difference(unit, (*unit.index, *place), values, float(largest), dtypes, tolerated=beyond is None)
+    return Difference(unit, (*unit.index, *position), values, float(largest), dtypes, tolerated=beyond is None)

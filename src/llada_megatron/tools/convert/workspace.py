@@ -1,12 +1,13 @@
-"""What decides the bytes of a conversion's output, as JSON values, and how two such plans differ."""
+"""The directory in which a conversion's output grows, so that it can be interrupted, continued and published whole."""
 
 from __future__ import annotations
 
+import datetime
 import errno
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,13 +17,16 @@ from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, Resour
 from llada_megatron.parallel.checkpoint.manifest import sync_directory, write_durably
 from llada_megatron.tools.convert.target import Lock, require_empty, resolve, work_directory
 
+FILES = "source's files"
+"""The key in a plan under which the states of the source's files stand."""
+
 _MOST_CHANGES = 6
 
 _MOST_CHARACTERS = 100
 
 
 def read_json(path: Path) -> Any:
-    """The content of a file of a workspace, or None where there is none. Raises CheckpointError: it is damaged."""
+    """The content of a JSON file of a workspace, or None if there is none. Raises CheckpointError: it is damaged."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -31,8 +35,19 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged ({error}): remove {path.parent} to convert anew") from None
 
 
+def file_states(paths: Iterable[Path]) -> dict[str, str]:
+    """The size and the time of the last change (UTC) of each file by name, which show that a file was changed."""
+    states = {}
+    for path in paths:
+        found = path.stat()
+        seconds, rest = divmod(found.st_mtime_ns, 10**9)
+        date = datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
+        states[path.name] = f"{found.st_size:,} bytes of {date}.{rest:09}"
+    return states
+
+
 def changes(known: dict[str, Any], plan: dict[str, Any]) -> str:
-    """The keys in which two plans differ, each with its value in `known` and in `plan`."""
+    """The keys in which two plans differ, each with its value in `known` and in `plan`, as text."""
     before, after = dict(_leaves(known)), dict(_leaves(plan))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     found = [f"{key}: {_text(before.get(key))} -> {_text(after.get(key))}" for key in keys[:_MOST_CHANGES]]
@@ -59,8 +74,8 @@ _PLAN, _PUBLISHED = "plan.json", "published.json"
 _HEADROOM = 1.01  # headers and indices beside the tensors
 
 
-def begun_plan(target: Path) -> dict[str, Any]:
-    """The plan of a conversion to `target` that was begun and not ended; empty if there is none."""
+def unfinished_plan(target: Path) -> dict[str, Any]:
+    """The plan of an unfinished conversion to `target`; empty if there is none."""
     root = work_directory(resolve(target))
     if not os.path.isdir(root):
         return {}
@@ -69,19 +84,19 @@ def begun_plan(target: Path) -> dict[str, Any]:
 
 
 class Workspace:
-    """The output of one conversion while it is made. Use as a context manager: it holds a lock on the directory."""
+    """The output of one conversion while it is made; a context manager that holds a lock on the directory."""
 
     def __init__(self, target: Path, plan: dict[str, Any]) -> None:
         """Start, or continue what an interrupted conversion with the same plan left.
 
         Args:
-            target: the directory to make; absent or empty.
+            target: the directory to make, which is absent or empty.
             plan: JSON values that decide every byte of the output.
 
         Raises:
-            ConfigError: the target is not empty or a mount point, or an unfinished conversion of something else is in
-                the way.
-            CheckpointError: nothing can be made beside the target.
+            ConfigError: the target is not empty or a mount point, or there is an unfinished conversion with another
+                plan.
+            CheckpointError: no directory can be made beside the target.
             ResourceError: another process is converting to the same target.
         """
         self.target = resolve(target)
@@ -97,11 +112,11 @@ class Workspace:
             raise
 
     def _start(self) -> bool:
-        """Whether everything was done but the last cleaning up."""
+        """Prepare the directory; returns whether all was done already except for the last cleaning up."""
         published = self._published()
         if published == self.plan:
             return True
-        if not self.output.exists():  # given away with its name, or never begun
+        if not self.output.exists():  # it was published, or no conversion was begun
             self._clean()
         known = read_json(self.root / _PLAN)
         if known not in (None, self.plan):
@@ -117,25 +132,25 @@ class Workspace:
         return False
 
     def _published(self) -> dict[str, Any] | None:
-        """The plan of the conversion that made the target, if all of its files are there."""
-        entry = read_json(self.root / _PUBLISHED)
-        if entry is None or self.output.exists() or entry["files"] != _sizes(self.target):
+        """The plan of the conversion that published the target, if all files of that are there, else None."""
+        published = read_json(self.root / _PUBLISHED)
+        if published is None or self.output.exists() or published["files"] != _sizes(self.target):
             return None
-        plan: dict[str, Any] = entry["plan"]
+        plan: dict[str, Any] = published["plan"]
         return plan
 
     def resume(self) -> dict[int, Any]:
-        """The records of the tasks that are done and whose files are there.
+        """The records of the tasks that are done and whose files are there, by number of the task.
 
-        Everything else in the output is removed: its space may be needed, and nothing stale may stay.
+        Everything else in the output is removed: its space may be needed, and nothing stale may be published.
         """
         found, records, kept = _sizes(self.output), {}, set()
         journal = list(self._journal.glob("*.json"))
         for path in journal:
-            entry = read_json(path)
-            if entry["files"].items() <= found.items():
-                records[int(path.stem)] = entry["record"]
-                kept |= entry["files"].keys()
+            done = read_json(path)
+            if done["files"].items() <= found.items():
+                records[int(path.stem)] = done["record"]
+                kept |= done["files"].keys()
             else:
                 path.unlink()
         if len(records) < len(journal):
@@ -145,7 +160,7 @@ class Workspace:
         return records
 
     def finish(self, task: int, record: Any, files: Collection[Path]) -> None:
-        """Remember that a task is done, once the storage has the names of its files too; their contents it has."""
+        """Note in the journal that a task is done, once the storage has the names of its files; it has the contents."""
         sizes = {str(path.relative_to(self.output)): path.stat().st_size for path in files}
         for folder in {folder for path in files for folder in path.parents if folder.is_relative_to(self.root)}:
             sync_directory(folder)
@@ -160,8 +175,21 @@ class Workspace:
                 "make room and repeat the command (what is done is kept), or write elsewhere"
             )
 
+    def require_unchanged(self, paths: Iterable[Path]) -> None:
+        """Raises CheckpointError: one of the source's files `paths` was written since the conversion began."""
+        try:
+            now = file_states(paths)
+        except OSError as error:
+            raise CheckpointError(f"{error.filename} went away while it was converted ({error.strerror})") from error
+        before = self.plan[FILES]
+        if before != now:
+            raise CheckpointError(
+                f"the source changed while it was converted ({changes(before, now)}), and the output may be of either: "
+                f"wait until nothing writes there, remove {self.root}, and repeat the command"
+            )
+
     def publish(self) -> None:
-        """Give the finished output its name, and remove the rest."""
+        """Give the finished output the name of the target, and remove everything else."""
         if not self.complete:
             for path in [*self.output.rglob("*"), self.output]:
                 if path.is_dir():
@@ -176,14 +204,14 @@ class Workspace:
         self._clean()
 
     def _clean(self) -> None:
-        """Remove what is in the directory; last of all what says that the target is finished."""
+        """Remove what is in the directory; the file that says that the target is finished goes last."""
         shutil.rmtree(self._journal, ignore_errors=True)
         for name in (_PLAN, _PUBLISHED):
             (self.root / name).with_suffix(".new").unlink(missing_ok=True)
             (self.root / name).unlink(missing_ok=True)
 
     def _write(self, path: Path, content: Any) -> None:
-        """Write a JSON file durably, all or nothing."""
+        """Write a JSON file so that it is there as a whole or not at all, and wait until the storage holds it."""
         new = path.with_suffix(".new")
         write_durably(new, json.dumps(content, indent=1).encode())
         new.rename(path)
@@ -204,7 +232,7 @@ class Workspace:
 
 
 def _sizes(directory: Path) -> dict[str, int]:
-    """Path in the directory and size of every file in it."""
+    """Size of every file under a directory, by its path in there."""
     return {
         str(path.relative_to(directory)): path.lstat().st_size for path in directory.rglob("*") if not path.is_dir()
     }

@@ -12,8 +12,7 @@ from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
 from llada_megatron.tools.bench.sampling import models
 from llada_megatron.tools.bench.sampling.language import Language
 from llada_megatron.tools.bench.sampling.models import Recipe, train_or_find
-from llada_megatron.tools.convert.description import describe
-from llada_megatron.tools.convert.source import open_source
+from llada_megatron.tools.convert.inspector import describe, open_source
 from llada_megatron.tools.inspect import load_model
 
 TINY = Recipe(

@@ -7,7 +7,7 @@ import torch
 
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 from llada_megatron.tools.convert import parse_size
-from llada_megatron.tools.convert.source import open_source
+from llada_megatron.tools.convert.inspector import open_source
 from tests.tools.convert.checkpoints import config_of, tensors_of, write
 from tests.tools.convert.refusals.refusal import changed, refused
 

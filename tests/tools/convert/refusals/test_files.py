@@ -6,7 +6,7 @@ import re
 import pytest
 
 from llada_megatron.llada_moe.errors import CheckpointError
-from llada_megatron.tools.convert.source import open_source
+from llada_megatron.tools.convert.inspector import open_source
 from tests.tools.convert.checkpoints import INDEX, files_of, to_huggingface, to_sharded
 from tests.tools.convert.refusals.refusal import GATE, refused
 

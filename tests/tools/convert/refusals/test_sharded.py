@@ -3,7 +3,7 @@
 import pytest
 
 from llada_megatron.llada_moe.errors import CheckpointError
-from llada_megatron.tools.convert.source import open_source
+from llada_megatron.tools.convert.inspector import open_source
 from tests.tools.convert.checkpoints import bits, tensors_of, to_huggingface
 from tests.tools.convert.refusals.refusal import refused
 
@@ -26,7 +26,7 @@ def test_a_checkpoint_of_another_model_than_it_says(sharded):
 
     step = sharded / "checkpoints/step-00000000"
     manifest = manifests.read(step)
-    manifest.facts["model"]["num_layers"] = 5
+    manifest.metadata["model"]["num_layers"] = 5
     manifests.write(step, manifest)
     refused(sharded, "9 tensors are missing: decoder.layers.4.", "its manifest describes", convert=to_huggingface)
 
@@ -36,7 +36,7 @@ def test_a_family_without_a_published_format(sharded):
 
     step = sharded / "checkpoints/step-00000000"
     manifest = manifests.read(step)
-    manifest.facts["model"]["family"] = "qwen3"
+    manifest.metadata["model"]["family"] = "qwen3"
     manifests.write(step, manifest)
     refused(sharded, "family qwen3 cannot be exported: no diffusion model is published", convert=to_huggingface)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llada_megatron.llada_moe.config import load_model
-from llada_megatron.tools.convert.findings import is_padding
+from llada_megatron.tools.convert.source import is_padding
 from tests.tools.convert.checkpoints import config_of, differing, read, tensors_of, to_huggingface, to_sharded, write
 from tests.tools.convert.refusals.refusal import GATE, QUERY, refused, rewritten
 
@@ -103,7 +103,7 @@ def test_a_padded_vocabulary_of_a_sharded_checkpoint_is_stripped_and_said(source
     to_sharded(source, tmp_path / "out")
     step = tmp_path / "out/checkpoints/step-00000000"
     manifest = manifests.read(step)
-    for model in (manifest.facts["model"], manifest.facts["run"]["model"]):
+    for model in (manifest.metadata["model"], manifest.metadata["run"]["model"]):
         model["vocab_size"] = 250
     manifests.write(step, manifest)
     notes = to_huggingface(tmp_path / "out", tmp_path / "exported")["notes"]

@@ -21,7 +21,8 @@ def find_format(config: Config, file: str) -> Format:
     """The format of a checkpoint with this `config.json`.
 
     Raises:
-        CheckpointError: an unknown `model_type`, listing the known ones; or one of several formats that stays open.
+        CheckpointError: the `model_type` is unknown (the message lists the known ones), or stands for several formats,
+            of which none or more than one fits.
     """
     kind = config.get("model_type")
     fitting = [table for table in FORMATS if table.model_type == kind]
@@ -40,7 +41,7 @@ def export_format(model: ModelConfig) -> Format:
     """The format in which a model of this family is published.
 
     Raises:
-        CheckpointError: the family is read only.
+        CheckpointError: the family can only be imported.
     """
     tables = [table for table in FORMATS if table.implied["family"] == model.family]
     for table in tables:
@@ -53,5 +54,5 @@ _ROOT = Path(__file__).parents[1] / "modeling"
 
 
 def modeling_files(folder: str) -> list[Path]:
-    """The files of the format whose own are in `modeling/<folder>`, and the one that all formats share."""
+    """The modelling files of an export: those in `modeling/<folder>` and the one that all formats share."""
     return sorted([*(_ROOT / folder).glob("*.py"), *(_ROOT / "common").glob("*.py")])

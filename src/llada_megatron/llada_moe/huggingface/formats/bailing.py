@@ -1,9 +1,9 @@
-"""Ling 2.0: inclusionAI/Ling-mini-2.0 and -flash-2.0, the autoregressive parents of LLaDA2. Read only.
+"""Ling 2.0: inclusionAI/Ling-mini-2.0 and -flash-2.0, autoregressive parents of LLaDA2. Imported only.
 
 Source: the published configuration of Ling-mini-2.0, and what Megatron-Bridge reads as `bailing_moe_v2`. Tensors and
-keys are those of LLaDA2, and the vocabulary has its mask token. Layers for the prediction of further tokens follow the
-others under the next numbers; they are left out. The published files say `bailing_moe`, as those of the older Ling do,
-which is another architecture.
+keys are those of LLaDA2, and the vocabulary has its mask token. Layers for the prediction of further tokens have the
+numbers after those of the others, and are skipped. The published files say `bailing_moe`, as do those of the older
+Ling, which is another architecture.
 """
 
 from __future__ import annotations

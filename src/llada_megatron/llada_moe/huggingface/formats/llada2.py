@@ -3,7 +3,7 @@
 Source: the published configuration and modelling file, as dFactory carries them. Query, key and value are one tensor,
 all query heads above all key heads above all value heads; the expert bias is a float32 buffer. The mask token is not
 in the published configuration; the published samplers use 156895. LLaDA2.2 has the same tensors and routes by blocks:
-`expert_capacity` says so, and its configuration still lists groups, which its router does not read. Its
+`expert_capacity` says so, and its configuration still lists groups, which its router ignores. Its
 configuration names the tokens that its sampler edits with, `delete_token_id` and `split_token_id` (insert).
 """
 
@@ -48,12 +48,13 @@ def shared_width(config: Config) -> int:
 
 
 def _shared_experts(model: ModelConfig) -> int:
-    """Its inverse."""
+    """The inverse of `shared_width`: how many routed experts wide the shared expert is."""
     return model.moe.shared_expert_ffn_hidden_size // model.moe.expert_ffn_hidden_size if model.moe else 0
 
 
 def _void(config: Config) -> tuple[str, ...]:
-    """Experts are limited by block (LLaDA2.2) or by group; a model that does not edit has no tokens for it."""
+    """Keys without effect: those of groups if experts are limited by block (LLaDA2.2), else those of blocks; and the
+    tokens for editing of a model that does not edit."""
     by = ("n_group", "topk_group") if config.get("expert_capacity") else ("expert_capacity", "block_size")
     operations = ("delete_token_id", "split_token_id")
     return by if any(config.get(key) is not None for key in operations) else (*by, *operations)

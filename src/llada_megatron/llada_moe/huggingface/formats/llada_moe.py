@@ -1,8 +1,8 @@
 """LLaDA-MoE: inclusionAI/LLaDA-MoE-7B-A1B-Base and -Instruct.
 
 Source: the modelling files that dInfer and dllm carry. The mask token is not in the published configuration; the
-published samplers use 156895. Of the router, softmax over all experts comes before the choice and nothing is
-renormalised; `router_num_group` and `router_topk_group` are read by nothing.
+published samplers use 156895. The router takes the softmax over all experts before the choice and does not
+renormalise; `router_num_group` and `router_topk_group` have no effect.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""LLaMA and what is written like it: autoregressive parents of dense LLaDA. Read only.
+"""LLaMA and models in its format: autoregressive parents of dense LLaDA. They are imported only.
 
-Source: `LlamaConfig` and `LlamaForCausalLM` of transformers. A block computes what a block of dense LLaDA does.
+Source: `LlamaConfig` and `LlamaForCausalLM` of transformers. A layer computes the same as a layer of dense LLaDA.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FIELDS = (
     Field("rope_theta", "rope_theta", 10000.0),
     Field("tie_word_embeddings", "tie_embeddings", False),
 )
-"""What Qwen3 has too."""
+"""The keys that Qwen3 has too."""
 SCALING = "positions are rotated by theta alone here, and logits would differ at every length"
 BIAS = "the projections of this model have no bias"
 

@@ -1,4 +1,4 @@
-"""Qwen3 and Qwen3-MoE: autoregressive parents with a norm of each query and key head. Read only.
+"""Qwen3 and Qwen3-MoE: autoregressive parents with a norm of each query and key head. They are imported only.
 
 Source: the configuration and model classes of transformers. Their routers take the softmax over all experts, then the
 best, and divide by the sum over these if `norm_topk_prob` says so (the published models do).

@@ -1,7 +1,7 @@
-"""What a table of one checkpoint format says, and how a `config.json` is read and written through it.
+"""What the table of a checkpoint format holds, and how a `config.json` is read and written with it.
 
-A format is data: the names of its tensors, the keys of its configuration, and the values that our model computes. To
-support another one, write its table and list it in `formats/__init__.py`.
+A format is data: the names of its tensors, the keys of its configuration, and the values of these that our model
+supports. To support another format, write its table and list it in `formats/__init__.py`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig, archit
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 
 REQUIRED = object()
-"""Default of a key without which the architecture is not known."""
+"""Default of a key that must be there, because the architecture is not known without it."""
 NO_MASK = object()
-"""Default of the mask token in formats of autoregressive models, which name none."""
+"""Default of the mask token in formats of autoregressive models, whose configurations have none."""
 
 Config = dict[str, Any]
 """A parsed `config.json`."""
@@ -46,56 +46,56 @@ class Format:
 
     name: str
     title: str
-    """What checkpoints it is, for people."""
+    """Which checkpoints it is, in words."""
     model_type: str
     marker: str | None = None
-    """A key that tells it from another format of the same `model_type`."""
+    """A key that distinguishes it from another format with the same `model_type`."""
     names: Mapping[str, tuple[str, ...]]
-    """Canonical weight -> its tensors, along the rows: (query, key, value) or one with all three; (gate, up); …"""
+    """The tensors of each canonical weight, in row order: (query, key, value) or one of all three; (gate, up)."""
     fields: tuple[Field, ...]
     accepted: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Keys with the values that our model computes; another value is refused."""
+    """Keys with the values that our model supports; another value is refused."""
     reasons: Mapping[str, str] = field(default_factory=dict)
-    """What another value of such a key would ask for."""
+    """Why another value of such a key is refused."""
     implied: Mapping[str, Any]
-    """Fields of ModelConfig that the format fixes."""
+    """Fields of ModelConfig that are the same for every model of the format."""
     void: Callable[[Config], tuple[str, ...]] = lambda config: ()
-    """Keys that mean nothing beside the others; they are not read, and not written."""
+    """Keys that have no effect, given the others; they are neither read nor written."""
     ignores: Callable[[Config, str], bool] = is_rotary_buffer
-    """Whether the tensor of this name is no weight of the model proper, and is left out."""
+    """Whether the tensor of this name is no part of the model proper, and is skipped."""
     counts: tuple[str, ...] = ()
-    """Keys beside `fields` that its functions calculate with: whole numbers, not negative."""
+    """Keys besides `fields` that its functions calculate with: whole numbers, 0 or more."""
     autoregressive: bool = False
-    """Trained with causal attention on the next token."""
+    """Whether its models were trained with causal attention on the next token."""
     block_size: int | None = None
-    """Block-causal attention was the last thing its checkpoints were trained with."""
+    """Block size of the block-causal attention that its checkpoints were trained with last; None = full attention."""
     exports: Export | None = None
-    """How it is written; None = it is read only."""
+    """How it is exported; None = it can only be imported."""
     why_not_exported: str = ""
 
     def needs_mask(self, config: Config) -> bool:
-        """Whether a configuration of this format says nothing of the mask token, and the format itself neither."""
+        """Whether neither the configuration nor the format says which token is the mask."""
         unnamed = any(entry.default is NO_MASK for entry in self.fields)
         return unnamed and config.get("mask_token_id") is None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What an exported checkpoint has beside its weights."""
+    """What an exported checkpoint has besides its weights."""
 
     constants: Mapping[str, Any]
     """Further keys of `config.json`: values, or functions of the ModelConfig."""
     folder: str
-    """Of the modelling files, in `huggingface/modeling`."""
+    """Name of the folder with the modelling files, in `huggingface/modeling`."""
     obstacle: Callable[[ModelConfig], str | None] = lambda model: None
-    """Why the published code would compute something else, where the keys alone do not show it."""
+    """Why the published code would compute something else though the keys can hold the model; None if not."""
 
 
 def read_config(table: Format, config: Config, file: str) -> ModelConfig:
     """The architecture that a `config.json` describes.
 
     Raises:
-        CheckpointError: a key is missing or of a wrong type, or asks for something that the model does not compute.
+        CheckpointError: a key is missing or of a wrong type, or asks for something that our model does not support.
     """
     config = normalized(config)
     _require_plain_weights(config, file)
@@ -124,10 +124,10 @@ def read_config(table: Format, config: Config, file: str) -> ModelConfig:
 
 
 def write_config(table: Format, model: ModelConfig) -> Config:
-    """The `config.json` of an export, without what depends on the checkpoint.
+    """The `config.json` of an export, without the keys that depend on the checkpoint.
 
     Raises:
-        CheckpointError: the format cannot hold this architecture; naming the fields.
+        CheckpointError: the format cannot hold this architecture; the message names the fields.
     """
     if table.exports is None:
         raise CheckpointError(f"{table.title} is read only: {table.why_not_exported}")
@@ -152,7 +152,7 @@ def write_config(table: Format, model: ModelConfig) -> Config:
 
 
 def normalized(config: Config) -> Config:
-    """One spelling of what has several: transformers 5 nests the rotary keys, and a model may have several ends."""
+    """The configuration in one spelling: rotary keys that transformers 5 nests are flat, and one token ends a text."""
     config = dict(config)
     rotary = config.pop("rope_parameters", None)
     if isinstance(rotary, dict):
@@ -170,7 +170,7 @@ def normalized(config: Config) -> Config:
 
 
 def head_dim(config: Config) -> int:
-    """Default of configurations without `head_dim`."""
+    """Default of `head_dim`: the hidden size divided by the number of heads."""
     return config["hidden_size"] // config["num_attention_heads"]
 
 
@@ -193,7 +193,7 @@ def _value(table: Format, entry: Field, config: Config, file: str) -> Any:
 
 
 def _require_plain_weights(config: Config, file: str) -> None:
-    """Raises: CheckpointError: the weights are quantised."""
+    """Raises CheckpointError: the weights are quantised."""
     found = config.get("quantization_config")
     if found:
         method = found.get("quant_method") if isinstance(found, dict) else found
@@ -204,7 +204,7 @@ def _require_plain_weights(config: Config, file: str) -> None:
 
 
 def _require_whole_numbers(table: Format, config: Config, file: str) -> None:
-    """Before anything calculates with them. Raises CheckpointError."""
+    """Raises CheckpointError: a key that is used in calculations is not a whole number."""
     types = typing.get_type_hints(ModelConfig)
     types |= {f"moe.{key}": kind for key, kind in typing.get_type_hints(MoEConfig).items()}
     whole = [entry.key for entry in table.fields if entry.key and types[entry.path] is int]

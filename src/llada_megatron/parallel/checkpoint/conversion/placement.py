@@ -1,4 +1,4 @@
-"""Which rank of a layout holds which part of a weight, and which saved parts tile it: closed forms for conversion."""
+"""Which rank of a layout holds which part of a weight, by closed forms, and whether parts tile a weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Numbers = tuple[int, ...]
 
 
 class Box(NamedTuple):
-    """Where a part of a tensor begins and how far it reaches, axis by axis."""
+    """A part of a tensor: where it begins and how long it is on each axis."""
 
     offsets: Numbers
     sizes: Numbers
@@ -27,7 +27,7 @@ class Box(NamedTuple):
         return math.prod(self.sizes)
 
     def common(self, other: Box) -> Box | None:
-        """What lies in both, or None."""
+        """The intersection of both boxes, or None if it is empty."""
         starts = tuple(map(max, self.offsets, other.offsets))
         ends = [min(a + n, b + m) for a, n, b, m in zip(*self, *other, strict=True)]
         if any(end <= start for start, end in zip(starts, ends, strict=True)):
@@ -35,7 +35,7 @@ class Box(NamedTuple):
         return Box(starts, tuple(end - start for start, end in zip(starts, ends, strict=True)))
 
     def inside(self, outer: Box) -> tuple[slice, ...]:
-        """This box as slices of the tensor that holds `outer`."""
+        """This box as slices of a tensor that holds the box `outer`."""
         starts = [a - b for a, b in zip(self.offsets, outer.offsets, strict=True)]
         return tuple(slice(start, start + size) for start, size in zip(starts, self.sizes, strict=True))
 
@@ -74,19 +74,19 @@ _VECTORS = ("layernorm.weight", "expert_bias")
 
 
 class RankShard(NamedTuple):
-    """One rank's part of a slice of a weight."""
+    """What one rank holds of a slice of a weight."""
 
     rank: int
     offsets: tuple[int, ...]
-    """Where the part begins in the whole weight."""
+    """Where the shard begins in the whole weight."""
     slices: tuple[slice, ...]
-    """The part within the slice."""
+    """The shard within the slice of the weight that was given."""
 
 
-def pieces(
+def rank_shards(
     model: ModelConfig, layout: LayoutConfig, key: str, index: tuple[int, ...], first_row: int, rows: int
 ) -> list[RankShard]:
-    """The parts of `tensor[index][first_row : first_row + rows]` of the weight `key`.
+    """Which ranks hold `tensor[index][first_row : first_row + rows]` of the weight `key`, and which part each.
 
     Args:
         index: the expert, for a weight with an expert axis; else empty.
@@ -113,7 +113,7 @@ def pieces(
 
 
 def _holders(model: ModelConfig, layout: LayoutConfig, key: str, index: tuple[int, ...]) -> tuple[int, int]:
-    """The first rank that holds a part of the weight, and how many after one another do.
+    """The first rank that holds a part of the weight, and how many consecutive ranks do.
 
     The numbering of ranks is that of `rank_shares` in llada_moe/model/parameters.py.
     """
@@ -139,7 +139,7 @@ def _stage(model: ModelConfig, layout: LayoutConfig, key: str) -> int:
 
 
 def _cut_length(model: ModelConfig, key: str) -> int | None:
-    """Length of what tensor parallelism cuts (of one half, where gate and up lie above one another), None if whole."""
+    """Length of the axis that tensor parallelism cuts, for gate and up that of each; None if the weight is not cut."""
     heads, key_heads, width = model.num_attention_heads, model.num_key_value_heads, model.head_dim
     if key.endswith((_EMBEDDING, "output_layer.weight")):
         return model.vocab_size
@@ -155,7 +155,7 @@ def _cut_length(model: ModelConfig, key: str) -> int | None:
 
 
 def _shares(key: str, length: int | None, part: int, parts: int) -> Iterator[tuple[int, int | None, slice]]:
-    """First row, end of the rows (None = all) and columns of each stretch that `part` of `parts` holds."""
+    """First row, end of the rows (None = all) and columns of each range that `part` of `parts` holds."""
     if length is None:
         yield 0, None, slice(None)
         return

@@ -1,7 +1,7 @@
-"""A checkpoint written piece by piece: by tasks in any order, in threads, and in another process after a kill.
+"""A sharded checkpoint written by conversion tasks, which may run in any order, in threads, and again after a kill.
 
 A task writes one file `__{rank}_{task}.distcp` for every rank that it has data for. Its record, which can be kept as
-JSON, says what they hold; `finalize` makes a checkpoint of the records. The same pieces give the same bytes.
+JSON, says what the files hold; `finalize` makes a checkpoint of the records. The same tensors give the same bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import metadata as torch_metadata
 
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.storage import Writeback
@@ -31,28 +32,28 @@ _PICKLE_PROTOCOL = 4  # Python's default has changed; the bytes must not
 
 
 class TaskWriter:
-    """The files of one task. For one thread, which ends with `close` or `discard`."""
+    """The files of one task, written by one thread, which ends with `close` or `discard`."""
 
     def __init__(self, directory: Path, task: int) -> None:
-        """Nothing is written before the first piece.
+        """Open no file before the first `append`.
 
         Args:
-            directory: of the checkpoint; exists.
-            task: its number. Doing a task again replaces its files.
+            directory: the checkpoint's, which exists.
+            task: number of the task. Running a task again replaces its files.
         """
         self._directory, self._task = directory, task
         self._files: dict[int, _HashedFile] = {}
-        self._entries: list[dict[str, Any]] = []
+        self._shards: list[dict[str, Any]] = []
 
     def append(
         self, rank: int, key: str, global_shape: tuple[int, ...], offsets: tuple[int, ...], tensor: torch.Tensor
     ) -> None:
-        """Write one part of the weight `key` into the file of `rank`.
+        """Write one shard of the weight `key` into the file of `rank`.
 
         Args:
-            global_shape: of the whole weight.
-            offsets: where the part begins on each axis.
-            tensor: the part; leading axes of length one may be missing. May be a view of something larger.
+            global_shape: shape of the whole weight.
+            offsets: where the shard begins on each axis of the weight.
+            tensor: the shard; leading axes of length one may be missing. May be a view of a larger tensor.
 
         Raises:
             OSError: it cannot be written.
@@ -65,9 +66,9 @@ class TaskWriter:
         begin = file.size
         try:
             torch.save(_alone(tensor.detach()).view(sizes), file)
-        except RuntimeError as error:  # torch puts one of its own before that of a failed write
+        except RuntimeError as error:  # torch raises one of its own in place of that of a failed write
             raise file.failure or error from error
-        self._entries.append(
+        self._shards.append(
             {
                 "key": key,
                 "shape": list(global_shape),
@@ -81,47 +82,47 @@ class TaskWriter:
         )
 
     def close(self) -> dict[str, Any]:
-        """Wait until the storage holds the files; the task's record (JSON values)."""
+        """Wait until the storage holds the files, and return the task's record (JSON values)."""
         files = {file.path.name: file.finish() for _, file in sorted(self._files.items())}
         self._files = {}
         manifests.sync_directory(self._directory)
-        return {"task": self._task, "files": files, "entries": self._entries}
+        return {"task": self._task, "files": files, "entries": self._shards}
 
     def discard(self) -> None:
-        """Remove what was not closed; after `close` this does nothing."""
+        """Remove the files of a task that was not closed; after `close` this does nothing."""
         for file in self._files.values():
             file.remove()
         self._files = {}
 
 
-def finalize(directory: Path, records: Iterable[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
-    """Make a checkpoint of what the tasks wrote; the manifest comes last.
+def finalize(directory: Path, records: Iterable[Mapping[str, Any]], metadata: Mapping[str, Any]) -> None:
+    """Make a checkpoint of what the tasks wrote; the manifest is written last.
 
     Args:
-        directory: as given to the tasks; any of its name, and the caller's to rename.
+        directory: as given to the tasks. It may have any name; the caller renames it.
         records: of all tasks, in any order.
-        facts: what the manifest says of the checkpoint (JSON values); see `RunState` for those of a run.
+        metadata: what the manifest says of the run (JSON values), with the keys that a training run writes.
 
     Raises:
-        CheckpointError: the parts do not fill every weight exactly once, or a file is not as its record says.
+        CheckpointError: the shards do not fill every weight exactly once, or a file is not as its record says.
     """
-    entries, files = _joined(records)
-    description = _describe(directory, entries)
+    shards, files = _joined(records)
+    description = _describe(directory, shards)
     manifests.write_durably(directory / safety.METADATA, pickle.dumps(description, protocol=_PICKLE_PROTOCOL))
     common = io.BytesIO()
     torch.save({}, common)
     manifests.write_durably(directory / safety.COMMON, common.getvalue())
     manifests.write_durably(directory / safety.CONFIG, safety.CONFIG_CONTENT)
     files |= {name: manifests.record(directory / name) for name in (safety.METADATA, safety.COMMON, safety.CONFIG)}
-    manifest = Manifest(dict(facts), files)
+    manifest = Manifest(dict(metadata), files)
     manifests.verify_sizes(directory, manifest)
     manifests.write(directory, manifest)
     manifests.sync_directory(directory)
 
 
 @dataclass(frozen=True, order=True)
-class _Part:
-    """Where one part of a weight is."""
+class _Shard:
+    """One saved shard of a weight: where it lies in the weight, and in which file."""
 
     key: str
     box: Box
@@ -132,45 +133,48 @@ class _Part:
     length: int
 
 
-def _joined(records: Iterable[Mapping[str, Any]]) -> tuple[list[_Part], dict[str, FileRecord]]:
-    """All parts in order of key and place, and the files of all records."""
-    parts, files = [], {}
+def _joined(records: Iterable[Mapping[str, Any]]) -> tuple[list[_Shard], dict[str, FileRecord]]:
+    """All shards in order of key and position, and the files of all records."""
+    shards, files = [], {}
     for record in records:
-        for name, entry in record["files"].items():
+        for name, stated in record["files"].items():
             if name in files:
                 raise CheckpointError(f"two tasks wrote {name}: give every task a number of its own")
-            files[name] = FileRecord(entry["size"], entry["sha256"])
-        for entry in record["entries"]:
-            place = (sys.intern(entry["file"]), entry["offset"], entry["length"])
-            box = Box(tuple(entry["offsets"]), tuple(entry["sizes"]))
-            parts.append(_Part(sys.intern(entry["key"]), box, tuple(entry["shape"]), entry["dtype"], *place))
-    return sorted(parts), files
+            files[name] = FileRecord(stated["size"], stated["sha256"])
+        for saved in record["entries"]:
+            place = (sys.intern(saved["file"]), saved["offset"], saved["length"])
+            box = Box(tuple(saved["offsets"]), tuple(saved["sizes"]))
+            shards.append(_Shard(sys.intern(saved["key"]), box, tuple(saved["shape"]), saved["dtype"], *place))
+    return sorted(shards), files
 
 
-def _describe(directory: Path, parts: list[_Part]) -> metadata.Metadata:
-    """torch's description of the parts. Equal strings are one object each, since a pickle tells them from copies."""
-    by_key: dict[str, list[_Part]] = {}
-    for part in parts:
-        by_key.setdefault(part.key, []).append(part)
+def _describe(directory: Path, shards: list[_Shard]) -> torch_metadata.Metadata:
+    """torch's description of the shards.
+
+    Equal strings must be one object, because a pickle stores a copy of a string in another way than a repetition.
+    """
+    by_key: dict[str, list[_Shard]] = {}
+    for shard in shards:
+        by_key.setdefault(shard.key, []).append(shard)
     tensors, places = {}, {}
     for key, mine in by_key.items():
         shape, dtype = mine[0].shape, mine[0].dtype
-        fault = tiling_fault(shape, [part.box for part in mine])
-        if any((part.shape, part.dtype) != (shape, dtype) for part in mine):
+        fault = tiling_fault(shape, [shard.box for shard in mine])
+        if any((shard.shape, shard.dtype) != (shape, dtype) for shard in mine):
             fault = "has parts of different dtypes or global shapes"
         if fault:
             raise CheckpointError(f"{directory}: the weight {key!r} {fault}; convert anew")
-        chunks = [metadata.ChunkStorageMetadata(*map(torch.Size, part.box)) for part in mine]
-        properties = metadata.TensorProperties(dtype=getattr(torch, dtype))
-        tensors[key] = metadata.TensorStorageMetadata(properties, torch.Size(shape), chunks)
-        for number, part in enumerate(mine):
-            index = metadata.MetadataIndex(key, part.box.offsets, number)
-            places[index] = filesystem._StorageInfo(part.file, part.offset, part.length)
-    return metadata.Metadata(tensors, storage_data=places, storage_meta=metadata.StorageMeta())
+        chunks = [torch_metadata.ChunkStorageMetadata(*map(torch.Size, shard.box)) for shard in mine]
+        properties = torch_metadata.TensorProperties(dtype=getattr(torch, dtype))
+        tensors[key] = torch_metadata.TensorStorageMetadata(properties, torch.Size(shape), chunks)
+        for number, shard in enumerate(mine):
+            index = torch_metadata.MetadataIndex(key, shard.box.offsets, number)
+            places[index] = filesystem._StorageInfo(shard.file, shard.offset, shard.length)
+    return torch_metadata.Metadata(tensors, storage_data=places, storage_meta=torch_metadata.StorageMeta())
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, copied if its storage holds anything else: torch.save writes whole storages."""
+    """The tensor, copied if its storage holds more than it, because torch.save writes whole storages."""
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
@@ -183,7 +187,7 @@ class _HashedFile:
         self._stream, self._digest = path.open("wb"), hashlib.sha256()
         self._writeback = Writeback(self._stream.fileno())
         self.failure: OSError | None = None
-        """With the file's name."""
+        """The error of the last failed write, with the file's name."""
 
     def write(self, content: Any) -> int:
         self._digest.update(content)
@@ -199,7 +203,7 @@ class _HashedFile:
             self._stream.flush()
 
     def finish(self) -> dict[str, Any]:
-        """Wait until the storage holds the file; its size and digest."""
+        """Wait until the storage holds the file, and return its size and digest."""
         with self._named():
             self._stream.flush()
             os.fsync(self._stream.fileno())
@@ -208,7 +212,7 @@ class _HashedFile:
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        """Give an error of the system the file's name, and keep it."""
+        """Raise an error of the system with the file's name, and keep it in `failure`."""
         try:
             yield
         except OSError as error:
@@ -216,6 +220,6 @@ class _HashedFile:
             raise self.failure from error
 
     def remove(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk is reported by the write that met it
+        with contextlib.suppress(OSError):  # a full disk was reported by the write that failed
             self._stream.close()
         self.path.unlink(missing_ok=True)

@@ -82,7 +82,7 @@ class Recovery:
         path = store.latest()
         if path is None:
             self._end(f"{fault}, and there is no checkpoint to go back to in {store.directory}")
-        back_to = int(store.facts(path)["step"])
+        back_to = int(store.metadata(path)["step"])
         # written down before it is done, so that a kill from here on ends in the same
         text = self._note(fault, policy.rolled_back(self._run.recovery, fault, back_to))
         self._state.continue_from(store, path)

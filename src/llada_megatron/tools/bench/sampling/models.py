@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +175,10 @@ def _train(target: Path, recipe: Recipe, parent: Path | None) -> None:
             progress.update(step + 1, loss)
     target.mkdir(parents=True, exist_ok=True)
     write_durably(target / MODEL_FILE, dump_yaml(run.model).encode())
-    store.save(recipe.steps, model_state([ours.chunk]), _facts(run))
+    store.save(recipe.steps, model_state([ours.chunk]), _metadata(run))
 
 
-def _facts(run: RunConfig) -> dict[str, Any]:
+def _metadata(run: RunConfig) -> dict[str, Any]:
     """What the manifest says."""
     return {
         "model": to_dict(run.model),
@@ -189,7 +189,7 @@ def _facts(run: RunConfig) -> dict[str, Any]:
         "versions": {
             "llada-megatron": __version__,
             "torch": torch.__version__,
-            "megatron-core": metadata.version("megatron-core"),
+            "megatron-core": version("megatron-core"),
         },
         "tokenizer": None,
     }

@@ -1,8 +1,8 @@
-"""Writing one rank's part of a checkpoint, in this process or in a forked one.
+"""One rank's part of a checkpoint, written in this process or in a forked one.
 
-Megatron's torch_dist strategy plans who writes what; the files are written by Megatron's own function for one file.
-What lies between the two is done here, for three reasons (files of megatron-core 0.16.1; 0.19.2 is alike unless
-said):
+Megatron's torch_dist strategy plans which rank writes what, and Megatron's own function writes each file. What comes
+between the two is done here, for three reasons (the files named are those of megatron-core 0.16.1; 0.19.2 does the same
+unless noted):
 
 * strategies/filesystem_async.py:54 starts a spawned Manager process per rank to carry one result, also for a
   synchronous save: 4-6 s, some 210 MB, and an orphan when the rank is killed. The queue that it keeps in
@@ -11,7 +11,7 @@ said):
   0.19.2 lose the cause of a failed write. Here a rank writes its file itself and reports the exception.
 * Steps that only rank 0 takes (serialization.py:411 `common.pt`, state_dict_saver.py:243 `.metadata`) sit between
   collectives, so a full disk there leaves the other ranks waiting. The plan is therefore handed back, and each such
-  step is followed by an agreement (agreement.py).
+  step is followed by a collective that tells all ranks how it went (collectives.py).
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class WritePlan(NamedTuple):
 
     writer: FileSystemWriterAsync
     metadata: Any
-    """Description of all ranks' tensors; None but on rank 0."""
+    """Description of all ranks' tensors, on rank 0; None on the others."""
     common: bytes
-    """Content of `common.pt`, fixed at the time of the save; empty but on rank 0."""
+    """Content of `common.pt` at the time of the save, on rank 0; empty on the others."""
 
     @property
     def size(self) -> int:
@@ -59,8 +59,8 @@ class WritePlan(NamedTuple):
         return objects + sum(tensor.nbytes for _, tensors in buckets for _, tensor in tensors)
 
 
-class WrittenFile(NamedTuple):
-    """Outcome of this rank's writing: torch's results and the files, or why it failed."""
+class WriteResult(NamedTuple):
+    """What this rank wrote: torch's results and the files with their digests, or why it failed."""
 
     results: list[Any]
     files: dict[str, FileRecord]
@@ -75,7 +75,7 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
 
 
 def plan(state: dict[str, Any], directory: Path) -> WritePlan:
-    """Agree with the other ranks on who writes what (collective). `state` is taken apart and not usable afterwards."""
+    """Agree with the other ranks on which of them writes what (collective). `state` cannot be used afterwards."""
     filesystem_async._results_queue = queue.SimpleQueue()
     sharded, common = save_preprocess(state)
     strategy = _PlanOnly("torch_dist", 1, thread_count=1)
@@ -94,12 +94,12 @@ def plan(state: dict[str, Any], directory: Path) -> WritePlan:
 
 
 def stage(planned: WritePlan) -> list[Any]:
-    """Copy what is on a GPU to host memory; what is there already is not copied."""
+    """The buckets of the plan with their tensors in host memory; only those on a GPU are copied."""
     return FileSystemWriterAsync.preload_tensors(planned.writer.write_buckets or [], True)
 
 
-def write(planned: WritePlan, staged: list[Any] | None = None) -> WrittenFile:
-    """Write, sync and read back this rank's files. Never raises."""
+def write(planned: WritePlan, staged: list[Any] | None = None) -> WriteResult:
+    """Write this rank's files, wait until the storage holds them, and read them back. Never raises."""
     transforms = [planned.writer.transforms] if hasattr(planned.writer, "transforms") else []
     results: list[Any] = []
     files: dict[str, FileRecord] = {}
@@ -115,12 +115,12 @@ def write(planned: WritePlan, staged: list[Any] | None = None) -> WrittenFile:
             results.extend(written)
             files[Path(bucket[0]).name] = record(Path(bucket[0]))
     except Exception as error:  # reported to all ranks by the caller
-        return WrittenFile([], {}, explain(error))
-    return WrittenFile(results, files, None)
+        return WriteResult([], {}, explain(error))
+    return WriteResult(results, files, None)
 
 
 def why_not_asynchronous() -> str | None:
-    """Why this machine or these versions cannot write in the background, or None."""
+    """Why this process cannot write in the background, or None if it can."""
     if "fork" not in multiprocessing.get_all_start_methods():
         return f"{sys.platform} has no fork()"
     if multiprocessing.current_process().daemon:
@@ -129,10 +129,10 @@ def why_not_asynchronous() -> str | None:
 
 
 class BackgroundWrite:
-    """A forked process that writes what memory held when it was started.
+    """A forked process that writes the state as it was in memory when the process was started.
 
-    The child sees a copy-on-write image, so the trainer may go on changing the weights. It touches no GPU, starts no
-    thread, and dies with its parent.
+    The child has a copy-on-write image of the memory, so the trainer may go on changing the weights. The child touches
+    no GPU, starts no thread, and dies with its parent.
     """
 
     def __init__(self, planned: WritePlan) -> None:
@@ -146,17 +146,17 @@ class BackgroundWrite:
         sender.close()
 
     def done(self) -> bool:
-        """Whether the child has reported or died."""
+        """Whether the child has finished or died."""
         return self._receiver.poll(0)
 
-    def wait(self) -> WrittenFile:
-        """The child's outcome."""
+    def wait(self) -> WriteResult:
+        """Wait for the child, and return what it wrote."""
         try:
             written = self._receiver.recv()
         except EOFError:
             self._process.join()
             status = f"exit code {self._process.exitcode}; -9: killed, often for memory"
-            written = WrittenFile([], {}, f"the writing process ended early ({status})")
+            written = WriteResult([], {}, f"the writing process ended early ({status})")
         self._process.join()
         self._receiver.close()
         return written
@@ -164,7 +164,7 @@ class BackgroundWrite:
 
 @contextlib.contextmanager
 def _collection_paused() -> Any:
-    """No garbage collection while open: a forked child must not free what belongs to a GPU."""
+    """No garbage collection inside the `with` block: a forked child must not free memory of a GPU."""
     enabled = gc.isenabled()
     gc.disable()
     try:
