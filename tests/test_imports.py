@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-GENERIC = {"tests", "configs", "parallel", "launch", "tools", "llada_moe", "constraints", "docs"}
+GENERIC = {"tests", "benchmarks", "configs", "parallel", "launch", "tools", "llada_moe", "constraints", "docs"}
 
 
 def _run(*command):

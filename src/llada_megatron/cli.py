@@ -13,7 +13,7 @@ import os
 import select
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from llada_megatron import __version__
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(command_parser(name, module), [word for word in rest if word not in COMMON_OPTIONS])
     args.json |= "--json" in rest
     args.traceback |= options.traceback or "--traceback" in rest or os.environ.get("LLADA_TRACEBACK") == "1"
-    return _guarded(module, args)
+    return guarded(lambda: module.run(args), args)
 
 
 def command_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
@@ -116,10 +116,13 @@ def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Na
     return parser.parse_intermixed_args(arguments)
 
 
-def _guarded(module: ModuleType, args: argparse.Namespace) -> int:
-    """Run a command; an error that the user can act on becomes one message, a defect keeps its stack trace."""
+def guarded(command: Callable[[], int], args: argparse.Namespace) -> int:
+    """Run a command; an error that the user can act on becomes one message, a defect keeps its stack trace.
+
+    Returns the exit code. `args` holds the values of the options `--json` and `--traceback`.
+    """
     try:
-        code = module.run(args)
+        code = command()
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import message
 from llada_megatron.llada_moe.errors import ResourceError
-from llada_megatron.tools.bench.child import Child, run_child
-from llada_megatron.tools.bench.claims import Claim, at_least, at_most, reported
+from llada_megatron.tools.bench import Claim, at_least, at_most, reported
+from llada_megatron.tools.bench.measurement import CommandResult, run_command
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ def _measure(scratch: Path, model: ModelConfig, gigabytes: float, layout: str | 
     return claims
 
 
-def _claims(action: str, child: Child, copies: list[float], gigabytes: float) -> list[Claim]:
+def _claims(action: str, child: CommandResult, copies: list[float], gigabytes: float) -> list[Claim]:
     """One direction beside the copies of its input made before and after it."""
     ratio = child.seconds / statistics.mean(copies)
     return [
@@ -164,9 +164,9 @@ def _copy(source: Path, target: Path) -> float:
     return seconds
 
 
-def _command(action: str, *words: str | Path) -> tuple[Child, dict[str, Any]]:
+def _command(action: str, *words: str | Path) -> tuple[CommandResult, dict[str, Any]]:
     """Run `llada convert` as a user does, in a process of its own; also the JSON object that it printed last."""
-    child = run_child([sys.executable, "-m", "llada_megatron.cli", "convert", action, *map(str, words), "--json"])
+    child = run_command([sys.executable, "-m", "llada_megatron.cli", "convert", action, *map(str, words), "--json"])
     result = json.loads(child.output.splitlines()[-1]) if child.output else {}
     if child.status and "equal" not in result:
         raise ResourceError(f"llada convert {action} ended with {child.status}: {result.get('error', 'see above')}")

@@ -11,18 +11,18 @@ from typing import Any
 from llada_megatron.console import message
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.run import RunConfig
-from llada_megatron.tools.bench.claims import Claim, at_most
+from llada_megatron.tools.bench import Claim, at_most
 from llada_megatron.tools.bench.layouts import DENSE_LAYOUTS, MODELS, MOE_LAYOUTS, parity_run
 
 GOAL = 1e-5
 """Largest relative error of the loss and of any gradient, in fp32."""
 
 BLOCK_SIZE = 5
-"""Of the block-causal cases; it divides neither the documents nor a context rank's share of the sequence."""
+"""Block size of the block-causal cases; it divides neither the documents nor a context rank's share of the sequence."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which layouts."""
+    """Adds the options: which layouts are measured."""
     parser.add_argument("--only", metavar="TEXT", default="", help="only the cases whose name contains TEXT")
 
 

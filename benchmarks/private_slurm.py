@@ -25,10 +25,13 @@ from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.parallel.parent_death import die_with_parent
 
 PROGRAMS = ("sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel", "slurmctld", "slurmd", "munged")
+
 PACKAGES = "slurmctld slurmd slurm-client munge"
+
 PARTITION = "main"
 
 _PREFIX = "llada-slurm-"
+
 _OWNER = "owner"
 
 # cred_expire: a requeued job waits that long; 5 is the least that SLURM takes. MessageTimeout: a busy test machine.
@@ -71,6 +74,7 @@ SlurmdTimeout=60
 MessageTimeout=30
 PartitionName={partition} Nodes={nodes} Default=YES MaxTime=INFINITE State=UP
 """
+
 _NODE = "NodeName={name} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=4000\n"
 
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.private_slurm import PARTITION, PrivateSlurm
 from llada_megatron.llada_moe.errors import LladaError
-from llada_megatron.tools.bench.private_slurm import PARTITION, PrivateSlurm
 
 INTERVAL = 5
 """Steps between checkpoints."""
