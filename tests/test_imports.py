@@ -60,3 +60,10 @@ def test_help_imports_no_torch(command):
     )
     done = _run(sys.executable, "-c", code)
     assert done.returncode == 0, done.stderr
+
+
+def test_text_is_read_without_megatron():
+    """`llada prepare` reads text before it calls `parallel.device.install()`, which Megatron-Core has to come after."""
+    code = "import sys; from llada_megatron.llada_moe.data import encoding; sys.exit('megatron.core' in sys.modules)"
+    done = _run(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
