@@ -50,9 +50,9 @@ USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 EXAMPLES = """\
 examples:
   llada prepare my_texts/ --output data/mine --train-tokenizer --vocab-size 8192
-  llada inspect configs/runs/demo.yaml                    check a run before anything starts
-  llada train configs/runs/demo.yaml training.steps=50    any key of the YAML file can be given here
-  llada sample --help                                     each command explains itself
+  llada inspect demo                        check a run (of configs/runs, or a YAML file) before anything starts
+  llada train demo training.steps=50        any key of the YAML file can be given here
+  llada sample --help                       each command explains itself
 
 Results go to stdout, messages and progress to stderr. Every command takes --json (the last line of stdout is one JSON
 object) and --traceback. Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 130 interrupted."""
