@@ -91,17 +91,19 @@ def wait_for_start(slurm: PrivateSlurm, job: Submitted, since: float, output_bef
         starts = [event for event in observation.events(job.directory, "start") if event["time"] > since]
         if not starts or not metrics.exists() or metrics.stat().st_mtime <= starts[-1]["time"]:
             return []
-        said = observation.continued_from(job.directory, output_before)
-        began = said[-1] if said else 0
+        reported = observation.continued_from(job.directory, output_before)
+        began = reported[-1] if reported else 0
         return (
-            [began] if (said or not starts[-1]["checkpoint"]) and observation.last_step(job.output_dir) > began else []
+            [began]
+            if (reported or not starts[-1]["checkpoint"]) and observation.last_step(job.output_dir) > began
+            else []
         )
 
     return observation.wait_until(first_step, "training after a fault", _LIMIT_S, 0.05)[0]
 
 
 def wait_alive(slurm: PrivateSlurm, job: Submitted, step: int) -> None:
-    """Wait until the metrics tell of `step`."""
+    """Wait until the metrics hold `step`. Raises LladaError: the job ended before."""
 
     def reached() -> bool:
         _require_alive(slurm, job)

@@ -84,7 +84,7 @@ def missing_programs() -> list[str]:
 
 
 def how_to_install(missing: list[str]) -> str:
-    """What to say where programs are missing."""
+    """The message where programs are missing."""
     return (
         f"a SLURM on this machine needs {' '.join(missing)}, not found here; Debian and Ubuntu: "
         f"apt-get install --no-install-recommends {PACKAGES}"
@@ -104,7 +104,7 @@ class PrivateSlurm:
         host = socket.gethostname().split(".")[0]
         self.nodes = [host, *(f"{host}-{number}" for number in range(2, nodes + 1))]
         self.environment: dict[str, str] = {}
-        """For every program that speaks to this SLURM (also a job's own processes have its SLURM_CONF)."""
+        """The environment of every program that speaks to this SLURM; jobs inherit its SLURM_CONF."""
         self._kill_wait_s = kill_wait_s
         self._home = Path()
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
