@@ -81,8 +81,8 @@ def _one(slurm: PrivateSlurm, job: Submitted, fault: PlannedFault, inject: fault
 def wait_for_start(slurm: PrivateSlurm, job: Submitted, since: float, output_before: int) -> int:
     """Wait for the first step of a start that began after `since`; returns the step it went on from.
 
-    `output_before`: bytes of the job's output at that time. What a rank says of its checkpoint comes after them, and
-    after the metrics of the steps that are done again have been dropped.
+    `output_before`: bytes of the job's output at that time. The line about the checkpoint that a rank continues
+    from comes after them, and after the metrics of the steps that are done again have been dropped.
     """
     metrics = job.output_dir / FILE_NAME
 
@@ -92,12 +92,10 @@ def wait_for_start(slurm: PrivateSlurm, job: Submitted, since: float, output_bef
         if not starts or not metrics.exists() or metrics.stat().st_mtime <= starts[-1]["time"]:
             return []
         reported = observation.continued_from(job.directory, output_before)
+        if not reported and starts[-1]["checkpoint"]:
+            return []
         began = reported[-1] if reported else 0
-        return (
-            [began]
-            if (reported or not starts[-1]["checkpoint"]) and observation.last_step(job.output_dir) > began
-            else []
-        )
+        return [began] if observation.last_step(job.output_dir) > began else []
 
     return observation.wait_until(first_step, "training after a fault", _LIMIT_S, 0.05)[0]
 

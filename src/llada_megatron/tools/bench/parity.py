@@ -151,10 +151,10 @@ def gradient_parts(chunks: Sequence[Any]) -> list[tuple[str, Sequence[int], Sequ
         kept = {name: parameter.data for name, parameter in named.items()}
         for parameter in named.values():
             parameter.data = parameter.main_grad.to(parameter.dtype)
-        for entry in nested_values(sharded_state.apply_factories_copy(chunk)):
-            if isinstance(entry, ShardedTensor) and "expert_bias" not in entry.key:
-                values = entry.data.detach().reshape((1,) * entry.prepend_axis_num + tuple(entry.data.shape))
-                parts.append((entry.key, entry.global_shape, entry.global_offset, values.float().numpy().copy()))
+        for shard in nested_values(sharded_state.apply_factories_copy(chunk)):
+            if isinstance(shard, ShardedTensor) and "expert_bias" not in shard.key:
+                values = shard.data.detach().reshape((1,) * shard.prepend_axis_num + tuple(shard.data.shape))
+                parts.append((shard.key, shard.global_shape, shard.global_offset, values.float().numpy().copy()))
         for name, parameter in named.items():
             parameter.data = kept[name]
     return parts
