@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-GENERIC = {"tests", "configs", "parallel", "launch", "tools", "llada_moe", "constraints", "docs"}
+GENERIC = {"tests", "benchmarks", "configs", "parallel", "launch", "tools", "llada_moe", "constraints", "docs"}
 
 
 def _run(*command):
@@ -58,5 +58,12 @@ def test_help_imports_no_torch(command):
         "heavy = {'torch', 'megatron', 'numpy', 'transformers', 'tensorboard'} & set(sys.modules)\n"
         "sys.exit(f'imported: {heavy}' if heavy else 0)"
     )
+    done = _run(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_text_is_read_without_megatron():
+    """`llada prepare` reads text before it calls `parallel.device.install()`, which Megatron-Core has to come after."""
+    code = "import sys; from llada_megatron.llada_moe.data import encoding; sys.exit('megatron.core' in sys.modules)"
     done = _run(sys.executable, "-c", code)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ import os
 import select
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from llada_megatron import __version__
@@ -50,9 +50,9 @@ USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 EXAMPLES = """\
 examples:
   llada prepare my_texts/ --output data/mine --train-tokenizer --vocab-size 8192
-  llada inspect configs/runs/demo.yaml                    check a run before anything starts
-  llada train configs/runs/demo.yaml training.steps=50    any key of the YAML file can be given here
-  llada sample --help                                     each command explains itself
+  llada inspect demo                        check a run (of configs/runs, or a YAML file) before anything starts
+  llada train demo training.steps=50        any key of the YAML file can be given here
+  llada sample --help                       each command explains itself
 
 Results go to stdout, messages and progress to stderr. Every command takes --json (the last line of stdout is one JSON
 object) and --traceback. Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 130 interrupted."""
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(command_parser(name, module), [word for word in rest if word not in COMMON_OPTIONS])
     args.json |= "--json" in rest
     args.traceback |= options.traceback or "--traceback" in rest or os.environ.get("LLADA_TRACEBACK") == "1"
-    return _guarded(module, args)
+    return guarded(lambda: module.run(args), args)
 
 
 def command_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
@@ -116,10 +116,13 @@ def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Na
     return parser.parse_intermixed_args(arguments)
 
 
-def _guarded(module: ModuleType, args: argparse.Namespace) -> int:
-    """Run a command; an error that the user can act on becomes one message, a defect keeps its stack trace."""
+def guarded(command: Callable[[], int], args: argparse.Namespace) -> int:
+    """Run a command; an error that the user can act on becomes one message, a defect keeps its stack trace.
+
+    Returns the exit code. `args` holds the values of the options `--json` and `--traceback`.
+    """
     try:
-        code = module.run(args)
+        code = command()
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:

@@ -2,12 +2,12 @@
 
 import pytest
 
-from llada_megatron.tools.bench.faults import watching
+from benchmarks import observation
 
 
 def end_of(slurm, job, limit_s=240):
     """SLURM's state of the job once it is over."""
-    watching.wait_until(lambda: slurm.state(job.id) in watching.OVER, f"the end of job {job.id}", limit_s)
+    observation.wait_until(lambda: slurm.state(job.id) in observation.OVER, f"the end of job {job.id}", limit_s)
     return slurm.state(job.id)
 
 
@@ -17,9 +17,9 @@ def output_of(job) -> str:
 
 def assert_same_to_the_last_bit(calm, job):
     """Loss curve and every tensor of the last checkpoint."""
-    assert watching.curve(job.output_dir) == watching.curve(calm)
-    last = watching.final_checkpoint(calm)
-    assert watching.different_tensors(last, job.output_dir / "checkpoints" / last.name) == []
+    assert observation.curve(job.output_dir) == observation.curve(calm)
+    last = observation.final_checkpoint(calm)
+    assert observation.different_tensors(last, job.output_dir / "checkpoints" / last.name) == []
 
 
 def assert_same_curve(calm, job, moved_at):
@@ -28,11 +28,11 @@ def assert_same_curve(calm, job, moved_at):
     Every loss agrees to 1e-5, and so does the gradient norm up to the first step under the new layout. After it,
     weights that differ in their last bits give norms that drift apart, faster on some processors than on others.
     """
-    expected, found = watching.curve(calm), watching.curve(job.output_dir)
+    expected, found = observation.curve(calm), observation.curve(job.output_dir)
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     for before, after in zip(expected, found, strict=True):
         assert after.keys() == before.keys()
-        norms = {} if after["step"] > moved_at + 1 else {"grad_norm"}
+        norms = set() if after["step"] > moved_at + 1 else {"grad_norm"}
         for key in before.keys() - {"grad_norm"} | norms:
             assert after[key] == pytest.approx(before[key], rel=1e-5), (after["step"], key)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from llada_megatron.tools.bench import private_slurm
-from llada_megatron.tools.bench.faults.small_run import Workplace
-from llada_megatron.tools.bench.private_slurm import PrivateSlurm
+from benchmarks import private_slurm
+from benchmarks.private_slurm import PrivateSlurm
+from benchmarks.small_run import Workplace
 
 
 def pytest_collection_modifyitems(items):

@@ -1,11 +1,11 @@
 """A job from its submission to its end, on two nodes with two ranks each."""
 
-from llada_megatron.tools.bench.faults import watching
+from benchmarks import observation
 from tests.slurm.checks import assert_same_curve, end_of, output_of, status_of
 
 
 def test_submitted_job_trains_on_two_nodes_and_jobs_follows_it(place, slurm, calm):
-    steps = watching.last_step(calm)
+    steps = observation.last_step(calm)
     held = place.cluster("held.yaml", ranks_per_node=2, sbatch_options=["--hold"])
     job = place.submit("layout.data_parallel=4", "output_dir=course", cluster=held)
     waiting = status_of(place, job)
@@ -13,15 +13,15 @@ def test_submitted_job_trains_on_two_nodes_and_jobs_follows_it(place, slurm, cal
     assert "JobHeldUser" in waiting["note"]
 
     slurm.run("scontrol", "release", str(job.id))
-    step = watching.wait_for_step(job.output_dir, 2)
+    step = observation.wait_for_step(job.output_dir, 2)
     running = status_of(place, job)
     assert running["state"] == "RUNNING"
     assert step <= running["step"] < steps
     assert running["loss"] > 0
     assert running["tokens_per_second"] > 0
     assert running["seconds_left"] > 0
-    assert len(watching.ranks(slurm)) == 4
-    assert [len(watching.ranks(slurm, node)) for node in slurm.nodes] == [2, 2]
+    assert len(observation.ranks(slurm)) == 4
+    assert [len(observation.ranks(slurm, node)) for node in slurm.nodes] == [2, 2]
 
     second = place.llada("submit", "run.yaml", "--cluster", "cluster.yaml", "output_dir=course")
     assert second.returncode == 1
@@ -31,6 +31,6 @@ def test_submitted_job_trains_on_two_nodes_and_jobs_follows_it(place, slurm, cal
     assert end_of(slurm, job) == "COMPLETED", output_of(job)
     done = status_of(place, job)
     assert (done["state"], done["step"], done["requeues"], done["restarts"]) == ("done", steps, 0, 0)
-    assert done["loss"] == watching.curve(job.output_dir)[-1]["loss"]
+    assert done["loss"] == observation.curve(job.output_dir)[-1]["loss"]
     assert f"trained to step {steps}" in place.llada("logs", str(job.id)).stdout
     assert_same_curve(calm, job, moved_at=0)

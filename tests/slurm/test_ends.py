@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from llada_megatron.tools.bench.faults import course, watching
+from benchmarks import fault_run, observation
 from tests.slurm.checks import assert_same_to_the_last_bit, end_of, output_of, status_of
 
 
@@ -15,20 +15,20 @@ def test_time_limit_saves_and_queues_the_job_again(slurm, place, calm):
     cluster = place.cluster("limited.yaml", signal_before_end_s=45)
     unwatched = ("recovery.hang_minimum_s=600", "recovery.hang_other_s=600")
     job = place.submit("output_dir=limited", *unwatched, cluster=cluster)
-    watching.wait_for_step(job.output_dir, 7)
-    ranks = watching.ranks(slurm)
+    observation.wait_for_step(job.output_dir, 7)
+    ranks = observation.ranks(slurm)
     for rank in ranks:
         rank.send_signal(signal.SIGSTOP)
-    step, since = watching.last_step(job.output_dir), time.time()
+    step, since = observation.last_step(job.output_dir), time.time()
     end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since + 50))
     slurm.run("scontrol", "update", f"jobid={job.id}", f"EndTime={end}")  # SLURM looks every 30 s
-    watching.wait_until(lambda: any(map(_is_asked, ranks)), "the signal before the end", 90)
+    observation.wait_until(lambda: any(map(_is_asked, ranks)), "the signal before the end", 90)
     for rank in ranks:
         rank.send_signal(signal.SIGCONT)
-    watching.wait_until(lambda: slurm.state(job.id) == "PENDING", "the job in the queue again")
+    observation.wait_until(lambda: slurm.state(job.id) == "PENDING", "the job in the queue again")
     slurm.run("scontrol", "update", f"jobid={job.id}", "TimeLimit=60")
-    assert watching.newest_whole(job.output_dir) in (step, step + 1), "it saved the step that it was in"
-    assert course.wait_for_start(slurm, job, since, 0) >= step
+    assert observation.newest_whole(job.output_dir) in (step, step + 1), "it saved the step that it was in"
+    assert fault_run.wait_for_start(slurm, job, since, 0) >= step
     assert end_of(slurm, job) == "COMPLETED", output_of(job)
     assert status_of(place, job)["requeues"] == 1
     assert_same_to_the_last_bit(calm, job)
@@ -36,17 +36,17 @@ def test_time_limit_saves_and_queues_the_job_again(slurm, place, calm):
 
 def test_cancelled_and_stopped_jobs_are_submitted_again(slurm, place, calm):
     first = place.submit("output_dir=again")
-    watching.wait_for_step(first.output_dir, 7)
+    observation.wait_for_step(first.output_dir, 7)
     slurm.run("scancel", str(first.id))
     assert end_of(slurm, first) == "CANCELLED"
 
     second = place.submit("output_dir=again")
-    step = watching.wait_for_step(second.output_dir, 14)
+    step = observation.wait_for_step(second.output_dir, 14)
     place.must("stop", str(second.id))
     assert end_of(slurm, second) == "COMPLETED", output_of(second)
     stopped = status_of(place, second)
     assert stopped["state"] == "stopped"
-    assert watching.newest_whole(second.output_dir) == stopped["step"] >= step
+    assert observation.newest_whole(second.output_dir) == stopped["step"] >= step
 
     third = place.submit("output_dir=again")
     assert end_of(slurm, third) == "COMPLETED", output_of(third)

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from llada_megatron.tools.bench.faults import course, watching
-from llada_megatron.tools.bench.faults.small_run import INTERVAL
+from benchmarks import fault_run, observation
+from benchmarks.small_run import INTERVAL
 from tests.slurm.checks import assert_same_to_the_last_bit, end_of, output_of, status_of
 
 
@@ -20,20 +20,20 @@ def signal_before_the_end(slurm, job):
 
 
 def kill_first_agent(slurm, job):
-    slurm.processes(watching.AGENT, slurm.nodes[0])[0].kill()
+    slurm.processes(observation.AGENT, slurm.nodes[0])[0].kill()
 
 
 def kill_second_agent(slurm, job):
-    slurm.processes(watching.AGENT, slurm.nodes[1])[0].kill()
+    slurm.processes(observation.AGENT, slurm.nodes[1])[0].kill()
 
 
 def kill_rank(slurm, job):
-    watching.ranks(slurm, slurm.nodes[1])[0].kill()
+    observation.ranks(slurm, slurm.nodes[1])[0].kill()
 
 
 def stop_rank(slurm, job):
     """A rank that hangs: the others wait for it in a collective."""
-    watching.ranks(slurm, slurm.nodes[0])[0].send_signal(signal.SIGSTOP)
+    observation.ranks(slurm, slurm.nodes[0])[0].send_signal(signal.SIGSTOP)
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +53,12 @@ def job(place):
     ],
 )
 def test_training_goes_on_after(fault, queued_again, said, slurm, place, job):
-    course.wait_alive(slurm, job, max(INTERVAL, watching.last_step(job.output_dir)) + 2)  # it is training
-    before, since, offset = status_of(place, job), time.time(), watching.output_size(job.directory)
+    fault_run.wait_alive(slurm, job, max(INTERVAL, observation.last_step(job.output_dir)) + 2)  # it is training
+    before, since, offset = status_of(place, job), time.time(), observation.output_size(job.directory)
     fault(slurm, job)
-    whole = watching.newest_whole(job.output_dir)
+    whole = observation.newest_whole(job.output_dir)
     assert whole > 0
-    assert course.wait_for_start(slurm, job, since, offset) >= whole
+    assert fault_run.wait_for_start(slurm, job, since, offset) >= whole
     after = status_of(place, job)
     assert after["state"] == "RUNNING"
     if queued_again is not None:

@@ -56,6 +56,26 @@ def test_spans(numbers, text):
     assert spans(numbers) == text
 
 
+def test_a_run_by_name(capsys):
+    assert inspect(capsys, "demo")[1] == inspect(capsys, str(CONFIGS / "runs/demo.yaml"))[1]
+
+
+def test_of_a_model_and_a_run_with_one_name_the_model_is_shown_and_that_is_said(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny-moe.yaml").write_text((CONFIGS / "runs/demo.yaml").read_text())
+    assert cli.main(["inspect", "tiny-moe"]) == 0
+    said = capsys.readouterr()
+    assert "'tiny-moe' is the name of a model and of a run; this is the model, and tiny-moe.yaml is the run" in said.err
+    assert "layout:" not in said.out
+    assert "ranks" in inspect(capsys, "tiny-moe.yaml")[1]  # the path stands for one of them
+
+
+def test_a_name_that_is_like_no_other_lists_the_known_ones(capsys):
+    assert cli.main(["inspect", "qqqq"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: no model or run 'qqqq'; models: llada-8b, ") and "; runs: demo, " in said
+
+
 def test_a_wrong_name_is_refused(capsys):
     assert cli.main(["inspect", "llada2-flahs"]) == 2
-    assert capsys.readouterr().err == "error: no model 'llada2-flahs'; did you mean 'llada2-flash'?\n"
+    assert capsys.readouterr().err == "error: no model or run 'llada2-flahs'; did you mean 'llada2-flash'?\n"

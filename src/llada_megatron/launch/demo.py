@@ -64,7 +64,7 @@ class PeakMemory:
                 return
 
 
-CONFIG = "configs/runs/demo.yaml"
+CONFIG = "demo"
 
 CORPUS = "python-stdlib"
 
@@ -108,7 +108,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values laid over the configuration's")
-    parser.add_argument("--config", default=CONFIG, metavar="YAML", help=f"the run (default: {CONFIG})")
+    parser.add_argument(
+        "--config",
+        default=CONFIG,
+        metavar="RUN",
+        help=f"YAML file of the run, or a name in configs/runs (default: {CONFIG})",
+    )
     parser.add_argument(
         "--corpus", default=CORPUS, metavar="INPUT", help="text file, folder or JSONL (default: stdlib)"
     )

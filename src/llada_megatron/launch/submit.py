@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  llada submit configs/runs/llada-moe-7b-a1b-pretrain.yaml --cluster dgx-h100 --dry-run
+  llada submit llada-moe-7b-a1b-pretrain --cluster dgx-h100 --dry-run
   llada submit run.yaml --cluster clusters/ours.yaml training.steps=1000
   llada jobs                   what became of it
   llada logs 4711 --follow     what it says
@@ -33,7 +33,7 @@ The job is queued again before its time ends and after faults, and goes on from 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `llada submit`."""
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run, or a name in configs/runs")
     parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="values laid over the file's")
     parser.add_argument(
         "--cluster", metavar="CLUSTER", required=True, help="YAML file of the cluster, or a name in configs/clusters"

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  llada train configs/runs/demo.yaml
-  llada train configs/runs/demo.yaml training.steps=50 layout.data_parallel=1 layout.expert_parallel=1
+  llada train demo                                                  the run of configs/runs/demo.yaml
+  llada train demo training.steps=50 layout.data_parallel=1 layout.expert_parallel=1
   torchrun --nproc-per-node 8 --no-python llada train run.yaml      join the processes of torchrun
   srun --ntasks 16 llada train run.yaml                             join the tasks of a SLURM step
 
@@ -31,7 +31,7 @@ saves, the second stops at once. Each rank's full output is in OUTPUT_DIR/logs/r
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `llada train`."""
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run, or a name in configs/runs")
     parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="values laid over the file's")
     parser.add_argument("--oversubscribe", action="store_true", help="allow many more ranks than cores")
     parser.add_argument("--local", action="store_true", help="start the ranks here, even in a job of torchrun or srun")

@@ -5,15 +5,24 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from llada_megatron.console import emit_json
-from llada_megatron.llada_moe.config import ModelConfig, RunConfig, dump_yaml, is_run, load_model, load_run, to_dict
+from llada_megatron.console import emit_json, message
+from llada_megatron.llada_moe.config import (
+    ModelConfig,
+    RunConfig,
+    dump_yaml,
+    find_model_and_run,
+    load_model,
+    load_run,
+    to_dict,
+)
 from llada_megatron.llada_moe.model.parameters import ParameterCount, RankShare, count_parameters, rank_shares
 
 EXAMPLES = """\
 examples:
-  llada inspect llada2-flash                                    a model of configs/models, by name
-  llada inspect configs/runs/demo.yaml                          a run: also what each rank holds
-  llada inspect configs/runs/llada2-flash-pretrain.yaml layout.expert_parallel=64
+  llada inspect llada2-flash                                    a model, by its name in configs/models
+  llada inspect demo                                            a run of configs/runs: also what each rank holds
+  llada inspect llada2-flash-pretrain layout.expert_parallel=64
+  llada inspect my_run.yaml                                     a file of yours
   llada inspect llada-8b --json | tail -1 | python -m json.tool"""
 LONGEST_TABLE = 16
 PART_NAMES = {
@@ -33,15 +42,16 @@ PART_NAMES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `llada inspect`."""
     parser.add_argument(
-        "config", metavar="MODEL-OR-RUN.yaml", help="a run, a model, or the name of a model in configs/models"
+        "config",
+        metavar="MODEL-OR-RUN",
+        help="YAML file of a run or a model, or a name in configs/models or configs/runs",
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="keys laid over the file")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; raises ConfigError for a configuration that cannot work."""
-    config: RunConfig | ModelConfig
-    config = load_run(args.config, args.overrides) if is_run(args.config) else load_model(args.config, args.overrides)
+    config = _load(args.config, args.overrides)
     model = config.model if isinstance(config, RunConfig) else config
     count = count_parameters(model)
     shares = rank_shares(model, config.layout) if isinstance(config, RunConfig) else []
@@ -52,6 +62,16 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         emit_json(summary(config, count, shares))
     return 0
+
+
+def _load(name_or_path: str, overrides: list[str]) -> RunConfig | ModelConfig:
+    """The model or the run; where a name stands for both, the model, and a message says so."""
+    model, run = find_model_and_run(name_or_path)
+    if model is None:
+        return load_run(run, overrides)
+    if run is not None:
+        message(f"{name_or_path!r} is the name of a model and of a run; this is the model, and {run} is the run")
+    return load_model(model, overrides)
 
 
 def parameter_table(count: ParameterCount) -> str:

@@ -191,6 +191,18 @@ def test_a_missing_file_names_its_neighbour(write):
     assert refusal("demmo.yaml") == "demmo.yaml: no such configuration file; did you mean 'demo.yaml'?"
 
 
+def test_a_run_by_name_is_looked_for_here_then_in_the_package(write):
+    assert load_run("demo").output_dir == "runs/demo"
+    write(RUN, "demo.yaml")
+    assert load_run("demo") == load_run("demo.yaml")
+
+
+def test_an_unknown_run_lists_the_known_ones(write):
+    assert refusal("qqqq").startswith("no run 'qqqq'; known: demo, llada-8b-pretrain, ")
+    assert refusal("dmeo") == "no run 'dmeo'; did you mean 'demo'?"
+    assert refusal("runs/qqqq") == "runs/qqqq: no such configuration file"
+
+
 def test_overrides(write):
     path = write(RUN)
     run = load_run(

@@ -7,8 +7,11 @@ import json
 import math
 import types
 
+import pytest
+
+from llada_megatron import cli
 from llada_megatron.tools import bench
-from llada_megatron.tools.bench.claims import at_least, at_most, format_table, reported
+from llada_megatron.tools.bench import at_least, at_most, format_table, reported
 
 
 def test_a_claim_holds_at_its_goal_and_not_beyond():
@@ -38,6 +41,14 @@ def test_every_benchmark_explains_its_arguments():
     bench.add_arguments(parser)
     for name in bench.BENCHMARKS:
         assert parser.parse_args([name]).benchmark == name
+
+
+@pytest.mark.parametrize("options", [[], ["--faults", "3", "--work", "here", "--json"]])
+def test_chaos_is_another_command_now(options, capsys):
+    assert cli.main(["bench", "chaos", *options]) == 2
+    said = capsys.readouterr().err
+    now = " ".join(["python -m benchmarks.chaos", *options[:4]])
+    assert said == f"error: `llada bench chaos` is now `{now}`, in the root of a checkout of the repository\n"
 
 
 def test_a_run_prints_the_table_and_the_json_line_last(monkeypatch, capsys):

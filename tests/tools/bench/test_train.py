@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sys
 
 import pytest
@@ -13,9 +14,8 @@ from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.llada_moe.model.transformer import build_model
 from llada_megatron.parallel.build import transformer_config
 from llada_megatron.tools.bench import train
-from llada_megatron.tools.bench.batches import masked_batch
-from llada_megatron.tools.bench.breakdown import KINDS, OPTIMIZER, breakdown
-from llada_megatron.tools.bench.single import single_process
+from llada_megatron.tools.bench.measurement import KINDS, OPTIMIZER, breakdown, single_process
+from llada_megatron.tools.bench.our_step import masked_batch
 
 SMALL = {
     "dense": dataclasses.replace(train.MODELS["dense"], num_layers=2, hidden_size=64, ffn_hidden_size=96,
@@ -27,11 +27,9 @@ SMALL = {
 
 
 @pytest.fixture
-def peer():
+def transformers_step():
     pytest.importorskip("transformers")
-    from llada_megatron.tools.bench import peer
-
-    return peer
+    return importlib.import_module("llada_megatron.tools.bench.transformers_step")
 
 
 @pytest.fixture
@@ -60,10 +58,10 @@ def copy_to_llama(ours, llama):
         layer.post_attention_layernorm.weight.data.copy_(state[prefix + "pre_mlp_layernorm.weight"])
 
 
-def test_llama_with_our_weights_has_our_loss(peer, one_process):
+def test_llama_with_our_weights_has_our_loss(transformers_step, one_process):
     model = SMALL["dense"]
     ours = build_model(model, transformer_config(model, LayoutConfig()))
-    other = peer.Peer(peer.build(model, 16), 1e-4, 1.0)
+    other = transformers_step.TransformersStep(transformers_step.build_peer(model, 16), 1e-4, 1.0)
     copy_to_llama(ours, other.model)
     batch = masked_batch(model, 2, 16, seed=0)
     weights = batch.masked.float() / batch.masked.sum()
@@ -74,9 +72,9 @@ def test_llama_with_our_weights_has_our_loss(peer, one_process):
 
 
 @pytest.mark.parametrize("name", ["dense", "moe"])
-def test_the_peer_attends_in_both_directions_and_is_as_large(peer, one_process, name):
+def test_the_peer_attends_in_both_directions_and_is_as_large(transformers_step, one_process, name):
     model = SMALL[name]
-    other = peer.build(model, 16, "eager" if model.moe else None).eval()
+    other = transformers_step.build_peer(model, 16, "eager" if model.moe else None).eval()
     ids = torch.arange(16)[None]
     changed = ids.clone()
     changed[0, -1] = 99
@@ -87,29 +85,29 @@ def test_the_peer_attends_in_both_directions_and_is_as_large(peer, one_process, 
     assert abs(sizes[0] - sizes[1]) <= 2 * model.num_layers * model.hidden_size
 
 
-def test_both_sides_train(peer, one_process):
-    from llada_megatron.tools.bench.ours import OurStep, run_config
+def test_both_sides_train(transformers_step, one_process):
+    from llada_megatron.tools.bench.our_step import OurStep, run_config
 
     model = SMALL["moe"]
     batch = masked_batch(model, 2, 16, seed=0)
     for step in (
         OurStep(run_config(model, 2, 16, 1e-2, 1.0)).step,
-        peer.Peer(peer.build(model, 16, "grouped_mm"), 1e-2, 1.0).step,
+        transformers_step.TransformersStep(transformers_step.build_peer(model, 16, "grouped_mm"), 1e-2, 1.0).step,
     ):
         first, *_, last = [step(batch) for _ in range(10)]
         assert 4 < first < 6 and last < first - 0.5
 
 
-def test_a_missing_transformers_is_said_with_what_to_install(peer, monkeypatch):
+def test_a_missing_transformers_is_said_with_what_to_install(transformers_step, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ResourceError, match=r"pip install .*\[dev\]"):
-        peer.build(SMALL["dense"], 16)
+        transformers_step.build_peer(SMALL["dense"], 16)
 
 
-def test_batched_mm_is_left_out_where_its_copies_do_not_fit(peer):
-    assert "batched_mm" in peer.feasible_implementations(SMALL["moe"], 32, free_bytes=1e12)
-    assert peer.feasible_implementations(SMALL["moe"], 32, free_bytes=1e3) == ["eager", "grouped_mm"]
-    assert peer.feasible_implementations(SMALL["dense"], 32, free_bytes=1e12) == []
+def test_batched_mm_is_skipped_where_its_copies_do_not_fit(transformers_step):
+    assert "batched_mm" in transformers_step.feasible_implementations(SMALL["moe"], 32, free_bytes=1e12)
+    assert transformers_step.feasible_implementations(SMALL["moe"], 32, free_bytes=1e3) == ["eager", "grouped_mm"]
+    assert transformers_step.feasible_implementations(SMALL["dense"], 32, free_bytes=1e12) == []
 
 
 def test_ratios_are_taken_turn_by_turn():

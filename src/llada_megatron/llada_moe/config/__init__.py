@@ -1,6 +1,6 @@
 """Typed configuration: YAML to dataclasses, with every mistake refused at its file, line and key."""
 
-from llada_megatron.llada_moe.config.loader import is_run, load_model, load_run
+from llada_megatron.llada_moe.config.loader import find_model_and_run, load_model, load_run
 from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig, validate_model
 from llada_megatron.llada_moe.config.parsing import dump_yaml, from_dict, to_dict
 from llada_megatron.llada_moe.config.run import RunConfig
@@ -11,8 +11,8 @@ __all__ = [
     "ModelConfig",
     "RunConfig",
     "dump_yaml",
+    "find_model_and_run",
     "from_dict",
-    "is_run",
     "load_model",
     "load_run",
     "to_dict",

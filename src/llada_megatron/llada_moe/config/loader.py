@@ -1,7 +1,8 @@
-"""YAML files to typed configurations, and back.
+"""YAML files to typed configurations.
 
 Relative paths that a run names (data sets, output_dir, checkpoint.load) are relative to the current directory.
-A model and a recovery policy may be named instead of written out (`named.py`).
+A run and a model are given as the path of a file or as a name, and so are the model and the recovery policy of a run
+(`named.py`).
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ import yaml
 
 from llada_megatron.llada_moe.config import yaml_nodes
 from llada_megatron.llada_moe.config.model import ModelConfig, validate_model
-from llada_megatron.llada_moe.config.named import MODELS, SECTIONS
+from llada_megatron.llada_moe.config.named import MODELS, RUNS, SECTIONS, SUFFIXES
 from llada_megatron.llada_moe.config.parsing import Origins, closest, parse
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.validation import validate_run
 from llada_megatron.llada_moe.errors import ConfigError
 
 
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The validated run in a YAML file, with `key.path=value` overrides laid over it.
+def load_run(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The validated run in a YAML file or in `configs/runs/NAME.yaml`, with `key.path=value` overrides laid over it.
 
     Raises:
-        ConfigError: with file, line, key and what to change, one line per problem.
+        ConfigError: with file, line, key and what to change, one line per problem. An unknown name lists
+            the known ones.
     """
-    run, origins = _read_run(_existing(Path(path)), overrides)
+    run, origins = _read_run(_run_file(name_or_path), overrides)
     validate_run(run, origins)
     return run
 
@@ -44,10 +46,27 @@ def load_model(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Model
     return model
 
 
-def is_run(name_or_path: str | Path) -> bool:
-    """Whether a YAML file holds a run (it has a `model` key) rather than a model."""
+def find_model_and_run(name_or_path: str) -> tuple[Path | None, Path | None]:
+    """The file of the model and the file of the run that a name stands for; a path stands for one of the two.
+
+    A file holds a run where it has a `model` key.
+
+    Raises:
+        ConfigError: it stands for neither (lists the known names), or a file is not valid YAML.
+    """
     path = Path(name_or_path)
-    return path.is_file() and yaml_nodes.child(yaml_nodes.read_yaml(path), "model") is not None
+    models, runs = ([path], [path]) if path.is_file() else (MODELS.files(name_or_path), RUNS.files(name_or_path))
+    model = next((file for file in models if not _is_run(file)), None)
+    run = next((file for file in runs if _is_run(file)), None)
+    if model is None and run is None:
+        names = f"; models: {', '.join(MODELS.names())}; runs: {', '.join(RUNS.names())}"
+        near = closest(path.stem, [*MODELS.neighbours(name_or_path), *RUNS.neighbours(name_or_path)])
+        raise ConfigError(f"no model or run {name_or_path!r}{near or names}")
+    return model, run
+
+
+def _is_run(path: Path) -> bool:
+    return yaml_nodes.child(yaml_nodes.read_yaml(path), "model") is not None
 
 
 def _read_run(path: Path, overrides: Sequence[str]) -> tuple[RunConfig, Origins]:
@@ -68,8 +87,13 @@ def _with_overrides(root: yaml.MappingNode, overrides: Sequence[str]) -> yaml.Ma
     return root
 
 
-def _existing(path: Path) -> Path:
+def _run_file(name_or_path: str | Path) -> Path:
+    path = Path(name_or_path)
     if path.is_file():
         return path
+    if path.name == str(name_or_path) and path.suffix not in SUFFIXES:
+        if files := RUNS.files(path.name):
+            return files[0]
+        raise ConfigError(RUNS.unknown(path.name))
     beside = sorted(path.parent.glob("*.yaml")) if path.parent.is_dir() else []
     raise ConfigError(f"{path}: no such configuration file{closest(str(path), map(str, beside))}")

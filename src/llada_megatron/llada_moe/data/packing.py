@@ -14,7 +14,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from llada_megatron.llada_moe.data.indexed import TokenFile
 from llada_megatron.llada_moe.errors import ConfigError, DataError
 
 _WORD = (1 << 64) - 1
@@ -146,6 +145,9 @@ class PackedDataset:
         isolate_documents: bool,
     ) -> None:
         """Open a prepared set. Raises DataError when the split does not fill one window."""
+        # here, because it imports Megatron, which `llada prepare` may not before parallel.device is installed
+        from llada_megatron.llada_moe.data.indexed import TokenFile
+
         self._file = TokenFile(prefix)
         self._length, self._seed, self._isolate = sequence_length, seed, isolate_documents
         self._split: Split = split

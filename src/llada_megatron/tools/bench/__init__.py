@@ -1,22 +1,31 @@
-"""Benchmarks: `llada bench NAME` measures on this machine and prints each figure beside its goal."""
+"""Benchmarks: `llada bench NAME` measures on this machine and prints each figure beside its goal.
+
+What only proves the project (faults into jobs of a private SLURM, other projects' samplers) is in the folder
+`benchmarks` of the repository and not installed.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from llada_megatron.console import emit_json, message
-from llada_megatron.tools.bench.claims import Claim, format_table
+from llada_megatron.llada_moe.errors import ConfigError
 
 BENCHMARKS = {
     "parity": "gradients and loss of every parallel layout against one process",
     "train": "tokens/s and model-FLOPs utilisation of a training step, against transformers",
     "convert": "memory and speed of conversion from and to Hugging Face, against a plain copy of the files",
     "loss": "memory and time of the output layer and loss at a large vocabulary",
-    "chaos": "faults at random into a run on a real SLURM of this machine, against the same run left alone",
-    "sample": "time, forward passes and quality of every sampling preset, against the samplers of LLaDA and Fast-dLLM",
+    "sample": "time, forward passes and quality of every sampling preset, against the paper's sampler",
 }
 """Name (a module of this package) and what it measures. A module exposes add_arguments(parser), run(args) -> claims."""
+MOVED = ("chaos",)
+"""Names of benchmarks that were here before and are now in the folder `benchmarks`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,18 +34,76 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in BENCHMARKS.items():
         benchmark = names.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         _module(name).add_arguments(benchmark)
+    for (
+        name
+    ) in MOVED:  # no help, so that it is not listed; no option starts with NUL, so that any are taken as they are
+        names.add_parser(name, add_help=False, prefix_chars="\0").add_argument("options", nargs="*")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs one benchmark and prints its claims. A goal that is not met is a result, not an error: the status is 0."""
-    claims: list[Claim] = _module(args.benchmark).run(args)
+    """Runs one benchmark and prints its claims.
+
+    Raises:
+        ConfigError: it is no longer a benchmark of this command; says which command it is now.
+    """
+    if args.benchmark in MOVED:
+        raise ConfigError(moved(f"llada bench {args.benchmark}", shlex.join([args.benchmark, *args.options])))
+    return report(args.benchmark, _module(args.benchmark).run(args), args.json)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One row of the result. `holds` is None where a figure is reported without a goal."""
+
+    claim: str
+    value: float
+    unit: str
+    goal: str
+    holds: bool | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as it stands in the JSON result."""
+        return asdict(self)
+
+
+def at_least(claim: str, value: float, unit: str, goal: float) -> Claim:
+    """A figure that should not be smaller than its goal."""
+    return Claim(claim, value, unit, f">= {goal:g}", bool(value >= goal))
+
+
+def at_most(claim: str, value: float, unit: str, goal: float) -> Claim:
+    """A figure that should not be larger than its goal (a value that is not a number never holds)."""
+    return Claim(claim, value, unit, f"<= {goal:g}", bool(value <= goal))
+
+
+def reported(claim: str, value: float, unit: str) -> Claim:
+    """A figure without a goal."""
+    return Claim(claim, value, unit, "reported", None)
+
+
+def format_table(claims: Sequence[Claim]) -> str:
+    """The claims as aligned plain text: verdict, value with unit, goal, claim."""
+    words = {True: "holds", False: "FAILS", None: ""}
+    rows = [("", "measured", "goal", "claim")]
+    rows += [(words[c.holds], f"{c.value:.4g} {c.unit}".strip(), c.goal, c.claim) for c in claims]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join("  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip() for row in rows)
+
+
+def report(name: str, claims: Sequence[Claim], as_json: bool) -> int:
+    """Prints the claims of a benchmark. A goal that is not met is a result, not an error: the exit code is 0."""
     print(format_table(claims), flush=True)
     failed = sum(claim.holds is False for claim in claims)
     if failed:
         message(f"{failed} of {len(claims)} figures miss their goal")
-    if args.json:
-        emit_json({"benchmark": args.benchmark, "claims": [claim.to_dict() for claim in claims]})
+    if as_json:
+        emit_json({"benchmark": name, "claims": [claim.to_dict() for claim in claims]})
     return 0
+
+
+def moved(command: str, now: str) -> str:
+    """The message for a benchmark that moved to the folder `benchmarks`: `now` is its name there and its options."""
+    return f"`{command}` is now `python -m benchmarks.{now}`, in the root of a checkout of the repository"
 
 
 def _module(name: str) -> object:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import message
 from llada_megatron.llada_moe.errors import ResourceError
-from llada_megatron.tools.bench.child import Child, run_child
-from llada_megatron.tools.bench.claims import Claim, at_least, at_most, reported
+from llada_megatron.tools.bench import Claim, at_least, at_most, reported
+from llada_megatron.tools.bench.measurement import CommandResult, run_command
 
 if TYPE_CHECKING:
     import torch
@@ -71,21 +71,21 @@ def _measure(scratch: Path, model: ModelConfig, gigabytes: float, layout: str | 
     for action, before, after, options in steps:
         copies = [_copy(before, scratch / "copy")]
         _forget(before)
-        child, _ = _command(action, before, after, *options)
+        done, _ = _command(action, before, after, *options)
         copies.append(_copy(before, scratch / "copy"))
-        claims += _claims(action, child, copies, gigabytes)
+        claims += _claims(action, done, copies, gigabytes)
     _, same = _command("verify", source, exported, "--no-logits")
     claims.append(at_most("tensors that differ after both directions", same["differing"], "", 0))
     return claims
 
 
-def _claims(action: str, child: Child, copies: list[float], gigabytes: float) -> list[Claim]:
+def _claims(action: str, done: CommandResult, copies: list[float], gigabytes: float) -> list[Claim]:
     """One direction beside the copies of its input made before and after it."""
-    ratio = child.seconds / statistics.mean(copies)
+    ratio = done.seconds / statistics.mean(copies)
     return [
-        at_most(f"{action}: peak memory of the process", child.peak_gb, "GB", MEMORY_GOAL_GB),
+        at_most(f"{action}: peak memory of the process", done.peak_gb, "GB", MEMORY_GOAL_GB),
         at_most(f"{action}: time / time of a plain copy (mean of two)", ratio, "x", TIME_GOAL),
-        reported(f"{action}: throughput", 1000 * gigabytes / child.seconds, "MB/s"),
+        reported(f"{action}: throughput", 1000 * gigabytes / done.seconds, "MB/s"),
         *(
             reported(f"plain copy {when} the {action}: throughput", 1000 * gigabytes / seconds, "MB/s")
             for when, seconds in zip(("before", "after"), copies, strict=True)
@@ -164,10 +164,10 @@ def _copy(source: Path, target: Path) -> float:
     return seconds
 
 
-def _command(action: str, *words: str | Path) -> tuple[Child, dict[str, Any]]:
+def _command(action: str, *arguments: str | Path) -> tuple[CommandResult, dict[str, Any]]:
     """Run `llada convert` as a user does, in a process of its own; also the JSON object that it printed last."""
-    child = run_child([sys.executable, "-m", "llada_megatron.cli", "convert", action, *map(str, words), "--json"])
-    result = json.loads(child.output.splitlines()[-1]) if child.output else {}
-    if child.status and "equal" not in result:
-        raise ResourceError(f"llada convert {action} ended with {child.status}: {result.get('error', 'see above')}")
-    return child, result
+    done = run_command([sys.executable, "-m", "llada_megatron.cli", "convert", action, *map(str, arguments), "--json"])
+    result = json.loads(done.output.splitlines()[-1]) if done.output else {}
+    if done.status and "equal" not in result:
+        raise ResourceError(f"llada convert {action} ended with {done.status}: {result.get('error', 'see above')}")
+    return done, result

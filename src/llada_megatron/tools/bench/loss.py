@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import message
-from llada_megatron.tools.bench.claims import Claim, at_most, reported
+from llada_megatron.tools.bench import Claim, at_most, reported
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> list[Claim]:
     """Measures memory, time and the difference of the results."""
     import torch
 
-    from llada_megatron.tools.bench.single import single_process
+    from llada_megatron.tools.bench.measurement import single_process
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -106,7 +106,7 @@ def _ways(problem: Problem) -> dict[str, Callable[[], torch.Tensor]]:
 
 
 def _peak(problem: Problem, loss: Callable[[], torch.Tensor]) -> int:
-    from llada_megatron.tools.bench.memory import peak_bytes
+    from llada_megatron.tools.bench.measurement import peak_bytes
 
     problem.clear()  # what an earlier run left would count as released by this one
     return peak_bytes(lambda: problem.gradients(loss))

@@ -11,18 +11,18 @@ from typing import Any
 from llada_megatron.console import message
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.run import RunConfig
-from llada_megatron.tools.bench.claims import Claim, at_most
+from llada_megatron.tools.bench import Claim, at_most
 from llada_megatron.tools.bench.layouts import DENSE_LAYOUTS, MODELS, MOE_LAYOUTS, parity_run
 
 GOAL = 1e-5
 """Largest relative error of the loss and of any gradient, in fp32."""
 
 BLOCK_SIZE = 5
-"""Of the block-causal cases; it divides neither the documents nor a context rank's share of the sequence."""
+"""Block size of the block-causal cases; it divides neither the documents nor a context rank's share of the sequence."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which layouts."""
+    """Adds the options: which layouts are measured."""
     parser.add_argument("--only", metavar="TEXT", default="", help="only the cases whose name contains TEXT")
 
 
@@ -151,10 +151,10 @@ def gradient_parts(chunks: Sequence[Any]) -> list[tuple[str, Sequence[int], Sequ
         kept = {name: parameter.data for name, parameter in named.items()}
         for parameter in named.values():
             parameter.data = parameter.main_grad.to(parameter.dtype)
-        for entry in nested_values(sharded_state.apply_factories_copy(chunk)):
-            if isinstance(entry, ShardedTensor) and "expert_bias" not in entry.key:
-                values = entry.data.detach().reshape((1,) * entry.prepend_axis_num + tuple(entry.data.shape))
-                parts.append((entry.key, entry.global_shape, entry.global_offset, values.float().numpy().copy()))
+        for shard in nested_values(sharded_state.apply_factories_copy(chunk)):
+            if isinstance(shard, ShardedTensor) and "expert_bias" not in shard.key:
+                values = shard.data.detach().reshape((1,) * shard.prepend_axis_num + tuple(shard.data.shape))
+                parts.append((shard.key, shard.global_shape, shard.global_offset, values.float().numpy().copy()))
         for name, parameter in named.items():
             parameter.data = kept[name]
     return parts

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 from llada_megatron.console import message
 from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
 from llada_megatron.llada_moe.model.flops import FORMULA, flops_per_token
-from llada_megatron.tools.bench.claims import Claim, at_least, reported
+from llada_megatron.tools.bench import Claim, at_least, reported
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from llada_megatron.tools.bench.batches import MaskedBatch
+    from llada_megatron.tools.bench.our_step import MaskedBatch
 
 SEQUENCES, LENGTH, MASKED_SHARE = 4, 512, 0.5
 LEARNING_RATE, CLIP = 1e-4, 1.0
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Turns:
-    """Seconds per step of every contender, turn by turn, and the peak measured beside each turn."""
+    """Seconds per step of every candidate, turn by turn, and the peak measured beside each turn."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     peaks: list[float] = field(default_factory=list)
@@ -98,14 +98,14 @@ def run(args: argparse.Namespace) -> list[Claim]:
     """Measures the chosen models, prints their profiles, and returns the claims."""
     import torch
 
-    from llada_megatron.tools.bench import peer
-    from llada_megatron.tools.bench.single import single_process
+    from llada_megatron.tools.bench.measurement import single_process
+    from llada_megatron.tools.bench.transformers_step import build_peer
 
     torch.set_num_threads(args.threads)
     if os.getloadavg()[0] > 1:
         message("other processes keep this machine busy: figures scatter, most of all with several threads")
     names = list(MODELS) if args.model == "both" else [args.model]
-    peer.build(MODELS["dense"], LENGTH)  # a missing package is said before anything long starts
+    build_peer(MODELS["dense"], LENGTH)  # a missing package is said before anything long starts
     claims: list[Claim] = []
     with single_process():
         for name in names:
@@ -115,31 +115,31 @@ def run(args: argparse.Namespace) -> list[Claim]:
 
 
 def _compare(name: str, repeats: int) -> list[Claim]:
-    from llada_megatron.tools.bench.breakdown import breakdown, format_breakdown
+    from llada_megatron.tools.bench.measurement import breakdown, format_breakdown
 
     model, peer_name = MODELS[name], PEER_NAMES[name]
-    contenders, implementation = _contenders(name)
-    turns = _take_turns(contenders, model, repeats)
+    candidates, implementation = _candidates(name)
+    turns = _take_turns(candidates, model, repeats)
     ratios = turns.ratios("peer")
     message(f"{name}: the turns' ratios lie between {min(ratios):.2f} and {max(ratios):.2f}")
     batch = _batch(model, seed=0)
-    profiles = {side: breakdown(lambda side=side: contenders[side](batch)) for side in ("ours", "peer")}
+    profiles = {side: breakdown(lambda side=side: candidates[side](batch)) for side in ("ours", "peer")}
     print(f"\n{name}: where a step's time goes (own time of the operators)")
     print(format_breakdown({"ours": profiles["ours"], peer_name: profiles["peer"]}))
     print(f"{_step_flops(model) / 1e9:.1f} GFLOP a step (s = {MASKED_SHARE}, K = {LENGTH})", flush=True)
     return _claims(name, turns, profiles["ours"], f"{peer_name}{implementation}")
 
 
-def _contenders(name: str) -> tuple[dict[str, Callable[[MaskedBatch], float]], str]:
+def _candidates(name: str) -> tuple[dict[str, Callable[[MaskedBatch], float]], str]:
     """The steps to compare, and which experts implementation is the peer's fastest."""
-    from llada_megatron.tools.bench import peer
-    from llada_megatron.tools.bench.ours import OurStep, run_config
+    from llada_megatron.tools.bench.our_step import OurStep, run_config
+    from llada_megatron.tools.bench.transformers_step import TransformersStep, build_peer
 
     model = MODELS[name]
     ours = OurStep(run_config(model, SEQUENCES, LENGTH, LEARNING_RATE, CLIP))
     implementation = _fastest_experts(model) if model.moe else None
-    other = peer.Peer(peer.build(model, LENGTH, implementation), LEARNING_RATE, CLIP)
-    rows_only = peer.Peer(peer.build(model, LENGTH, implementation), LEARNING_RATE, CLIP, rows_only=True)
+    other = TransformersStep(build_peer(model, LENGTH, implementation), LEARNING_RATE, CLIP)
+    rows_only = TransformersStep(build_peer(model, LENGTH, implementation), LEARNING_RATE, CLIP, rows_only=True)
     mine, theirs = (sum(p.numel() for p in m.parameters()) for m in (ours.chunk, other.model))
     message(f"{name}: {mine:,} parameters, {PEER_NAMES[name]} {theirs:,}; {SEQUENCES} sequences of {LENGTH}, fp32")
     if abs(mine - theirs) > 1e-3 * mine:
@@ -152,35 +152,40 @@ def _fastest_experts(model: ModelConfig) -> str:
     """Tries transformers' experts implementations that fit into memory for two steps each."""
     import psutil
 
-    from llada_megatron.tools.bench import peer
+    from llada_megatron.tools.bench.transformers_step import (
+        EXPERTS_IMPLEMENTATIONS,
+        TransformersStep,
+        build_peer,
+        feasible_implementations,
+    )
 
-    names = peer.feasible_implementations(model, SEQUENCES * LENGTH, psutil.virtual_memory().available)
+    names = feasible_implementations(model, SEQUENCES * LENGTH, psutil.virtual_memory().available)
     best: dict[str, float] = {}
     for name in names:
-        contender = peer.Peer(peer.build(model, LENGTH, name), LEARNING_RATE, CLIP)
-        best[name] = min(_seconds(contender.step, _batch(model, seed)) for seed in range(3))
-    for name in peer.EXPERTS_IMPLEMENTATIONS:
+        candidate = TransformersStep(build_peer(model, LENGTH, name), LEARNING_RATE, CLIP)
+        best[name] = min(_seconds(candidate.step, _batch(model, seed)) for seed in range(3))
+    for name in EXPERTS_IMPLEMENTATIONS:
         message(f"OLMoE {name}: " + (f"{best[name]:.2f} s a step" if name in best else "needs too much memory here"))
     return min(best, key=lambda name: best[name])
 
 
-def _take_turns(contenders: dict[str, Callable[[MaskedBatch], float]], model: ModelConfig, repeats: int) -> Turns:
+def _take_turns(candidates: dict[str, Callable[[MaskedBatch], float]], model: ModelConfig, repeats: int) -> Turns:
     import torch
 
     from llada_megatron.parallel import device
     from llada_megatron.parallel.training.peak import matmul_peak
 
-    turns = Turns({name: [] for name in contenders})
+    turns = Turns({name: [] for name in candidates})
     for turn in range(repeats + 1):
         batch = _batch(model, seed=turn)
-        order = list(contenders)[turn % len(contenders) :] + list(contenders)[: turn % len(contenders)]
-        seconds = {name: _seconds(contenders[name], batch) for name in order}  # each side goes first in its turn
+        order = list(candidates)[turn % len(candidates) :] + list(candidates)[: turn % len(candidates)]
+        seconds = {name: _seconds(candidates[name], batch) for name in order}  # each side goes first in its turn
         if turn == 0:
             continue  # warm-up: allocations, threads, the optimizers' state
         turns.peaks.append(matmul_peak(device.current(), torch.float32))
         for name, value in seconds.items():
             turns.seconds[name].append(value)
-        message(f"turn {turn}/{repeats}: " + "  ".join(f"{name} {seconds[name]:.2f} s" for name in contenders))
+        message(f"turn {turn}/{repeats}: " + "  ".join(f"{name} {seconds[name]:.2f} s" for name in candidates))
     return turns
 
 
@@ -191,7 +196,7 @@ def _seconds(step: Callable[[MaskedBatch], float], batch: MaskedBatch) -> float:
 
 
 def _batch(model: ModelConfig, seed: int) -> MaskedBatch:
-    from llada_megatron.tools.bench.batches import masked_batch
+    from llada_megatron.tools.bench.our_step import masked_batch
 
     return masked_batch(model, SEQUENCES, LENGTH, seed)
 

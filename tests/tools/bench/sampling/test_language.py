@@ -29,7 +29,7 @@ def test_a_wrong_token_makes_sentences_wrong(seed, data):
     example = LANGUAGE.example(seed)
     asked = (len(example.response) - 1) // LANGUAGE.sentence_length
     at = data.draw(st.integers(0, len(example.response) - 2))
-    wrong = data.draw(st.sampled_from(LANGUAGE.words).filter(lambda word: word != example.response[at]))
+    wrong = data.draw(st.sampled_from(LANGUAGE.sentence_tokens).filter(lambda word: word != example.response[at]))
     response = [*example.response[:at], wrong, *example.response[at + 1 :]]
     score = LANGUAGE.score(example.prompt, response)
     assert score.ends

@@ -90,10 +90,10 @@ def test_a_model_is_an_ordinary_checkpoint(directory):
 
 
 def test_training_learns(directory):
-    from llada_megatron.tools.bench.ours import OurStep
-    from llada_megatron.tools.bench.single import single_process
+    from llada_megatron.tools.bench.measurement import single_process
+    from llada_megatron.tools.bench.our_step import OurStep
 
     with single_process():
         ours = OurStep(TINY.run)
-        losses = [ours.step_on(TINY.lessons.batch(0)) for _ in range(12)]
+        losses = [ours.step_on(TINY.batches.batch(0)) for _ in range(12)]
     assert losses[-1] < 0.8 * losses[0]

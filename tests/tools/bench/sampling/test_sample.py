@@ -1,33 +1,24 @@
-"""`llada bench sample`: everybody takes part, times and counts are those of the contenders, claims have their goals."""
+"""`llada bench sample`: all presets take part, times and counts are the candidates', claims have their goals."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import json
 import sys
 import time
 
 import pytest
 
+from llada_megatron import cli
 from llada_megatron.llada_moe.errors import ConfigError, ResourceError
-from llada_megatron.llada_moe.sampling.presets import PRESETS
 from llada_megatron.tools.bench import sample
-from llada_megatron.tools.bench.sampling import models, packets
-from llada_megatron.tools.bench.sampling.contenders import DUAL, LLADA, WHOLE, Contender
-from llada_megatron.tools.bench.sampling.language import Language, Score
-from llada_megatron.tools.bench.sampling.measuring import Figures, measure, same_tokens, table
-from llada_megatron.tools.bench.sampling.models import Recipe
-from llada_megatron.tools.bench.sampling.peers import Generated, Work
+from llada_megatron.tools.bench.sampling import models
+from llada_megatron.tools.bench.sampling.candidates import LLADA, WHOLE, Candidate, Generated, Work
+from llada_megatron.tools.bench.sampling.claims import speed_claims
+from llada_megatron.tools.bench.sampling.figures import Figures, measure, same_tokens, table
+from llada_megatron.tools.bench.sampling.language import Score
 from llada_megatron.tools.bench.sampling.picture import Point, draw, front, require_drawing
-from tests.tools.bench.sampling.clones import write_clones
-
-LANGUAGE = Language(
-    tail_length=1, tail_choices=40, prompt_sentences=(1, 2), response_sentences=(2, 3), longest_title=3, title_words=20,
-    vocab_size=256,
-)  # fmt: skip
-TINY = Recipe(steps=1, learning_rate=1e-2, language=LANGUAGE, new_tokens=12, num_layers=2, hidden_size=32,
-              ffn_hidden_size=48, heads=2, sequences=2, warmup_steps=0)  # fmt: skip
-CAUSAL = dataclasses.replace(TINY, block_size=8, parent=TINY)
+from tests.tools.bench.sampling.small_models import LANGUAGE, rows, use_small_models
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +28,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def arguments(directory, monkeypatch):
-    monkeypatch.setattr(models, "RECIPES", {"bidirectional": TINY, "block-causal": CAUSAL})
-    monkeypatch.setattr(packets, "LAYOUTS", {"TP2": packets.LAYOUTS["TP2"]})
+    use_small_models(monkeypatch)
 
     def parse(*words):
         parser = argparse.ArgumentParser()
@@ -50,32 +40,6 @@ def arguments(directory, monkeypatch):
 
 def by_goal(claims):
     return {claim.goal: claim for claim in claims if claim.goal != "reported"}
-
-
-def rows(text):
-    return [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")][2:]
-
-
-def test_every_preset_and_peer_is_in_the_table_and_the_picture(arguments, tmp_path, capsys):
-    pytest.importorskip("transformers")
-    pytest.importorskip("matplotlib")
-    plot = tmp_path / "pareto.png"
-    clones = write_clones(tmp_path)
-    claims = sample.run(arguments("--peers", clones, "--plot", plot, "--prompts", 1))
-    said = capsys.readouterr()
-    names = rows(said.out)
-    cannot = {"llada2.2"}  # these models have no tokens to delete and insert
-    assert set(PRESETS) - cannot <= set(names) and not cannot & set(names)
-    assert "llada2.2 is left out: editor levenshtein: the model names no model.delete_token_id" in said.err
-    both = {name for name, preset in PRESETS.items() if preset.causal is None}
-    assert {f"{name} (block-causal)" for name in both} <= set(names)
-    assert {"LLaDA's generate.py", "Fast-dLLM's own: dual cache", LLADA.name + WHOLE, DUAL.name + WHOLE} <= set(names)
-    assert plot.read_bytes().startswith(b"\x89PNG") and str(plot) in said.err
-    assert any("as fast as LLaDA's generate.py" in claim.claim and claim.goal == ">= 20" for claim in claims)
-    goals = [claim.goal for claim in claims]
-    assert goals.count("<= 64") == 1 and goals.count("<= 0.65") == 1 and goals.count(">= 1") == 4
-    stops = [claim for claim in claims if "up to the end of text" in claim.claim]
-    assert len(stops) == 2 and all(claim.value == 1.0 for claim in stops)
 
 
 def test_a_few_presets_without_peers_have_our_own_reference(arguments, capsys):
@@ -117,11 +81,16 @@ def test_what_cannot_work_is_said_before_anything_is_trained(arguments, monkeypa
 
 def test_missing_things_are_said_with_what_to_run(arguments, monkeypatch, tmp_path):
     monkeypatch.setattr(models, "train_or_find", None)
-    with pytest.raises(ResourceError, match="git clone https://github.com/NVlabs/Fast-dLLM"):
-        sample.run(arguments("--peers", tmp_path))
     monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
     with pytest.raises(ResourceError, match="pip install matplotlib"):
         sample.run(arguments("--plot", tmp_path / "figure.png"))
+
+
+def test_the_comparison_with_other_projects_is_another_command_now(capsys):
+    assert cli.main(["bench", "sample", "--peers", "my clones", "--json"]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and "`python -m benchmarks.sample_peers --peers 'my clones'`" in said.err
+    assert json.loads(said.out)["exit_code"] == 2
 
 
 def test_a_picture_needs_its_folder(tmp_path):
@@ -139,10 +108,10 @@ def answer(tokens, **work):
     return Generated(tokens, Work(**work))
 
 
-def test_the_least_time_of_each_turn_counts_and_everybody_begins_once():
+def test_the_least_time_of_each_turn_counts_and_each_is_first_once():
     order, calls = [], {"slow": 0, "quick": 0}
 
-    def contender(name, seconds):
+    def candidate(name, seconds):
         def write(prompts):
             order.append(name)
             calls[name] += 1
@@ -151,10 +120,10 @@ def test_the_least_time_of_each_turn_counts_and_everybody_begins_once():
                 pass
             return [answer([1], forwards=3, positions=20, logit_rows=5) for _ in prompts]
 
-        return Contender(name, write)
+        return Candidate(name, write)
 
     prompts = [LANGUAGE.held_out(number).prompt for number in range(4)]
-    figures = measure([contender("slow", 0.02), contender("quick", 0.004)], prompts, LANGUAGE, rounds=3, together=2)
+    figures = measure([candidate("slow", 0.02), candidate("quick", 0.004)], prompts, LANGUAGE, rounds=3, together=2)
     assert order[:4] == ["slow", "quick", "quick", "slow"]
     assert figures["slow"].seconds == pytest.approx(0.01, rel=0.2)
     assert figures["quick"].seconds == pytest.approx(0.002, rel=0.2)
@@ -162,7 +131,7 @@ def test_the_least_time_of_each_turn_counts_and_everybody_begins_once():
 
 
 def figures(name, seconds, answers, scores):
-    return Figures(Contender(name, lambda prompts: []), seconds, answers, scores)
+    return Figures(Candidate(name, lambda prompts: []), seconds, answers, scores)
 
 
 def test_a_row_of_the_table():
@@ -201,5 +170,5 @@ def test_the_front_holds_what_nothing_beats_in_both_respects(tmp_path):
 
 def test_no_preset_of_equal_quality_misses_the_goal():
     reference = figures(LLADA.name + WHOLE, 2.0, [answer([1])], [Score(1.0, True, 1)])
-    claims = sample._speed_claims({LLADA.name + WHOLE: reference}, {}, [], reference)
-    assert [claim.holds for claim in claims if claim.goal == ">= 20"] == [False]
+    found = speed_claims({LLADA.name + WHOLE: reference}, {}, [], reference)
+    assert [claim.holds for claim in found if claim.goal == ">= 20"] == [False]

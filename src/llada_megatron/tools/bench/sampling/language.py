@@ -1,4 +1,6 @@
-"""A small language in which right and wrong can be counted, so that samplers are compared on quality as well as speed.
+"""A small language in which right and wrong can be counted, and batches of examples that train a model on it.
+
+With it samplers are compared on quality as well as speed.
 
 A sentence is a head, a tail that the head alone decides, and a number that counts down to 0. The next head is drawn
 from four successors of the head before it: nearly certain after one half of the heads, open after the other. Tails
@@ -16,10 +18,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
+from llada_megatron.llada_moe.data.batch import Batch
+
 SURE, OPEN = (0.97, 0.01, 0.01, 0.01), (0.4, 0.3, 0.2, 0.1)
 """Probabilities of the four successors of a head."""
-_HELD_OUT = 10**9
-"""Seeds from here on belong to no training (see `lessons`)."""
+
+_HELD_OUT, _SEED_STRIDE = 10**9, 1_000_003
+"""Seeds from the first on belong to no training batch; how far apart the seeds of two trainings are."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ class Language:
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens."""
+        """Tokens of the longest prompt that there is."""
         return 1 + self.longest_title + self.prompt_sentences[1] * self.sentence_length
 
     @property
@@ -100,8 +107,8 @@ class Language:
         return self._number_start + self.prompt_sentences[1] + self.response_sentences[1]
 
     @property
-    def words(self) -> range:
-        """Ids that sentences are made of."""
+    def sentence_tokens(self) -> range:
+        """Token ids that sentences are made of."""
         return range(self._title_start)
 
     def number(self, value: int) -> int:
@@ -164,3 +171,68 @@ class Language:
         rest = response[asked * size :]
         ends = text == asked * size and bool(rest) and all(token == self.eos_id for token in rest)
         return Score(right / asked, ends, text)
+
+
+@dataclass(frozen=True)
+class ExampleBatches:
+    """Training batches of examples: which batch a step number stands for.
+
+    Prompts stay visible. Of a response, each token is masked with a probability p drawn per sequence from U(epsilon, 1)
+    and supervised with the weight 1/p (LLaDA, arXiv 2502.09992, equation 5). In a share of the sequences, some of the
+    tokens that stay visible are replaced by other tokens of the language, and all visible ones are supervised with the
+    weight 1: the model learns to tell which tokens are wrong and what they should be (the token-to-token training of
+    LLaDA2.1).
+    """
+
+    language: Language
+    sequences: int
+    """Of a batch."""
+    length: int
+    """Positions of each."""
+    window: int | None
+    """Positions of a response, filled up with end-of-text tokens, that the model sees at once; the rest of the sequence
+    is kept apart from it. None = all to the end of the sequence."""
+    edited_sequences: float
+    """Share of the sequences with wrong tokens; 0 = none."""
+    edited_tokens: float
+    """Share of the visible response tokens that are wrong in those sequences."""
+    seed: int
+    epsilon: float = 1e-3
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, `sequences` rows of `length` positions."""
+        draw = torch.Generator().manual_seed(self.seed * _SEED_STRIDE + step)
+        labels, response, boundaries = self._texts(step)
+        ratio = self.epsilon + (1 - self.epsilon) * torch.rand(self.sequences, 1, generator=draw)
+        masked = response & (torch.rand(labels.shape, generator=draw) < ratio)
+        inputs = labels.masked_fill(masked, self.language.mask_id)
+        weights = masked / ratio
+        if self.edited_sequences:
+            edited = torch.rand(self.sequences, 1, generator=draw) < self.edited_sequences
+            visible = edited & response & ~masked
+            wrong = visible & (torch.rand(labels.shape, generator=draw) < self.edited_tokens)
+            replacements = torch.randint(len(self.language.sentence_tokens), labels.shape, generator=draw)
+            inputs, weights = torch.where(wrong, replacements, inputs), torch.where(visible, 1.0, weights)
+        return Batch(
+            inputs=inputs,
+            labels=labels,
+            weights=weights,
+            boundaries=boundaries,
+            mask_ratio=ratio[:, 0],
+            untruncated=torch.full((self.sequences,), self.length),
+            answer=response.sum(dim=1),
+        )
+
+    def _texts(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens and which of them belong to a response, both `[batch, seq]`, and the attention's boundaries."""
+        tokens = torch.full((self.sequences, self.length), self.language.eos_id)
+        response = torch.zeros(tokens.shape, dtype=torch.bool)
+        offsets = [0]
+        for row in range(self.sequences):
+            example = self.language.example(self.seed * _SEED_STRIDE + step * self.sequences + row)
+            start, text = len(example.prompt), example.prompt + example.response
+            stop = self.length if self.window is None else start + self.window
+            tokens[row, : len(text)] = torch.tensor(text)
+            response[row, start:stop] = True
+            offsets += sorted({row * self.length + stop, (row + 1) * self.length})
+        return tokens, response, torch.tensor(offsets, dtype=torch.int32)

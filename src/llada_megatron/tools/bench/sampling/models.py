@@ -21,9 +21,8 @@ from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.parallel.checkpoint.manifest import steps, write_durably
-from llada_megatron.tools.bench.sampling.language import Language
-from llada_megatron.tools.bench.sampling.lessons import Lessons
-from llada_megatron.tools.bench.single import single_process
+from llada_megatron.tools.bench.measurement import single_process
+from llada_megatron.tools.bench.sampling.language import ExampleBatches, Language
 
 MODEL_FILE = "model.yaml"
 
@@ -49,7 +48,7 @@ class Recipe:
     """Of a step."""
     edited_sequences: float = 0.5
     edited_tokens: float = 0.1
-    """See `Lessons`."""
+    """As in `ExampleBatches`."""
     warmup_steps: int = 50
     seed: int = 0
 
@@ -85,10 +84,10 @@ class Recipe:
         return -(-(self.language.longest_prompt + self.new_tokens) // block) * block
 
     @property
-    def lessons(self) -> Lessons:
+    def batches(self) -> ExampleBatches:
         """Under block-causal attention a response is filled up to the end of its last block, and further: what stands
         behind a block does not reach it."""
-        return Lessons(
+        return ExampleBatches(
             self.language,
             self.sequences,
             self.length,
@@ -101,7 +100,7 @@ class Recipe:
     @property
     def run(self) -> RunConfig:
         """The run of its training, in fp32 on one rank; read where `parallel.device` is installed."""
-        from llada_megatron.tools.bench.ours import run_config
+        from llada_megatron.tools.bench.our_step import run_config
 
         run = run_config(self.model, self.sequences, self.length, self.learning_rate, clip=1.0)
         rate = LearningRateConfig(
@@ -160,9 +159,9 @@ def _train(target: Path, recipe: Recipe, parent: Path | None) -> None:
     from llada_megatron.parallel.sharded_state import load_model_state, model_state
     from llada_megatron.parallel.training.distributed_optimizer import set_learning_rate
     from llada_megatron.parallel.training.progress import TrainingProgress
-    from llada_megatron.tools.bench.ours import OurStep
+    from llada_megatron.tools.bench.our_step import OurStep
 
-    run, lessons, store = recipe.run, recipe.lessons, CheckpointStore(target / "checkpoints")
+    run, batches, store = recipe.run, recipe.batches, CheckpointStore(target / "checkpoints")
     ours = OurStep(run)
     if parent is not None:
         state, _ = store.load(find_checkpoints(parent)[0], model_state([ours.chunk]))
@@ -171,7 +170,7 @@ def _train(target: Path, recipe: Recipe, parent: Path | None) -> None:
     with TrainingProgress(recipe.steps, line_seconds=20.0) as progress:
         for step in range(recipe.steps):
             set_learning_rate(run, ours.optimizer, step)
-            loss = ours.step_on(lessons.batch(step))
+            loss = ours.step_on(batches.batch(step))
             progress.update(step + 1, loss)
     target.mkdir(parents=True, exist_ok=True)
     write_durably(target / MODEL_FILE, dump_yaml(run.model).encode())
@@ -179,7 +178,7 @@ def _train(target: Path, recipe: Recipe, parent: Path | None) -> None:
 
 
 def _metadata(run: RunConfig) -> dict[str, Any]:
-    """What the manifest says."""
+    """What the manifest of the checkpoint says of it."""
     return {
         "model": to_dict(run.model),
         "run": to_dict(run),

@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.peers import import_peers, load_peers
 from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.llada_moe.model.patterns import whole_sequences
 from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
 from llada_megatron.tools.bench.sampling.language import Language
 from llada_megatron.tools.bench.sampling.models import Recipe, train_or_find
-from llada_megatron.tools.bench.sampling.peer_files import import_peers
-from llada_megatron.tools.bench.sampling.peers import load_peers
-from tests.tools.bench.sampling.clones import write_clones
+from tests.benchmarks.clones import write_clones
 
 RECIPE = Recipe(
     steps=1, learning_rate=1e-2, num_layers=2, hidden_size=64, ffn_hidden_size=96, heads=4, sequences=2, warmup_steps=0

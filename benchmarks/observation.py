@@ -1,4 +1,4 @@
-"""A disturbed run from outside: its files, and the processes of its job."""
+"""What can be seen of a disturbed run from outside: its files, and the processes of its job."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from typing import Any
 
 import psutil
 
+from benchmarks.private_slurm import PrivateSlurm
 from llada_megatron.llada_moe.errors import CheckpointError, LladaError
 from llada_megatron.parallel.checkpoint import manifest as manifests
 from llada_megatron.parallel.training.metrics_file import read_metrics
-from llada_megatron.tools.bench.private_slurm import PrivateSlurm
 
 AGENT, RANK = "llada_megatron.launch.cluster.agent", "llada_megatron.launch.cluster.job_rank"
+
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "")
 """States in which SLURM leaves a job alone for good (the last: it no longer knows the job)."""
 
 CURVE = ("step", "loss", "grad_norm", "learning_rate", "consumed_sequences")
-"""What the metrics say of a step that depends neither on the clock nor on the machine."""
+"""Keys of the metrics whose values depend neither on the clock nor on the machine."""
 
 
 def curve(output_dir: Path) -> list[dict[str, Any]]:
-    """The loss curve: one row a step."""
+    """The loss curve: the values of `CURVE`, one row a step."""
     return [{key: line[key] for key in CURVE if key in line} for line in read_metrics(output_dir) if "loss" in line]
 
 
 def seconds_lost(output_dir: Path) -> list[float]:
-    """What each save of the last starts took from training."""
+    """Seconds that each save took from training, of the steps that the metrics still hold."""
     return [line["checkpoint/seconds_lost"] for line in read_metrics(output_dir) if "checkpoint/seconds_lost" in line]
 
 
 def last_step(output_dir: Path) -> int:
-    """The newest step that the metrics tell of; 0 before the first."""
+    """The newest step in the metrics; 0 before the first."""
     return max((line["step"] for line in read_metrics(output_dir)), default=0)
 
 
@@ -46,13 +47,13 @@ def newest_whole(output_dir: Path) -> int:
         with contextlib.suppress(CheckpointError, OSError):  # damaged, or being removed
             manifest = manifests.read(path)
             manifests.verify_sizes(path, manifest)
-            if not any(manifests.verify_digest(path, name, entry) for name, entry in manifest.files.items()):
+            if not any(manifests.verify_digest(path, name, record) for name, record in manifest.files.items()):
                 return step
     return 0
 
 
 def events(job: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """What the nodes noted, in order of time; lines that are still being written are left out."""
+    """The events that the nodes of a job recorded, in order of time; lines that are still being written are skipped."""
     found = []
     for path in (job / "events").glob("*.jsonl"):
         for text in path.read_text("utf-8").splitlines():
@@ -68,13 +69,13 @@ def output_size(job: Path) -> int:
 
 
 def continued_from(job: Path, offset: int) -> list[int]:
-    """The steps that the ranks said they go on from, in the job's output beyond `offset` bytes."""
+    """The steps that ranks reported to continue from, in the job's output beyond `offset` bytes."""
     text = (job / "job.out").read_bytes()[offset:].decode(errors="replace")
     return [int(found[1]) for found in re.finditer(r"continuing from \S+ at step (\d+)", text)]
 
 
 def noted_steps(job: Path) -> int:
-    """How many steps the output of the job says were not finite."""
+    """How many steps were not finite, according to the job's output."""
     text = (job / "job.out").read_text(errors="replace")
     return len(set(re.findall(r"^recovery: .* step (\d+) is not finite", text, re.MULTILINE)))
 
@@ -106,7 +107,7 @@ def wait_until(ready: Callable[[], Any], what: str, limit_s: float = 180, pause_
 
 
 def wait_for_step(output_dir: Path, step: int, limit_s: float = 180) -> int:
-    """Wait until the metrics tell of `step` or a later one; returns the newest."""
+    """Wait until the metrics hold `step` or a later one; returns the newest."""
     newest = 0
 
     def reached() -> bool:

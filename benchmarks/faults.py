@@ -1,32 +1,81 @@
-"""Doing things to a run from outside: its processes, its files, the limits of its ranks."""
+"""Faults: a plan of them, drawn from a seed, and how each is brought about from outside the run.
+
+Through its processes, its files and the limits of its ranks; only a NaN needs a hook in the job (`nan_hook`).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import random
 import resource
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import psutil
 
+from benchmarks import nan_hook, observation
+from benchmarks.private_slurm import PrivateSlurm
+from benchmarks.small_run import INTERVAL, Submitted
 from llada_megatron.llada_moe.errors import LladaError
 from llada_megatron.parallel.checkpoint import manifest as manifests
-from llada_megatron.tools.bench.faults import not_a_number, watching
-from llada_megatron.tools.bench.faults.drawing import PlannedFault
-from llada_megatron.tools.bench.faults.small_run import INTERVAL, Submitted
-from llada_megatron.tools.bench.private_slurm import PrivateSlurm
 
+Kind = Literal["killed rank", "killed node agent", "SIGTERM", "damaged checkpoint", "full disk", "NaN", "hang"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 _FULL_AT = 2**20
 """Bytes that no file grows beyond while the disk is `full`: less than a part of a checkpoint, more than a log."""
+
+
+@dataclass(frozen=True)
+class PlannedFault:
+    """One fault of the plan."""
+
+    number: int
+    kind: Kind
+    step: int
+    """It strikes once this step is done."""
+    delay_s: float
+    """It strikes so many seconds after that step, to hit any moment of the next one."""
+    during_save: bool
+    """It waits for the next checkpoint that is being written."""
+    victim: float
+    """Which of the ranks or nodes it strikes, as a place in [0, 1) of their list."""
+
+
+def draw(seed: int, count: int, spacing: int) -> list[PlannedFault]:
+    """`count` faults, one at a random step of every `spacing` after the first; all kinds in turn, in random orders."""
+    random_ = random.Random(seed)
+    kinds = list(_in_turns(random_, count))
+    return [
+        PlannedFault(
+            number=number,
+            kind=kind,
+            step=spacing * (number + 1) + random_.randrange(1, spacing),
+            delay_s=random_.uniform(0, 0.4),
+            during_save=random_.random() < 0.4,
+            victim=random_.random(),
+        )
+        for number, kind in enumerate(kinds)
+    ]
+
+
+def _in_turns(random_: random.Random, count: int) -> Iterator[Kind]:
+    """All kinds in a random order, then all of them again."""
+    left: list[Kind] = []
+    for _ in range(count):
+        if not left:
+            left = random_.sample(KINDS, len(KINDS))
+        yield left.pop()
 
 
 class Injector:
     """Brings the faults of a plan about in one running job."""
 
     def __init__(self, slurm: PrivateSlurm, job: Submitted, hook: Path) -> None:
-        """`hook`: folder of `not_a_number.prepare` that the job has on PYTHONPATH."""
+        """`hook`: folder of `nan_hook.prepare` that the job has on PYTHONPATH."""
         self._slurm, self._job, self._hook = slurm, job, hook
         self._by_kind = {
             "killed rank": self._kill_rank,
@@ -39,31 +88,31 @@ class Injector:
         }
 
     def __call__(self, fault: PlannedFault) -> str:
-        """Bring `fault` about now; returns to whom it happened. The run has started its ranks.
+        """Bring `fault` about now, in a run that has started its ranks; returns what it struck.
 
         Raises:
-            LladaError: there was nothing to do it to.
+            LladaError: no process is there that it could strike, or it had no effect.
         """
         return self._by_kind[fault.kind](fault)
 
     def _kill_rank(self, fault: PlannedFault) -> str:
-        return _send(_one(watching.ranks(self._slurm), fault), signal.SIGKILL)
+        return _send(_one(observation.ranks(self._slurm), fault), signal.SIGKILL)
 
     def _kill_agent(self, fault: PlannedFault) -> str:
-        return _send(_one(self._slurm.processes(watching.AGENT), fault), signal.SIGKILL)
+        return _send(_one(self._slurm.processes(observation.AGENT), fault), signal.SIGKILL)
 
     def _terminate(self, fault: PlannedFault) -> str:
-        return _send(_one(self._slurm.processes(watching.AGENT), fault), signal.SIGTERM)
+        return _send(_one(self._slurm.processes(observation.AGENT), fault), signal.SIGTERM)
 
     def _hang(self, fault: PlannedFault) -> str:
-        return _send(_one(watching.ranks(self._slurm), fault), signal.SIGSTOP)
+        return _send(_one(observation.ranks(self._slurm), fault), signal.SIGSTOP)
 
     def _damage(self, fault: PlannedFault) -> str:
-        """Other bytes in the middle of the newest checkpoint's largest file; then a killed rank, so that it is read.
+        """Invert bytes in the middle of the newest checkpoint's largest file, and kill a rank, so that it is read.
 
-        An older one has to be there: a run whose only checkpoint is damaged ends, and asks a person.
+        An older checkpoint has to be there: a run whose only one is damaged ends, and asks a person.
         """
-        found = watching.wait_until(self._two_checkpoints, "two checkpoints")
+        found = observation.wait_until(self._two_checkpoints, "two checkpoints")
         directory = found[0][1]
         largest = max(directory.iterdir(), key=lambda path: path.stat().st_size)
         with largest.open("r+b") as stream:
@@ -78,20 +127,20 @@ class Injector:
         return found if len(found) > 1 else []
 
     def _fill(self, fault: PlannedFault) -> str:
-        """No file of a rank may grow any more over the time of the next save."""
+        """Limit the size of the ranks' files until the next save is over."""
         output = self._job.output_dir
-        due = (watching.last_step(output) // INTERVAL + 1) * INTERVAL
-        with _limited(watching.ranks(self._slurm), _FULL_AT) as count:
-            watching.wait_for_step(output, due + 2, limit_s=120)
+        due = (observation.last_step(output) // INTERVAL + 1) * INTERVAL
+        with _limited(observation.ranks(self._slurm), _FULL_AT) as count:
+            observation.wait_for_step(output, due + 2, limit_s=120)
         if (output / "checkpoints" / manifests.step_name(due)).exists():
             raise LladaError(f"the checkpoint of step {due} was written on a full disk")
         return f"{count} ranks over the save of step {due}"
 
     def _not_a_number(self, fault: PlannedFault) -> str:
-        ask = not_a_number.ask_path(self._hook)
-        ask.touch()
-        watching.wait_until(lambda: not ask.exists(), "a rank that takes the NaN", 60, 0.02)
-        return f"a rank, about step {watching.last_step(self._job.output_dir) + 1}"
+        request = nan_hook.request_path(self._hook)
+        request.touch()
+        observation.wait_until(lambda: not request.exists(), "a rank that takes the NaN", 60, 0.02)
+        return f"a rank, about step {observation.last_step(self._job.output_dir) + 1}"
 
 
 def wait_for_save(output_dir: Path, limit_s: float = 30) -> None:
@@ -111,7 +160,7 @@ def _name(process: psutil.Process) -> str:
     """`rank 1 on n2`, or `agent on n2`."""
     with contextlib.suppress(psutil.Error):
         environment = process.environ()
-        who = f"rank {environment['RANK']}" if watching.RANK in process.cmdline() else "agent"
+        who = f"rank {environment['RANK']}" if observation.RANK in process.cmdline() else "agent"
         return f"{who} on {environment.get('SLURMD_NODENAME')}"
     return "one that has ended"
 

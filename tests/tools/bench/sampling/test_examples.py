@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from llada_megatron.llada_moe.model.patterns import segments
-from llada_megatron.tools.bench.sampling.language import Language
-from llada_megatron.tools.bench.sampling.lessons import Lessons
+from llada_megatron.tools.bench.sampling.language import ExampleBatches, Language
 
 LANGUAGE = Language()
-LESSONS = Lessons(LANGUAGE, 64, 192, 128, edited_sequences=0.5, edited_tokens=0.1, seed=3)
-PLAIN = dataclasses.replace(LESSONS, edited_sequences=0.0)
+BATCHES = ExampleBatches(LANGUAGE, 64, 192, 128, edited_sequences=0.5, edited_tokens=0.1, seed=3)
+PLAIN = dataclasses.replace(BATCHES, edited_sequences=0.0)
 
 
 def response_of(batch, window):
@@ -47,17 +46,17 @@ def test_prompts_stay_and_masks_are_weighted_by_their_ratio(window):
 
 
 def test_a_full_window_is_a_segment_of_its_own_and_a_block_causal_sequence_is_one():
-    batch = LESSONS.batch(0)
+    batch = BATCHES.batch(0)
     spans = [(s.start, s.stop) for s in segments(batch.boundaries, 192) if s.row == 0]
     assert spans[0][0] == 0 and spans[-1][1] == 192 and len(spans) == 2
     assert torch.equal(batch.answer, torch.full((64,), 128))
     assert not batch.weights[0, spans[0][1] :].any()
-    whole = dataclasses.replace(LESSONS, window=None).batch(0)
+    whole = dataclasses.replace(BATCHES, window=None).batch(0)
     assert len(segments(whole.boundaries, 192)) == 64
 
 
 def test_wrong_tokens_are_visible_ones_of_some_sequences_and_all_of_those_are_supervised():
-    batch = LESSONS.batch(0)
+    batch = BATCHES.batch(0)
     response = response_of(batch, 128)
     masked = batch.inputs == LANGUAGE.mask_id
     visible, wrong = response & ~masked, ~masked & (batch.inputs != batch.labels)
@@ -70,6 +69,6 @@ def test_wrong_tokens_are_visible_ones_of_some_sequences_and_all_of_those_are_su
 
 
 def test_a_batch_is_a_function_of_the_step():
-    assert torch.equal(LESSONS.batch(5).inputs, LESSONS.batch(5).inputs)
-    assert not torch.equal(LESSONS.batch(5).labels, LESSONS.batch(6).labels)
-    assert torch.equal(LESSONS.batch(5).labels, PLAIN.batch(5).labels)
+    assert torch.equal(BATCHES.batch(5).inputs, BATCHES.batch(5).inputs)
+    assert not torch.equal(BATCHES.batch(5).labels, BATCHES.batch(6).labels)
+    assert torch.equal(BATCHES.batch(5).labels, PLAIN.batch(5).labels)

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.private_slurm import PARTITION, PrivateSlurm
 from llada_megatron.llada_moe.errors import LladaError
-from llada_megatron.tools.bench.private_slurm import PARTITION, PrivateSlurm
 
 INTERVAL = 5
 """Steps between checkpoints."""
@@ -49,7 +49,7 @@ preflight:
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job as `llada submit` told of it."""
+    """A job, as `llada submit` reported it."""
 
     id: int
     directory: Path
@@ -69,7 +69,7 @@ class Workplace:
             self._make_corpus()
 
     def cluster(self, name: str = "cluster.yaml", python_path: Sequence[str] = (), **changes: object) -> str:
-        """Write a cluster file with other values; returns its name. `python_path` goes before this package's."""
+        """Write a cluster file with other values, return its name; `python_path` goes before the package's folder."""
         import yaml
 
         environment = [f"PYTHONPATH={_python_path(python_path)}", "OMP_NUM_THREADS=1"]
@@ -78,7 +78,7 @@ class Workplace:
         return name
 
     def llada(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        """Run `llada ARGUMENTS` here; its exit code is the caller's to look at."""
+        """Run `llada ARGUMENTS` in the folder; the caller looks at its exit code."""
         command = [sys.executable, "-P", "-m", "llada_megatron.cli", *arguments]
         return subprocess.run(
             command, cwd=self.folder, env=self._environment(), capture_output=True, text=True, timeout=timeout
@@ -88,7 +88,7 @@ class Workplace:
         """The JSON result of a command that has to succeed.
 
         Raises:
-            LladaError: it did not; with what it said.
+            LladaError: it failed; with its messages.
         """
         done = self.llada(*arguments, "--json", timeout=timeout)
         if done.returncode != 0:
@@ -96,15 +96,15 @@ class Workplace:
         return json.loads(done.stdout.splitlines()[-1])
 
     def submit(self, *overrides: str, cluster: str = "cluster.yaml") -> Submitted:
-        """`llada submit run.yaml`."""
-        told = self.must("submit", "run.yaml", "--cluster", cluster, *overrides)
-        directory = self.folder / str(told["directory"])
-        return Submitted(int(str(told["job_id"])), directory, directory.parent.parent)
+        """Submit the run with `llada submit`, under overrides of its keys."""
+        reported = self.must("submit", "run.yaml", "--cluster", cluster, *overrides)
+        directory = self.folder / str(reported["directory"])
+        return Submitted(int(str(reported["job_id"])), directory, directory.parent.parent)
 
     def train(self, *overrides: str) -> Path:
         """The same run undisturbed and without SLURM (`llada train`); returns its output directory."""
-        told = self.must("train", "run.yaml", *overrides, timeout=1200)
-        return (self.folder / str(told["metrics"])).parent
+        reported = self.must("train", "run.yaml", *overrides, timeout=1200)
+        return (self.folder / str(reported["metrics"])).parent
 
     def _environment(self) -> dict[str, str]:
         own = {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "PYTHONPATH": _python_path()}
@@ -122,7 +122,7 @@ class Workplace:
 
 
 def _python_path(before: Sequence[str] = ()) -> str:
-    """Where this package is found also by the `-P` interpreters of a job, installed or not."""
+    """The folder in which the interpreters of a job, which run with `-P`, find this package, installed or not."""
     import llada_megatron
 
     source = str(Path(llada_megatron.__file__).parents[1])

@@ -25,10 +25,13 @@ from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.parallel.parent_death import die_with_parent
 
 PROGRAMS = ("sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel", "slurmctld", "slurmd", "munged")
+
 PACKAGES = "slurmctld slurmd slurm-client munge"
+
 PARTITION = "main"
 
 _PREFIX = "llada-slurm-"
+
 _OWNER = "owner"
 
 # cred_expire: a requeued job waits that long; 5 is the least that SLURM takes. MessageTimeout: a busy test machine.
@@ -71,6 +74,7 @@ SlurmdTimeout=60
 MessageTimeout=30
 PartitionName={partition} Nodes={nodes} Default=YES MaxTime=INFINITE State=UP
 """
+
 _NODE = "NodeName={name} NodeAddr=127.0.0.1 Port={port} CPUs=16 RealMemory=4000\n"
 
 
@@ -80,7 +84,7 @@ def missing_programs() -> list[str]:
 
 
 def how_to_install(missing: list[str]) -> str:
-    """What to say where programs are missing."""
+    """The message where programs are missing."""
     return (
         f"a SLURM on this machine needs {' '.join(missing)}, not found here; Debian and Ubuntu: "
         f"apt-get install --no-install-recommends {PACKAGES}"
@@ -100,7 +104,7 @@ class PrivateSlurm:
         host = socket.gethostname().split(".")[0]
         self.nodes = [host, *(f"{host}-{number}" for number in range(2, nodes + 1))]
         self.environment: dict[str, str] = {}
-        """For every program that speaks to this SLURM (also a job's own processes have its SLURM_CONF)."""
+        """The environment of every program that speaks to this SLURM; jobs inherit its SLURM_CONF."""
         self._kill_wait_s = kill_wait_s
         self._home = Path()
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}

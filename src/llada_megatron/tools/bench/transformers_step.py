@@ -1,21 +1,24 @@
-"""The same model from `transformers`, trained the way its users do: the other side of `llada bench train`."""
+"""The training step of the same model in `transformers`: the other side of `llada bench train`."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.errors import ResourceError
-from llada_megatron.tools.bench.batches import MaskedBatch
+
+if TYPE_CHECKING:
+    from llada_megatron.tools.bench.our_step import MaskedBatch
 
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+
 IGNORED = -100
 
 
-class Peer:
-    """A model of `transformers` with PyTorch's fused AdamW and gradient clipping.
+class TransformersStep:
+    """A model of `transformers` with PyTorch's fused AdamW and gradient clipping, as its users train it.
 
     `rows_only`: the output layer on the masked rows only, which transformers does not offer: it shows how much of a
     difference comes from there.
@@ -47,7 +50,7 @@ class Peer:
         return float(loss.detach())
 
 
-def build(model: ModelConfig, sequence_length: int, experts_implementation: str | None = None) -> torch.nn.Module:
+def build_peer(model: ModelConfig, sequence_length: int, experts_implementation: str | None = None) -> torch.nn.Module:
     """LLaMA for a dense model, OLMoE for a MoE model, of the same widths, with bidirectional attention.
 
     OLMoE normalises queries and keys over all heads together, ours per head: the same work, a few weights more.

@@ -1,4 +1,4 @@
-"""The course of a disturbed run: each fault of a plan, what it cost, and how long until training went on."""
+"""A fault run: each fault of a plan, what it cost, and how long it took until training went on."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import faults, observation
+from benchmarks.faults import Kind, PlannedFault
+from benchmarks.private_slurm import PrivateSlurm
+from benchmarks.small_run import Submitted
 from llada_megatron.console import message
 from llada_megatron.llada_moe.errors import LladaError
 from llada_megatron.parallel.training.metrics_file import FILE_NAME
-from llada_megatron.tools.bench.faults import injecting, watching
-from llada_megatron.tools.bench.faults.drawing import Kind, PlannedFault
-from llada_megatron.tools.bench.faults.small_run import Submitted
-from llada_megatron.tools.bench.private_slurm import PrivateSlurm
 
 RESTARTING: tuple[Kind, ...] = ("killed rank", "killed node agent", "SIGTERM", "damaged checkpoint", "hang")
-"""Kinds after which the ranks start again; the others are taken in while training goes on."""
+"""Kinds after which the ranks start again; training goes on through the others."""
 _LIMIT_S = 300.0
-"""From a fault to training again. More is a run that does not recover."""
+"""The longest time from a fault to training again; a run that takes longer does not recover."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class FaultOutcome:
     step: int
     """The newest finished step when it struck."""
     seconds: float
-    """Until the first step after it was done (of a restart: the first new one)."""
+    """Time until the first step after it was done; after a restart, until the first step that was new."""
     whole: int
     """Step of the newest whole checkpoint after the fault had struck (0: none)."""
     began: int | None
@@ -52,11 +52,11 @@ def disturb(slurm: PrivateSlurm, job: Submitted, plan: Sequence[PlannedFault], h
     Raises:
         LladaError: the run ended, or did not recover from a fault.
     """
-    inject, found = injecting.Injector(slurm, job, hook), []
+    inject, found = faults.Injector(slurm, job, hook), []
     for fault in plan:
         wait_alive(slurm, job, fault.step)
         if fault.during_save and fault.kind in RESTARTING:
-            injecting.wait_for_save(job.output_dir)
+            faults.wait_for_save(job.output_dir)
         else:
             time.sleep(fault.delay_s)
         found.append(_one(slurm, job, fault, inject))
@@ -66,13 +66,13 @@ def disturb(slurm: PrivateSlurm, job: Submitted, plan: Sequence[PlannedFault], h
     return found
 
 
-def _one(slurm: PrivateSlurm, job: Submitted, fault: PlannedFault, inject: injecting.Injector) -> FaultOutcome:
-    step, struck, output = watching.last_step(job.output_dir), time.time(), watching.output_size(job.directory)
+def _one(slurm: PrivateSlurm, job: Submitted, fault: PlannedFault, inject: faults.Injector) -> FaultOutcome:
+    step, struck, output = observation.last_step(job.output_dir), time.time(), observation.output_size(job.directory)
     message(f"fault {fault.number + 1}, {fault.kind}, after step {step}{' in a save' * fault.during_save}")
     message(f"  {inject(fault)}")
-    whole = watching.newest_whole(job.output_dir)
+    whole = observation.newest_whole(job.output_dir)
     if fault.kind not in RESTARTING:
-        wait_alive(slurm, job, watching.last_step(job.output_dir) + 1)
+        wait_alive(slurm, job, observation.last_step(job.output_dir) + 1)
         return FaultOutcome(fault, step, time.time() - struck, whole, None)
     began = wait_for_start(slurm, job, struck, output)
     return FaultOutcome(fault, step, time.time() - struck, whole, began)
@@ -81,31 +81,33 @@ def _one(slurm: PrivateSlurm, job: Submitted, fault: PlannedFault, inject: injec
 def wait_for_start(slurm: PrivateSlurm, job: Submitted, since: float, output_before: int) -> int:
     """Wait for the first step of a start that began after `since`; returns the step it went on from.
 
-    `output_before`: bytes of the job's output at that time. What a rank says of its checkpoint comes after them, and
-    after the metrics of the steps that are done again have been dropped.
+    `output_before`: bytes of the job's output at that time. The line about the checkpoint that a rank continues
+    from comes after them, and after the metrics of the steps that are done again have been dropped.
     """
     metrics = job.output_dir / FILE_NAME
 
     def first_step() -> list[int]:
         _require_alive(slurm, job)
-        starts = [event for event in watching.events(job.directory, "start") if event["time"] > since]
+        starts = [event for event in observation.events(job.directory, "start") if event["time"] > since]
         if not starts or not metrics.exists() or metrics.stat().st_mtime <= starts[-1]["time"]:
             return []
-        said = watching.continued_from(job.directory, output_before)
-        began = said[-1] if said else 0
-        return [began] if (said or not starts[-1]["checkpoint"]) and watching.last_step(job.output_dir) > began else []
+        reported = observation.continued_from(job.directory, output_before)
+        if not reported and starts[-1]["checkpoint"]:
+            return []
+        began = reported[-1] if reported else 0
+        return [began] if observation.last_step(job.output_dir) > began else []
 
-    return watching.wait_until(first_step, "training after a fault", _LIMIT_S, 0.05)[0]
+    return observation.wait_until(first_step, "training after a fault", _LIMIT_S, 0.05)[0]
 
 
 def wait_alive(slurm: PrivateSlurm, job: Submitted, step: int) -> None:
-    """Wait until the metrics tell of `step`."""
+    """Wait until the metrics hold `step`. Raises LladaError: the job ended before."""
 
     def reached() -> bool:
         _require_alive(slurm, job)
-        return watching.last_step(job.output_dir) >= step
+        return observation.last_step(job.output_dir) >= step
 
-    watching.wait_until(reached, f"step {step}", _LIMIT_S, 0.05)
+    observation.wait_until(reached, f"step {step}", _LIMIT_S, 0.05)
 
 
 _asked_at: dict[int, float] = {}
@@ -116,6 +118,6 @@ def _require_alive(slurm: PrivateSlurm, job: Submitted) -> None:
     if time.monotonic() - _asked_at.get(job.id, 0) < 1:
         return
     _asked_at[job.id] = time.monotonic()
-    if (state := slurm.state(job.id)) in watching.OVER:
+    if (state := slurm.state(job.id)) in observation.OVER:
         output = (job.directory / "job.out").read_text(errors="replace").splitlines()[-20:]
         raise LladaError(f"job {job.id} ended ({state or 'unknown'}); its output:\n" + "\n".join(output))

@@ -1,4 +1,4 @@
-"""Times of contenders that take turns, and a table of what they did."""
+"""The figures of candidates that answer the same prompts in turns, and a table of them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from llada_megatron.console import message
-from llada_megatron.tools.bench.sampling.contenders import Contender
+from llada_megatron.tools.bench.sampling.candidates import Candidate, Generated
 from llada_megatron.tools.bench.sampling.language import Language, Score
-from llada_megatron.tools.bench.sampling.peers import Generated
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a contender did with all prompts."""
+    """What a candidate did with all prompts."""
 
-    contender: Contender
+    candidate: Candidate
     seconds: float
     """CPU seconds of a sequence."""
     answers: list[Generated]
@@ -60,49 +59,50 @@ class Figures:
 
 
 def measure(
-    contenders: Sequence[Contender], prompts: Sequence[list[int]], language: Language, rounds: int, together: int
+    candidates: Sequence[Candidate], prompts: Sequence[list[int]], language: Language, rounds: int, together: int
 ) -> dict[str, Figures]:
-    """Let every contender answer every prompt in every round.
+    """Let every candidate answer every prompt in every round.
 
-    They take turns after every few prompts, each of them beginning in its turn, so that none has a quiet hour to
-    itself; of the CPU seconds of the same prompts in several rounds the least count: a machine is never too fast.
+    They take turns after every few prompts, and each of them is the first in some turn, so that each meets the same
+    load of the machine. Of the CPU seconds of the same prompts in several rounds the least count: other work only adds
+    to them.
 
     Args:
-        contenders: who takes part.
+        candidates: those that take part.
         prompts: what is to be continued.
         language: of the prompts; it judges the answers.
-        rounds: over all prompts.
-        together: prompts of a turn.
+        rounds: how often all prompts are answered.
+        together: prompts of a turn, given to a candidate in one call.
     """
     turns = range(0, len(prompts), together)
     least: dict[tuple[str, int], float] = {}
     answers: dict[tuple[str, int], list[Generated]] = {}
     for number in range(rounds):
         for turn, first in enumerate(turns):
-            at = (number * len(turns) + turn) % len(contenders)
-            for contender in [*contenders[at:], *contenders[:at]]:
-                key = contender.name, first
+            at = (number * len(turns) + turn) % len(candidates)
+            for candidate in [*candidates[at:], *candidates[:at]]:
+                key = candidate.name, first
                 start = time.process_time()
-                answers[key] = contender.write(prompts[first : first + together])
+                answers[key] = candidate.write(prompts[first : first + together])
                 least[key] = min(least.get(key, float("inf")), time.process_time() - start)
             message(f"round {number + 1}/{rounds}: {min(first + together, len(prompts))}/{len(prompts)} prompts")
     return {
-        contender.name: _figures(
-            contender,
-            sum(least[contender.name, first] for first in turns) / len(prompts),
-            [answer for first in turns for answer in answers[contender.name, first]],
+        candidate.name: _figures(
+            candidate,
+            sum(least[candidate.name, first] for first in turns) / len(prompts),
+            [answer for first in turns for answer in answers[candidate.name, first]],
             prompts,
             language,
         )
-        for contender in contenders
+        for candidate in candidates
     }
 
 
 def _figures(
-    contender: Contender, seconds: float, answers: list[Generated], prompts: Sequence[list[int]], language: Language
+    candidate: Candidate, seconds: float, answers: list[Generated], prompts: Sequence[list[int]], language: Language
 ) -> Figures:
     scores = [language.score(prompt, answer.tokens) for prompt, answer in zip(prompts, answers, strict=True)]
-    return Figures(contender, seconds, answers, scores)
+    return Figures(candidate, seconds, answers, scores)
 
 
 def same_tokens(ours: Figures, theirs: Figures, end: int | None = None) -> float:
@@ -122,7 +122,7 @@ _HEADINGS = (
 
 
 def table(figures: Sequence[Figures], reference: Figures) -> str:
-    """One line for each, the fastest first: all but the shares and the ratio are of a sequence. Valid Markdown."""
+    """A Markdown table with a line for each, the fastest first; all but the shares and the ratio are of a sequence."""
     rows = [_HEADINGS, tuple("---:" if at else "---" for at in range(len(_HEADINGS)))]
     rows += [_row(each, reference) for each in sorted(figures, key=lambda each: each.seconds)]
     widths = [max(len(row[at]) for row in rows) for at in range(len(_HEADINGS))]
@@ -135,7 +135,7 @@ def table(figures: Sequence[Figures], reference: Figures) -> str:
 
 def _row(each: Figures, reference: Figures) -> tuple[str, ...]:
     return (
-        each.contender.name,
+        each.candidate.name,
         f"{each.seconds:.3f}",
         f"{reference.seconds / each.seconds:.1f}",
         f"{each.forwards:.1f}",

@@ -1,8 +1,12 @@
-"""The product's own training step on one rank: this project's side of `llada bench train`."""
+"""This project's training step on one rank, as `llada train` builds it, and random batches for both sides.
+
+It imports Megatron, so it is imported where `parallel.device` is installed (inside `single_process`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -17,7 +21,32 @@ from llada_megatron.llada_moe.model.patterns import whole_sequences
 from llada_megatron.parallel.build import build_run_chunks, wrap
 from llada_megatron.parallel.training.distributed_optimizer import build_optimizer
 from llada_megatron.parallel.training.step import TrainingStep
-from llada_megatron.tools.bench.batches import MaskedBatch
+
+
+@dataclass(frozen=True)
+class MaskedBatch:
+    """Random token ids `[batch, seq]` of which half are to be predicted: the same ones for both sides.
+
+    The inputs at those positions are other random tokens rather than the mask token. A step costs the same, but an
+    untrained router would send the equal embeddings of all masks to the same few experts: fewer and larger products, on
+    both sides, than a trained router causes.
+    """
+
+    inputs: torch.Tensor
+    """Corrupted at the masked positions."""
+    labels: torch.Tensor
+    """The original tokens."""
+    masked: torch.Tensor
+    """Positions to be predicted (bool)."""
+
+
+def masked_batch(model: ModelConfig, sequences: int, length: int, seed: int) -> MaskedBatch:
+    """Exactly half of each sequence masked, so that every repetition is the same amount of work."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(model.vocab_size, (sequences, length), generator=generator)
+    masked = torch.rand(sequences, length, generator=generator).argsort(dim=1) < length // 2
+    noise = torch.randint(model.vocab_size, (sequences, length), generator=generator)
+    return MaskedBatch(torch.where(masked, noise, labels), labels, masked)
 
 
 class FixedData:
@@ -61,7 +90,7 @@ def training_batch(batch: MaskedBatch) -> Batch:
     """The batch with the diffusion weight 1/p at the masked positions (p = 1/2)."""
     masked = batch.masked
     sequences, length = masked.shape
-    live = torch.full((sequences,), length, dtype=torch.int64)
+    untruncated = torch.full((sequences,), length, dtype=torch.int64)
     ratio = masked.float().mean(dim=1)
     return Batch(
         inputs=batch.inputs,
@@ -69,8 +98,8 @@ def training_batch(batch: MaskedBatch) -> Batch:
         weights=masked.float() / ratio[:, None],
         boundaries=whole_sequences(sequences, length),
         mask_ratio=ratio,
-        live=live,
-        answer=live.clone(),
+        untruncated=untruncated,
+        answer=untruncated.clone(),
     )
 
 

@@ -1,4 +1,4 @@
-"""Who takes part in `llada bench sample`: the presets on the small models, and the peers' samplers."""
+"""What takes part in `llada bench sample`: the presets on the small models, and samplers of other projects."""
 
 from __future__ import annotations
 
@@ -13,17 +13,35 @@ from llada_megatron.llada_moe.sampling.presets import PRESETS, Choice, choose
 from llada_megatron.llada_moe.sampling.token_buffer import continuation
 from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
 from llada_megatron.parallel.sampling.generator import SequenceGenerator
-from llada_megatron.tools.bench.sampling.peers import Generated, Peers, Work
 
-BLOCK_LENGTH, THRESHOLD, FACTOR = 32, 0.9, 1.0
-"""What the peers run with: their published settings, which the presets of the same names have too."""
-WHOLE = ", whole window"
-TORCHS = ", torch's own products"
-LLADA_PEER, DUAL_PEER = "LLaDA's generate.py", "Fast-dLLM's own: dual cache"
+
+@dataclass
+class Work:
+    """What a sampler made the model do."""
+
+    forwards: int = 0
+    """Calls of the model."""
+    positions: int = 0
+    """Positions that ran through its layers, summed over the calls."""
+    logit_rows: int = 0
+    """Rows of logits that were computed."""
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Generated:
+    """The result for one prompt."""
+
+    tokens: list[int]
+    """The response, `new_tokens` long."""
+    work: Work
+
+
+WHOLE, TORCHS = ", whole window", ", torch's own products"
+"""What the name of a candidate ends with that differs from the preset it is named after."""
+
+
+@dataclass(frozen=True)
+class PresetOnModel:
     """A preset on one of the two models."""
 
     preset: str
@@ -38,36 +56,55 @@ class Candidate:
         return f"{self.preset} (block-causal)" if both else self.preset
 
 
-LLADA, DUAL = Candidate("llada", "bidirectional"), Candidate("fast-dllm-dual", "bidirectional")
+LLADA, DUAL = PresetOnModel("llada", "bidirectional"), PresetOnModel("fast-dllm-dual", "bidirectional")
+"""The presets that are compared token by token with other projects' code."""
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A sampler that answers prompts."""
+class Candidate:
+    """A sampler that takes part: it answers prompts, and is measured while it does."""
 
     name: str
     write: Callable[[Sequence[Sequence[int]]], list[Generated]]
     """Answers of `new_tokens` each."""
     plotted: bool = False
+    """It belongs in the picture."""
     peer: bool = False
-    """Another project's code."""
+    """It is another project's code."""
 
 
 @dataclass(frozen=True)
-class OurCandidate:
+class PeerCandidates:
+    """Samplers of other projects that take part beside the presets, one sequence at a time."""
+
+    fixed_steps: Candidate
+    """It does what `LLADA` does over the whole window; all times are compared with its."""
+    dual_cache: Candidate
+    """It does what `DUAL` does over the whole window."""
+    others: Sequence[Candidate] = ()
+
+
+@dataclass(frozen=True)
+class OurSamplers:
     """The presets on loaded models."""
 
     models: dict[str, LoadedModel]
     """By their attention, "bidirectional" and "block-causal"; they are the same language's."""
     new_tokens: int
 
-    def contender(
-        self, entry: Candidate, *, stop: bool = True, batch_size: int = 1, torchs: bool = False, plotted: bool = False
-    ) -> Contender:
+    def candidate(
+        self,
+        preset: PresetOnModel,
+        *,
+        stop: bool = True,
+        batch_size: int = 1,
+        torchs: bool = False,
+        plotted: bool = False,
+    ) -> Candidate:
         """A preset on a model.
 
         Args:
-            entry: which ones.
+            preset: the preset and the model.
             stop: end at the end of text; otherwise the whole window is written.
             batch_size: sequences that run together.
             torchs: leave all matrix products to torch's own choice of a library.
@@ -76,8 +113,8 @@ class OurCandidate:
         Raises:
             ConfigError: it cannot run on this model.
         """
-        loaded = self.models[entry.attention]
-        choice = fitted(entry.preset, loaded)
+        loaded = self.models[preset.attention]
+        choice = fitted(preset.preset, loaded)
         stop_id = loaded.run.model.eos_token_id if stop else None
         method = choice.method(excluded=[loaded.run.model.mask_token_id], stop_id=stop_id)
 
@@ -85,18 +122,18 @@ class OurCandidate:
             with torchs_own() if torchs else contextlib.nullcontext():
                 return list(self._write(loaded, method, choice, prompts, batch_size))
 
-        name = entry.name + ("" if stop else WHOLE) + (TORCHS if torchs else "")
-        return Contender(name if batch_size == 1 else f"{name}, batch {batch_size}", write, plotted)
+        name = preset.name + ("" if stop else WHOLE) + (TORCHS if torchs else "")
+        return Candidate(name if batch_size == 1 else f"{name}, batch {batch_size}", write, plotted)
 
     def _write(
         self, loaded: LoadedModel, method: Method, choice: Choice, prompts: Sequence[Sequence[int]], batch_size: int
     ) -> Iterator[Generated]:
-        drafts = [
+        requests = [
             continuation(prompt, self.new_tokens, choice.block_length, stream, choice.grid)
             for stream, prompt in enumerate(prompts)
         ]
         alone = batch_size == 1  # then each is a call of its own, as a user at a prompt makes it
-        for part in [[draft] for draft in drafts] if alone else [drafts]:
+        for part in [[request] for request in requests] if alone else [requests]:
             writer = SequenceGenerator(loaded, method, batch_size)
             finished = {each.stream: each for step in writer.steps(part) for each in step.finished}
             for stream, each in sorted(finished.items()):
@@ -113,9 +150,9 @@ def fitted(preset: str, loaded: LoadedModel) -> Choice:
     return choose(preset, None, None, None, {}, loaded.run.objective, loaded.run.model, trained_for_editing=True)
 
 
-def runnable(presets: Sequence[str], models: dict[str, LoadedModel]) -> tuple[list[Candidate], dict[str, str]]:
+def runnable(presets: Sequence[str], models: dict[str, LoadedModel]) -> tuple[list[PresetOnModel], dict[str, str]]:
     """The presets on each of the models that they are for, and of those that cannot run the reason."""
-    entries, reasons = [], {}
+    found, reasons = [], {}
     for preset in presets:
         kind = PRESETS[preset].causal
         for attention, causal in (("bidirectional", False), ("block-causal", True)):
@@ -123,36 +160,7 @@ def runnable(presets: Sequence[str], models: dict[str, LoadedModel]) -> tuple[li
                 continue
             try:
                 fitted(preset, models[attention])
-                entries.append(Candidate(preset, attention))
+                found.append(PresetOnModel(preset, attention))
             except ConfigError as error:
                 reasons[preset] = str(error)
-    return entries, reasons
-
-
-def peers_contenders(peers: Peers, new_tokens: int) -> list[Contender]:
-    """The samplers of LLaDA and Fast-dLLM; one sequence at a time, since their caches know no batches."""
-
-    def contender(name: str, answer: Callable[[Sequence[int]], Generated]) -> Contender:
-        return Contender(name, lambda prompts: [answer(prompt) for prompt in prompts], plotted=True, peer=True)
-
-    common = {"new_tokens": new_tokens, "block_length": BLOCK_LENGTH}
-    made = [
-        contender(LLADA_PEER, lambda prompt: peers.llada(prompt, steps=new_tokens, **common)),
-        contender(DUAL_PEER, lambda prompt: peers.fast_dllm(prompt, cache="dual", threshold=THRESHOLD, **common)),
-        contender(
-            "Fast-dLLM's own: prefix cache",
-            lambda prompt: peers.fast_dllm(prompt, cache="prefix", threshold=THRESHOLD, **common),
-        ),
-        contender(
-            "Fast-dLLM's own: no cache",
-            lambda prompt: peers.fast_dllm(prompt, cache="none", threshold=THRESHOLD, **common),
-        ),
-    ]
-    if peers.has_factor:
-        made.append(
-            contender(
-                "Fast-dLLM's own: dual cache, factor",
-                lambda prompt: peers.fast_dllm(prompt, cache="dual", factor=FACTOR, **common),
-            )
-        )
-    return made
+    return found, reasons
