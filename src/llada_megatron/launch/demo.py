@@ -192,15 +192,15 @@ def report(config: RunConfig, sequences: int, ledger: Ledger) -> None:
         result, checkpoint = evaluate(directory, sequences)
     seconds = {name: phase.seconds for name, phase in ledger.phases.items()}
     memory = max(phase.peak_memory_gb for phase in ledger.phases.values())
-    places = demo_report.ResultPaths(checkpoint, str(directory / "tensorboard"), str(directory / "report.md"))
-    values = demo_report.as_json(result, seconds, memory, places)
+    paths = demo_report.ResultPaths(checkpoint, str(directory / "tensorboard"), str(directory / "report.md"))
+    values = demo_report.as_json(result, seconds, memory, paths)
     (directory / "report.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    (directory / "report.md").write_text(demo_report.as_markdown(result, seconds, memory, places), "utf-8")
+    (directory / "report.md").write_text(demo_report.as_markdown(result, seconds, memory, paths), "utf-8")
 
     def paint(text: str, code: str) -> str:
         return coloured(text, code, sys.stdout)
 
-    print("\n" + demo_report.as_text(result, seconds, memory, places, paint))
+    print("\n" + demo_report.as_text(result, seconds, memory, paths, paint))
 
 
 def evaluate(directory: Path, sequences: int) -> tuple[Assessment, str]:

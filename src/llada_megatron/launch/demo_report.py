@@ -27,9 +27,7 @@ class ResultPaths:
     report: str
 
 
-def as_json(
-    result: Assessment, seconds: dict[str, float], peak_memory_gb: float, places: ResultPaths
-) -> dict[str, Any]:
+def as_json(result: Assessment, seconds: dict[str, float], peak_memory_gb: float, paths: ResultPaths) -> dict[str, Any]:
     """What `report.json` holds. Times in seconds, of the work itself even where a later run reuses it."""
     return {
         "bits_per_byte": result.bits_per_byte,
@@ -43,13 +41,13 @@ def as_json(
         "validation_tokens": result.tokens,
         "expert_tokens": {str(layer): counts for layer, counts in result.expert_tokens.items()},
         "examples": [{"before": before(e), "after": after(e), "original": original(e)} for e in result.examples],
-        "checkpoint": places.checkpoint,
-        "tensorboard": places.tensorboard,
+        "checkpoint": paths.checkpoint,
+        "tensorboard": paths.tensorboard,
     }
 
 
 def as_text(
-    result: Assessment, seconds: dict[str, float], peak_memory_gb: float, places: ResultPaths, paint: Paint
+    result: Assessment, seconds: dict[str, float], peak_memory_gb: float, paths: ResultPaths, paint: Paint
 ) -> str:
     """What the demo prints."""
     parts = [paint("Filling in held-out code", BOLD) + " (15 % of the tokens are gaps, written one a step)"]
@@ -63,19 +61,19 @@ def as_text(
     total = f"{_clock(sum(seconds.values()))} of work, at most {peak_memory_gb:.1f} GB of memory over all processes"
     phases = ", ".join(f"{name} {_clock(value)}" for name, value in seconds.items())
     parts.append(f"{total} ({phases})")
-    board = f"tensorboard --logdir {places.tensorboard}"
-    parts.append(f"checkpoint   {places.checkpoint}\nTensorBoard  {board}\nreport       {places.report}")
+    board = f"tensorboard --logdir {paths.tensorboard}"
+    parts.append(f"checkpoint   {paths.checkpoint}\nTensorBoard  {board}\nreport       {paths.report}")
     return "\n\n".join(parts) + "\n"
 
 
-def as_markdown(result: Assessment, seconds: dict[str, float], peak_memory_gb: float, places: ResultPaths) -> str:
+def as_markdown(result: Assessment, seconds: dict[str, float], peak_memory_gb: float, paths: ResultPaths) -> str:
     """`report.md`."""
     phases = ", ".join(f"{name} {_clock(value)}" for name, value in seconds.items())
     parts = [
         "# Demo: a small LLaDA-MoE",
         _fenced(_figures(result)),
         f"Time: {_clock(sum(seconds.values()))} ({phases}). Memory: {peak_memory_gb:.1f} GB over all processes.",
-        f"Checkpoint: `{places.checkpoint}`. TensorBoard: `tensorboard --logdir {places.tensorboard}`.",
+        f"Checkpoint: `{paths.checkpoint}`. TensorBoard: `tensorboard --logdir {paths.tensorboard}`.",
         "## Filling in held-out code",
         "15 % of the tokens are gaps, marked `«?»`. The model writes one token a step, the one it is surest of.",
     ]

@@ -101,7 +101,7 @@ def _is_over(job: SubmittedJob) -> bool:
         found = slurm.queue([job.record.job_id]).get(job.record.job_id)
     except ResourceError:  # a controller that is away for a while, or a machine without SLURM
         verdict = job.directory.read_verdict(job.directory.newest_attempt())
-        return verdict is not None and verdict.word in FINAL
+        return verdict is not None and verdict.status in FINAL
     return found is None or not found.is_live
 
 

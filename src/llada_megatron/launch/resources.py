@@ -51,7 +51,7 @@ def check_weights(run: RunConfig) -> None:
         CheckpointError: says what is wrong with `checkpoint.load`. A run with checkpoints of its own does not need it.
         ConfigError: there are none of its own, and those in `checkpoint.copy_to` are of another run.
     """
-    own, *copies = (checkpoint_manifest.steps(place) for place in _places(run))
+    own, *copies = (checkpoint_manifest.steps(folder) for folder in _checkpoint_folders(run))
     if own:
         return
     if any(copies):
@@ -82,18 +82,18 @@ def check_space(run: RunConfig) -> None:
     """
     size, together = checkpoint_bytes(run), checkpoints_at_once(run)
     claimed: Counter[int] = Counter()  # by file system: the copies may lie on the same one
-    for place in _places(run):
-        there = checkpoint_manifest.steps(place)
+    for folder in _checkpoint_folders(run):
+        there = checkpoint_manifest.steps(folder)
         if there and there[0][0] >= run.training.steps:
             continue  # this run is at its end: nothing will be written
-        disk = _nearest(place)
+        disk = _nearest(folder)
         needed, free = max(0, together - len(there)) * size, shutil.disk_usage(disk).free
         free -= claimed[disk.stat().st_dev]
         claimed[disk.stat().st_dev] += needed
         if needed > free:
             kept = f", and those of checkpoint.keep_every {run.checkpoint.keep_every}" * bool(run.checkpoint.keep_every)
             raise ResourceError(
-                f"the checkpoints in {place} need {size_text(needed)}, but {size_text(max(0, free))} are free: "
+                f"the checkpoints in {folder} need {size_text(needed)}, but {size_text(max(0, free))} are free: "
                 f"{together} will lie there (checkpoint.keep_last {run.checkpoint.keep_last}, the one being written"
                 f"{kept}), of {size_text(size)} each, and {len(there)} of them are there; make room, keep fewer, or "
                 "write elsewhere"
@@ -110,7 +110,7 @@ def checkpoint_bytes(run: RunConfig) -> int:
 
 
 def checkpoints_at_once(run: RunConfig) -> int:
-    """The most checkpoints that lie in one place: while the last one is written, those before it are still there."""
+    """The most checkpoints that lie in one folder: while the last one is written, those before it are still there."""
     settings = run.checkpoint
     saved = [*range(settings.interval, run.training.steps, settings.interval), run.training.steps]
     if may_go_back(run.recovery):
@@ -119,7 +119,7 @@ def checkpoints_at_once(run: RunConfig) -> int:
     return len(for_ever.union(saved[-settings.keep_last - 1 :]))
 
 
-def _places(run: RunConfig) -> list[Path]:
+def _checkpoint_folders(run: RunConfig) -> list[Path]:
     """Where checkpoints of the run lie."""
     own = Path(run.output_dir) / "checkpoints"
     return [own, Path(run.checkpoint.copy_to)] if run.checkpoint.copy_to else [own]

@@ -98,7 +98,7 @@ class RunLock:
         self._path, self._holder = path, holder
         self._over = threading.Event()
         self._taken_by: Holder | None = None
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._renew, name="run-lock", daemon=True)
         self._thread.start()
 
     @classmethod
@@ -106,7 +106,7 @@ class RunLock:
     def take(cls, output_dir: str | Path, job_id: str | None = None) -> Iterator[RunLock]:
         """Hold `output_dir` while the context is open, against every other process; made if it is not there.
 
-        A lease whose process is dead, or on another machine and not renewed for `STALE_S`, or of an earlier attempt of
+        A lock whose process is dead, or on another machine and not renewed for `STALE_S`, or of an earlier attempt of
         the same SLURM job, is taken over. An earlier process of this job that still lives here gets `HANDOVER_S`.
 
         Raises:
@@ -117,11 +117,11 @@ class RunLock:
         path.parent.mkdir(parents=True, exist_ok=True)
         mine = Holder.this_process(job_id)
         _acquire(path, mine)
-        lease = cls(path, mine)
+        lock = cls(path, mine)
         try:
-            yield lease
+            yield lock
         finally:
-            lease._release()
+            lock._release()
 
     def check(self) -> None:
         """Raise ResourceError when another process has taken the directory over (this one seemed dead to it)."""
@@ -132,7 +132,7 @@ class RunLock:
             )
 
     def _renew(self) -> None:
-        told = False
+        reported = False
         while not self._over.wait(RENEWAL_S):
             try:
                 holder, _ = _read(self._path)
@@ -143,12 +143,12 @@ class RunLock:
                 else:
                     self._taken_by = holder
                     return
-                told = False
+                reported = False
             except OSError as error:  # a file server that is away for a while; the next renewal may do
-                if not told:
+                if not reported:
                     with contextlib.suppress(OSError):  # of the terminal, which may be a file there
                         print(f"{self._path} could not be renewed ({error.strerror})", file=sys.stderr, flush=True)
-                told = True
+                reported = True
 
     def _release(self) -> None:
         self._over.set()
@@ -179,7 +179,7 @@ def _put(path: Path, holder: Holder) -> bool:
 
 
 def _remove_stale(path: Path, stale: Holder) -> None:
-    """Remove the lease of `stale`, and never that of a process which has just taken it over as well."""
+    """Remove the lock of `stale`, and never that of a process which has just taken it over as well."""
     aside = files.aside(path)
     try:
         path.rename(aside)

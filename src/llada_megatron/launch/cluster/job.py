@@ -39,7 +39,7 @@ requeue: saved or lost its nodes, go on in a new allocation. exclude: the same, 
 class Verdict:
     """How an attempt ended."""
 
-    word: VerdictStatus
+    status: VerdictStatus
     reason: str
     nodes: tuple[str, ...] = ()
     """Of `exclude`: the nodes to do without."""
@@ -92,9 +92,9 @@ class JobDirectory:
         return self.path / f"verdict-{attempt}"
 
     def write_verdict(self, attempt: int, verdict: Verdict) -> None:
-        """Say how an attempt ended, in two lines: `WORD [NODE,NODE]`, and the reason. The first verdict stays."""
+        """Say how an attempt ended, in two lines: `STATUS [NODE,NODE]`, and the reason. The first verdict stays."""
         reason = " ".join(verdict.reason.split())
-        text = f"{verdict.word} {','.join(verdict.nodes)}".rstrip() + f"\n{reason}\n"
+        text = f"{verdict.status} {','.join(verdict.nodes)}".rstrip() + f"\n{reason}\n"
         make_once(self.verdict(attempt), text)
 
     def read_verdict(self, attempt: int) -> Verdict | None:
@@ -103,14 +103,14 @@ class JobDirectory:
             first, _, reason = self.verdict(attempt).read_text("utf-8").partition("\n")
         except FileNotFoundError:
             return None
-        word, _, nodes = first.partition(" ")
-        return Verdict(word, reason.strip(), tuple(filter(None, nodes.split(","))))  # type: ignore[arg-type]
+        status, _, nodes = first.partition(" ")
+        return Verdict(status, reason.strip(), tuple(filter(None, nodes.split(","))))  # type: ignore[arg-type]
 
-    def add_event(self, attempt: int, node: str, event: str, **facts: Any) -> None:
+    def add_event(self, attempt: int, node: str, event: str, **values: Any) -> None:
         """Note that something happened on `node` (JSON values)."""
         folder = self.path / "events"
         folder.mkdir(exist_ok=True)
-        line = {"time": round(time.time(), 3), "attempt": attempt, "node": node, "event": event, **facts}
+        line = {"time": round(time.time(), 3), "attempt": attempt, "node": node, "event": event, **values}
         with (folder / f"{node}.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 

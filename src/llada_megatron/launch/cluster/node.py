@@ -43,8 +43,8 @@ class Node:
         if count is None or missing:
             missing += [] if count else ["SLURM_STEP_NUM_NODES"]
             raise ConfigError(f"{', '.join(missing)} not set: this program is started by the script of `llada submit`")
-        attempt, meeting, job_id, index, name = (environment[variable] for variable in needed)
-        host, _, port = meeting.rpartition(":")
+        attempt, rendezvous, job_id, index, name = (environment[variable] for variable in needed)
+        host, _, port = rendezvous.rpartition(":")
         return cls(job, job_id, int(attempt), int(index), int(count), name, host, int(port))
 
     def names(self) -> list[str]:
@@ -82,10 +82,10 @@ class Node:
         """One line in the job's output, with the time and the node."""
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.name}: {text}", file=sys.stderr, flush=True)
 
-    def event(self, event: str, **facts: Any) -> None:
+    def event(self, event: str, **values: Any) -> None:
         """Note that something happened here; where that cannot be written, say so and go on."""
         try:
-            self.job.add_event(self.attempt, self.name, event, **facts)
+            self.job.add_event(self.attempt, self.name, event, **values)
         except OSError as error:  # a full disk must not end training
             self.say(f"{event} could not be noted in {self.job.path}: {error.strerror}")
 

@@ -66,24 +66,24 @@ class JobRendezvous(DynamicRendezvousHandler):
     node: Node
     nodes: list[str]
     """Names of those that met, in the order of their ranks."""
-    board: Store
+    round_store: Store
     """What the agents tell each other in this round."""
 
     @classmethod
-    def of(cls, node: Node, store: Store, fewest: int, late_s: float, timeout_s: float) -> JobRendezvous:
-        """A rendezvous of at least `fewest` of the job's nodes.
+    def of(cls, node: Node, store: Store, min_nodes: int, late_s: float, timeout_s: float) -> JobRendezvous:
+        """A rendezvous of at least `min_nodes` of the job's nodes.
 
         Args:
-            late_s: how long the others are waited for once `fewest` are there.
-            timeout_s: how long `fewest` are waited for.
+            late_s: how long the others are waited for once `min_nodes` are there.
+            timeout_s: how long `min_nodes` are waited for.
         """
         backend = C10dRendezvousBackend(store, "nodes")
         limits = RendezvousTimeout(join=timedelta(seconds=timeout_s), last_call=timedelta(seconds=late_s))
-        meeting = cls.from_backend(
-            "nodes", store, backend, fewest, node.count, node.address, limits, KEEP_ALIVE_S, MISSED
+        rendezvous = cls.from_backend(
+            "nodes", store, backend, min_nodes, node.count, node.address, limits, KEEP_ALIVE_S, MISSED
         )
-        meeting.node, meeting.nodes = node, []
-        return meeting
+        rendezvous.node, rendezvous.nodes = node, []
+        return rendezvous
 
     @property
     def use_agent_store(self) -> bool:
@@ -97,17 +97,17 @@ class JobRendezvous(DynamicRendezvousHandler):
             RendezvousError, DistError: torch's own.
         """
         info = super().next_rendezvous()
-        board, me = info.store, self.node
-        board.set(f"node/{info.rank}", json.dumps([me.index, me.name, repr(self._this_node)]))
-        met = sorted(json.loads(board.get(f"node/{rank}")) for rank in range(info.world_size))
-        self.board, self.nodes = board, [name for _, name, _ in met]
-        self._signs = {name: sign for _, name, sign in met}
+        store, me = info.store, self.node
+        store.set(f"node/{info.rank}", json.dumps([me.index, me.name, repr(self._this_node)]))
+        met = sorted(json.loads(store.get(f"node/{rank}")) for rank in range(info.world_size))
+        self.round_store, self.nodes = store, [name for _, name, _ in met]
+        self._descriptors = {name: descriptor for _, name, descriptor in met}
         rank = self.nodes.index(me.name)
         if rank == 0:
             self._ranks_store = TCPStore(me.address, 0, is_master=True, wait_for_workers=False)
-            board.set("ranks", json.dumps([me.address, self._ranks_store.port]))
-        host, port = json.loads(board.get("ranks"))
-        return RendezvousInfo(board, rank, info.world_size, RendezvousStoreInfo(host, port))
+            store.set("ranks", json.dumps([me.address, self._ranks_store.port]))
+        host, port = json.loads(store.get("ranks"))
+        return RendezvousInfo(store, rank, info.world_size, RendezvousStoreInfo(host, port))
 
     def require_open(self) -> None:
         """Raise RendezvousClosedError when the first node has closed the rendezvous: there is a verdict."""
@@ -119,5 +119,5 @@ class JobRendezvous(DynamicRendezvousHandler):
         with self._heartbeat_lock:
             self._state_holder.sync()
             state = self._state_holder.state
-        there = {repr(sign) for sign in (*state.participants, *state.wait_list)}
-        return [name for name in self.nodes if self._signs[name] not in there]
+        there = {repr(node) for node in (*state.participants, *state.wait_list)}
+        return [name for name in self.nodes if self._descriptors[name] not in there]

@@ -48,7 +48,7 @@ def status(job: SubmittedJob, queued: QueuedJob | None, slurm: bool, newest: boo
     record, events = job.record, job.directory.events()
     attempt = job.directory.newest_attempt()
     verdict = job.directory.read_verdict(attempt)
-    final = verdict is not None and verdict.word in FINAL  # also while SLURM is still clearing up
+    final = verdict is not None and verdict.status in FINAL  # also while SLURM is still clearing up
     live = queued is not None and queued.is_live and not final
     newest_events = [line for line in events if line["attempt"] == attempt]
     if queued is not None and live:
@@ -116,8 +116,8 @@ def _over(
     queued: QueuedJob | None, verdict: Verdict | None, events: list[dict[str, Any]], slurm: bool, job: SubmittedJob
 ) -> tuple[str, str]:
     """State and note of a job that SLURM does not run any more, or that it cannot be asked about."""
-    if verdict is not None and verdict.word in FINAL:
-        return verdict.word, verdict.reason
+    if verdict is not None and verdict.status in FINAL:
+        return verdict.status, verdict.reason
     reason = verdict.reason if verdict is not None else ""
     if job.directory.stop.exists() and slurm:
         ran = any(line["event"] == "start" for line in events)

@@ -70,27 +70,29 @@ class HangWatch:
 
     def hung(self, now: float) -> list[StuckRank]:
         """All ranks when none has got anywhere for too long (`now`: seconds of the monotonic clock), else nothing."""
-        beats = read_heartbeats(self._folder)
-        self._learn(beats.values())
+        heartbeats = read_heartbeats(self._folder)
+        self._learn(heartbeats.values())
         if now - self._looked > _SUSPENDED_S:  # this program was suspended, and most likely the ranks as well
             self._resumed = now
         self._looked = now
-        newest = max((beat.at for beat in beats.values()), default=self._began)
-        if now - max(newest, self._resumed) <= self._limit(beats.values()):
+        newest = max((heartbeat.at for heartbeat in heartbeats.values()), default=self._began)
+        if now - max(newest, self._resumed) <= self._limit(heartbeats.values()):
             return []
-        return self._standing(beats, now)
+        return self._standing(heartbeats, now)
 
     def standing(self, now: float) -> list[StuckRank]:
         """Where all ranks are, however long; for when another machine has found that they hang."""
         return self._standing(read_heartbeats(self._folder), now)
 
-    def _standing(self, beats: Mapping[int, HeartbeatRecord], now: float) -> list[StuckRank]:
+    def _standing(self, heartbeats: Mapping[int, HeartbeatRecord], now: float) -> list[StuckRank]:
         nothing = HeartbeatRecord(0, "start", self._began)
-        found = {rank: beats.get(rank, nothing) for rank in sorted({*self._ranks, *beats})}
-        return [StuckRank(rank, beat.step, beat.phase, now - beat.at) for rank, beat in found.items()]
+        found = {rank: heartbeats.get(rank, nothing) for rank in sorted({*self._ranks, *heartbeats})}
+        return [
+            StuckRank(rank, heartbeat.step, heartbeat.phase, now - heartbeat.at) for rank, heartbeat in found.items()
+        ]
 
-    def _learn(self, beats: Iterable[HeartbeatRecord]) -> None:
-        foremost = max(beats, key=lambda beat: (beat.step, beat.at), default=None)
+    def _learn(self, heartbeats: Iterable[HeartbeatRecord]) -> None:
+        foremost = max(heartbeats, key=lambda heartbeat: (heartbeat.step, heartbeat.at), default=None)
         if foremost is None or foremost == self._last:
             return
         last, self._last = self._last, foremost
@@ -102,9 +104,9 @@ class HangWatch:
         if last is not None and foremost.step > last.step and last.phase == foremost.phase == "step":
             self._durations.append((foremost.at - last.at) / (foremost.step - last.step))
 
-    def _limit(self, beats: Iterable[HeartbeatRecord]) -> float:
+    def _limit(self, heartbeats: Iterable[HeartbeatRecord]) -> float:
         """Seconds without a sign of life that are too many now."""
-        phases = {beat.phase for beat in beats}
+        phases = {heartbeat.phase for heartbeat in heartbeats}
         if phases != {"step"} or self.steps < _STEPS_FOR_A_MEDIAN or not self._durations:
             return self._limits.hang_other_s
         return max(self._limits.hang_minimum_s, self._limits.hang_factor * statistics.median(self._durations))
@@ -137,7 +139,7 @@ def states(processes: Mapping[int, int]) -> dict[int, str]:
     return found
 
 
-class LocalHang:
+class LocalHangWatch:
     """Watches the children of this process that are ranks."""
 
     def __init__(self, folder: Path, limits: RecoveryConfig, layout: LayoutConfig, log_dir: Path) -> None:

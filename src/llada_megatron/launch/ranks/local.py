@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from llada_megatron.launch.ranks.hang import LocalHang
+from llada_megatron.launch.ranks.hang import LocalHangWatch
 from llada_megatron.launch.ranks.rank import PARENT_VARIABLE, available_cores, describe, log_path
 from llada_megatron.launch.ranks.rank_reports import REPORTS_VARIABLE, read_failures, read_result
 from llada_megatron.llada_moe.errors import LladaError
@@ -48,7 +48,7 @@ class Stopped(KeyboardInterrupt):
 class LocalOutcome:
     """How a job on this machine ended."""
 
-    facts: dict[str, Any]
+    result: dict[str, Any]
     """What rank 0 reported."""
     stopped_by: int | None
     """The signal after which the ranks finished their step and ended early; None for a job that ran to its end."""
@@ -77,16 +77,16 @@ def run_local(
         Stopped: ended by a signal before the ranks could finish a step.
     """
     with tempfile.TemporaryDirectory(prefix="llada-") as reports, _Signals(stopping) as signals:
-        beats = Path(reports) / "beats"
+        heartbeats = Path(reports) / "heartbeats"
         variables = {
             REPORTS_VARIABLE: reports,
-            FOLDER_VARIABLE: str(beats),
+            FOLDER_VARIABLE: str(heartbeats),
             PARENT_VARIABLE: str(os.getpid()),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads_per_rank(layout.world_size))),
         }
         log_dir.mkdir(parents=True, exist_ok=True)
         with _environment(variables), _elastic_log(log_dir / "launcher.log"):
-            hang = LocalHang(beats, limits, layout, log_dir) if limits else None
+            hang = LocalHangWatch(heartbeats, limits, layout, log_dir) if limits else None
             failures = _Agent(program, layout.world_size, Path(reports) / "elastic").run(signals, hang)
         if failures is None:
             return LocalOutcome(read_result(Path(reports)), signals.first)
@@ -112,7 +112,7 @@ class _Signals:
         self.first: int | None = None
         self._stopping = stopping
         self._again = False
-        self._told: set[int] = set()
+        self._asked: set[int] = set()
 
     def __enter__(self) -> _Signals:
         self._before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
@@ -137,8 +137,8 @@ class _Signals:
             with contextlib.suppress(ProcessLookupError):
                 if self._again:
                     os.killpg(rank.pid, signal.SIGKILL)  # every rank leads a process group of its own
-                elif rank.pid not in self._told:
-                    self._told.add(rank.pid)
+                elif rank.pid not in self._asked:
+                    self._asked.add(rank.pid)
                     os.kill(rank.pid, signal.SIGINT)
 
 
@@ -150,7 +150,7 @@ class _Agent:
         self._failures: Mapping[int, Any] | None = None
         self._error: BaseException | None = None
 
-    def run(self, signals: _Signals, hang: LocalHang | None) -> Mapping[int, Any] | None:
+    def run(self, signals: _Signals, hang: LocalHangWatch | None) -> Mapping[int, Any] | None:
         """Wait for all ranks; None when all ended well, else the exit of each failed rank."""
         thread = threading.Thread(target=self._launch, name="elastic", daemon=True)
         thread.start()
@@ -192,13 +192,13 @@ class _Agent:
 
 def _first_failure(reports: Path, failures: Mapping[int, Any], layout: LayoutConfig, log_dir: Path) -> LladaError:
     """The failure that brought the others about: a killed rank, else the earliest report, else an exit code."""
-    told = read_failures(reports)
-    silent = {rank: exit.exitcode for rank, exit in failures.items() if rank not in {each.rank for each in told}}
+    reports = read_failures(reports)
+    silent = {rank: exit.exitcode for rank, exit in failures.items() if rank not in {each.rank for each in reports}}
     # SIGTERM is how torch elastic ends the ranks that are left after a failure.
     killed = [rank for rank, code in silent.items() if code < 0 and code != -signal.SIGTERM]
-    if told and not killed:
-        error = (told[0].user_error or RankError)(describe(told[0], layout, log_dir))
-        error.__cause__ = RuntimeError("on the rank:\n" + told[0].stack)
+    if reports and not killed:
+        error = (reports[0].user_error or RankError)(describe(reports[0], layout, log_dir))
+        error.__cause__ = RuntimeError("on the rank:\n" + reports[0].stack)
         return error
     rank = min(killed or silent)
     code = silent[rank]

@@ -63,7 +63,7 @@ class StopRequest:
 
 
 Work = Callable[[StopRequest], dict[str, Any]]
-"""What a rank does: receives the stop request to look at between steps, returns facts for a summary."""
+"""What a rank does: receives the stop request to look at between steps, returns result for a summary."""
 
 
 def log_path(log_dir: Path, rank: int) -> Path:
@@ -119,7 +119,7 @@ def run_local_rank(work: Work, layout: LayoutConfig, log_dir: Path, stop: StopRe
     stop = stop or StopRequest().listen([signal.SIGINT])
     quieten(rank, log_dir)
     try:
-        facts = work(stop)
+        result = work(stop)
     except BaseException as error:
         failure = Failure.of(rank, error)
         print(f"{locate(rank, layout)} failed\n{failure.stack}", flush=True)
@@ -127,21 +127,21 @@ def run_local_rank(work: Work, layout: LayoutConfig, log_dir: Path, stop: StopRe
         _leave_at_once(1)
     stop.ignore()
     if rank == 0:
-        write_result(reports, facts)
+        write_result(reports, result)
     return 0
 
 
 def run_joined_rank(work: Work, layout: LayoutConfig, log_dir: Path, rank: int) -> tuple[dict[str, Any], bool]:
-    """Run `work` as a rank that torchrun or srun started; return its facts and whether it was asked to stop.
+    """Run `work` as a rank that torchrun or srun started; return its result and whether it was asked to stop.
 
     A failure ends the process here, after one line with the rank's coordinates on stderr.
     """
     stop = StopRequest().listen([signal.SIGINT, signal.SIGTERM])
     restore = quieten(rank, log_dir)
     try:
-        facts = work(stop)
+        result = work(stop)
         restore()
-        return facts, stop()
+        return result, stop()
     except BaseException as error:
         failure = Failure.of(rank, error)
         print(f"{locate(rank, layout)} failed\n{failure.stack}", flush=True)

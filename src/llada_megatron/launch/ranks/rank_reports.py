@@ -54,9 +54,9 @@ def write_failure(directory: Path, failure: Failure) -> None:
     files.replace(directory / f"failure-{failure.rank}.json", json.dumps(asdict(failure)))
 
 
-def write_result(directory: Path, facts: dict[str, Any]) -> None:
+def write_result(directory: Path, result: dict[str, Any]) -> None:
     """Leave the result of rank 0 for the launcher."""
-    files.replace(directory / "result.json", json.dumps(facts))
+    files.replace(directory / "result.json", json.dumps(result))
 
 
 def read_failures(directory: Path) -> list[Failure]:

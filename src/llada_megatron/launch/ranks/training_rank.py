@@ -38,31 +38,31 @@ def training_work(run: RunConfig) -> Work:
 
         rank = int(os.environ["RANK"])
         topology.join(rank, int(os.environ["WORLD_SIZE"]))
-        with _held(run) as leases:
+        with _hold_directories(run) as locks:
             topology.initialize(run.layout, run.training.seed)
             trainer = Trainer(run)
             if rank == 0:  # only now: a run that cannot continue what is there leaves its configuration as it was
                 (Path(run.output_dir) / "config.yaml").write_text(dump_yaml(run), "utf-8")
-            facts = trainer.train(lambda: _asked(stop, leases))
+            result = trainer.train(lambda: _must_stop(stop, locks))
         topology.leave()
-        return facts
+        return result
 
     return work
 
 
 @contextlib.contextmanager
-def _held(run: RunConfig) -> Iterator[list[RunLock]]:
+def _hold_directories(run: RunConfig) -> Iterator[list[RunLock]]:
     """Rank 0 holds the run's directories while this is open; where one is in use, all ranks fail with the same message.
 
-    Gives rank 0's leases.
+    Gives rank 0's locks.
     """
     from llada_megatron.parallel.collectives import on_rank_0
 
-    leases: list[RunLock] = []
+    locks: list[RunLock] = []
     with contextlib.ExitStack() as stack:
 
         def take(directory: str) -> None:
-            leases.append(stack.enter_context(RunLock.take(directory, os.environ.get("SLURM_JOB_ID"))))
+            locks.append(stack.enter_context(RunLock.take(directory, os.environ.get("SLURM_JOB_ID"))))
 
         def take_both() -> None:
             try:
@@ -77,12 +77,12 @@ def _held(run: RunConfig) -> Iterator[list[RunLock]]:
                     take(run.checkpoint.copy_to)
 
         on_rank_0(take_both)
-        yield leases
+        yield locks
 
 
-def _asked(stop: StopRequest, leases: list[RunLock]) -> bool:
-    for lease in leases:
-        lease.check()
+def _must_stop(stop: StopRequest, locks: list[RunLock]) -> bool:
+    for lock in locks:
+        lock.check()
     return stop()
 
 

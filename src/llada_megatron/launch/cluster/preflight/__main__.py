@@ -17,7 +17,7 @@ from llada_megatron.launch.cluster.config import load_cluster
 from llada_megatron.launch.cluster.job import JobDirectory, Verdict
 from llada_megatron.launch.cluster.node import Node
 from llada_megatron.launch.cluster.preflight.device_process import DeviceProcess
-from llada_megatron.launch.cluster.preflight.node_report import gather
+from llada_megatron.launch.cluster.preflight.node_report import make_report
 from llada_megatron.llada_moe.config import load_run
 from llada_megatron.llada_moe.errors import LladaError
 
@@ -41,26 +41,28 @@ def main(job: str) -> int:
             node.job.write_verdict(node.attempt, Verdict("failed", f"the job's configuration is not valid: {error}"))
         return 1
     began, limit = time.monotonic(), cluster.preflight.timeout_s
-    worker = DeviceProcess()
-    facts = gather(node.name, run.output_dir, node.job.run, worker, began + _DEVICES_SHARE * limit)
+    device_process = DeviceProcess()
+    report = make_report(node.name, run.output_dir, node.job.run, device_process, began + _DEVICES_SHARE * limit)
     folder = node.job.preflight(node.attempt)
     folder.mkdir(exist_ok=True)
-    (folder / f"{node.name}.json").write_text(replace(facts, time=time.time()).to_json(), "utf-8")
-    return _together(node, cluster, facts, worker, began + limit)
+    (folder / f"{node.name}.json").write_text(replace(report, time=time.time()).to_json(), "utf-8")
+    return _with_other_nodes(node, cluster, report, device_process, began + limit)
 
 
-def _together(node: Node, cluster: ClusterConfig, facts: NodeReport, worker: DeviceProcess, deadline: float) -> int:
+def _with_other_nodes(
+    node: Node, cluster: ClusterConfig, report: NodeReport, device_process: DeviceProcess, deadline: float
+) -> int:
     from torch.distributed import DistError
 
-    from llada_megatron.launch.cluster.preflight.coordinator import PreflightCoordinator, attend
+    from llada_megatron.launch.cluster.preflight.coordinator import PreflightCoordinator, answer_coordinator
     from llada_megatron.launch.cluster.rendezvous import open_store
 
     try:
         store = open_store(node, max(1.0, deadline - time.monotonic()))
         if node.first:
-            PreflightCoordinator(node, cluster, store, worker, deadline).hold(facts)
+            PreflightCoordinator(node, cluster, store, device_process, deadline).run(report)
         else:
-            attend(node, store, worker, facts)
+            answer_coordinator(node, store, device_process, report)
     except (DistError, LladaError) as error:
         why = f"error in the preflight: {error}"
         node.say(why)
@@ -68,7 +70,7 @@ def _together(node: Node, cluster: ClusterConfig, facts: NodeReport, worker: Dev
             node.job.write_verdict(node.attempt, Verdict("requeue", why))
         return 1
     finally:
-        worker.end()
+        device_process.end()
     return 0
 
 

@@ -58,12 +58,12 @@ def serve() -> None:
     """The process's end: answer until the caller is gone."""
     die_with_parent()
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
-    from llada_megatron.launch.cluster.preflight import coordinator, node_report
+    from llada_megatron.launch.cluster.preflight import device_checks
 
     for line in sys.stdin:
         what, *arguments = json.loads(line)
         try:
-            result = node_report.look() if what == "look" else {"seconds": coordinator.all_reduce(*arguments)}
+            result = device_checks.look() if what == "look" else {"seconds": device_checks.all_reduce(*arguments)}
         except Exception as error:  # whatever a driver or a network says: it is a finding
             result = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
         print(json.dumps(result), file=answers, flush=True)

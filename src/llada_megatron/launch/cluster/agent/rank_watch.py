@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from llada_megatron.launch.cluster.decisions import RankFault, RankReport, faults_of_exits
+from llada_megatron.launch.cluster.agent.decisions import RankFault, RankReport, faults_of_exits
 from llada_megatron.launch.ranks.hang import HangWatch, StuckRank, suspects, write_stacks
 from llada_megatron.launch.ranks.rank import log_path
 from llada_megatron.launch.ranks.rank_reports import read_failures
 
 if TYPE_CHECKING:
-    from llada_megatron.launch.cluster.agent import StopSignals
-    from llada_megatron.launch.cluster.elastic import NodeRanks
+    from llada_megatron.launch.cluster.agent.node_ranks import NodeRanks
+    from llada_megatron.launch.cluster.agent.stop_signals import StopSignals
     from llada_megatron.launch.cluster.node import Node
     from llada_megatron.launch.cluster.rendezvous import JobRendezvous
     from llada_megatron.llada_moe.config.run import RunConfig
@@ -35,8 +35,8 @@ class StartFolder:
     """Where the ranks of one start leave reports and signs of life: on this node, as a file server may be late."""
 
     def __init__(self, path: Path) -> None:
-        self.reports, self.beats = path / "reports", path / "beats"
-        for folder in (self.reports, self.beats):
+        self.reports, self.heartbeats = path / "reports", path / "heartbeats"
+        for folder in (self.reports, self.heartbeats):
             folder.mkdir(parents=True)
 
 
@@ -46,17 +46,17 @@ class RankWatch:
     def __init__(
         self,
         node: Node,
-        meeting: JobRendezvous,
+        rendezvous: JobRendezvous,
         ranks: NodeRanks,
         run: RunConfig,
         folder: StartFolder,
         stop: StopSignals,
     ) -> None:
-        self._node, self._meeting, self._board, self._ranks = node, meeting, meeting.board, ranks
+        self._node, self._rendezvous, self._store, self._ranks = node, rendezvous, rendezvous.round_store, ranks
         self._folder, self._stop = folder, stop
         self._logs = Path(run.output_dir) / "logs"
-        self._hang = HangWatch(folder.beats, run.recovery, ranks.ranks)
-        self._asked = self._trained = False
+        self._hang = HangWatch(folder.heartbeats, run.recovery, ranks.ranks)
+        self._stop_requested = self._trained = False
 
     def wait(self) -> RankReport:
         """Wait until the ranks have ended well on all nodes, or something is wrong on one.
@@ -81,22 +81,22 @@ class RankWatch:
 
     def _look(self, finished: bool) -> RankReport | None:
         """Pass a request to stop on, and see how the other nodes are."""
-        if self._stop.asked:
-            if self._node.first and not self._asked:
+        if self._stop.requested:
+            if self._node.first and not self._stop_requested:
                 self._node.event("asked")  # now: a preemption may leave no time to say more
-            self._asked = True
+            self._stop_requested = True
             self._ranks.ask_to_stop()
         if finished:
-            self._board.set(f"finished/{self._node.name}", "yes")
-        absent = self._meeting.absent()
-        if self._board.check([_OVER]):  # looked up after `absent`: who leaves has said before that it is over
+            self._store.set(f"finished/{self._node.name}", "yes")
+        absent = self._rendezvous.absent()
+        if self._store.check([_OVER]):  # looked up after `absent`: who leaves has said before that it is over
             return self._over_elsewhere(finished)
         if absent:
-            self._board.set(_OVER, "lost")
+            self._store.set(_OVER, "lost")
             now = time.time()
             return self._report(False, [RankFault("lost", name, None, "no longer answers", now) for name in absent])
-        if self._node.first and finished and self._board.check([f"finished/{name}" for name in self._meeting.nodes]):
-            self._board.set(_OVER, "end")
+        if self._node.first and finished and self._store.check([f"finished/{name}" for name in self._rendezvous.nodes]):
+            self._store.set(_OVER, "end")
             return self._report(True)
         return None
 
@@ -107,19 +107,19 @@ class RankWatch:
 
     def _failed(self) -> RankReport:
         time.sleep(_SETTLE_S)
-        self._board.set(_OVER, "fault")
+        self._store.set(_OVER, "fault")
         return self._report(False, self._faults())
 
     def _hung(self, stuck: Sequence[StuckRank]) -> RankReport:
-        self._board.set(_OVER, "hang")
+        self._store.set(_OVER, "hang")
         return self._report(False, self._hang_faults(stuck))
 
     def _over_elsewhere(self, finished: bool) -> RankReport:
-        word = self._board.get(_OVER).decode()
+        how = self._store.get(_OVER).decode()
         faults = self._faults()
-        if word == "hang" and not finished:
+        if how == "hang" and not finished:
             faults += self._hang_faults(self._hang.standing(time.monotonic()))
-        return self._report(finished and word == "end", faults)
+        return self._report(finished and how == "end", faults)
 
     def _hang_faults(self, stuck: Sequence[StuckRank]) -> list[RankFault]:
         """Have the ranks write their stacks, and name those here that the others may wait for."""
@@ -141,27 +141,27 @@ class RankWatch:
         return write_stacks({r: each.pid for r, each in self._ranks.processes().items() if r not in exits})
 
     def _faults(self) -> list[RankFault]:
-        told = read_failures(self._folder.reports)
-        return faults_of_exits(self._node.name, self._ranks.exits(), told, self._logs, time.time())
+        reported = read_failures(self._folder.reports)
+        return faults_of_exits(self._node.name, self._ranks.exits(), reported, self._logs, time.time())
 
     def _report(self, finished: bool, faults: Sequence[RankFault] = ()) -> RankReport:
-        return RankReport(self._node.name, finished, self._asked, tuple(faults))
+        return RankReport(self._node.name, finished, self._stop_requested, tuple(faults))
 
 
-def file_report(meeting: JobRendezvous, report: RankReport) -> None:
+def file_report(rendezvous: JobRendezvous, report: RankReport) -> None:
     """Leave how the ranks here ended for the first node, before this one leaves the round."""
-    meeting.board.set(f"report/{report.node}", json.dumps(report.to_dict()))
+    rendezvous.round_store.set(f"report/{report.node}", json.dumps(report.to_dict()))
 
 
-def gather_reports(meeting: JobRendezvous, patience_s: float) -> tuple[list[RankReport], list[str]]:
+def gather_reports(rendezvous: JobRendezvous, patience_s: float) -> tuple[list[RankReport], list[str]]:
     """On the first node: how the ranks ended on every node, and the nodes that no longer answer."""
     deadline, reports = time.monotonic() + patience_s, []
-    waiting = list(meeting.nodes)
+    waiting = list(rendezvous.nodes)
     while waiting:
-        absent = meeting.absent()
+        absent = rendezvous.absent()
         for name in list(waiting):
-            if meeting.board.check([f"report/{name}"]):
-                reports.append(RankReport.from_dict(json.loads(meeting.board.get(f"report/{name}"))))
+            if rendezvous.round_store.check([f"report/{name}"]):
+                reports.append(RankReport.from_dict(json.loads(rendezvous.round_store.get(f"report/{name}"))))
                 waiting.remove(name)
         if set(waiting) <= set(absent) or time.monotonic() > deadline:
             break

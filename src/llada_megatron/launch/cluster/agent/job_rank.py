@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from llada_megatron.launch.cluster.agent import NUMBERS
+from llada_megatron.launch.cluster.agent.stop_signals import NUMBERS
 from llada_megatron.launch.cluster.fit import resized
 from llada_megatron.launch.cluster.job import JobDirectory
 from llada_megatron.launch.ranks.rank import PARENT_VARIABLE, StopRequest, run_local_rank

@@ -28,19 +28,19 @@ class NodeRanks(LocalElasticAgent):
     wrong, and does not notice a node that is gone.
     """
 
-    def __init__(self, meeting: JobRendezvous, ranks: int, program: Sequence[str], scratch: str) -> None:
+    def __init__(self, rendezvous: JobRendezvous, ranks: int, program: Sequence[str], scratch: str) -> None:
         spec = WorkerSpec(
             role="rank",
             local_world_size=ranks,
             entrypoint=program[0],
             args=tuple(program[1:]),
-            rdzv_handler=meeting,
+            rdzv_handler=rendezvous,
             max_restarts=0,
         )
         super().__init__(spec, DefaultLogsSpecs(log_dir=scratch))
-        self._asked: set[int] = set()
+        self._stop_requested: set[int] = set()
 
-    def meet(self) -> None:
+    def wait_for_nodes(self) -> None:
         """Wait for the other nodes; which ranks are here follows from it.
 
         Raises:
@@ -50,13 +50,13 @@ class NodeRanks(LocalElasticAgent):
 
     @property
     def ranks(self) -> list[int]:
-        """The ranks on this node, since the last meeting."""
+        """The ranks on this node, since the last rendezvous."""
         return [worker.global_rank for worker in self._worker_group.workers]
 
     def start(self, environment: Mapping[str, str]) -> None:
         """Start the ranks, with `environment` laid over this process's own."""
         os.environ.update(environment)
-        self._asked.clear()
+        self._stop_requested.clear()
         self._start_workers(self._worker_group)
 
     def processes(self) -> dict[int, subprocess.Popen]:
@@ -72,8 +72,8 @@ class NodeRanks(LocalElasticAgent):
     def ask_to_stop(self) -> None:
         """Ask every rank that has not been asked to finish its step and save."""
         for process in self.processes().values():
-            if process.pid not in self._asked and process.poll() is None:
-                self._asked.add(process.pid)
+            if process.pid not in self._stop_requested and process.poll() is None:
+                self._stop_requested.add(process.pid)
                 process.send_signal(signal.SIGUSR1)
 
     def end(self) -> list[int]:

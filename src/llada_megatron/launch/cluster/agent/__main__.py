@@ -1,57 +1,24 @@
-"""Requests to stop that reach a program of a job: signals from SLURM, and the file that `llada stop` makes."""
+"""The agent of one node of a job: `python -m llada_megatron.launch.cluster.agent JOB`, one per node under srun.
+
+All agents start the ranks of their node, watch them and end them together. The one on the first node decides what
+follows (decisions.py) and writes the verdict that the job's script acts on; the others wait for the next rendezvous,
+which it either joins or closes.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import signal
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
+from llada_megatron.launch.cluster.agent.stop_signals import StopSignals
 from llada_megatron.launch.cluster.config import load_cluster
 from llada_megatron.launch.cluster.job import JobDirectory, Verdict, VerdictStatus
 from llada_megatron.launch.cluster.node import Node
 from llada_megatron.llada_moe.config import load_run
 from llada_megatron.llada_moe.errors import ConfigError, LladaError
-
-NUMBERS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-
-
-class StopSignals:
-    """Notes that the job was asked to stop, as often as it is asked. Call `listen` before anything slow."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._signalled = False
-
-    def listen(self) -> StopSignals:
-        """Handle the signals from now on (main thread only)."""
-        for number in NUMBERS:
-            signal.signal(number, self._handle)
-        return self
-
-    @property
-    def asked(self) -> bool:
-        """Whether the job is to save and end."""
-        return self._signalled or self._file.exists()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
-
-    @contextlib.contextmanager
-    def held_back(self) -> Iterator[None]:
-        """Processes started meanwhile begin with these signals, and the one for stacks, blocked until they listen."""
-        blocked = (*NUMBERS, signal.SIGUSR2)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
-        try:
-            yield
-        finally:
-            self.listen()  # torch elastic sets handlers of its own whenever it starts processes
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def main(job: str) -> int:
@@ -71,27 +38,27 @@ def _work(node: Node, stop: StopSignals, scratch: Path) -> int:
     from torch.distributed import DistError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    from llada_megatron.launch.cluster.job_attempt import JobAttempt
+    from llada_megatron.launch.cluster.agent.job_attempt import JobAttempt
     from llada_megatron.launch.cluster.rendezvous import open_store
 
     _log_elastic(node.job.path / "agents" / f"{node.name}.log")
     run, cluster = load_run(node.job.run), load_cluster(node.job.cluster)
     attempt = JobAttempt(node, run, cluster, stop)
     try:
-        attempt.work(open_store(node, cluster.rendezvous_timeout_s, lambda: stop.asked), scratch)
+        attempt.work(open_store(node, cluster.rendezvous_timeout_s, lambda: stop.requested), scratch)
     except (DistError, RendezvousError) as error:
         who = "the nodes do not meet" if node.first else "the first node no longer answers"
         return _give_up(node, f"{who} ({type(error).__name__}: {error})", "requeue")
     return 0
 
 
-def _give_up(node: Node, why: str, word: VerdictStatus) -> int:
+def _give_up(node: Node, why: str, status: VerdictStatus) -> int:
     """End without having trained to an end; only the first node's word counts."""
     node.say(f"error: {why}")
     node.event("fault", kind="error", on=node.name, rank=None, what=why)
     if node.first:
-        node.job.write_verdict(node.attempt, Verdict(word, why))
-        node.event("end", word=word, reason=why, asked=False)
+        node.job.write_verdict(node.attempt, Verdict(status, why))
+        node.event("end", word=status, reason=why, asked=False)
     return 1
 
 

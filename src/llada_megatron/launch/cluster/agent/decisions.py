@@ -20,8 +20,10 @@ because of another rank. hang: a rank that got nowhere, most often because it wa
 
 _CAUSES: tuple[Kind, ...] = ("killed", "lost", "stopped", "user", "error", "hang")
 """The more a fault explains the others, the earlier."""
+
 _LONGEST = 160
 """Characters of an error that is not the user's, in the job's output."""
+
 _OWN_FAULT = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
 
@@ -49,7 +51,7 @@ class RankReport:
     node: str
     finished: bool
     """All of them with exit code 0."""
-    asked: bool
+    stop_requested: bool
     """Whether somebody had asked for the job to save and end."""
     faults: tuple[RankFault, ...] = ()
 
@@ -64,18 +66,18 @@ class RankReport:
 
 
 def faults_of_exits(
-    node: str, exits: Mapping[int, int], told: Sequence[Failure], logs: Path, now: float
+    node: str, exits: Mapping[int, int], reported: Sequence[Failure], logs: Path, now: float
 ) -> list[RankFault]:
     """Faults of ranks that ended by themselves.
 
     Args:
         exits: exit codes by rank (negative: a signal).
-        told: what the ranks said of themselves.
+        reported: what the ranks said of themselves.
         logs: folder of the ranks' output.
     """
-    faults, spoken = [], {failure.rank: failure for failure in told}
+    faults, failures = [], {failure.rank: failure for failure in reported}
     for rank, code in sorted(exits.items()):
-        failure, log = spoken.get(rank), log_path(logs, rank)
+        failure, log = failures.get(rank), log_path(logs, rank)
         if code == 0:
             continue
         if failure is not None and failure.user_error:
@@ -118,15 +120,15 @@ class RestartContext:
     """Of the job."""
     fits: bool
     """Whether the run can go on with the nodes that are left, and may."""
-    barren: int
+    attempts_without_progress: int
     """Attempts in a row, with this one, that ended in faults without a newer checkpoint."""
-    asked: bool
+    stop_requested: bool
     """The job was asked to save and end ..."""
     stop_file: bool
     """... by a person, who does not want it to come back."""
 
 
-def after_faults(faults: Sequence[RankFault], now: RestartContext) -> Verdict | None:
+def after_faults(faults: Sequence[RankFault], context: RestartContext) -> Verdict | None:
     """What to do when the newest of `faults` has ended a start; None = start the ranks once more.
 
     Args:
@@ -135,17 +137,19 @@ def after_faults(faults: Sequence[RankFault], now: RestartContext) -> Verdict | 
     newest = faults[-1]
     if newest.kind == "user":
         return Verdict("failed", str(newest))
-    if now.asked:
-        word: Literal["stopped", "requeue"] = "stopped" if now.stop_file else "requeue"
-        return Verdict(word, f"asked to stop; before the ranks had saved, {newest}")
-    if len(faults) <= now.max_restarts:
+    if context.stop_requested:
+        status: Literal["stopped", "requeue"] = "stopped" if context.stop_file else "requeue"
+        return Verdict(status, f"asked to stop; before the ranks had saved, {newest}")
+    if len(faults) <= context.max_restarts:
         return (
-            None if now.fits else Verdict("requeue", f"{newest}; the run does not go on with the nodes that are left")
+            None
+            if context.fits
+            else Verdict("requeue", f"{newest}; the run does not go on with the nodes that are left")
         )
     tried = f"{len(faults)} faults without a newer checkpoint, the last: {newest}"
-    if now.barren >= max(1, now.max_restarts):
-        return Verdict("failed", f"{now.barren} attempts without progress; {tried}")
-    if now.nodes > 1 and len({fault.node for fault in faults}) == 1:
+    if context.attempts_without_progress >= max(1, context.max_restarts):
+        return Verdict("failed", f"{context.attempts_without_progress} attempts without progress; {tried}")
+    if context.nodes > 1 and len({fault.node for fault in faults}) == 1:
         return Verdict("exclude", f"all on {newest.node}: {tried}", (newest.node,))
     return Verdict("requeue", tried)
 
