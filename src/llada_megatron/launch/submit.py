@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _show(script, run, cluster, nodes, args)
     _check(run, cluster, nodes, args.cluster)
-    with registry.alone(output_dir):
+    with registry.exclusive_submission(output_dir):
         _check_no_live_job(run)  # once more: another submission may have been quicker
         record = registry.JobRecord(
             job_id=_submit(run, cluster, job, script, args.cluster),

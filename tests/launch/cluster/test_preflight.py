@@ -183,7 +183,7 @@ def test_two_real_nodes(tmp_path):
             well.start("preflight", nodes=(0,), LLADA_RENDEZVOUS=f"127.0.0.1:{well.port}")
             verdict = well.ended()
         assert verdict is not None and verdict.status == "requeue", well.said()
-        assert "cannot meet" in verdict.reason
+        assert "cannot connect" in verdict.reason
     finally:
         well.kill()
         other.kill()

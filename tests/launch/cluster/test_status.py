@@ -75,7 +75,7 @@ def test_each_stage_has_its_words(job):
         1,
     )
     job.directory.stop.touch()
-    assert status(job, queued("RUNNING"), True).note == "saving and ending, as asked"
+    assert status(job, queued("RUNNING"), True).note == "saving and ending on request"
 
 
 @pytest.mark.parametrize("known", [None, queued("COMPLETED"), queued("COMPLETING")])

@@ -22,7 +22,7 @@ from llada_megatron.llada_moe.errors import ConfigError, LladaError
 
 
 def main(job: str) -> int:
-    """Be the agent of this node; what matters is the verdict, not the exit code."""
+    """Be the agent of this node; returns the exit code, which nobody needs: the job's script acts on the verdict."""
     directory = JobDirectory(Path(job).absolute())
     stop = StopSignals(directory.stop).listen()  # before torch is imported: that takes seconds
     node = Node.here(directory)
@@ -34,7 +34,7 @@ def main(job: str) -> int:
 
 
 def _work(node: Node, stop: StopSignals, scratch: Path) -> int:
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is told in one line, not with a stack
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is reported in one line, not with a stack
     from torch.distributed import DistError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
@@ -47,13 +47,13 @@ def _work(node: Node, stop: StopSignals, scratch: Path) -> int:
     try:
         attempt.work(open_store(node, cluster.rendezvous_timeout_s, lambda: stop.requested), scratch)
     except (DistError, RendezvousError) as error:
-        who = "the nodes do not meet" if node.first else "the first node no longer answers"
+        who = "the rendezvous of the nodes failed" if node.first else "the first node no longer answers"
         return _give_up(node, f"{who} ({type(error).__name__}: {error})", "requeue")
     return 0
 
 
 def _give_up(node: Node, why: str, status: VerdictStatus) -> int:
-    """End without having trained to an end; only the first node's word counts."""
+    """End the agent because of an error; the first node's agent writes the verdict."""
     node.say(f"error: {why}")
     node.event("fault", kind="error", on=node.name, rank=None, what=why)
     if node.first:
@@ -63,7 +63,7 @@ def _give_up(node: Node, why: str, status: VerdictStatus) -> int:
 
 
 def _log_elastic(path: Path) -> None:
-    """Keep torch elastic's own lines out of the job's output: the agents say it better."""
+    """Send torch elastic's own lines to a file: the agents report the same events more clearly in the job's output."""
     path.parent.mkdir(exist_ok=True)
     logger = logging.getLogger("torch.distributed")
     logger.handlers, logger.propagate = [logging.FileHandler(path)], False

@@ -1,4 +1,4 @@
-"""What follows from how the ranks ended: go on, or end the attempt with a verdict. Pure functions."""
+"""What an agent does once its ranks have ended: start them again, or end the attempt with a verdict. Pure functions."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from llada_megatron.launch.ranks.rank import log_path
 from llada_megatron.launch.ranks.rank_reports import Failure
 
 Kind = Literal["killed", "lost", "stopped", "user", "error", "hang"]
-"""killed: a signal nobody but the machine or a person sends. lost: a node that no longer answers. stopped: a process
-that was suspended while all others waited for it. user: an error that only a person can mend. error: any other, often
-because of another rank. hang: a rank that got nowhere, most often because it waits for another."""
+"""killed: by a signal that only the system or a person sends. lost: a node that no longer answers. stopped: a process
+that was suspended while all others waited for it. user: an error that only the user can correct. error: any other one,
+often a consequence of another rank's. hang: a rank without progress, most often because it waits for another rank."""
 
 _CAUSES: tuple[Kind, ...] = ("killed", "lost", "stopped", "user", "error", "hang")
-"""The more a fault explains the others, the earlier."""
+"""Kinds in order: a fault of an earlier kind usually explains those of later kinds."""
 
 _LONGEST = 160
-"""Characters of an error that is not the user's, in the job's output."""
+"""Longest text, in characters, that the job's output shows of an error that is not the user's."""
 
-_OWN_FAULT = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+_KILLING_SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RankFault:
     node: str
     rank: int | None
     what: str
-    """For a person, without the node and the rank."""
+    """A description for people, which does not repeat the node and the rank."""
     time: float
     """Seconds since 1970, by the clock of that node."""
 
@@ -50,9 +50,9 @@ class RankReport:
 
     node: str
     finished: bool
-    """All of them with exit code 0."""
+    """Whether all of them ended with exit code 0."""
     stop_requested: bool
-    """Whether somebody had asked for the job to save and end."""
+    """Whether the job had been asked to save and end."""
     faults: tuple[RankFault, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,19 +61,20 @@ class RankReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RankReport:
-        """What `to_dict` wrote."""
+        """The report that `to_dict` was called on."""
         return replace(cls(**values), faults=tuple(RankFault(**fault) for fault in values["faults"]))
 
 
 def faults_of_exits(
     node: str, exits: Mapping[int, int], reported: Sequence[Failure], logs: Path, now: float
 ) -> list[RankFault]:
-    """Faults of ranks that ended by themselves.
+    """The faults of the ranks on one node that have ended by themselves.
 
     Args:
-        exits: exit codes by rank (negative: a signal).
-        reported: what the ranks said of themselves.
-        logs: folder of the ranks' output.
+        exits: exit code of each rank that has ended (negative: the signal that killed it).
+        reported: the failures that the ranks reported themselves.
+        logs: the folder with the logs of the ranks.
+        now: the time of a fault that no rank has reported, in seconds since 1970.
     """
     faults, failures = [], {failure.rank: failure for failure in reported}
     for rank, code in sorted(exits.items()):
@@ -87,11 +88,11 @@ def faults_of_exits(
             faults.append(RankFault("error", node, rank, what, failure.time))
         elif code < 0:
             name = signal.Signals(-code).name
-            kind: Kind = "killed" if -code in _OWN_FAULT else "error"
+            kind: Kind = "killed" if -code in _KILLING_SIGNALS else "error"
             hint = " (out of memory?)" if -code == signal.SIGKILL else ""
             faults.append(RankFault(kind, node, rank, f"was killed by {name}{hint}; its output: {log}", now))
         else:
-            what = f"ended with exit code {code} and said nothing; its output: {log}"
+            what = f"ended with exit code {code} and reported no error; its output: {log}"
             faults.append(RankFault("error", node, rank, what, now))
     return faults
 
@@ -102,49 +103,48 @@ def cause(faults: Iterable[RankFault]) -> RankFault:
 
 
 def after_end(steps: int, total: int, stop_file: bool) -> Verdict:
-    """All ranks have ended well after `steps` of `total` steps."""
+    """The verdict when all ranks have ended without a fault after `steps` of `total` steps."""
     if steps >= total:
         return Verdict("done", f"trained to step {total}")
     if stop_file:
-        return Verdict("stopped", f"stopped as asked, after step {steps} of {total}")
+        return Verdict("stopped", f"stopped on request after step {steps} of {total}")
     return Verdict("requeue", f"saved after step {steps} of {total}, before the allocation ends")
 
 
 @dataclass(frozen=True)
 class RestartContext:
-    """What else counts when a start has ended in a fault."""
+    """What `after_faults` needs to know besides the faults."""
 
     max_restarts: int
-    """Starts that may follow a fault without a newer checkpoint in between."""
+    """How often the ranks may be started again without a newer checkpoint in between."""
     nodes: int
-    """Of the job."""
+    """Number of nodes of the job."""
     fits: bool
-    """Whether the run can go on with the nodes that are left, and may."""
+    """Whether the run can go on with the nodes that are left: its layout fits them, and the cluster file allows it."""
     attempts_without_progress: int
-    """Attempts in a row, with this one, that ended in faults without a newer checkpoint."""
+    """How many attempts in a row, including this one, have ended in faults without a newer checkpoint."""
     stop_requested: bool
-    """The job was asked to save and end ..."""
+    """Whether the job was asked to save and end, by SLURM or by a person."""
     stop_file: bool
-    """... by a person, who does not want it to come back."""
+    """Whether a person asked with `llada stop`: then the job is not queued again."""
 
 
 def after_faults(faults: Sequence[RankFault], context: RestartContext) -> Verdict | None:
-    """What to do when the newest of `faults` has ended a start; None = start the ranks once more.
+    """What to do when the newest of `faults` has ended the ranks: a verdict, or None to start them once more.
 
     Args:
-        faults: the causes of this attempt's ends since the newest checkpoint appeared, the last one newest.
+        faults: one fault for each time that the ranks of this attempt have ended since the newest checkpoint was
+            written; the last one is the newest.
     """
     newest = faults[-1]
     if newest.kind == "user":
         return Verdict("failed", str(newest))
     if context.stop_requested:
         status: Literal["stopped", "requeue"] = "stopped" if context.stop_file else "requeue"
-        return Verdict(status, f"asked to stop; before the ranks had saved, {newest}")
+        return Verdict(status, f"asked to stop, but before the ranks had saved: {newest}")
     if len(faults) <= context.max_restarts:
         return (
-            None
-            if context.fits
-            else Verdict("requeue", f"{newest}; the run does not go on with the nodes that are left")
+            None if context.fits else Verdict("requeue", f"{newest}; the run cannot go on with the nodes that are left")
         )
     tried = f"{len(faults)} faults without a newer checkpoint, the last: {newest}"
     if context.attempts_without_progress >= max(1, context.max_restarts):
@@ -155,9 +155,10 @@ def after_faults(faults: Sequence[RankFault], context: RestartContext) -> Verdic
 
 
 def attempts_without_progress(events: Sequence[Mapping[str, Any]], attempt: int, newest: int | None) -> int:
-    """Attempts in a row up to `attempt`, that began at the checkpoint that is still the newest.
+    """How many attempts in a row, the last of them `attempt`, began at the checkpoint that is still the newest.
 
-    Those that were asked to end (time limit, preemption, a person) do not count, and do not break the row.
+    Attempts that were asked to end (by a time limit, a preemption or a person) are skipped: they neither count nor end
+    the row.
     """
     began: dict[int, int | None] = {}
     asked = {event["attempt"] for event in events if event["event"] == "asked" or event.get("asked")}

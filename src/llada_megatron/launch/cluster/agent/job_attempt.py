@@ -1,4 +1,4 @@
-"""One attempt of a job as one node sees it: start the ranks, watch them, end them, and decide what follows."""
+"""One attempt of a job on one node: start the ranks, watch them, end them, and decide what follows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _POLL_S = 0.5
 
 _GATHER_S = 60.0
-"""How long the first node waits for the reports of the others; one that is dead is known sooner."""
+"""How long the first node waits for the reports of the others; a node that is gone is noticed sooner."""
 
 _GOODBYE_S = 15.0
 """How long the first node serves the store once it has closed the rendezvous."""
@@ -46,7 +46,7 @@ class JobAttempt:
         self.node, self.run, self.cluster, self.stop = node, run, cluster, stop
         self.allowed_counts = node_counts(run, cluster.ranks_per_node, node.count)
         self.faults: list[decisions.RankFault] = []
-        self.last_checkpoint = self._newest_checkpoint()  # when a fault was last counted
+        self.last_checkpoint = self._newest_checkpoint()  # the newest one when the last fault was counted
         self.stop_requested = False
         if not self.allowed_counts:
             raise ConfigError(
@@ -54,7 +54,12 @@ class JobAttempt:
             )
 
     def work(self, store: Store, scratch: Path) -> None:
-        """Train until there is a verdict; the first node writes it."""
+        """Train until there is a verdict; the first node writes it.
+
+        Args:
+            store: the store of this attempt, which the first node serves.
+            scratch: a folder on this node.
+        """
         self.store, shrink = store, self.cluster.lost_node == "shrink"
         min_nodes = min(self.allowed_counts) if shrink else self.node.count
         late, limit = self.cluster.lost_node_wait_s, self.cluster.rendezvous_timeout_s
@@ -74,7 +79,7 @@ class JobAttempt:
             self.ranks.end()
 
     def _wait_for_all_nodes(self) -> Verdict | None:
-        """Before the first start every node is waited for; only a fault makes fewer acceptable."""
+        """Wait for the agents of all nodes before the first start; only after a fault may the run go on with fewer."""
         everyone = [f"here/{index}" for index in range(self.node.count)]
         self.store.set(everyone[self.node.index], self.node.name)
         deadline = time.monotonic() + self.cluster.rendezvous_timeout_s
@@ -90,9 +95,9 @@ class JobAttempt:
         return None
 
     def _run_once(self, folder: Path) -> Verdict | None:
-        """Start the ranks on all nodes and wait for their end; None = once more.
+        """Start the ranks on all nodes and wait for their end; None means that they are to be started again.
 
-        Only the first node has a verdict: the others learn of it by the closed rendezvous.
+        Only the first node has a verdict; it tells the others by closing the rendezvous.
         """
         before = self.rendezvous.nodes
         self.ranks.wait_for_nodes()
@@ -108,7 +113,7 @@ class JobAttempt:
         return self._decide(files) if self.node.first else None
 
     def _may_start(self, before: list[str]) -> tuple[bool, Verdict | None]:
-        """Whether the nodes that met start their ranks: the first one says so on the board."""
+        """Whether the nodes of this rendezvous start their ranks; the first node decides and says so in the store."""
         store = self.rendezvous.round_store
         if not self.node.first:
             return store.get("go") == b"yes", None
@@ -118,7 +123,7 @@ class JobAttempt:
         return verdict is None, verdict
 
     def _obstacle(self, gone: list[str], first: bool) -> Verdict | None:
-        """On the first node: why no ranks are started now; None, and a word on where they start, where they are."""
+        """On the first node: a verdict where the ranks must not be started; else announce the start and return None."""
         nodes, ranks = self.rendezvous.nodes, len(self.rendezvous.nodes) * self.cluster.ranks_per_node
         if gone:
             self.node.event("lost", nodes=gone)
@@ -128,7 +133,9 @@ class JobAttempt:
             return Verdict("requeue", f"without {', '.join(gone)} the run does not fit the nodes that are left")
         checkpoint = self._newest_checkpoint()
         without_progress = decisions.attempts_without_progress(self.node.job.events(), self.node.attempt, checkpoint)
-        if first and without_progress >= max(1, self.cluster.max_restarts):  # they were killed before they could say so
+        if first and without_progress >= max(
+            1, self.cluster.max_restarts
+        ):  # those attempts were killed before they said so
             return Verdict(
                 "failed", f"{without_progress} attempts in a row ended without a newer checkpoint; see their faults"
             )
@@ -159,7 +166,7 @@ class JobAttempt:
             self.node.event("fault", kind="error", on=self.node.name, rank=left[0], what="does not end when killed")
 
     def _decide(self, files: StartFolder) -> Verdict | None:
-        """On the first node: what follows from the reports of all nodes."""
+        """On the first node: the verdict that follows from all nodes' reports; None means to start the ranks again."""
         reports, lost = gather_reports(self.rendezvous, _GATHER_S)
         self.stop_requested = (
             self.stop_requested or self.stop.requested or any(report.stop_requested for report in reports)
@@ -198,7 +205,7 @@ class JobAttempt:
         self.node.event("restart", reason=str(fault), rank=fault.rank, on=fault.node, checkpoint=newest)
 
     def _end(self, verdict: Verdict) -> None:
-        """On the first node: say how the attempt ended, and let the others go before the store goes."""
+        """On the first node: write the verdict, then serve the store until the other nodes have left."""
         asked = self.stop_requested or self.stop.requested
         self.node.job.write_verdict(self.node.attempt, verdict)
         self.node.event("end", word=verdict.status, reason=verdict.reason, asked=asked)
@@ -214,10 +221,10 @@ class JobAttempt:
         return Verdict(status, "asked to stop before the ranks had started")
 
     def _newest_checkpoint(self) -> int | None:
-        """Step of the newest checkpoint, whole or not."""
+        """Step of the newest checkpoint, also of a damaged one; None where there is none."""
         found = manifest.steps(Path(self.run.output_dir) / "checkpoints")
         return found[0][0] if found else None
 
 
 def _unexplained_fault(node: Node) -> decisions.RankFault:
-    return decisions.RankFault("error", node.name, None, "ended without a word on any node", time.time())
+    return decisions.RankFault("error", node.name, None, "ended, but no node reported a fault", time.time())

@@ -1,6 +1,6 @@
 """The program of one rank of a job; the agent of its node starts it.
 
-Signals that ask for a stop are blocked from the start until this program listens, and may come again and again.
+Signals that ask it to stop are blocked until this program handles them, and may arrive more than once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One start of the ranks, watched from one node until it is over for all nodes."""
+"""Watching the ranks on one node, from their start until they are to end on all nodes."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ if TYPE_CHECKING:
     from llada_megatron.llada_moe.config.run import RunConfig
 
 _POLL_S, _LOOK_S = 0.2, 1.0
-"""Between looks at the processes of this node, and at the store."""
+"""Seconds between two looks at the processes of this node, and between two looks at the store."""
 
 _SETTLE_S = 0.5
-"""For the other ranks here to fail as well, so that the one that failed first is known."""
+"""Seconds for the other ranks on this node to fail as well, so that the one that failed first is known."""
 
 _OVER = "over"
+"""Key of the store; once it is set, the ranks are to end on all nodes. Its value says why: end, fault, hang or lost."""
 
 
 class StartFolder:
-    """Where the ranks of one start leave reports and signs of life: on this node, as a file server may be late."""
+    """Folders for the reports and heartbeats of the ranks. They are on this node: a file server may be slow."""
 
     def __init__(self, path: Path) -> None:
         self.reports, self.heartbeats = path / "reports", path / "heartbeats"
@@ -41,7 +42,7 @@ class StartFolder:
 
 
 class RankWatch:
-    """Waits for the end of a start. Whoever sees something wrong says on the board that the start is over."""
+    """Waits until the ranks on all nodes have ended or are to end; a node with a fault tells the others so."""
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class RankWatch:
         self._stop_requested = self._trained = False
 
     def wait(self) -> RankReport:
-        """Wait until the ranks have ended well on all nodes, or something is wrong on one.
+        """Wait until the ranks have ended without a fault on all nodes, or there is a fault on one of them.
 
         Raises:
             DistError, RendezvousError: the first node no longer answers.
@@ -69,7 +70,7 @@ class RankWatch:
             time.sleep(_POLL_S)
             exits, now = self._ranks.exits(), time.monotonic()
             stuck = self._hang.hung(now)
-            self._note_training()  # before any end, so that a start whose first steps were its last counts as well
+            self._note_training()  # before looking for exits: training is noted even where it ends within this interval
             if any(exits.values()):
                 return self._failed()
             if len(exits) < len(self._ranks.ranks) and stuck:
@@ -80,16 +81,16 @@ class RankWatch:
                     return report
 
     def _look(self, finished: bool) -> RankReport | None:
-        """Pass a request to stop on, and see how the other nodes are."""
+        """Pass a request to stop on to the ranks, and look at the state of the other nodes."""
         if self._stop.requested:
             if self._node.first and not self._stop_requested:
-                self._node.event("asked")  # now: a preemption may leave no time to say more
+                self._node.event("asked")  # at once: a preemption may leave no time to note it later
             self._stop_requested = True
             self._ranks.ask_to_stop()
         if finished:
             self._store.set(f"finished/{self._node.name}", "yes")
         absent = self._rendezvous.absent()
-        if self._store.check([_OVER]):  # looked up after `absent`: who leaves has said before that it is over
+        if self._store.check([_OVER]):  # read after `absent`: a node that leaves has set this key before
             return self._over_elsewhere(finished)
         if absent:
             self._store.set(_OVER, "lost")
@@ -122,13 +123,13 @@ class RankWatch:
         return self._report(finished and how == "end", faults)
 
     def _hang_faults(self, stuck: Sequence[StuckRank]) -> list[RankFault]:
-        """Have the ranks write their stacks, and name those here that the others may wait for."""
+        """Have the ranks on this node write their stacks; the faults of those that the others most likely wait for."""
         seen = self._stacks()
         self._node.event("hang", ranks=[each.rank for each in stuck])
         return [self._hang_fault(each, seen.get(each.rank, "gone")) for each in suspects(stuck, seen)]
 
     def _hang_fault(self, stuck: StuckRank, state: str) -> RankFault:
-        silent_since = time.time() - stuck.seconds  # the rank that fell silent first is the cause, on whatever node
+        silent_since = time.time() - stuck.seconds  # so that the rank with the oldest heartbeat counts as the cause
         what = f"hangs: {stuck}, its process is {state}"
         if state == psutil.STATUS_STOPPED:
             return RankFault("stopped", self._node.name, stuck.rank, what, silent_since)
@@ -136,7 +137,7 @@ class RankWatch:
         return RankFault("hang", self._node.name, stuck.rank, what, silent_since)
 
     def _stacks(self) -> dict[int, str]:
-        """Have the ranks here write their stacks; what the system says of their processes meanwhile."""
+        """Have the ranks on this node write their stacks; returns the state of their processes meanwhile."""
         exits = self._ranks.exits()
         return write_stacks({r: each.pid for r, each in self._ranks.processes().items() if r not in exits})
 
@@ -149,12 +150,12 @@ class RankWatch:
 
 
 def file_report(rendezvous: JobRendezvous, report: RankReport) -> None:
-    """Leave how the ranks here ended for the first node, before this one leaves the round."""
+    """Send the first node how the ranks on this node ended, before this node leaves the rendezvous."""
     rendezvous.round_store.set(f"report/{report.node}", json.dumps(report.to_dict()))
 
 
 def gather_reports(rendezvous: JobRendezvous, patience_s: float) -> tuple[list[RankReport], list[str]]:
-    """On the first node: how the ranks ended on every node, and the nodes that no longer answer."""
+    """On the first node: the reports of all nodes, and the names of those that have sent none within `patience_s`."""
     deadline, reports = time.monotonic() + patience_s, []
     waiting = list(rendezvous.nodes)
     while waiting:

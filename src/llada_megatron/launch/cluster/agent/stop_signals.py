@@ -12,7 +12,7 @@ NUMBERS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """Notes that the job was asked to stop, as often as it is asked. Call `listen` before anything slow."""
+    """Remembers whether the job was asked to stop; more requests change nothing. Call `listen` before anything slow."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -26,7 +26,7 @@ class StopSignals:
 
     @property
     def requested(self) -> bool:
-        """Whether the job is to save and end."""
+        """Whether the job was asked to save and end."""
         return self._signalled or self._file.exists()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -34,7 +34,10 @@ class StopSignals:
 
     @contextlib.contextmanager
     def held_back(self) -> Iterator[None]:
-        """Processes started meanwhile begin with these signals, and the one for stacks, blocked until they listen."""
+        """Block these signals, and SIGUSR2 (which asks for stacks), in processes that are started while this is open.
+
+        Each of them unblocks the signals once it handles them.
+        """
         blocked = (*NUMBERS, signal.SIGUSR2)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         try:

@@ -1,7 +1,7 @@
 """The preflight of one node: `python -m llada_megatron.launch.cluster.preflight JOB`, one per node under srun.
 
-Every node looks at itself and tells the first one, which names what is wrong and writes the verdict; where nothing is,
-all nodes add up a tensor together. What each node found stays in JOB/preflight-ATTEMPT/NODE.json.
+Every node examines itself and sends its report to the first node, which names what is wrong and writes the verdict.
+Where nothing is wrong, all nodes add up a tensor together. The reports stay in JOB/preflight-ATTEMPT/NODE.json.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from llada_megatron.launch.cluster.preflight.node_report import NodeReport
 
 _DEVICES_SHARE = 0.75
-"""Of the time limit, for devices to answer: the first node must be there for the others even when its own hang."""
+"""Share of the time limit that devices have for their answer: the first node needs the rest to collect the reports of
+the others, even when its own devices hang."""
 
 
 def main(job: str) -> int:
-    """Look at this node; what matters is the verdict, not the exit code."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that ends is no news; before torch is imported
+    """Check this node; returns the exit code, which nobody needs: the job's script acts on the verdict."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before the import of torch; no warning when a store ends
     node = Node.here(JobDirectory(Path(job).absolute()))
     try:
         run, cluster = load_run(node.job.run), load_cluster(node.job.cluster)

@@ -1,4 +1,4 @@
-"""What nodes tell each other in the preflight: the first collects reports, has them add up a tensor, and decides."""
+"""The preflight among nodes: the first one collects their reports, has them add up a tensor, and decides."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _END = "end"
 
 
 class PreflightCoordinator:
-    """The first node's part."""
+    """What the first node does: collect the reports of all nodes, test the network between them, write the verdict."""
 
     def __init__(
         self, node: Node, cluster: ClusterConfig, store: Store, device_process: DeviceProcess, deadline: float
@@ -45,7 +45,11 @@ class PreflightCoordinator:
         self._deadline = deadline
 
     def run(self, mine: NodeReport) -> None:
-        """Hear all nodes; print a line for each; write a verdict where the job cannot train on them."""
+        """Check all nodes, print a line for each, and write a verdict where the job cannot train on them.
+
+        Args:
+            mine: the report of the first node itself.
+        """
         try:
             verdict = self._check_nodes(mine)
         finally:
@@ -79,7 +83,7 @@ class PreflightCoordinator:
         return f"no answer within {self._cluster.preflight.timeout_s} s"
 
     def _collect_reports(self, mine: NodeReport) -> tuple[dict[int, NodeReport], dict[int, float]]:
-        """What each node that answered said, by its number, and how far its clock is ahead of the others'."""
+        """The reports of the nodes that have answered, by node number, and how far ahead each clock is, in seconds."""
         self._store.set("collecting", "")
         reports, skews = {0: mine}, {0: 0.0}
         while len(reports) < self._node.count and time.monotonic() < self._deadline:
@@ -91,7 +95,7 @@ class PreflightCoordinator:
         return reports, skews_from_median(skews)
 
     def _all_reduce(self, names: Sequence[str]) -> Verdict | None:
-        """An all-reduce over all nodes; where it fails, pairs of nodes show which one it is."""
+        """Run an all-reduce over all nodes; where it fails, all-reduces of pairs show which node is the cause."""
         size = self._node.count
         errors = self._all_reduce_in_groups("all", [tuple(range(size))])
         if not errors:
@@ -105,12 +109,17 @@ class PreflightCoordinator:
         found = [names[index] for index in unreachable(size, failed, pairs)] if failed else []
         if found:
             return Verdict("exclude", f"an all-reduce with {', '.join(found)} fails ({said})", tuple(found))
-        # The first time, most likely the cluster file; a network that has worked before may work again.
+        # In the first attempt the cluster file is the likely cause; a network that has worked before may work again.
         status: VerdictStatus = "requeue" if self._node.attempt else "failed"
         return Verdict(status, f"an all-reduce over the nodes fails, and no single node is to blame ({said})")
 
     def _all_reduce_in_groups(self, name: str, groups: Sequence[tuple[int, ...]]) -> dict[int, str]:
-        """Have the nodes all-reduce in groups; the error of each node that could not."""
+        """Have the nodes run all-reduces in groups; returns the error of each node whose all-reduce failed.
+
+        Args:
+            name: key of this round in the store; each round needs another.
+            groups: numbers of the nodes that form each group.
+        """
         limit = float(self._cluster.preflight.timeout_s)
         self._store.set("round", json.dumps([name, groups, limit]))
         waiting = {index for group in groups for index in group}
@@ -135,7 +144,7 @@ class PreflightCoordinator:
         return errors
 
     def _release_nodes(self) -> None:
-        """Let the others go before the store goes; the agents need its port."""
+        """Serve the store until the other nodes have left; then its port is free for the agents."""
         self._store.set("round", json.dumps([_END, [], 0]))
         others = [f"bye/{index}" for index in range(1, self._node.count) if self._store.check([f"report/{index}"])]
         deadline = time.monotonic() + _GOODBYE_S
@@ -144,7 +153,7 @@ class PreflightCoordinator:
 
 
 def answer_coordinator(node: Node, store: Store, device_process: DeviceProcess, report: NodeReport) -> None:
-    """Every other node's part: tell the first one, and all-reduce when it says so.
+    """What every other node does: send its report to the first one, and run an all-reduce whenever that asks for one.
 
     Raises:
         DistError: the first node no longer answers.
@@ -169,11 +178,11 @@ def answer_coordinator(node: Node, store: Store, device_process: DeviceProcess, 
 def all_reduce_in_group(
     node: Node, device_process: DeviceProcess, name: str, groups: Sequence[Sequence[int]], limit_s: float
 ) -> dict[str, Any]:
-    """All-reduce with the others of this node's group: `seconds` by backend, or `error`."""
+    """Run an all-reduce with the other nodes of this node's group; returns `seconds` by backend, or `error`."""
     group = next((list(each) for each in groups if node.index in each), None)
     if group is None:
         return {}
-    # Its own limit is the shorter one, so that it can say what it waited for.
+    # The all-reduce has the shorter limit, so that its own error, which says what it waited for, arrives in time.
     device_process.start(
         "all_reduce", node.host, node.port, f"{name}-{group[0]}", group.index(node.index), len(group), limit_s / 2
     )

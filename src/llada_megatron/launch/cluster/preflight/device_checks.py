@@ -1,4 +1,4 @@
-"""What the device process computes: a matrix product on every device, and a sum over all nodes. It needs torch."""
+"""The checks that the device process runs with torch: matrix products on all devices, and an all-reduce among nodes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def matmul(device: torch.device) -> dict[str, Any]:
-    """One matrix product whose result is known exactly, and how fast it is.
+    """Compute a matrix product whose result is known exactly: whether it was `exact`, and its speed in `tflops`.
 
     Row i of the left factor is i mod 7 - 3 throughout, column j of the right one j mod 5 - 2, and the width is a power
     of two: every entry of the product is exact in bfloat16 as well.
@@ -44,7 +44,7 @@ def matmul(device: torch.device) -> dict[str, Any]:
 
 
 def gpu(index: int) -> dict[str, Any]:
-    """Name, memory (GB) and matrix product of one GPU, or the error that it gives."""
+    """Name, memory (GB) and matrix product of one GPU, or the `error` that it gives."""
     try:
         free, total = torch.cuda.mem_get_info(index)
         found = {"name": torch.cuda.get_device_name(index), "free_gb": free / 1e9, "total_gb": total / 1e9}
@@ -54,7 +54,7 @@ def gpu(index: int) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What must be the same on all nodes."""
+    """Versions of the software that must be the same on all nodes."""
     found = {name: _installed(name) for name in ("torch", "megatron-core", "llada-megatron")}
     found |= {"python": platform.python_version(), "torch's CUDA": torch.version.cuda or "none"}
     if torch.cuda.is_available():
@@ -72,7 +72,7 @@ def _installed(name: str) -> str:
 
 
 def look() -> dict[str, Any]:
-    """The devices of this node and the versions that drive them; what `NodeFacts` takes."""
+    """This node's devices and the versions of their software: the `gpus`, `cpu` and `versions` of a `NodeReport`."""
     gpus = [gpu(index) for index in range(torch.cuda.device_count())]
     cpu = None if gpus else matmul(torch.device("cpu"))
     return {"gpus": gpus, "cpu": cpu, "versions": versions()}
@@ -82,13 +82,16 @@ _NUMBERS = 2**22
 
 
 def all_reduce(host: str, port: int, name: str, rank: int, size: int, limit_s: float) -> dict[str, float]:
-    """Seconds that the sum of 16 MiB from every node takes, with its connections, by backend.
+    """Add up a tensor of 16 MiB over nodes; returns the seconds it took, with making the connections, by backend.
 
     Args:
-        name: keys of the store at `host` and `port` that no other all-reduce uses.
+        host, port: address of the store that the nodes share.
+        name: prefix of the keys in the store; each all-reduce needs another.
+        rank, size: which of how many nodes this one is.
+        limit_s: seconds after which it fails.
 
     Raises:
-        RuntimeError: torch's own, or a wrong sum.
+        RuntimeError: torch reports an error, or the sum is wrong.
     """
     limit = datetime.timedelta(seconds=limit_s)
     store = torch.distributed.TCPStore(host, port, is_master=False, timeout=limit)

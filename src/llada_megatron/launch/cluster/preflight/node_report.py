@@ -28,32 +28,32 @@ class Disk:
     path: str
     free_gb: float
     error: str | None
-    """Why a small file could not be written and removed there."""
+    """Why a small file could not be written and removed there; None where it could."""
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What one node found of itself."""
+    """What one node reports of itself."""
 
     node: str
     memory_gb: float
-    """Free host memory."""
+    """Free host memory in GB."""
     disks: list[Disk]
     versions: dict[str, str]
     gpus: list[dict[str, Any]] = field(default_factory=list)
     cpu: dict[str, Any] | None = None
     error: str | None = None
-    """Why the devices could not be asked."""
+    """Why the devices could not be examined; None where they could."""
     time: float = 0.0
-    """This node's clock when it sent this (seconds since 1970)."""
+    """This node's clock when it sent the report (seconds since 1970)."""
 
     def to_json(self) -> str:
-        """As text."""
+        """The report as JSON text."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> NodeReport:
-        """What `to_json` wrote."""
+        """The report that `to_json` was called on."""
         values = json.loads(text)
         return cls(**values | {"disks": [Disk(**disk) for disk in values["disks"]]})
 
@@ -61,7 +61,7 @@ class NodeReport:
 def make_report(
     node: str, output_dir: str, run_file: Path, device_process: DeviceProcess, deadline: float
 ) -> NodeReport:
-    """Look at this node; at its devices until `deadline` (seconds of the monotonic clock) at the latest."""
+    """Examine this node; its devices have until `deadline` (seconds of the monotonic clock) to answer."""
     device_process.start("look")  # it imports torch while this process does the rest
     disks = [_disk(Path(output_dir)), _disk(Path(tempfile.gettempdir()))]
     versions = {"run.yaml": _digest([run_file]), "source of llada-megatron": source_digest()}
@@ -70,12 +70,12 @@ def make_report(
 
     found = device_process.answer(max(1.0, deadline - time.monotonic()))
     if "error" in found:
-        return NodeReport(node, memory, disks, versions, error=f"looking at its devices failed: {found['error']}")
+        return NodeReport(node, memory, disks, versions, error=f"its devices could not be examined: {found['error']}")
     return NodeReport(node, memory, disks, versions | found.pop("versions"), **found)
 
 
 def source_digest() -> str:
-    """SHA-256 (the first characters) of this package's own files."""
+    """The first characters of the SHA-256 of this package's source files."""
     root = Path(llada_megatron.__file__).parent
     return _digest(sorted(root.rglob("*.py")))
 
