@@ -1,4 +1,4 @@
-"""One run directory, one run: who is refused, who takes over, and what a kill leaves."""
+"""The run lock: who is refused, who takes over, and what a kill leaves."""
 
 import dataclasses
 import errno

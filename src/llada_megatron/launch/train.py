@@ -1,4 +1,4 @@
-"""`llada train`: check a run, start its ranks on this machine or join those that torchrun or srun started."""
+"""`llada train`: check a run, and start its ranks on this machine or be one that torchrun or srun started."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         check_weights(config)
         check_space(config)
     except LladaError as error:
-        if info.rank != 0:  # every rank finds the same; rank 0 says it
+        if info.rank != 0:  # every rank finds the same error; rank 0 reports it
             return error.exit_code
         raise
     return _train_as_rank(config, info, args)
@@ -112,7 +112,7 @@ def _train_as_rank(config: RunConfig, info: RankInfo, args: argparse.Namespace) 
 
 
 def _finish(result: dict[str, Any], stopped_by: int | None, args: argparse.Namespace) -> int:
-    """Print the result; say how to go on where the run was stopped."""
+    """Print the result, and how to go on where the run was stopped; returns the exit code."""
     if stopped_by is not None:
         message(f"stopped after step {result.get('steps')}; {_how_to_resume(args)}")
     if args.json:

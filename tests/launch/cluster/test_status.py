@@ -1,4 +1,4 @@
-"""`llada jobs` and its records: what is said of a job at each stage, from SLURM's word and the job's own."""
+"""`llada jobs` and its records: the status of a job at each stage, from SLURM's state and the job's own records."""
 
 import json
 import os

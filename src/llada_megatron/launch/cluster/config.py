@@ -75,11 +75,11 @@ class ClusterConfig:
     """Whether the job may be queued again after a time limit, a preemption or a fault."""
     max_requeues: int = 100
     max_restarts: int = 3
-    """How often the ranks may be started again in one allocation, and how many attempts of the job there may be in a row,
-    without a newer checkpoint."""
+    """How often the ranks may be started again in one allocation, and how many attempts of the job may follow one
+    another, without a newer checkpoint."""
     lost_node: Literal["shrink", "requeue"] = "shrink"
-    """What to do when a node is gone. shrink: go on without it where the layout allows a smaller data_parallel; requeue:
-    queue the job again."""
+    """What to do when a node is gone. shrink: go on without it where the layout allows a smaller data_parallel.
+    requeue: queue the job again."""
     lost_node_wait_s: int = 30
     """How long the other nodes wait for a lost node to come back."""
     rendezvous_timeout_s: int = 600

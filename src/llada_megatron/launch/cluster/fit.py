@@ -1,21 +1,16 @@
-"""Whether a run fits a cluster: the layout fills whole nodes, the partition is large enough, containers see the files."""
+"""Whether a run fits a cluster: the layout fills whole nodes, the partition has enough, containers see the files."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llada_megatron.launch.cluster import slurm
 from llada_megatron.launch.cluster.config import seconds
 from llada_megatron.llada_moe.config import validate_run
-from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import ConfigError
-
-if TYPE_CHECKING:
-    from llada_megatron.launch.cluster.config import ClusterConfig
-import math
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llada_megatron.launch.cluster.config import ClusterConfig
@@ -62,7 +57,8 @@ class Partition:
 
 
 def check_partition(cluster: ClusterConfig, nodes: int, cluster_file: str) -> list[str]:
-    """Check the job's size; returns a warning where its time is above the partition's limit, which some accounts may exceed.
+    """Check the number of nodes; returns a warning where the time is above the partition's limit (some accounts may
+    exceed it).
 
     Raises:
         ConfigError: no partition that the job may run in has so many nodes.

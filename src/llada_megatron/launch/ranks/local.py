@@ -1,4 +1,4 @@
-"""Starting the ranks of a layout on this machine, with torch elastic, and ending them as a person expects."""
+"""Starting the ranks of a layout on this machine with torch elastic, and ending them: at Ctrl-C, or after a failure."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _POLL_SECONDS = 0.1
 
 
 class RankError(LladaError):
-    """A rank failed for a reason that is not the user's; the message names it and where its stack is."""
+    """A rank failed, not by a user's error; the message names the rank and the file with its stack."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -49,9 +49,9 @@ class LocalOutcome:
     """How a job on this machine ended."""
 
     result: dict[str, Any]
-    """What rank 0 reported."""
+    """The result that rank 0 reported."""
     stopped_by: int | None
-    """The signal after which the ranks finished their step and ended early; None for a job that ran to its end."""
+    """The signal after which the ranks finished their step and ended early; None where they ran to the end."""
 
 
 def python_program(module: str, *arguments: str) -> list[str]:
@@ -66,11 +66,11 @@ def run_local(
     stopping: str = "stopping after this step, with a checkpoint; once more stops at once",
     limits: RecoveryConfig | None = None,
 ) -> LocalOutcome:
-    """Run `program` once per rank of `layout` on this machine and wait for the end.
+    """Run `program` once per rank of `layout` on this machine and wait for all of them to end.
 
     Each process finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment and ends through
-    `rank.run_local_rank`. The first Ctrl-C (or SIGTERM, SIGHUP) asks the ranks to finish their step, the second ends
-    them. `stopping` is said at the first. With `limits`, ranks that give no sign of life for too long are ended.
+    `rank.run_local_rank`. The first Ctrl-C (or SIGTERM, SIGHUP) prints `stopping` and asks the ranks to finish their
+    step; the second ends them. With `limits`, ranks that write no heartbeat for too long are ended.
 
     Raises:
         LladaError: a rank's own error, or a RankError that names the rank.
@@ -99,12 +99,12 @@ def run_local(
 
 
 def threads_per_rank(ranks: int) -> int:
-    """Cores that each of `ranks` processes may use when they share this machine."""
+    """The number of threads for each of `ranks` processes that share the cores of this machine."""
     return max(1, available_cores() // ranks)
 
 
 class _Signals:
-    """Counts the requests to stop while a job runs, and passes each on to the ranks once."""
+    """Receives the requests to stop while a job runs, and passes each on to the ranks once."""
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -130,7 +130,7 @@ class _Signals:
             self._again = True
 
     def pass_on(self) -> None:
-        """Ask the ranks to stop, or end them; ranks that start later are asked when they are there."""
+        """Ask the ranks to stop, or end them; a rank that starts later is asked as soon as it is there."""
         if self.first is None:
             return
         for rank in psutil.Process().children():
@@ -143,7 +143,7 @@ class _Signals:
 
 
 class _Agent:
-    """Torch elastic's agent in a thread of its own, so that signals reach this program and not the agent."""
+    """Torch elastic's agent in its own thread, so that signals reach this program and not the agent."""
 
     def __init__(self, program: Sequence[str], ranks: int, log_dir: Path) -> None:
         self._program, self._ranks, self._log_dir = program, ranks, log_dir
@@ -151,7 +151,7 @@ class _Agent:
         self._error: BaseException | None = None
 
     def run(self, signals: _Signals, hang: LocalHangWatch | None) -> Mapping[int, Any] | None:
-        """Wait for all ranks; None when all ended well, else the exit of each failed rank."""
+        """Wait for all ranks; None when all have ended without a failure, else the exit of each failed rank."""
         thread = threading.Thread(target=self._launch, name="elastic", daemon=True)
         thread.start()
         while thread.is_alive():
@@ -168,7 +168,7 @@ class _Agent:
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-        # Ranks inherit this: a request to stop waits until the rank listens (StopRequest.listen).
+        # Ranks inherit this: a request to stop is held until the rank handles it (StopRequest.listen).
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         config = LaunchConfig(
             min_nodes=1,
@@ -191,7 +191,7 @@ class _Agent:
 
 
 def _first_failure(reports: Path, failures: Mapping[int, Any], layout: LayoutConfig, log_dir: Path) -> LladaError:
-    """The failure that brought the others about: a killed rank, else the earliest report, else an exit code."""
+    """The failure that most likely caused the others: a killed rank, else the earliest report, else an exit code."""
     reports = read_failures(reports)
     silent = {rank: exit.exitcode for rank, exit in failures.items() if rank not in {each.rank for each in reports}}
     # SIGTERM is how torch elastic ends the ranks that are left after a failure.
@@ -202,7 +202,11 @@ def _first_failure(reports: Path, failures: Mapping[int, Any], layout: LayoutCon
         return error
     rank = min(killed or silent)
     code = silent[rank]
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code} and said nothing"
+    how = (
+        f"was killed by {signal.Signals(-code).name}"
+        if code < 0
+        else f"ended with exit code {code} and reported no error"
+    )
     cause = " (out of memory?)" if code == -signal.SIGKILL else ""
     return RankError(f"{locate(rank, layout)} {how}{cause}; its output: {log_path(log_dir, rank)}")
 
@@ -220,7 +224,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _elastic_log(path: Path) -> Iterator[None]:
-    """Keep the agent's own lines and failure tables off the terminal: the ranks' reports say it better."""
+    """Send the agent's own lines and failure tables to a file: the ranks' reports are clearer."""
     import torch.distributed.launcher.api  # noqa: F401  (torch sets its own handlers when it is imported)
 
     logger, handler = logging.getLogger("torch.distributed"), logging.FileHandler(path)
@@ -234,6 +238,6 @@ def _elastic_log(path: Path) -> Iterator[None]:
 
 
 def _restore_cursor() -> None:
-    """A rank that was killed while it drew a progress bar leaves the terminal without a cursor."""
+    """Show the cursor again: a rank that was killed while it drew a progress bar has left it hidden."""
     if sys.stderr.isatty():
         print("\x1b[?25h", end="", file=sys.stderr, flush=True)

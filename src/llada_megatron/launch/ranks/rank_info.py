@@ -1,4 +1,4 @@
-"""Finding this process's info in a job that torchrun or srun has started."""
+"""Finding which rank this process is in a job that torchrun or srun has started."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llada_megatron.llada_moe.config.layout import LayoutConfig
 
 _FIRST_PORT, _PORTS = 20000, 12000
-"""Ports for jobs under SLURM, below the range that systems give out on their own (32768 on Linux)."""
+"""Ports for jobs under SLURM, below the range that systems assign to programs (from 32768 on Linux)."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class RankInfo:
     address: str
     """Host that rank 0 runs on."""
     port: int
+    """Port on that host."""
 
     def environment(self) -> dict[str, str]:
         """The variables that torch.distributed reads."""
@@ -42,12 +43,12 @@ class RankInfo:
 
 
 def find_rank_info(environment: Mapping[str, str] = os.environ) -> RankInfo | None:
-    """The info that torchrun or srun gave this process; None when neither started it.
+    """The rank that torchrun or srun gave this process; None when neither started it.
 
-    A batch script of SLURM itself is not a info: only the tasks of a step (srun) are.
+    SLURM's batch script itself is not a rank: only the tasks of a step (srun) are.
 
     Raises:
-        ConfigError: variables of a launcher are there, but not all of them.
+        ConfigError: some, but not all variables of a launcher are set.
         ResourceError: SLURM's list of nodes cannot be read.
     """
     if "TORCHELASTIC_RUN_ID" in environment or {"RANK", "WORLD_SIZE"} <= environment.keys():
@@ -100,7 +101,7 @@ def _from_torchrun(environment: Mapping[str, str]) -> RankInfo:
 
 
 def _from_srun(environment: Mapping[str, str]) -> RankInfo:
-    """MASTER_ADDR and MASTER_PORT override the head node's name and the port that follows from the job and step."""
+    """The rank of a task of srun; MASTER_ADDR and MASTER_PORT override the first host and the computed port."""
     tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS"))
     if tasks is None:
         raise ConfigError("SLURM_STEP_NUM_TASKS and SLURM_NTASKS are not set; start the ranks with srun")
@@ -116,7 +117,7 @@ def _from_srun(environment: Mapping[str, str]) -> RankInfo:
 
 
 def _head_node(environment: Mapping[str, str]) -> str:
-    """First host of the step. A guess such as localhost would let every node wait for itself, so there is none."""
+    """The first host of the step. It is not guessed: with localhost, for example, every node would wait for itself."""
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     remedy = "set MASTER_ADDR to the host that rank 0 runs on"
     if not nodes:

@@ -1,4 +1,6 @@
-"""The program of one training rank. `llada train` starts it once per rank; under torchrun or srun `llada train` is it.
+"""The program of one rank of `llada train`, which starts it once per rank.
+
+Under torchrun or srun, `llada train` is itself a rank and calls `training_work`.
 
 Megatron-Core is imported only inside `training_work`, after `device.install()`.
 """
@@ -22,10 +24,10 @@ if TYPE_CHECKING:
 
 
 def training_work(run: RunConfig) -> Work:
-    """What a rank of `run` does; RANK and WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from the environment.
+    """The work of a rank of `run`; RANK and WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from the environment.
 
-    Rank 0 holds the output directory and that of the copies, and writes the resolved configuration to
-    OUTPUT_DIR/config.yaml.
+    Rank 0 holds the run locks of the output directory and of the directory for copies, and writes the resolved
+    configuration to OUTPUT_DIR/config.yaml.
     """
     from llada_megatron.llada_moe.config import dump_yaml
 
@@ -41,7 +43,7 @@ def training_work(run: RunConfig) -> Work:
         with _hold_directories(run) as locks:
             topology.initialize(run.layout, run.training.seed)
             trainer = Trainer(run)
-            if rank == 0:  # only now: a run that cannot continue what is there leaves its configuration as it was
+            if rank == 0:  # only now, so that a run that cannot continue what is there leaves the old file
                 (Path(run.output_dir) / "config.yaml").write_text(dump_yaml(run), "utf-8")
             result = trainer.train(lambda: _must_stop(stop, locks))
         topology.leave()
@@ -54,7 +56,7 @@ def training_work(run: RunConfig) -> Work:
 def _hold_directories(run: RunConfig) -> Iterator[list[RunLock]]:
     """Rank 0 holds the run's directories while this is open; where one is in use, all ranks fail with the same message.
 
-    Gives rank 0's locks.
+    Yields the run locks, on rank 0; none on other ranks.
     """
     from llada_megatron.parallel.collectives import on_rank_0
 
@@ -69,11 +71,13 @@ def _hold_directories(run: RunConfig) -> Iterator[list[RunLock]]:
                 take(run.output_dir)
             except OSError as error:
                 raise ResourceError(
-                    f"{run.output_dir} cannot be written to ({error.strerror}); make room, put its permissions right, "
+                    f"{run.output_dir} cannot be written to ({error.strerror}); make room, correct its permissions, "
                     "or set another output_dir"
                 ) from None
             if run.checkpoint.copy_to:
-                with contextlib.suppress(OSError):  # storage that is away or full is reported when a copy is made
+                with contextlib.suppress(
+                    OSError
+                ):  # storage that is unreachable or full is reported when a copy is made
                     take(run.checkpoint.copy_to)
 
         on_rank_0(take_both)
