@@ -100,11 +100,11 @@ def test_the_demo_leaves_a_report(folder):
     assert "# Demo" in (folder / "out/report.md").read_text()
 
 
-def test_a_second_demo_reuses_what_stands(folder):
+def test_a_second_demo_reuses_what_exists(folder):
     before = json.loads((folder / "out/report.json").read_text())
     done = demo(folder)
     assert done.returncode == 0, done.stderr
-    assert "corpus stands" in done.stderr
+    assert "corpus exists" in done.stderr
     assert "finished earlier" in done.stderr
     after = json.loads((folder / "out/report.json").read_text())
     for key in ("bits_per_byte", "infill_accuracy", "expert_tokens", "examples"):

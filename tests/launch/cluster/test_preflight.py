@@ -1,4 +1,4 @@
-"""The preflight: a bad node is named and left out, what ails all nodes alike ends the job, and all is well else."""
+"""The preflight: a bad node is named and excluded, a fault of all nodes ends the job, and a good job goes on."""
 
 from __future__ import annotations
 

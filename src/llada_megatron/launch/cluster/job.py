@@ -31,8 +31,8 @@ RENDEZVOUS_VARIABLE = "LLADA_RENDEZVOUS"
 """HOST:PORT of the store on the first node, where the nodes find each other."""
 
 VerdictStatus = Literal["done", "stopped", "failed", "requeue", "exclude"]
-"""done: trained to the last step. stopped: saved and ended because a person asked. failed: only a
-person can help. requeue: the job goes on in a new allocation. exclude: the same, without the nodes that are named."""
+"""done: trained to the last step. stopped: saved and ended because a person asked. failed: only a person can help.
+requeue: the job goes on in a new allocation. exclude: the same, without the nodes that are named."""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class JobRendezvous(DynamicRendezvousHandler):
 
     @property
     def use_agent_store(self) -> bool:
-        """Whether the ranks use a store that an agent serves; always."""
+        """Whether the ranks use a store that an agent serves: they always do."""
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:

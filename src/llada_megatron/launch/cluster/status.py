@@ -83,7 +83,7 @@ def status(job: SubmittedJob, queued: QueuedJob | None, slurm: bool, newest: boo
 
 
 def statuses(jobs: list[SubmittedJob], queue: Mapping[int, QueuedJob] | None) -> list[JobStatus]:
-    """The status of each job, oldest first; `queue` is None where SLURM could not be asked."""
+    """The status of each of `jobs`, which are the oldest first; `queue` is None where SLURM could not be asked."""
     newest = {job.record.output_dir: job.directory.path for job in jobs}
     known = queue or {}
     found = []

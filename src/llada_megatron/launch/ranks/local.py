@@ -192,21 +192,20 @@ class _Agent:
 
 def _first_failure(reports: Path, failures: Mapping[int, Any], layout: LayoutConfig, log_dir: Path) -> LladaError:
     """The failure that most likely caused the others: a killed rank, else the earliest report, else an exit code."""
-    reports = read_failures(reports)
-    silent = {rank: exit.exitcode for rank, exit in failures.items() if rank not in {each.rank for each in reports}}
+    reported = read_failures(reports)
+    silent = {rank: exit.exitcode for rank, exit in failures.items() if rank not in {each.rank for each in reported}}
     # SIGTERM is how torch elastic ends the ranks that are left after a failure.
     killed = [rank for rank, code in silent.items() if code < 0 and code != -signal.SIGTERM]
-    if reports and not killed:
-        error = (reports[0].user_error or RankError)(describe(reports[0], layout, log_dir))
-        error.__cause__ = RuntimeError("on the rank:\n" + reports[0].stack)
+    if reported and not killed:
+        error = (reported[0].user_error or RankError)(describe(reported[0], layout, log_dir))
+        error.__cause__ = RuntimeError("on the rank:\n" + reported[0].stack)
         return error
     rank = min(killed or silent)
     code = silent[rank]
-    how = (
-        f"was killed by {signal.Signals(-code).name}"
-        if code < 0
-        else f"ended with exit code {code} and reported no error"
-    )
+    if code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+    else:
+        how = f"ended with exit code {code} and reported no error"
     cause = " (out of memory?)" if code == -signal.SIGKILL else ""
     return RankError(f"{locate(rank, layout)} {how}{cause}; its output: {log_path(log_dir, rank)}")
 

@@ -75,9 +75,7 @@ def _hold_directories(run: RunConfig) -> Iterator[list[RunLock]]:
                     "or set another output_dir"
                 ) from None
             if run.checkpoint.copy_to:
-                with contextlib.suppress(
-                    OSError
-                ):  # storage that is unreachable or full is reported when a copy is made
+                with contextlib.suppress(OSError):  # storage that cannot be used is reported when a copy is made
                     take(run.checkpoint.copy_to)
 
         on_rank_0(take_both)
