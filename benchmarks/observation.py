@@ -17,8 +17,7 @@ from llada_megatron.llada_moe.errors import CheckpointError, LladaError
 from llada_megatron.parallel.checkpoint import manifest as manifests
 from llada_megatron.parallel.training.metrics_file import read_metrics
 
-AGENT, RANK = "llada_megatron.launch.cluster.agent", "llada_megatron.launch.cluster.job_rank"
-
+AGENT, RANK = "llada_megatron.launch.cluster.agent", "llada_megatron.launch.cluster.agent.job_rank"
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "")
 """States in which SLURM leaves a job alone for good (the last: it no longer knows the job)."""
 

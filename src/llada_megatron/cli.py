@@ -1,7 +1,8 @@
 """The `llada` program: finds the subcommand, parses its arguments, and turns errors into one message and an exit code.
 
-A subcommand is a row of `COMMANDS` and a module with `add_arguments(parser)` and `run(args) -> int`; `EXAMPLES` (text)
-is optional. The module is imported only when it is asked for, and imports torch only inside `run`: help stays instant.
+A subcommand is a row of `COMMANDS` and a module with `add_arguments(parser)` and `run(args) -> int`; `EXAMPLES`, a text
+below the help, is optional. The module is imported only when its command runs, and imports torch only inside `run`, so
+that help appears at once.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ COMMANDS = {
     "env": ("llada_megatron.tools.environment", "show versions, devices and accelerations (for bug reports)"),
 }
 COMMON_OPTIONS = ("--json", "--traceback")
-"""Understood anywhere after the command, also after the name of a benchmark."""
+"""Options that are allowed anywhere after the command, also after the name of a benchmark."""
 USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 EXAMPLES = """\
 examples:
@@ -61,7 +62,7 @@ object) and --traceback. Exit codes: 0 done, 1 failed, 2 wrong command line or c
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `llada ARGUMENTS`; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    command = next((i for i, word in enumerate(arguments) if not word.startswith("-")), len(arguments))
+    command = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
     options = _main_parser().parse_args(arguments[:command])
     if command == len(arguments):
         _main_parser().print_help(sys.stderr)
@@ -75,14 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return USAGE_ERROR
     module = importlib.import_module(COMMANDS[name][0])
-    args = _parse(command_parser(name, module), [word for word in rest if word not in COMMON_OPTIONS])
+    args = _parse(command_parser(name, module), [argument for argument in rest if argument not in COMMON_OPTIONS])
     args.json |= "--json" in rest
     args.traceback |= options.traceback or "--traceback" in rest or os.environ.get("LLADA_TRACEBACK") == "1"
     return guarded(lambda: module.run(args), args)
 
 
 def command_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
-    """The parser of one subcommand, with the options that every command has."""
+    """The parser of one subcommand, including the options that every command has."""
     parser = argparse.ArgumentParser(
         prog=f"llada {name}",
         description=COMMANDS[name][1],
@@ -140,13 +141,13 @@ def guarded(command: Callable[[], int], args: argparse.Namespace) -> int:
 
 
 def _reader_left() -> bool:
-    """Whether stdout is the pipe that broke; it then leads nowhere, so that the last flush is quiet."""
+    """Whether stdout is the broken pipe; if so, redirect it to nothing, so that the flush at exit raises no error."""
     try:
         stdout = sys.stdout.fileno()
     except OSError:  # stdout is not a file
         return False
     poller = select.poll()
-    poller.register(stdout, 0)  # errors are always reported: a pipe without a reader is one
+    poller.register(stdout, 0)  # errors are always reported, and a pipe without a reader counts as one
     if not poller.poll(0):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)

@@ -1,4 +1,4 @@
-"""What goes where: results on stdout, everything said to a person on stderr."""
+"""Output of the commands: results go to stdout, messages for people to stderr."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ RED = "31"
 
 
 def message(text: str) -> None:
-    """Say something to the person at the terminal (stderr)."""
+    """Print a message for people (stderr)."""
     print(text, file=sys.stderr, flush=True)
 
 
 def error(text: str) -> None:
-    """Say what failed (stderr)."""
+    """Print an error message (stderr)."""
     message(f"{coloured('error:', RED, sys.stderr)} {text}")
 
 
 def emit_json(value: Any) -> None:
-    """One JSON object as one line of stdout; a command calls it last."""
+    """Print a JSON object as one line of stdout; a command calls this last."""
     print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 def coloured(text: str, code: str, stream: TextIO) -> str:
-    """`text` in an ANSI colour where `stream` is a terminal and NO_COLOR (no-color.org) is not set."""
+    """The text in an ANSI colour where `stream` is a terminal and NO_COLOR (no-color.org) is not set, else as it is."""
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty():
         return text
     return f"\033[{code}m{text}\033[0m"
 
 
 def size_text(count: float) -> str:
-    """A number of bytes for people: `1.44 TB`, `9.57 GB`, `72 KB`."""
+    """A number of bytes as text for people: `1.44 TB`, `9.57 GB`, `72 KB`."""
     for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
         if count >= size:
             return f"{float(f'{count / size:.3g}'):g} {unit}"

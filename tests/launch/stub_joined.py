@@ -1,4 +1,4 @@
-"""The program of a rank that torchrun or srun starts in tests: finds its place, joins over gloo, sums, may fail."""
+"""The program of a rank that torchrun or srun starts in tests: finds its rank, joins over gloo, sums, may fail."""
 
 import os
 import sys
@@ -27,9 +27,9 @@ def work(stop: StopRequest) -> dict:
 
 
 if __name__ == "__main__":
-    place = find_rank_info()
-    check_world(place, LAYOUT)
-    os.environ.update(place.environment())
-    facts, stopped = run_joined_rank(work, LAYOUT, Path(sys.argv[2]) / "logs", place.rank)
-    if place.rank == 0:
-        print(place.launcher, facts, stopped)
+    info = find_rank_info()
+    check_world(info, LAYOUT)
+    os.environ.update(info.environment())
+    result, stopped = run_joined_rank(work, LAYOUT, Path(sys.argv[2]) / "logs", info.rank)
+    if info.rank == 0:
+        print(info.launcher, result, stopped)

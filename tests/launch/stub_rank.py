@@ -34,9 +34,9 @@ def work(stop: StopRequest) -> dict:
     if behaviour == "fail-alone":
         time.sleep(600)
     if behaviour == "hang":  # after some steps the second rank stays one behind the first
-        heart = Heartbeat.of_rank(me)
+        heartbeat = Heartbeat.of_rank(me)
         for step in range(6 - me):
-            heart.beat(step, "step")
+            heartbeat.beat(step, "step")
             time.sleep(0.4)
         time.sleep(600)
     if behaviour == "user-error":

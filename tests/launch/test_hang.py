@@ -16,11 +16,11 @@ def test_limits_follow_the_median_step(tmp_path, monkeypatch):
     watch = HangWatch(tmp_path, LIMITS, range(2))
     assert watch.hung(clock[0] + 59) == []
     assert [(each.rank, each.phase) for each in watch.hung(clock[0] + 61)] == [(0, "start"), (1, "start")]
-    hearts = [Heartbeat(heartbeat_path(tmp_path, rank)) for rank in range(2)]
+    heartbeats = [Heartbeat(heartbeat_path(tmp_path, rank)) for rank in range(2)]
 
     def beat(step: int, phase: str = "step", ranks: tuple[int, ...] = (0, 1)) -> None:
         for rank in ranks:
-            hearts[rank].beat(step, phase)
+            heartbeats[rank].beat(step, phase)
         assert watch.hung(clock[0]) == []
 
     beat(300, "start")

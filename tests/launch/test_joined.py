@@ -1,4 +1,4 @@
-"""Ranks that torchrun or SLURM started: they meet, rank 0 speaks, a failing one names itself."""
+"""Ranks that torchrun or SLURM started: they find each other, rank 0 prints, a failing rank is named."""
 
 import os
 import socket

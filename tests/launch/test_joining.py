@@ -1,4 +1,4 @@
-"""A process finds its place in a job of torchrun or SLURM, or is told what is missing."""
+"""A process finds its rank in a job of torchrun or SLURM, or is told what is missing."""
 
 import pytest
 
@@ -42,9 +42,9 @@ def test_half_a_torchrun_environment_is_refused():
 
 
 def test_srun_on_one_node():
-    place = find_rank_info(SRUN)
-    assert (place.launcher, place.rank, place.local_rank, place.world_size, place.address) == ("srun", 3, 1, 4, "node7")
-    assert 20000 <= place.port < 32000
+    info = find_rank_info(SRUN)
+    assert (info.launcher, info.rank, info.local_rank, info.world_size, info.address) == ("srun", 3, 1, 4, "node7")
+    assert 20000 <= info.port < 32000
 
 
 def test_srun_steps_of_one_job_have_ports_of_their_own():
@@ -72,10 +72,8 @@ def test_without_scontrol_nothing_is_guessed(tmp_path, monkeypatch):
 
 def test_master_variables_override_slurm(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    place = find_rank_info(
-        SRUN | {"SLURM_STEP_NODELIST": "node[7-8]", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
-    )
-    assert (place.address, place.port) == ("10.0.0.1", 1234)
+    info = find_rank_info(SRUN | {"SLURM_STEP_NODELIST": "node[7-8]", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"})
+    assert (info.address, info.port) == ("10.0.0.1", 1234)
 
 
 def test_another_world_size_is_refused_with_the_arithmetic():

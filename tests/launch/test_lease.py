@@ -1,4 +1,4 @@
-"""One run directory, one run: who is refused, who takes over, and what a kill leaves."""
+"""The run lock: who is refused, who takes over, and what a kill leaves."""
 
 import dataclasses
 import errno
@@ -21,15 +21,15 @@ from llada_megatron.llada_moe.errors import ResourceError
 ELSEWHERE = {"host": "node17", "machine": "another boot"}
 HOLD = """
 import sys, time
-from llada_megatron.launch.run_lock import Lease
-with Lease.take(sys.argv[1], sys.argv[2] or None):
+from llada_megatron.launch.run_lock import RunLock
+with RunLock.take(sys.argv[1], sys.argv[2] or None):
     print("held", flush=True)
     time.sleep(120)
 """
 
 
 def leave(directory, age_s=0.0, **values):
-    """A lease as some process left it `age_s` seconds ago."""
+    """A run lock as some process left it `age_s` seconds ago."""
     holder = dataclasses.replace(Holder.this_process(None), **values)
     path = directory / run_lock.FILE_NAME
     path.write_text(json.dumps(dataclasses.asdict(holder)))
@@ -145,7 +145,7 @@ def test_a_restart_waits_for_the_last_process_of_its_own_job(tmp_path, holding):
     assert taken_over(tmp_path, job_id="42")
 
 
-def test_an_unreadable_lease_counts_for_as_long_as_one_of_another_machine(tmp_path):
+def test_an_unreadable_lock_counts_for_as_long_as_one_of_another_machine(tmp_path):
     (tmp_path / run_lock.FILE_NAME).write_text("{")
     with pytest.raises(ResourceError):
         check_free(tmp_path)

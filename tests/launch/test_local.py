@@ -16,7 +16,8 @@ LAUNCH = """
 import sys
 from pathlib import Path
 from llada_megatron.launch.ranks.local import Stopped, run_local
-from llada_megatron.llada_moe.config.schema import LayoutConfig, RecoveryConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.recovery import RecoveryConfig
 from llada_megatron.llada_moe.errors import LladaError
 
 behaviour, directory = sys.argv[2], Path(sys.argv[3])
@@ -70,7 +71,7 @@ def test_rank_0_reports_and_the_terminal_stays_clean(launch, tmp_path):
     out, err = process.communicate(timeout=90)
     assert process.returncode == 0, err
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert f"facts={{'sum': 2.0, 'steps': 0, 'threads': '{threads}'}}, stopped_by=None" in out
+    assert f"result={{'sum': 2.0, 'steps': 0, 'threads': '{threads}'}}, stopped_by=None" in out
     assert err == ""
     for rank in range(2):
         log = (tmp_path / "logs" / f"rank-{rank}.log").read_text()

@@ -12,7 +12,7 @@ import os, signal, sys
 from pathlib import Path
 from llada_megatron.launch.ranks.rank import StopRequest
 from llada_megatron.launch.ranks.rank import run_local_rank
-from llada_megatron.llada_moe.config.schema import LayoutConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 
 class Late:
     def __del__(self, kill=os.kill, me=os.getpid(), numbers=(signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR2)):

@@ -61,7 +61,7 @@ def test_data_that_is_not_there_is_named_with_the_remedy(demo, tmp_path):
     run = dataclasses.replace(demo, data=dataclasses.replace(demo.data, sets=sets))
     with pytest.raises(DataError) as error:
         resources.check_data(run)
-    assert f"({prefix}.idx, {prefix}.json not there)" in str(error.value)
+    assert f"({prefix}.idx, {prefix}.json missing)" in str(error.value)
     assert f"llada prepare TEXT --output {prefix}" in str(error.value)
     (tmp_path / "corpus.idx").touch()
     (tmp_path / "corpus.json").touch()
@@ -92,7 +92,9 @@ def test_checkpoints_that_will_not_fit_are_refused_with_the_arithmetic(demo, tmp
     free(3)
     resources.check_space(run)
     free(2)
-    with pytest.raises(ResourceError, match=r"3 will lie there .checkpoint.keep_last 2,.* 0 of them are there; make"):
+    with pytest.raises(
+        ResourceError, match=r"3 will be there at once .checkpoint.keep_last 2,.* 0 of them exist; make"
+    ):
         resources.check_space(run)
     (tmp_path / "new/run/checkpoints/step-00000001").mkdir(parents=True)
     resources.check_space(run)

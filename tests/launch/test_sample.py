@@ -100,11 +100,11 @@ def test_the_demo_leaves_a_report(folder):
     assert "# Demo" in (folder / "out/report.md").read_text()
 
 
-def test_a_second_demo_reuses_what_stands(folder):
+def test_a_second_demo_reuses_what_exists(folder):
     before = json.loads((folder / "out/report.json").read_text())
     done = demo(folder)
     assert done.returncode == 0, done.stderr
-    assert "corpus stands" in done.stderr
+    assert "corpus exists" in done.stderr
     assert "finished earlier" in done.stderr
     after = json.loads((folder / "out/report.json").read_text())
     for key in ("bits_per_byte", "infill_accuracy", "expert_tokens", "examples"):
@@ -199,7 +199,7 @@ def test_report_by_hand():
     assert demo_report.before(example) == "for «??» x:"
     assert demo_report.after(example) == "for «j in» x:"
     assert demo_report.original(example) == "for i in x:"
-    places = demo_report.ResultPaths("c", "t", "r")
-    text = demo_report.as_text(result, {"train": 61.0}, 1.25, places, lambda text, code: text)
+    paths = demo_report.ResultPaths("c", "t", "r")
+    text = demo_report.as_text(result, {"train": 61.0}, 1.25, paths, lambda text, code: text)
     for part in ("50.0% lower", "3.0 times", "1 of 2 tokens", "max/mean 3.00, dead 2", "1:01 of work"):
         assert part in text

@@ -52,8 +52,8 @@ def test_block_causal_attention_trains_and_is_remembered(folder):
 def test_the_result_is_on_stdout_and_everything_else_elsewhere(folder):
     done = _run(*LLADA, "train", "run.yaml", "output_dir=result", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
-    assert (facts["steps"], facts["stopped"]) == (3, False)
+    result = json.loads(done.stdout)
+    assert (result["steps"], result["stopped"]) == (3, False)
     assert "step 3/3" in done.stderr
     assert "Warning" not in done.stderr
     assert (folder / "result/logs/rank-1.log").exists()

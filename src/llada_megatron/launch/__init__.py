@@ -1,1 +1,1 @@
-"""How a job starts: local workers, training and sampling programs."""
+"""How a job starts and survives: commands, ranks on this machine, jobs on a cluster, and batches of samples."""

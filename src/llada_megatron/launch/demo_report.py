@@ -1,4 +1,4 @@
-"""The demo's result: as JSON, as a page of Markdown, and on the terminal."""
+"""The result of the demo as JSON, as a page of Markdown, and as text for the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from llada_megatron.parallel.evaluation.assessment import Assessment, TextSpan
 
 GAIN_GOAL, INFILL_GOAL = 0.25, 3.0
-"""Bits per byte below the unigram baseline's by this share; infilling accuracy in majority shares."""
+"""The demo's goals: bits per byte lower than the unigram baseline's by this share; infilling accuracy this many times
+the share of the commonest token."""
 _BARS = "▁▂▃▄▅▆▇█"
 BOLD, GREEN, RED, DIM = "1", "32", "31", "2"
 
@@ -20,17 +21,15 @@ Paint = Callable[[str, str], str]
 
 @dataclass(frozen=True)
 class ResultPaths:
-    """Where things are."""
+    """The paths that the report names."""
 
     checkpoint: str
     tensorboard: str
     report: str
 
 
-def as_json(
-    result: Assessment, seconds: dict[str, float], peak_memory_gb: float, places: ResultPaths
-) -> dict[str, Any]:
-    """What `report.json` holds. Times in seconds, of the work itself even where a later run reuses it."""
+def as_json(result: Assessment, seconds: dict[str, float], peak_memory_gb: float, paths: ResultPaths) -> dict[str, Any]:
+    """The content of `report.json`. Times are in seconds, also of phases whose results an earlier run has made."""
     return {
         "bits_per_byte": result.bits_per_byte,
         "unigram_bits_per_byte": result.unigram_bits_per_byte,
@@ -43,15 +42,15 @@ def as_json(
         "validation_tokens": result.tokens,
         "expert_tokens": {str(layer): counts for layer, counts in result.expert_tokens.items()},
         "examples": [{"before": before(e), "after": after(e), "original": original(e)} for e in result.examples],
-        "checkpoint": places.checkpoint,
-        "tensorboard": places.tensorboard,
+        "checkpoint": paths.checkpoint,
+        "tensorboard": paths.tensorboard,
     }
 
 
 def as_text(
-    result: Assessment, seconds: dict[str, float], peak_memory_gb: float, places: ResultPaths, paint: Paint
+    result: Assessment, seconds: dict[str, float], peak_memory_gb: float, paths: ResultPaths, paint: Paint
 ) -> str:
-    """What the demo prints."""
+    """The text that the demo prints."""
     parts = [paint("Filling in held-out code", BOLD) + " (15 % of the tokens are gaps, written one a step)"]
     for number, example in enumerate(result.examples, start=1):
         parts.append(f"{paint(f'example {number}, before', DIM)}\n{_indent(before(example))}")
@@ -63,19 +62,19 @@ def as_text(
     total = f"{_clock(sum(seconds.values()))} of work, at most {peak_memory_gb:.1f} GB of memory over all processes"
     phases = ", ".join(f"{name} {_clock(value)}" for name, value in seconds.items())
     parts.append(f"{total} ({phases})")
-    board = f"tensorboard --logdir {places.tensorboard}"
-    parts.append(f"checkpoint   {places.checkpoint}\nTensorBoard  {board}\nreport       {places.report}")
+    board = f"tensorboard --logdir {paths.tensorboard}"
+    parts.append(f"checkpoint   {paths.checkpoint}\nTensorBoard  {board}\nreport       {paths.report}")
     return "\n\n".join(parts) + "\n"
 
 
-def as_markdown(result: Assessment, seconds: dict[str, float], peak_memory_gb: float, places: ResultPaths) -> str:
-    """`report.md`."""
+def as_markdown(result: Assessment, seconds: dict[str, float], peak_memory_gb: float, paths: ResultPaths) -> str:
+    """The content of `report.md`."""
     phases = ", ".join(f"{name} {_clock(value)}" for name, value in seconds.items())
     parts = [
         "# Demo: a small LLaDA-MoE",
         _fenced(_figures(result)),
         f"Time: {_clock(sum(seconds.values()))} ({phases}). Memory: {peak_memory_gb:.1f} GB over all processes.",
-        f"Checkpoint: `{places.checkpoint}`. TensorBoard: `tensorboard --logdir {places.tensorboard}`.",
+        f"Checkpoint: `{paths.checkpoint}`. TensorBoard: `tensorboard --logdir {paths.tensorboard}`.",
         "## Filling in held-out code",
         "15 % of the tokens are gaps, marked `«?»`. The model writes one token a step, the one it is surest of.",
     ]
@@ -87,12 +86,12 @@ def as_markdown(result: Assessment, seconds: dict[str, float], peak_memory_gb: f
 
 
 def before(example: list[TextSpan]) -> str:
-    """The text with its gaps: one question mark a token."""
+    """The text of an example with its gaps, each with one question mark per token."""
     return "".join(piece.original if piece.filled is None else f"«{'?' * piece.tokens}»" for piece in example)
 
 
 def after(example: list[TextSpan], paint: Paint | None = None) -> str:
-    """The text with the gaps filled, what was filled in guillemets; green where all of it is as it was."""
+    """The text of an example with its gaps filled, in guillemets; with `paint`, green where all tokens are correct."""
 
     def show(piece: TextSpan) -> str:
         if piece.filled is None:
@@ -104,7 +103,7 @@ def after(example: list[TextSpan], paint: Paint | None = None) -> str:
 
 
 def original(example: list[TextSpan]) -> str:
-    """The text as it was."""
+    """The original text of an example."""
     return "".join(piece.original for piece in example)
 
 

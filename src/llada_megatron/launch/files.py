@@ -1,4 +1,4 @@
-"""Small files that other processes, also of other machines, read or want to make at the same time."""
+"""Writing small files that other processes, also on other machines, read or create at the same time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def make_once(path: Path, text: str) -> bool:
-    """Make a file, whole; False where there is one already, which stays as it is.
+    """Create a file with its whole content at once; returns False where there is one already, which is not changed.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     temporary = aside(path)
     try:
@@ -28,10 +28,10 @@ def make_once(path: Path, text: str) -> bool:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it finds it whole, as it was or as it is now.
+    """Write a file such that a reader finds either the whole old or the whole new content.
 
     Raises:
-        OSError: it cannot be written; what was there stays.
+        OSError: the file cannot be written; an old one is not changed.
     """
     temporary = aside(path)
     try:
@@ -42,10 +42,10 @@ def replace(path: Path, text: str) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Give a file a second name, or its content one where the storage has no hard links; never replaces a file.
+    """Make a hard link `target` to `source`, or a copy where the storage has no hard links; never replaces a file.
 
     Raises:
-        FileExistsError: `target` is there.
+        FileExistsError: `target` exists.
     """
     try:
         os.link(source, target)
@@ -57,5 +57,5 @@ def link(source: Path, target: Path) -> None:
 
 
 def aside(path: Path) -> Path:
-    """A hidden name beside `path` that nobody else uses."""
+    """A hidden, unique name for a temporary file beside `path`."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")

@@ -1,4 +1,4 @@
-"""`llada jobs`: the submitted jobs and how they stand."""
+"""`llada jobs`: the submitted jobs and their status."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ examples:
   llada jobs 4711                one job
   llada jobs runs/llada-8b       the jobs of a run, also those of another user
 
-A state in capitals is SLURM's; done, stopped and failed are what the job said at its end. RESTARTS: how often the job
-was queued again + how often its ranks were started again inside an allocation."""
+A state in capitals is SLURM's; done, stopped and failed are the job's own verdict at its end. RESTARTS: how often the
+job was queued again + how often its ranks were started again inside an allocation."""
 _RECENT_S = 7 * 86400
 _HEADINGS = ("JOB", "RUN", "STATE", "STEP", "LOSS", "TOKENS/S", "LEFT", "RESTARTS", "NODES")
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     jobs = _chosen(args)
     queue = ask_slurm(jobs)
-    if not args.jobs and not args.all:  # a job may run for weeks without a word
+    if not args.jobs and not args.all:  # a job may run for weeks without an event
         jobs = [job for job in jobs if job.record.job_id in (queue or {}) or time.time() - _touched(job) < _RECENT_S]
     found = statuses(jobs, queue)
     if not args.jobs and not args.all:
@@ -57,18 +57,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def ask_slurm(jobs: list[SubmittedJob]) -> dict[int, QueuedJob] | None:
-    """What SLURM knows of these jobs; None, with a message, where it cannot be asked."""
+    """What SLURM knows of these jobs, by id; None, after a message, where it cannot be asked."""
     from llada_megatron.launch.cluster import slurm
 
     try:
         return slurm.queue([job.record.job_id for job in jobs])
     except ResourceError as error:
-        message(f"warning: {error}; showing what the jobs noted themselves")
+        message(f"warning: {error}; showing what the jobs have noted themselves")
         return None
 
 
 def table(found: list[JobStatus]) -> list[str]:
-    """Lines for people: columns, and below a job what there is to say about it."""
+    """The table for people: a row per job, and below it the note, where there is one."""
     rows = [_row(each) for each in found]
     widths = [max(map(len, column)) for column in zip(_HEADINGS, *rows, strict=True)]
     lines = [_line(_HEADINGS, widths)]
@@ -80,7 +80,7 @@ def table(found: list[JobStatus]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: `3d 4h`, `4h 20m`, `2m 10s`."""
+    """A number of seconds as text for people: `3d 4h`, `4h 20m`, `2m 10s`."""
     whole = round(seconds)
     for size, unit, below, name in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
         if whole >= size:
@@ -92,12 +92,12 @@ def _chosen(args: argparse.Namespace) -> list[SubmittedJob]:
     from llada_megatron.launch.cluster import registry
 
     if args.jobs:
-        return [job for word in args.jobs for job in registry.find(word)]
+        return [job for name in args.jobs for job in registry.find(name)]
     return registry.jobs_of_user()
 
 
 def _touched(job: SubmittedJob) -> float:
-    """When something last happened to a job (seconds since 1970)."""
+    """When the job's directory last changed (seconds since 1970)."""
     return max(path.stat().st_mtime for path in (job.directory.path, *job.directory.path.glob("events")))
 
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  llada logs 4711                       the last lines of the job: its nodes, rank 0, every fault
-  llada logs 4711 --follow              and what comes, until the job is over
-  llada logs runs/llada-8b --rank 3     all that rank 3 printed, with stacks of errors and hangs"""
+  llada logs 4711                       the last lines of the job's output: its nodes, rank 0, every fault
+  llada logs 4711 --follow              the same, and what is added until the job is over
+  llada logs runs/llada-8b --rank 3     everything that rank 3 printed, with stacks of errors and hangs"""
 _POLL_S = 0.5
 _ASK_SLURM_S = 10.0
 _BLOCK = 2**16
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", metavar="JOB_ID|RUN_DIR", help="which job (of a run: the newest)")
     parser.add_argument("--rank", type=int, metavar="N", help="the log of one rank instead of the job's output")
     parser.add_argument("--lines", type=int, metavar="N", default=50, help="how many lines from the end (default: 50)")
-    parser.add_argument("--follow", action="store_true", help="go on showing what comes, until the job is over")
+    parser.add_argument("--follow", action="store_true", help="go on showing what is added, until the job is over")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
     if args.rank is not None:
         path = _rank_log(job, args.rank)
     if not path.exists() and not args.follow:
-        raise ConfigError(f"{path}: not there yet; `llada jobs {job.record.job_id}` says whether the job has started")
+        raise ConfigError(
+            f"{path}: does not exist yet; `llada jobs {job.record.job_id}` says whether the job has started"
+        )
     position = _print_tail(path, args.lines) if path.exists() else 0
     if args.follow:
         _follow(path, position, job)
@@ -78,7 +80,7 @@ def _follow(path: Path, position: int, job: SubmittedJob) -> None:
         if time.monotonic() >= ask_at:
             over = _is_over(job)
             ask_at = time.monotonic() + _ASK_SLURM_S
-        position = _print_new(path, position)  # after asking: what was printed before the end is not missed
+        position = _print_new(path, position)  # after asking SLURM, so that nothing printed before the end is missed
         if not over:
             time.sleep(_POLL_S)
 
@@ -99,12 +101,12 @@ def _is_over(job: SubmittedJob) -> bool:
 
     try:
         found = slurm.queue([job.record.job_id]).get(job.record.job_id)
-    except ResourceError:  # a controller that is away for a while, or a machine without SLURM
+    except ResourceError:  # the controller is away for a while, or this machine has no SLURM
         verdict = job.directory.read_verdict(job.directory.newest_attempt())
-        return verdict is not None and verdict.word in FINAL
+        return verdict is not None and verdict.status in FINAL
     return found is None or not found.is_live
 
 
 def _write(text: bytes) -> None:
-    sys.stdout.buffer.write(text)  # as it is: a block may end inside a character
+    sys.stdout.buffer.write(text)  # not decoded: a block may end inside a character
     sys.stdout.flush()

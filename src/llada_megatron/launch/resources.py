@@ -1,4 +1,4 @@
-"""What can be known before a process starts: devices, memory, disk space, and whether the prepared data is there."""
+"""Checks before any process starts: devices, memory, disk space, prepared data, and weights to start from."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ if TYPE_CHECKING:
     from llada_megatron.llada_moe.config.run import RunConfig
 
 RANKS_PER_CORE = 4
-"""More processes than this on one core spend their time waiting for each other."""
+"""With more processes than this on one core, they mostly wait for each other."""
 
 _PROCESS_BYTES = 250 * 2**20
-"""Python with torch and Megatron-Core, before the first tensor."""
+"""Memory of Python with torch and Megatron-Core, before the first tensor."""
 _DATA_SUFFIXES = (".bin", ".idx", ".json")
 
 
 def check_data(run: RunConfig) -> None:
-    """Refuse a run whose prepared sets are not all there.
+    """Refuse a run of which a prepared set is missing.
 
     Raises:
-        DataError: names the missing files and the command that makes them.
+        DataError: with the missing files and the command that makes them.
     """
     for prepared in run.data.sets:
         missing = [prepared.path + suffix for suffix in _DATA_SUFFIXES if not Path(prepared.path + suffix).is_file()]
         if missing:
             raise DataError(
-                f"no prepared data at {prepared.path} ({', '.join(missing)} not there); "
+                f"no prepared data at {prepared.path} ({', '.join(missing)} missing); "
                 f"make it with: llada prepare TEXT --output {prepared.path} --train-tokenizer"
             )
 
 
 def check_weights(run: RunConfig) -> None:
-    """Refuse a run that would start from weights that are not there or are another model's, or go on with another run.
+    """Refuse a run that would start from weights that are missing or of another model, or would continue another run.
 
     Raises:
-        CheckpointError: says what is wrong with `checkpoint.load`. A run with checkpoints of its own does not need it.
-        ConfigError: there are none of its own, and those in `checkpoint.copy_to` are of another run.
+        CheckpointError: something is wrong with `checkpoint.load`, in a run without checkpoints of its own.
+        ConfigError: the run has no checkpoints of its own, and those in `checkpoint.copy_to` are of another run.
     """
-    own, *copies = (checkpoint_manifest.steps(place) for place in _places(run))
+    own, *copies = (checkpoint_manifest.steps(folder) for folder in _checkpoint_folders(run))
     if own:
         return
     if any(copies):
@@ -75,42 +75,42 @@ def _check_copies(run: RunConfig, copies: list[tuple[int, Path]]) -> None:
 
 
 def check_space(run: RunConfig) -> None:
-    """Refuse a run whose checkpoints will not fit beside what lies there; a quota is not seen.
+    """Refuse a run whose checkpoints will not fit on the disk, beside what is there; quotas are not checked.
 
     Raises:
         ResourceError: with the arithmetic and what to change.
     """
     size, together = checkpoint_bytes(run), checkpoints_at_once(run)
-    claimed: Counter[int] = Counter()  # by file system: the copies may lie on the same one
-    for place in _places(run):
-        there = checkpoint_manifest.steps(place)
+    claimed: Counter[int] = Counter()  # by file system: the copies may be on the same one
+    for folder in _checkpoint_folders(run):
+        there = checkpoint_manifest.steps(folder)
         if there and there[0][0] >= run.training.steps:
-            continue  # this run is at its end: nothing will be written
-        disk = _nearest(place)
+            continue  # this run is finished: nothing will be written
+        disk = _nearest(folder)
         needed, free = max(0, together - len(there)) * size, shutil.disk_usage(disk).free
         free -= claimed[disk.stat().st_dev]
         claimed[disk.stat().st_dev] += needed
         if needed > free:
             kept = f", and those of checkpoint.keep_every {run.checkpoint.keep_every}" * bool(run.checkpoint.keep_every)
             raise ResourceError(
-                f"the checkpoints in {place} need {size_text(needed)}, but {size_text(max(0, free))} are free: "
-                f"{together} will lie there (checkpoint.keep_last {run.checkpoint.keep_last}, the one being written"
-                f"{kept}), of {size_text(size)} each, and {len(there)} of them are there; make room, keep fewer, or "
+                f"the checkpoints in {folder} need {size_text(needed)}, but {size_text(max(0, free))} are free: "
+                f"{together} will be there at once (checkpoint.keep_last {run.checkpoint.keep_last}, the one being "
+                f"written{kept}), of {size_text(size)} each, and {len(there)} of them exist; make room, keep fewer, or "
                 "write elsewhere"
             )
 
 
 def checkpoint_bytes(run: RunConfig) -> int:
-    """Size of one checkpoint: weights in the training's precision, fp32 main weights and Adam's two moments.
+    """Size of one checkpoint in bytes: weights in the training's precision, fp32 main weights and Adam's two moments.
 
-    Names, boxes and hashes come on top: 2 % at 3 M parameters, less above.
+    The real size is larger by names, shard descriptions and hashes: 2 % at 3 M parameters, less above.
     """
     weight = 2 if run.training.precision == "bf16" else 4
     return count_parameters(run.model).trainable * (weight + 4 + 4 + 4)
 
 
 def checkpoints_at_once(run: RunConfig) -> int:
-    """The most checkpoints that lie in one place: while the last one is written, those before it are still there."""
+    """The largest number of checkpoints in one folder: while one is written, those before it are still there."""
     settings = run.checkpoint
     saved = [*range(settings.interval, run.training.steps, settings.interval), run.training.steps]
     if may_go_back(run.recovery):
@@ -119,14 +119,14 @@ def checkpoints_at_once(run: RunConfig) -> int:
     return len(for_ever.union(saved[-settings.keep_last - 1 :]))
 
 
-def _places(run: RunConfig) -> list[Path]:
-    """Where checkpoints of the run lie."""
+def _checkpoint_folders(run: RunConfig) -> list[Path]:
+    """The folders with checkpoints of the run: its own, and that of the copies."""
     own = Path(run.output_dir) / "checkpoints"
     return [own, Path(run.checkpoint.copy_to)] if run.checkpoint.copy_to else [own]
 
 
 def _nearest(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that is there."""
+    """The path itself, or the nearest folder above it that exists."""
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
@@ -147,7 +147,7 @@ def check_machine(run: RunConfig, oversubscribe: bool = False) -> None:
 
 
 def check_gpus(ranks: int, devices: int) -> None:
-    """One rank per GPU. Raises ResourceError."""
+    """Refuse more ranks than GPUs. Raises ResourceError."""
     if ranks > devices:
         raise ResourceError(
             f"the layout has {ranks} ranks, one per GPU, but {devices} {_plural('GPU', devices)} can be seen here; "
@@ -156,17 +156,17 @@ def check_gpus(ranks: int, devices: int) -> None:
 
 
 def check_cores(ranks: int, cores: int, oversubscribe: bool) -> None:
-    """At most `RANKS_PER_CORE` ranks on a core, unless `oversubscribe`. Raises ResourceError."""
+    """Refuse more than `RANKS_PER_CORE` ranks on a core, unless `oversubscribe`. Raises ResourceError."""
     if ranks > RANKS_PER_CORE * cores and not oversubscribe:
         raise ResourceError(
             f"the layout has {ranks} ranks, but {cores} {_plural('core', cores)} carry at most "
             f"{RANKS_PER_CORE * cores} ({RANKS_PER_CORE} each) before they mostly wait for each other; "
-            "lower the layout's axes, or say --oversubscribe"
+            "lower the layout's axes, or add --oversubscribe"
         )
 
 
 def check_memory(needed: int, available: int, ranks: int) -> None:
-    """Raises ResourceError where not even the weights and their training state fit (bytes)."""
+    """Refuse a model whose weights and training state alone do not fit (sizes in bytes). Raises ResourceError."""
     if needed > available:
         need = "rank needs" if ranks == 1 else "ranks need"
         raise ResourceError(
@@ -176,10 +176,10 @@ def check_memory(needed: int, available: int, ranks: int) -> None:
 
 
 def needed_bytes(run: RunConfig) -> int:
-    """A lower bound of the memory of all ranks together: activations, logits and buffers come on top.
+    """A lower bound of the memory of all ranks together, in bytes: activations, logits and buffers are not counted.
 
     Per parameter: weight and gradient on every rank that holds it; the fp32 main weight (for bf16) and the two moments
-    of Adam are shared among the data-parallel ranks, hence counted once per model.
+    of Adam are divided among the data-parallel ranks, hence counted once per model.
     """
     weight_and_gradient = 2 + 4 if run.training.precision == "bf16" else 4 + 4
     optimizer = 4 + 4 + (4 if run.training.precision == "bf16" else 0)

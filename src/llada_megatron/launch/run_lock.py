@@ -1,7 +1,8 @@
-"""One run directory, one running run: `OUTPUT_DIR/in-use.json` says who trains there, and is renewed while it does.
+"""The run lock: `OUTPUT_DIR/in-use.json` names the process that trains there, so that no other one does.
 
-The file appears complete (a hard link, where the storage has them) or not at all. Its time is compared with that of
-another file of the same directory, so the clocks of two machines need not agree.
+The process renews the file's time while it runs. The file appears complete (by a hard link, where the storage has them)
+or not at all. Its time is compared with that of another file in the same directory, so the clocks of two machines need
+not agree.
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ from llada_megatron.llada_moe.errors import ResourceError
 FILE_NAME = "in-use.json"
 
 RENEWAL_S = 10.0
+"""Seconds between two renewals."""
 
 STALE_S = 60.0
-"""A holder on another machine that has not renewed for this long is gone."""
+"""After so many seconds without a renewal, a holder on another machine counts as gone."""
 
 HANDOVER_S = 30.0
-"""How long a restart waits for the processes of its own job to end."""
+"""How many seconds a restart waits for an earlier process of its own job to end."""
 
 _CLOCK_STEP_S = 5.0
+"""Two processes whose times of start differ by more seconds than this are different ones."""
 
 _POLL_S = 0.2
 
@@ -44,26 +47,28 @@ class Holder:
 
     host: str
     machine: str
-    """Boot and process namespace: process numbers mean the same only where this is equal."""
+    """Boot and process namespace; process numbers can be compared only where this is equal."""
     pid: int
     started: float
-    """When the process began (see `_started`): numbers of processes are given out again."""
+    """When the process began, as `_started` measures it: the system reuses process numbers."""
     job_id: str | None
     since: float
+    """When it took the directory, in seconds since 1970."""
     token: str
+    """A random text that tells this holder from every other one."""
 
     @classmethod
     def this_process(cls, job_id: str | None) -> Holder:
-        """What this process writes."""
+        """This process as a holder."""
         pid = os.getpid()
         return cls(socket.gethostname(), _machine(), pid, _started(pid), job_id, time.time(), uuid.uuid4().hex)
 
     def is_here(self) -> bool:
-        """Whether it is a process that can be seen from this one."""
+        """Whether this process can see that one: it runs on the same machine, in the same process namespace."""
         return (self.host, self.machine) == (socket.gethostname(), _machine())
 
     def lives(self) -> bool:
-        """Whether the process is still there; for one that `is_here`."""
+        """Whether the process still exists; only for one that `is_here`."""
         try:
             same = abs(_started(self.pid) - self.started) < _CLOCK_STEP_S
             return same and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
@@ -80,10 +85,10 @@ def check_free(output_dir: str | Path, job_id: str | None = None) -> None:
     """Refuse a directory that another run is training in.
 
     Args:
-        job_id: the SLURM job that asks; what an earlier attempt of the same job left does not count.
+        job_id: the SLURM job that asks; a run lock of the same job does not count.
 
     Raises:
-        ResourceError: naming who holds it, and since when.
+        ResourceError: another run trains there; with its process, and since when.
     """
     path = Path(output_dir) / FILE_NAME
     holder, renewed = _read(path)
@@ -92,47 +97,48 @@ def check_free(output_dir: str | Path, job_id: str | None = None) -> None:
 
 
 class RunLock:
-    """A directory that this process holds; see `take`."""
+    """The lock of a directory that this process trains in; `take` makes one."""
 
     def __init__(self, path: Path, holder: Holder) -> None:
         self._path, self._holder = path, holder
         self._over = threading.Event()
         self._taken_by: Holder | None = None
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._renew, name="run-lock", daemon=True)
         self._thread.start()
 
     @classmethod
     @contextlib.contextmanager
     def take(cls, output_dir: str | Path, job_id: str | None = None) -> Iterator[RunLock]:
-        """Hold `output_dir` while the context is open, against every other process; made if it is not there.
+        """Lock `output_dir` against every other process while the context is open; creates the directory if necessary.
 
-        A lease whose process is dead, or on another machine and not renewed for `STALE_S`, or of an earlier attempt of
-        the same SLURM job, is taken over. An earlier process of this job that still lives here gets `HANDOVER_S`.
+        A lock is taken over where its process is dead, is on another machine and has not renewed it for `STALE_S`, or
+        belongs to an earlier attempt of the same SLURM job. An earlier process of this job that still runs on this
+        machine has `HANDOVER_S` to end.
 
         Raises:
             ResourceError: another run trains there.
-            OSError: it cannot be written to.
+            OSError: the directory cannot be written to.
         """
         path = Path(output_dir) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         mine = Holder.this_process(job_id)
         _acquire(path, mine)
-        lease = cls(path, mine)
+        lock = cls(path, mine)
         try:
-            yield lease
+            yield lock
         finally:
-            lease._release()
+            lock._release()
 
     def check(self) -> None:
-        """Raise ResourceError when another process has taken the directory over (this one seemed dead to it)."""
+        """Raise ResourceError when another process has taken the directory over, because this one seemed dead to it."""
         if self._taken_by is not None:
             raise ResourceError(
                 f"{self._path.parent} was taken over by {self._taken_by}, to which this process seemed dead; "
-                "it ends here, without a checkpoint, so that two runs do not write one directory"
+                "this process ends without a checkpoint, so that two runs do not write to one directory"
             )
 
     def _renew(self) -> None:
-        told = False
+        reported = False
         while not self._over.wait(RENEWAL_S):
             try:
                 holder, _ = _read(self._path)
@@ -143,12 +149,12 @@ class RunLock:
                 else:
                     self._taken_by = holder
                     return
-                told = False
-            except OSError as error:  # a file server that is away for a while; the next renewal may do
-                if not told:
-                    with contextlib.suppress(OSError):  # of the terminal, which may be a file there
+                reported = False
+            except OSError as error:  # a file server that is away for a while; the next renewal may succeed
+                if not reported:
+                    with contextlib.suppress(OSError):  # of the terminal, which may be a file on the same server
                         print(f"{self._path} could not be renewed ({error.strerror})", file=sys.stderr, flush=True)
-                told = True
+                reported = True
 
     def _release(self) -> None:
         self._over.set()
@@ -174,12 +180,12 @@ def _acquire(path: Path, mine: Holder) -> None:
 
 
 def _put(path: Path, holder: Holder) -> bool:
-    """Make the file, whole; False where there is one."""
+    """Create the file with its whole content; returns False where there is one."""
     return files.make_once(path, json.dumps(asdict(holder)))
 
 
 def _remove_stale(path: Path, stale: Holder) -> None:
-    """Remove the lease of `stale`, and never that of a process which has just taken it over as well."""
+    """Remove the lock of `stale`, but never that of another process which has just taken it over as well."""
     aside = files.aside(path)
     try:
         path.rename(aside)
@@ -193,9 +199,9 @@ def _remove_stale(path: Path, stale: Holder) -> None:
 
 
 def _read(path: Path) -> tuple[Holder | None, float]:
-    """Who holds the directory (None: nobody), and when that was renewed by the clock of the file system."""
+    """The holder of the directory (None: nobody), and the time of its last renewal by the clock of the file system."""
     try:
-        # opening is what makes NFS ask the server for the time
+        # only when a file is opened does NFS ask the server for its time
         with path.open(encoding="utf-8", errors="replace") as stream:
             renewed, text = os.fstat(stream.fileno()).st_mtime, stream.read()
     except FileNotFoundError:
@@ -207,7 +213,7 @@ def _read(path: Path) -> tuple[Holder | None, float]:
 
 
 def _time_there(path: Path) -> float:
-    """What time it is for the file system; this machine's where the directory cannot be written to."""
+    """The time by the clock of the file system; by this machine's where the directory cannot be written to."""
     temporary = files.aside(path)
     try:
         temporary.touch()
@@ -230,15 +236,15 @@ def _in_use(path: Path, holder: Holder) -> ResourceError:
     wait = "" if holder.is_here() else f" (if that machine is gone, try again in {STALE_S:.0f} seconds)"
     return ResourceError(
         f"{path.parent} is being trained by {holder}; stop that run, or set another output_dir: two runs must not "
-        f"write one directory{wait}"
+        f"write to one directory{wait}"
     )
 
 
 def _started(pid: int) -> float:
-    """When a process began: on Linux in seconds since the boot, so that putting the clock right changes nothing.
+    """When a process began: on Linux in seconds since the boot, so that setting the clock changes nothing.
 
     Raises:
-        psutil.NoSuchProcess: it is gone.
+        psutil.NoSuchProcess: there is no such process.
     """
     created = psutil.Process(pid).create_time()
     try:
@@ -249,7 +255,7 @@ def _started(pid: int) -> float:
 
 
 def _machine() -> str:
-    """Of Linux: which boot, and which namespace of process numbers; elsewhere the host's name has to do."""
+    """On Linux, the boot and the namespace of process numbers; elsewhere nothing, and only host names are compared."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -1,4 +1,4 @@
-"""`llada stop`: a job saves, ends, and stays away."""
+"""`llada stop`: a job saves and ends, and is not queued again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ examples:
   llada stop 4711
   llada stop runs/llada-8b --no-wait
 
-The job finishes its step, saves and ends; a job that still waits in the queue is taken out of it. Submit the same run
+The job finishes its step, saves and ends; a job that still waits in the queue is removed from it. Submit the same run
 again to go on from there. (`scancel` ends a job too, but saves only where that takes less than SLURM's KillWait.)"""
 _POLL_S = 1.0
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Stop the job; returns the exit code (1: it ended otherwise, for example because it failed meanwhile)."""
+    """Stop the job; returns the exit code (1: the job ended in another way, for example by a failure meanwhile)."""
     from llada_megatron.launch.cluster import registry
 
     job = registry.find(args.job)[-1]
@@ -40,30 +40,30 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ask(job: SubmittedJob) -> bool:
-    """Ask the job to save and end; False when it is over already."""
+    """Ask the job to save and end; returns False when it is already over."""
     from llada_megatron.launch.cluster import slurm
 
     number = job.record.job_id
     found = slurm.queue([number]).get(number)
     if found is None or not found.is_live:
-        message(f"job {number} is over already")
+        message(f"job {number} is already over")
         return False
-    job.directory.stop.touch()  # before the signal: what the job does with it depends on this file
+    job.directory.stop.touch()  # before the signal: with this file the job is not queued again
     if found.state == "PENDING":
         slurm.take_out_of_queue(number)
-        message(f"job {number} was waiting in the queue; it is taken out of it")
+        message(f"job {number} was waiting in the queue and is removed from it")
         return True
     try:
         slurm.ask_to_save(number)
-    except ResourceError:  # suspended, or its script is ending; the file is there for whatever runs again
-        message(f"job {number} is {found.state} and takes no signal now; should it run again, it saves and ends")
+    except ResourceError:  # suspended, or its script is ending; the file stops it when it runs again
+        message(f"job {number} is {found.state} and takes no signal now; if it runs again, it will save and end")
     else:
         message(f"job {number} is asked to finish its step, save and end")
     return True
 
 
 def _wait(job: SubmittedJob) -> None:
-    """Until SLURM says that the job is over; one that was just being queued again is taken out of the queue."""
+    """Wait until the job is over; one that has just been queued again is removed from the queue."""
     from llada_megatron.launch.cluster import slurm
 
     number = job.record.job_id

@@ -24,9 +24,9 @@ EXAMPLES = """\
 examples:
   llada submit llada-moe-7b-a1b-pretrain --cluster dgx-h100 --dry-run
   llada submit run.yaml --cluster clusters/ours.yaml training.steps=1000
-  llada jobs                   what became of it
-  llada logs 4711 --follow     what it says
-  llada stop 4711              save and end; submit the same run again to go on
+  llada jobs                   the state of your jobs
+  llada logs 4711 --follow     the output of a job
+  llada stop 4711              save and end the job; submit the same run again to go on
 
 The job is queued again before its time ends and after faults, and goes on from the newest checkpoint."""
 
@@ -53,15 +53,15 @@ def run(args: argparse.Namespace) -> int:
     nodes = fit.nodes_needed(run, cluster, args.cluster)
     for warning in fit.layout_warnings(run, cluster):
         message(f"warning: {warning}")
-    output_dir = Path(os.path.abspath(run.output_dir))  # also `.` and `..` have a name then
+    output_dir = Path(os.path.abspath(run.output_dir))  # so that `.` and `..` get the name of their folder
     job = registry.new_directory(output_dir)
     smaller = node_counts(run, cluster.ranks_per_node, nodes)
     script = render(cluster, nodes, job.path, output_dir.name, Path.cwd(), smaller)
     if args.dry_run:
         return _show(script, run, cluster, nodes, args)
     _check(run, cluster, nodes, args.cluster)
-    with registry.alone(output_dir):
-        _check_no_live_job(run)  # once more: another submission may have been quicker
+    with registry.exclusive_submission(output_dir):
+        _check_no_live_job(run)  # once more: another submission may have been faster
         record = registry.JobRecord(
             job_id=_submit(run, cluster, job, script, args.cluster),
             name=output_dir.name,
@@ -74,13 +74,13 @@ def run(args: argparse.Namespace) -> int:
         )
         try:
             registry.write(job, record)
-        except OSError as error:  # a full disk or a home that cannot be written: the job is there all the same
-            message(f"warning: job {record.job_id} cannot be put on record, so `llada jobs` may not list it: {error}")
+        except OSError as error:  # a full disk, or a home directory that cannot be written; the job exists nevertheless
+            message(f"warning: job {record.job_id} could not be recorded, so `llada jobs` may not list it: {error}")
     return _tell(job, record, args)
 
 
 def _check(run: RunConfig, cluster: ClusterConfig, nodes: int, cluster_file: str) -> None:
-    """Everything that can be known before anything is written. Raises LladaError."""
+    """Check everything that can be known before anything is written. Raises LladaError."""
     from llada_megatron.launch.cluster import slurm
     from llada_megatron.launch.cluster.fit import check_partition
 
@@ -95,7 +95,7 @@ def _submit(run: RunConfig, cluster: ClusterConfig, job: JobDirectory, script: s
     """Write the job's directory and give it to SLURM; returns its id.
 
     Raises:
-        LladaError: what SLURM says against it (the directory is removed again).
+        LladaError: SLURM refuses the job; the directory is removed again.
     """
     from llada_megatron.launch.cluster import slurm
     from llada_megatron.llada_moe.config import dump_yaml
@@ -112,7 +112,7 @@ def _submit(run: RunConfig, cluster: ClusterConfig, job: JobDirectory, script: s
 
 
 def _checks(run: RunConfig, cluster: ClusterConfig) -> list[Callable[[], None]]:
-    """What has to hold when the job starts, each raising an LladaError."""
+    """The checks of what the job needs when it starts; each raises an LladaError where it fails."""
     from llada_megatron.launch import run_lock
     from llada_megatron.launch.cluster.fit import check_mounts
     from llada_megatron.launch.resources import check_data, check_space, check_weights
@@ -128,7 +128,7 @@ def _checks(run: RunConfig, cluster: ClusterConfig) -> list[Callable[[], None]]:
 
 
 def _check_no_live_job(run: RunConfig) -> None:
-    """Two jobs must not write one run. Raises ResourceError."""
+    """Refuse a run that a live job is writing to. Raises ResourceError."""
     from llada_megatron.launch.cluster import registry, slurm
 
     jobs = registry.jobs_of_run(Path(run.output_dir))
@@ -140,12 +140,13 @@ def _check_no_live_job(run: RunConfig) -> None:
         if found is not None and found.is_live:
             raise ResourceError(
                 f"{run.output_dir} is the run of job {found.job_id}, which is {found.state} in SLURM; two jobs must "
-                f"not write one run: end that one with `llada stop {found.job_id}`, or give this one another output_dir"
+                f"not write to one run: end that one with `llada stop {found.job_id}`, or give this one another "
+                "output_dir"
             )
 
 
 def _show(script: str, run: RunConfig, cluster: ClusterConfig, nodes: int, args: argparse.Namespace) -> int:
-    """The script, and what would keep it from being submitted now."""
+    """Print the script, and as warnings what would keep it from being submitted now."""
     from llada_megatron.launch.cluster.fit import count_of_nodes
 
     for check in _checks(run, cluster):
@@ -161,14 +162,14 @@ def _show(script: str, run: RunConfig, cluster: ClusterConfig, nodes: int, args:
 
 
 def _tell(job: JobDirectory, record: JobRecord, args: argparse.Namespace) -> int:
-    """The job's id, and how to follow it."""
+    """Print the job's id, and how to follow it."""
     from llada_megatron.launch.cluster.fit import count_of_nodes
 
     if args.json:
         emit_json({"job_id": record.job_id, "directory": str(job.path), "nodes": record.nodes, "ranks": record.ranks})
         return 0
     nodes = count_of_nodes(record.nodes)
-    print(f"job {record.job_id}: {record.name} on {nodes}, {record.ranks} ranks; its records: {job.path}")
+    print(f"job {record.job_id}: {record.name} on {nodes}, {record.ranks} ranks; its directory: {job.path}")
     message(f"follow it:  llada jobs {record.job_id}    llada logs {record.job_id} --follow")
     message(f"end it:     llada stop {record.job_id}    (saves first)")
     return 0

@@ -1,4 +1,4 @@
-"""`llada train`: check a run, start its ranks on this machine or join those that torchrun or srun started."""
+"""`llada train`: check a run, and start its ranks on this machine or be one that torchrun or srun started."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ def run(args: argparse.Namespace) -> int:
     from llada_megatron.launch.run_lock import check_free
     from llada_megatron.llada_moe.config import load_run
 
-    place = None if args.local else find_rank_info()
-    if place is None:
+    info = None if args.local else find_rank_info()
+    if info is None:
         return _train_here(load_run(args.config, args.overrides), args)
     try:
         config = load_run(args.config, args.overrides)
-        check_world(place, config.layout)
+        check_world(info, config.layout)
         check_free(config.output_dir, os.environ.get("SLURM_JOB_ID"))
         check_data(config)
         check_weights(config)
         check_space(config)
     except LladaError as error:
-        if place.rank != 0:  # every rank finds the same; rank 0 says it
+        if info.rank != 0:  # every rank finds the same error; rank 0 reports it
             return error.exit_code
         raise
-    return _train_as_rank(config, place, args)
+    return _train_as_rank(config, info, args)
 
 
 def start(run: RunConfig, oversubscribe: bool = False) -> LocalOutcome:
@@ -95,30 +95,30 @@ def _train_here(config: RunConfig, args: argparse.Namespace) -> int:
     except Stopped as stopped:
         message(f"stopped by {stopped} before a step was finished; {_how_to_resume(args)}")
         return stopped.exit_code
-    return _finish(outcome.facts, outcome.stopped_by, args)
+    return _finish(outcome.result, outcome.stopped_by, args)
 
 
-def _train_as_rank(config: RunConfig, place: RankInfo, args: argparse.Namespace) -> int:
+def _train_as_rank(config: RunConfig, info: RankInfo, args: argparse.Namespace) -> int:
     from llada_megatron.launch.ranks.rank import run_joined_rank
     from llada_megatron.launch.ranks.training_rank import training_work
 
-    os.environ.update(place.environment())
+    os.environ.update(info.environment())
     os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
     logs = Path(config.output_dir) / "logs"
-    facts, stopped = run_joined_rank(training_work(config), config.layout, logs, place.rank)
-    if place.rank != 0:
+    result, stopped = run_joined_rank(training_work(config), config.layout, logs, info.rank)
+    if info.rank != 0:
         return 128 + signal.SIGINT if stopped else 0
-    return _finish(facts, signal.SIGINT if stopped else None, args)
+    return _finish(result, signal.SIGINT if stopped else None, args)
 
 
-def _finish(facts: dict[str, Any], stopped_by: int | None, args: argparse.Namespace) -> int:
-    """Print the result; say how to go on where the run was stopped."""
+def _finish(result: dict[str, Any], stopped_by: int | None, args: argparse.Namespace) -> int:
+    """Print the result, and how to go on where the run was stopped; returns the exit code."""
     if stopped_by is not None:
-        message(f"stopped after step {facts.get('steps')}; {_how_to_resume(args)}")
+        message(f"stopped after step {result.get('steps')}; {_how_to_resume(args)}")
     if args.json:
-        emit_json(facts | {"stopped": stopped_by is not None})
+        emit_json(result | {"stopped": stopped_by is not None})
     else:
-        for name, value in facts.items():
+        for name, value in result.items():
             if value is not None:
                 print(f"{name.replace('_', ' '):<14} {value:g}" if isinstance(value, float) else f"{name:<14} {value}")
     return 0 if stopped_by is None else 128 + stopped_by

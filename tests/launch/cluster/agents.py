@@ -123,7 +123,7 @@ class Job:
 
     @staticmethod
     def _ranks(agent: psutil.Process) -> list[psutil.Process]:
-        return [child for child in agent.children() if MODULE + "rank" in " ".join(child.cmdline())]
+        return [child for child in agent.children() if MODULE + "agent.job_rank" in " ".join(child.cmdline())]
 
     def said(self) -> str:
         """The job's output, to show where a test fails."""

@@ -43,7 +43,7 @@ def undisturbed(folder) -> Job:
     job.start()
     verdict = job.ended()
     job.kill()
-    assert verdict is not None and verdict.word == "done", job.said()
+    assert verdict is not None and verdict.status == "done", job.said()
     return job
 
 
@@ -72,7 +72,7 @@ def test_killed_and_hung_ranks_leave_no_trace_in_the_result(make, undisturbed):
     job.until(lambda: job.step() >= 13)  # in a step, not in the saving of step 12
     job.rank(1).suspend()
     verdict = job.ended()
-    assert verdict is not None and verdict.word == "done", job.said()
+    assert verdict is not None and verdict.status == "done", job.said()
     reasons = [event["reason"] for event in job.events("restart")]
     assert any("rank 1 on n1 was killed by SIGKILL" in reason for reason in reasons), job.said()
     assert any("rank 1 on n1 hangs" in reason and "process is stopped" in reason for reason in reasons), job.said()
@@ -93,20 +93,20 @@ def test_signals_a_stop_file_and_a_lost_node(make, undisturbed):
         for agent in job.processes:
             agent.send_signal(signal.SIGUSR1)
     verdict = job.ended()
-    assert verdict is not None and verdict.word == "requeue", job.said()
+    assert verdict is not None and verdict.status == "requeue", job.said()
     saved = job.step()
     job.start()
     job.until(lambda: job.step() > saved)
     job.directory.stop.touch()
     verdict = job.ended()
-    assert verdict is not None and verdict.word == "stopped", job.said()
+    assert verdict is not None and verdict.status == "stopped", job.said()
     job.directory.stop.unlink()
     saved = job.step()
     job.start()
     job.until(lambda: job.step() > saved)
     job.processes[-1].kill()
     verdict = job.ended()
-    assert verdict is not None and verdict.word == "done", job.said()
+    assert verdict is not None and verdict.status == "done", job.said()
     assert [event["nodes"] for event in job.events("lost")] == [["n1"]]
     assert job.events("start")[-1]["ranks"] == 1
     assert job.losses() == pytest.approx(undisturbed.losses(), rel=1e-5)
@@ -116,6 +116,6 @@ def test_an_error_of_the_users_ends_the_job_at_once(make):
     job = make("wrong", "data.validation_fraction=0.99")
     job.start()
     verdict = job.ended()
-    assert verdict is not None and verdict.word == "failed", job.said()
+    assert verdict is not None and verdict.status == "failed", job.said()
     assert "lower data.validation_fraction" in verdict.reason
     assert len(job.events("start")) == 1

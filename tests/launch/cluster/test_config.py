@@ -34,7 +34,7 @@ def test_a_shipped_cluster_loads_by_name_and_survives_being_written(tmp_path):
         ("exclude: ['n1 n2']", "exclude.0: 'n1 n2' is not the name of a node"),
         ("lost_node: wait", "expected one of shrink, requeue, found 'wait'"),
         ("memory_per_node: lots", "'lots' is not a size"),
-        ("sbatch_options: [--nodes=3]", "sbatch_options.0: --nodes is the script's own"),
+        ("sbatch_options: [--nodes=3]", "sbatch_options.0: --nodes is set by the script"),
         ("sbatch_options: [--partition=x]", "sbatch_options.0: --partition has a key of its own; write partition: …"),
         ("sbatch_options: [-p x]", "sbatch_options.0: '-p x' is not an option such as --comment=llada"),
         ("container: {image: x, mounts: [data]}", "container.mounts.0: 'data' is not HOST:CONTAINER"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llada_megatron.launch.cluster.decisions import (
+from llada_megatron.launch.cluster.agent.decisions import (
     RankFault,
     RestartContext,
     after_end,
@@ -20,18 +20,20 @@ from llada_megatron.launch.ranks.rank_reports import Failure
 from llada_megatron.llada_moe.config import load_run
 from llada_megatron.llada_moe.errors import ConfigError, DataError
 
-SITUATION = RestartContext(max_restarts=2, nodes=2, fits=True, barren=1, asked=False, stop_file=False)
+CONTEXT = RestartContext(
+    max_restarts=2, nodes=2, fits=True, attempts_without_progress=1, stop_requested=False, stop_file=False
+)
 KILLED = RankFault("killed", "n1", 3, "was killed", 10.0)
 
 
-def word(faults, **changes):
-    verdict = after_faults(faults, replace(SITUATION, **changes))
-    return verdict and (verdict.word, verdict.nodes)
+def status(faults, **changes):
+    verdict = after_faults(faults, replace(CONTEXT, **changes))
+    return verdict and (verdict.status, verdict.nodes)
 
 
 def test_a_killed_rank_is_the_cause_of_the_errors_of_the_others():
-    told = [Failure.of(0, RuntimeError("connection closed by peer")), Failure.of(1, DataError("empty"))]
-    faults = faults_of_exits("n0", {0: 1, 1: 1, 2: -9, 3: -6, 4: 0, 5: 3}, told, Path("logs"), 10.0)
+    reported = [Failure.of(0, RuntimeError("connection closed by peer")), Failure.of(1, DataError("empty"))]
+    faults = faults_of_exits("n0", {0: 1, 1: 1, 2: -9, 3: -6, 4: 0, 5: 3}, reported, Path("logs"), 10.0)
     assert [fault.kind for fault in faults] == ["error", "user", "killed", "error", "error"]
     assert cause(faults).rank == 2
     assert cause([fault for fault in faults if fault.rank != 2]).kind == "user"
@@ -39,23 +41,23 @@ def test_a_killed_rank_is_the_cause_of_the_errors_of_the_others():
 
 
 def test_faults_restart_then_name_the_node_then_give_up():
-    assert word([KILLED]) is None
-    assert word([KILLED] * 2) is None
-    assert word([KILLED] * 3) == ("exclude", ("n1",))
-    assert word([KILLED] * 3, nodes=1) == ("requeue", ())
-    assert word([KILLED, KILLED, replace(KILLED, node="n0")]) == ("requeue", ())
-    assert word([KILLED] * 3, barren=2) == ("failed", ())
-    assert word([KILLED], fits=False) == ("requeue", ())
-    assert word([replace(KILLED, kind="user")]) == ("failed", ())
-    assert word([KILLED], asked=True) == ("requeue", ())
-    assert word([KILLED], asked=True, stop_file=True) == ("stopped", ())
+    assert status([KILLED]) is None
+    assert status([KILLED] * 2) is None
+    assert status([KILLED] * 3) == ("exclude", ("n1",))
+    assert status([KILLED] * 3, nodes=1) == ("requeue", ())
+    assert status([KILLED, KILLED, replace(KILLED, node="n0")]) == ("requeue", ())
+    assert status([KILLED] * 3, attempts_without_progress=2) == ("failed", ())
+    assert status([KILLED], fits=False) == ("requeue", ())
+    assert status([replace(KILLED, kind="user")]) == ("failed", ())
+    assert status([KILLED], stop_requested=True) == ("requeue", ())
+    assert status([KILLED], stop_requested=True, stop_file=True) == ("stopped", ())
 
 
 @pytest.mark.parametrize(
     ("steps", "stop_file", "expected"), [(9, True, "done"), (4, True, "stopped"), (4, False, "requeue")]
 )
 def test_a_good_end(steps, stop_file, expected):
-    assert after_end(steps, 9, stop_file).word == expected
+    assert after_end(steps, 9, stop_file).status == expected
 
 
 def test_attempts_without_progress_are_counted_back_from_the_last():

@@ -1,4 +1,4 @@
-"""The preflight: a bad node is named and left out, what ails all nodes alike ends the job, and all is well else."""
+"""The preflight: a bad node is named and excluded, a fault of all nodes ends the job, and a good job goes on."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from llada_megatron.launch.cluster.preflight.node_report import Disk, NodeReport
 from llada_megatron.launch.cluster.preflight.verdict import (
     differences,
     findings,
-    from_the_middle,
     judge,
     pairs_of,
+    skews_from_median,
     unreachable,
 )
 from tests.launch.cluster.agents import Job
@@ -29,8 +29,8 @@ CLUSTER = ClusterConfig(ranks_per_node=2, gpus_per_node=2, preflight=PreflightCo
 WELL = NodeReport("n0", 100.0, [Disk("out", 50.0, None)], {"torch": "2.13.0"}, gpus=[GPU, GPU])
 
 
-def texts(facts: NodeReport, skew_s: float = 0.0) -> list[str]:
-    return [finding.text for finding in findings(facts, skew_s, CLUSTER)]
+def texts(report: NodeReport, skew_s: float = 0.0) -> list[str]:
+    return [finding.text for finding in findings(report, skew_s, CLUSTER)]
 
 
 def test_each_fault_is_named_with_what_was_expected():
@@ -55,11 +55,11 @@ def test_one_bad_node_is_left_out_but_not_all_of_them():
     everywhere = bad + findings(replace(WELL, gpus=[GPU]), 0.0, CLUSTER)
     assert judge([], [], ["n0", "n1"]) is None
     verdict = judge(bad, [], ["n0", "n1"])
-    assert verdict is not None and (verdict.word, verdict.nodes) == ("exclude", ("n1",))
-    assert judge(everywhere, [], ["n0", "n1"]).word == "failed"
+    assert verdict is not None and (verdict.status, verdict.nodes) == ("exclude", ("n1",))
+    assert judge(everywhere, [], ["n0", "n1"]).status == "failed"
     differ = differences([WELL, replace(WELL, node="n1", versions={"torch": "2.12.0"})])
     assert differ == ["torch: 2.13.0 on n0; 2.12.0 on n1"]
-    assert judge(bad, differ, ["n0", "n1"]).word == "failed"
+    assert judge(bad, differ, ["n0", "n1"]).status == "failed"
 
 
 def test_what_most_nodes_have_is_not_their_fault_and_a_broken_device_is():
@@ -69,16 +69,16 @@ def test_what_most_nodes_have_is_not_their_fault_and_a_broken_device_is():
         for node in nodes[:3]
         for finding in findings(replace(WELL, node=node, disks=[Disk("o", 0, None)]), 0, CLUSTER)
     ]
-    assert judge(full, [], nodes).word == "requeue"
-    assert judge(full[:2], [], nodes).word == "exclude"
+    assert judge(full, [], nodes).status == "requeue"
+    assert judge(full[:2], [], nodes).status == "exclude"
     broken = findings(replace(WELL, error="no answer within 90 s"), 0, CLUSTER)
     assert judge(broken, [], ["n0"]).nodes == ("n0",)
-    assert judge(findings(replace(WELL, gpus=[GPU]), 0, CLUSTER), [], ["n0"]).word == "failed"
+    assert judge(findings(replace(WELL, gpus=[GPU]), 0, CLUSTER), [], ["n0"]).status == "failed"
 
 
 def test_the_clock_that_is_wrong_is_named_even_the_first_nodes():
-    assert from_the_middle({0: 0.0, 1: 60.0, 2: 60.5, 3: 60.0}) == {0: -60.0, 1: 0.0, 2: 0.5, 3: 0.0}
-    assert from_the_middle({0: 0.0, 1: 60.0}) == {0: 0.0, 1: 60.0}
+    assert skews_from_median({0: 0.0, 1: 60.0, 2: 60.5, 3: 60.0}) == {0: -60.0, 1: 0.0, 2: 0.5, 3: 0.0}
+    assert skews_from_median({0: 0.0, 1: 60.0}) == {0: 0.0, 1: 60.0}
 
 
 @pytest.mark.parametrize("size", [3, 4, 5, 8])
@@ -90,7 +90,7 @@ def test_pairs_name_the_node_that_reaches_nobody(size):
     assert unreachable(size, pairs, pairs) == []
 
 
-class FakeWorker:
+class FakeDeviceProcess:
     """All-reduces with node 2 fail."""
 
     def start(self, what: str, host: str, port: int, name: str, *rest: object) -> None:
@@ -100,9 +100,9 @@ class FakeWorker:
         return {"error": "RuntimeError: timed out"} if self._fails else {"seconds": {"gloo": 0.1}}
 
 
-def council(tmp_path, monkeypatch, nodes: int, there: range, timeout_s: int) -> Verdict | None:
+def preflight(tmp_path, monkeypatch, nodes: int, there: range, timeout_s: int) -> Verdict | None:
     """The verdict of a job of `nodes` nodes, those in `there` present, as threads of this process."""
-    from llada_megatron.launch.cluster.preflight.coordinator import PreflightCoordinator, attend
+    from llada_megatron.launch.cluster.preflight.coordinator import PreflightCoordinator, answer_coordinator
     from llada_megatron.launch.cluster.rendezvous import open_store
 
     monkeypatch.setenv("SLURM_STEP_NODELIST", f"n[0-{nodes - 1}]")
@@ -114,11 +114,11 @@ def council(tmp_path, monkeypatch, nodes: int, there: range, timeout_s: int) -> 
 
     def take_part(index: int) -> None:
         node = Node(job, "17", 0, index, nodes, f"n{index}", "127.0.0.1", port)
-        facts, store = replace(WELL, node=node.name), open_store(node, 30)
+        report, store = replace(WELL, node=node.name), open_store(node, 30)
         if node.first:
-            PreflightCoordinator(node, cluster, store, FakeWorker(), time.monotonic() + timeout_s).hold(facts)
+            PreflightCoordinator(node, cluster, store, FakeDeviceProcess(), time.monotonic() + timeout_s).run(report)
         else:
-            attend(node, store, FakeWorker(), facts)
+            answer_coordinator(node, store, FakeDeviceProcess(), report)
 
     threads = [threading.Thread(target=take_part, args=(index,)) for index in there]
     for thread in threads:
@@ -131,11 +131,11 @@ def council(tmp_path, monkeypatch, nodes: int, there: range, timeout_s: int) -> 
 def test_a_silent_node_and_one_without_a_network_are_left_out(tmp_path, monkeypatch):
     (tmp_path / "silent").mkdir()
     (tmp_path / "network").mkdir()
-    silent = council(tmp_path / "silent", monkeypatch, 3, range(2), 2)
-    assert silent is not None and (silent.word, silent.nodes) == ("exclude", ("n2",))
+    silent = preflight(tmp_path / "silent", monkeypatch, 3, range(2), 2)
+    assert silent is not None and (silent.status, silent.nodes) == ("exclude", ("n2",))
     assert "no answer within 2 s" in silent.reason
-    network = council(tmp_path / "network", monkeypatch, 3, range(3), 20)
-    assert network is not None and (network.word, network.nodes) == ("exclude", ("n2",)), network
+    network = preflight(tmp_path / "network", monkeypatch, 3, range(3), 20)
+    assert network is not None and (network.status, network.nodes) == ("exclude", ("n2",)), network
     assert "timed out" in network.reason
 
 
@@ -147,12 +147,13 @@ def test_a_first_node_whose_devices_hang_is_left_out(tmp_path):
     site.mkdir()
     (site / "sitecustomize.py").write_text(
         "import os, sys, time\n"
-        "if sys.orig_argv[-1].endswith('preflight.worker') and os.environ['SLURMD_NODENAME'] == 'n0': time.sleep(600)\n"
+        "hangs = sys.orig_argv[-1].endswith('preflight.device_process') and os.environ['SLURMD_NODENAME'] == 'n0'\n"
+        "if hangs: time.sleep(600)\n"
     )
     try:
         job.start("preflight", PYTHONPATH=f"{site}:{os.environ.get('PYTHONPATH', '')}")
         verdict = job.ended()
-        assert verdict is not None and (verdict.word, verdict.nodes) == ("exclude", ("n0",)), job.said()
+        assert verdict is not None and (verdict.status, verdict.nodes) == ("exclude", ("n0",)), job.said()
     finally:
         job.kill()
 
@@ -175,14 +176,14 @@ def test_two_real_nodes(tmp_path):
         well.start("preflight", nodes=(0,))
         other.start("preflight", nodes=(1,), LLADA_RENDEZVOUS=f"127.0.0.1:{well.port}", LLADA_ATTEMPT="1")
         verdict = well.ended()
-        assert verdict is not None and verdict.word == "failed", well.said()
+        assert verdict is not None and verdict.status == "failed", well.said()
         assert "environments differ: run.yaml" in verdict.reason
 
         with socket.create_server(("127.0.0.1", well.port)):  # a program that came after the script had looked
             well.start("preflight", nodes=(0,), LLADA_RENDEZVOUS=f"127.0.0.1:{well.port}")
             verdict = well.ended()
-        assert verdict is not None and verdict.word == "requeue", well.said()
-        assert "cannot meet" in verdict.reason
+        assert verdict is not None and verdict.status == "requeue", well.said()
+        assert "cannot connect" in verdict.reason
     finally:
         well.kill()
         other.kill()

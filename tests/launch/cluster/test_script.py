@@ -200,7 +200,7 @@ def test_again_and_again_without_a_newer_checkpoint_ends_the_job(script, agent):
         codes.append(script.run(cluster, attempt, AGENT=agent)[0])
     assert codes == [0] * 7 + [1]
     verdict = JobDirectory(script.job).read_verdict(7)
-    assert verdict is not None and verdict.word == "failed"
+    assert verdict is not None and verdict.status == "failed"
     assert "3 attempts without a newer checkpoint" in verdict.reason
 
 
@@ -213,7 +213,7 @@ def test_bad_nodes_do_not_count_as_attempts_without_a_checkpoint(script):
 def test_nodes_that_do_not_start_end_a_job_only_the_first_time(script):
     """Later, a node has died since the last attempt: SLURM will have noticed by the next one."""
     assert script.run(AGENT="exit 1") == (1, [])
-    assert JobDirectory(script.job).read_verdict(0).word == "failed"
+    assert JobDirectory(script.job).read_verdict(0).status == "failed"
     assert script.run(attempt=1, AGENT="exit 1") == (0, REQUEUE)
 
 
@@ -262,9 +262,9 @@ def test_the_rendezvous_is_on_the_first_node_at_a_port_that_nobody_has(script):
         else:
             taken.listen()
         script.run(AGENT=says("done"))
-    _, attempt, meeting = script.lines("started")[1].split()
-    assert (attempt, meeting.partition(":")[0]) == ("0", "localhost")
-    assert int(meeting.partition(":")[2]) > port
+    _, attempt, rendezvous = script.lines("started")[1].split()
+    assert (attempt, rendezvous.partition(":")[0]) == ("0", "localhost")
+    assert int(rendezvous.partition(":")[2]) > port
 
 
 def test_a_first_node_without_a_name_ends_the_job(script):

@@ -1,4 +1,4 @@
-"""`llada jobs` and its records: what is said of a job at each stage, from SLURM's word and the job's own."""
+"""`llada jobs` and its records: the status of a job at each stage, from SLURM's state and the job's own records."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def test_each_stage_has_its_words(job):
         1,
     )
     job.directory.stop.touch()
-    assert status(job, queued("RUNNING"), True).note == "saving and ending, as asked"
+    assert status(job, queued("RUNNING"), True).note == "saving and ending on request"
 
 
 @pytest.mark.parametrize("known", [None, queued("COMPLETED"), queued("COMPLETING")])

@@ -56,7 +56,7 @@ def test_a_job_that_is_over_is_left_alone(job, capsys):
     job.write_verdict(0, Verdict("failed", "rank 1: bad data"))
     assert stop(job, "FAILED") == (1, [])
     assert not job.stop.exists()
-    assert "over already" in capsys.readouterr().err
+    assert "already over" in capsys.readouterr().err
 
 
 def test_a_job_that_is_queued_again_meanwhile_is_taken_out(job):
@@ -88,7 +88,7 @@ def test_logs_show_the_end_of_the_output_and_follow_it_to_the_end_of_the_job(job
     folder = job.path.parents[2]
     (folder / "state").write_text("RUNNING\n")
     assert cli.main(["logs", "7"]) == 2
-    assert "not there yet" in capsys.readouterr().err
+    assert "does not exist yet" in capsys.readouterr().err
     job.output.write_text("".join(f"line {number}\n" for number in range(20000)))
     assert cli.main(["logs", "7", "--lines", "3"]) == 0
     assert capsys.readouterr().out == "line 19997\nline 19998\nline 19999\n"

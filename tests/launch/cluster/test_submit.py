@@ -80,7 +80,7 @@ def test_a_job_that_cannot_be_put_on_record_is_told_of(place, capsys):
     (place / "state").write_text("not a directory")
     assert submit() == 0
     told = capsys.readouterr()
-    assert told.out.startswith("job 41: ") and "cannot be put on record" in told.err
+    assert told.out.startswith("job 41: ") and "could not be recorded" in told.err
     assert cli.main(["jobs", "runs/demo"]) == 0
 
 

@@ -1,1 +1,1 @@
-"""Jobs on a cluster: what `llada submit` renders, and what runs on the nodes once SLURM has started it."""
+"""Jobs on a cluster: what `llada submit` writes, and what runs on the nodes once SLURM has started the job."""

@@ -1,4 +1,4 @@
-"""What a cluster is, as far as a job needs to know: the YAML files in configs/clusters, and what they can mean."""
+"""The description of a cluster: the keys of the YAML files in configs/clusters, and the checks of their values."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ class ContainerConfig:
     mounts: list[str] = field(default_factory=list)
     """`HOST:CONTAINER` paths; the run's data and output directory must be among them."""
     options: list[str] = field(default_factory=list)
-    """Further options of srun, one each."""
+    """Further options of srun, one in each item."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreflightConfig:
-    """What a node must show before a job uses it."""
+    """What the preflight requires of every node."""
 
     timeout_s: int = 120
-    """A node that has not answered by then is named and excluded."""
+    """Seconds after which a node that has not answered is named and excluded."""
     min_free_disk_gb: float = 1.0
-    """In the run's output directory and in the temporary directory of each node."""
+    """Free space in the run's output directory and in the temporary directory of each node."""
     min_memory_gb: float = 0.0
-    """Host memory that is free on each node; 0 = not asked."""
+    """Free host memory on each node; 0 = not checked."""
     min_matmul_tflops: float = 0.0
-    """Large matrix product of each GPU (or of the node's CPU); 0 = measured and reported only."""
+    """Speed of a large matrix product on each GPU (or on the node's CPU); 0 = measured and reported only."""
     max_clock_skew_s: float = 5.0
+    """How far a node's clock may be from the others'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class ClusterConfig:
     """One cluster, or one partition of it. Keys without a value here are left to SLURM's own defaults."""
 
     ranks_per_node: int
-    """Processes on a node: one per GPU, or as many as the CPUs carry where there is none."""
+    """Processes on a node: one per GPU, or as many as the CPUs can run where there is no GPU."""
     gpus_per_node: int = 0
     partition: str | None = None
     account: str | None = None
@@ -51,16 +52,16 @@ class ClusterConfig:
     reservation: str | None = None
     constraint: str | None = None
     cpus_per_node: int | None = None
-    """Cores that the one task on a node asks for; null = all of an exclusive node."""
+    """Cores that the job's one task on each node asks for; null = all of an exclusive node."""
     memory_per_node: str | None = None
     """As SLURM writes it (`64G`; `0` = all)."""
     time: str = "1-00:00:00"
-    """Limit of one allocation (days-hours:minutes:seconds); the job is requeued before it ends and goes on."""
+    """Time limit of one allocation (days-hours:minutes:seconds); before it ends, the job is queued again."""
     exclusive: bool = True
     exclude: list[str] = field(default_factory=list)
-    """Nodes that are not to be used."""
+    """Nodes that the job does not use."""
     sbatch_options: list[str] = field(default_factory=list)
-    """Further options of sbatch, one each, for example `--comment=llada`."""
+    """Further options of sbatch, one in each item, for example `--comment=llada`."""
     container: ContainerConfig | None = None
     setup: list[str] = field(default_factory=list)
     """Lines of the script before anything starts: `module load …`, `source …/bin/activate`."""
@@ -69,16 +70,18 @@ class ClusterConfig:
     environment: list[str] = field(default_factory=list)
     """`NAME=value` for every process."""
     signal_before_end_s: int = 300
-    """How long before the time limit the job saves and is requeued."""
+    """How long before the time limit the job saves and is queued again."""
     requeue: bool = True
     """Whether the job may be queued again after a time limit, a preemption or a fault."""
     max_requeues: int = 100
     max_restarts: int = 3
-    """Restarts of the ranks inside a job, and of the job, without a new checkpoint in between."""
+    """How often the ranks may be started again in one allocation, and how many attempts of the job may follow one
+    another, without a newer checkpoint."""
     lost_node: Literal["shrink", "requeue"] = "shrink"
-    """A node is gone: go on without it where the layout allows a smaller data_parallel, or queue the job again."""
+    """What to do when a node is gone. shrink: go on without it where the layout allows a smaller data_parallel.
+    requeue: queue the job again."""
     lost_node_wait_s: int = 30
-    """How long the other nodes wait for it to come back."""
+    """How long the other nodes wait for a lost node to come back."""
     rendezvous_timeout_s: int = 600
     """How long the nodes of a job wait for each other."""
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
@@ -97,19 +100,23 @@ _NODE_LIST = re.compile(r"[^\s,;]+")
 
 _MEMORY = re.compile(r"\d+[KMGT]?")
 
-_OURS = ("nodes", "ntasks", "ntasks-per-node", "output", "error", "open-mode", "signal", "chdir", "export", "array")
-"""Options of sbatch that the script depends on."""
+_RESERVED = ("nodes", "ntasks", "ntasks-per-node", "output", "error", "open-mode", "signal", "chdir", "export", "array")
+"""Options of sbatch that the script sets itself and depends on."""
 
 _KEYS = {"mem": "memory_per_node", "cpus-per-task": "cpus_per_node", "no-requeue": "requeue"}
 
 _KEYS |= {name: name for name in ("partition", "account", "qos", "reservation", "constraint", "time", "exclusive")}
 
 _KEYS |= {name: name.replace("-", "_") for name in ("exclude", "requeue", "gpus-per-node")}
-"""Options of sbatch that keys of the cluster file stand for."""
+"""Options of sbatch, and the key of the cluster file to use instead of each."""
 
 
 def validate_cluster(cluster: ClusterConfig, origins: Origins) -> None:
-    """Raises: ConfigError: with file, line, key and what to change, one line per problem."""
+    """Check that the values can work, each alone and together.
+
+    Raises:
+        ConfigError: with file, line, key and what to change, one line per problem.
+    """
     refuse, problems = collector(origins)
     _check_sizes(cluster, refuse)
     _check_times(cluster, refuse)
@@ -118,7 +125,7 @@ def validate_cluster(cluster: ClusterConfig, origins: Origins) -> None:
 
 
 def seconds(time: str) -> int | None:
-    """A time limit as SLURM writes it, in seconds; None for what it does not understand.
+    """A time limit as SLURM writes it, in seconds; None for a text that is not one.
 
     Its forms (sbatch(1), --time): M, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
     """
@@ -187,8 +194,8 @@ def _check_texts(cluster: ClusterConfig, refuse: Refuse) -> None:
     each("sbatch_options", cluster.sbatch_options, options, "an option such as --comment=llada")
     for number, option in enumerate(cluster.sbatch_options):
         name = option.lstrip("-").partition("=")[0].strip()
-        if name in _OURS:
-            refuse(f"sbatch_options.{number}", f"--{name} is the script's own; it depends on it")
+        if name in _RESERVED:
+            refuse(f"sbatch_options.{number}", f"--{name} is set by the script, which depends on it")
         elif name in _KEYS:
             refuse(f"sbatch_options.{number}", f"--{name} has a key of its own; write {_KEYS[name]}: …")
     if cluster.memory_per_node is not None and not _MEMORY.fullmatch(cluster.memory_per_node):

@@ -1,21 +1,16 @@
-"""Whether a run fits a cluster: its layout fills whole nodes, its partition can run it, its files can be seen there."""
+"""Whether a run fits a cluster: the layout fills whole nodes, the partition has enough, containers see the files."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llada_megatron.launch.cluster import slurm
 from llada_megatron.launch.cluster.config import seconds
 from llada_megatron.llada_moe.config import validate_run
-from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import ConfigError
-
-if TYPE_CHECKING:
-    from llada_megatron.launch.cluster.config import ClusterConfig
-import math
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llada_megatron.launch.cluster.config import ClusterConfig
@@ -42,7 +37,7 @@ def node_counts(run: RunConfig, ranks_per_node: int, nodes: int) -> list[int]:
 
 
 def fits(run: RunConfig, ranks: int) -> bool:
-    """Whether the run can go on with `ranks` ranks (see `resized`)."""
+    """Whether the run can go on with `ranks` ranks, as `resized` changes it."""
     try:
         resized(run, ranks)
     except ConfigError:
@@ -56,13 +51,14 @@ class Partition:
 
     name: str
     nodes: int
-    """All of them, also those that are down."""
+    """The number of all its nodes, including those that are down."""
     time: str
-    """Longest allocation, as SLURM writes it; `infinite`."""
+    """The longest allocation, as SLURM writes it; it may be `infinite`."""
 
 
 def check_partition(cluster: ClusterConfig, nodes: int, cluster_file: str) -> list[str]:
-    """What to warn of: a time limit above the partition's (some accounts may exceed it).
+    """Check the number of nodes; returns a warning where the time is above the partition's limit (some accounts may
+    exceed it).
 
     Raises:
         ConfigError: no partition that the job may run in has so many nodes.
@@ -71,7 +67,7 @@ def check_partition(cluster: ClusterConfig, nodes: int, cluster_file: str) -> li
     wanted = cluster.partition.split(",") if cluster.partition else []
     every, default = _partitions()
     usable = [each for each in every if each.name in (wanted or default)]
-    if not usable:  # a partition that does not exist is SLURM's to refuse
+    if not usable:  # a partition that does not exist: SLURM will refuse it
         return []
     largest = max(usable, key=lambda each: each.nodes)
     if nodes > largest.nodes:
@@ -83,7 +79,7 @@ def check_partition(cluster: ClusterConfig, nodes: int, cluster_file: str) -> li
     if limit is not None and asked is not None and asked > limit:
         return [
             f"{cluster_file}: time {cluster.time} is more than the {largest.time} that {largest.name} allows: where "
-            "your account may not exceed that, the job waits for good (PartitionTimeLimit)"
+            "your account may not exceed that, the job will wait for ever (PartitionTimeLimit)"
         ]
     return []
 
@@ -96,10 +92,10 @@ def _partitions() -> tuple[list[Partition], list[str]]:
 
 
 def nodes_needed(run: RunConfig, cluster: ClusterConfig, cluster_file: str) -> int:
-    """How many nodes the layout fills.
+    """The number of nodes that the layout fills.
 
     Raises:
-        ConfigError: it does not fill them evenly; with the arithmetic and the nearest layouts that do.
+        ConfigError: the layout does not fill whole nodes; with the arithmetic and the nearest layouts that do.
     """
     layout, per_node = run.layout, cluster.ranks_per_node
     whole, rest = divmod(layout.world_size, per_node)
@@ -114,23 +110,24 @@ def nodes_needed(run: RunConfig, cluster: ClusterConfig, cluster_file: str) -> i
 
 
 def layout_warnings(run: RunConfig, cluster: ClusterConfig) -> list[str]:
-    """What works and is slow: groups that exchange activations of every layer across nodes."""
+    """Warnings of layouts that work but are slow: groups that exchange the activations of every layer across nodes."""
     tensor, per_node = run.layout.tensor_parallel, cluster.ranks_per_node
     if per_node % tensor and tensor > 1:
         return [
-            f"layout.tensor_parallel {tensor} does not divide the {per_node} ranks of a node: its ranks speak to one "
-            "another in every layer, and some of them over the network between nodes; a divisor is faster"
+            f"layout.tensor_parallel {tensor} does not divide the {per_node} ranks of a node: its ranks exchange "
+            "activations in every layer, and some of them over the network between nodes; a divisor is faster"
         ]
     return []
 
 
 def check_mounts(run: RunConfig, cluster: ClusterConfig, directory: Path) -> None:
-    """In a container a path must mean the same as on the host: the job's directory and the data are named so.
+    """Check that the container has the run's files at the same paths as the host: the job names them by these paths.
 
-    `directory`: what relative paths of the run are relative to.
+    Args:
+        directory: the folder that relative paths of the run start from.
 
     Raises:
-        ConfigError: names the paths that no mount of the container covers, and the mount to add.
+        ConfigError: with the paths that no mount of the container covers, and the mount to add.
     """
     if cluster.container is None:
         return

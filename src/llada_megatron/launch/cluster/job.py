@@ -1,15 +1,15 @@
-"""The directory of one submitted job, `OUTPUT_DIR/jobs/NAME`: all that its submitter, its nodes and its readers share.
+"""The directory of one submitted job, `OUTPUT_DIR/jobs/NAME`: what its submitter, nodes and readers share.
 
-    run.yaml cluster.yaml      the resolved configurations, fixed when the job was submitted
+    run.yaml cluster.yaml      the resolved configurations, as they were when the job was submitted
     job.sbatch job.json        the script, and what `llada submit` knows of the job (its SLURM id)
     job.out                    output of the script and the nodes, over all attempts
     events/NODE.jsonl          what happened, one line each; a file per node, since appending over NFS is not atomic
-    preflight-ATTEMPT/NODE.json   what each node said of itself
+    preflight-ATTEMPT/NODE.json   what each node reported of itself
     agents/NODE.log            what torch elastic says on each node
-    verdict-ATTEMPT            how an attempt ended; its first word is what the script acts on
-    stop                       there when the job is to save, end and stay away
+    verdict-ATTEMPT            how an attempt ended; its first word is the status that the script acts on
+    stop                       exists when the job is to save and end, and not to be queued again
     attempt                    number of the newest attempt
-    newest                     a line for each attempt that went back into the queue: the newest checkpoint by then
+    newest                     the newest checkpoint at each time that the job went back into the queue, one line each
 
 An attempt is one allocation: 0, then one more for each requeue (SLURM_RESTART_COUNT).
 """
@@ -25,24 +25,24 @@ from typing import Any, Literal
 from llada_megatron.launch.files import make_once
 
 JOB_VARIABLE = "LLADA_JOB"
-"""Environment variable of every process of a job: its directory."""
+"""Environment variable of every process of a job: the job's directory."""
 ATTEMPT_VARIABLE = "LLADA_ATTEMPT"
 RENDEZVOUS_VARIABLE = "LLADA_RENDEZVOUS"
-"""HOST:PORT on the first node, where the nodes meet."""
+"""HOST:PORT of the store on the first node, where the nodes find each other."""
 
 VerdictStatus = Literal["done", "stopped", "failed", "requeue", "exclude"]
-"""done: trained to the last step. stopped: saved and ended because a person asked. failed: a person has to look.
-requeue: saved or lost its nodes, go on in a new allocation. exclude: the same, without the nodes named next."""
+"""done: trained to the last step. stopped: saved and ended because a person asked. failed: only a person can help.
+requeue: the job goes on in a new allocation. exclude: the same, without the nodes that are named."""
 
 
 @dataclass(frozen=True)
 class Verdict:
     """How an attempt ended."""
 
-    word: VerdictStatus
+    status: VerdictStatus
     reason: str
     nodes: tuple[str, ...] = ()
-    """Of `exclude`: the nodes to do without."""
+    """The nodes to be excluded, where the status is `exclude`."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class JobDirectory:
 
     @property
     def script(self) -> Path:
-        """What sbatch was given."""
+        """The script that sbatch was given."""
         return self.path / "job.sbatch"
 
     @property
     def output(self) -> Path:
-        """Output of the script and the nodes."""
+        """The output of the script and of all nodes."""
         return self.path / "job.out"
 
     @property
@@ -84,17 +84,17 @@ class JobDirectory:
             return 0
 
     def preflight(self, attempt: int) -> Path:
-        """Folder of what each node said of itself."""
+        """The folder with the nodes' preflight reports."""
         return self.path / f"preflight-{attempt}"
 
     def verdict(self, attempt: int) -> Path:
-        """How an attempt ended."""
+        """The file that says how an attempt ended."""
         return self.path / f"verdict-{attempt}"
 
     def write_verdict(self, attempt: int, verdict: Verdict) -> None:
-        """Say how an attempt ended, in two lines: `WORD [NODE,NODE]`, and the reason. The first verdict stays."""
+        """Write how an attempt ended, in two lines: `STATUS [NODE,NODE]`, and the reason. The first verdict is kept."""
         reason = " ".join(verdict.reason.split())
-        text = f"{verdict.word} {','.join(verdict.nodes)}".rstrip() + f"\n{reason}\n"
+        text = f"{verdict.status} {','.join(verdict.nodes)}".rstrip() + f"\n{reason}\n"
         make_once(self.verdict(attempt), text)
 
     def read_verdict(self, attempt: int) -> Verdict | None:
@@ -103,19 +103,19 @@ class JobDirectory:
             first, _, reason = self.verdict(attempt).read_text("utf-8").partition("\n")
         except FileNotFoundError:
             return None
-        word, _, nodes = first.partition(" ")
-        return Verdict(word, reason.strip(), tuple(filter(None, nodes.split(","))))  # type: ignore[arg-type]
+        status, _, nodes = first.partition(" ")
+        return Verdict(status, reason.strip(), tuple(filter(None, nodes.split(","))))  # type: ignore[arg-type]
 
-    def add_event(self, attempt: int, node: str, event: str, **facts: Any) -> None:
+    def add_event(self, attempt: int, node: str, event: str, **values: Any) -> None:
         """Note that something happened on `node` (JSON values)."""
         folder = self.path / "events"
         folder.mkdir(exist_ok=True)
-        line = {"time": round(time.time(), 3), "attempt": attempt, "node": node, "event": event, **facts}
+        line = {"time": round(time.time(), 3), "attempt": attempt, "node": node, "event": event, **values}
         with (folder / f"{node}.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
     def events(self) -> list[dict[str, Any]]:
-        """All events of all nodes in order of time; lines cut short by a kill or a full disk are left out."""
+        """All events of all nodes in order of time; lines cut short by a kill or a full disk are skipped."""
         paths = (self.path / "events").glob("*.jsonl")
         found = [_event(text) for path in paths for text in path.read_text("utf-8", errors="replace").splitlines()]
         return sorted(filter(None, found), key=lambda line: line["time"])

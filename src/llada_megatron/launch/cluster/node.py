@@ -1,4 +1,4 @@
-"""Where a process of a job stands: which node, of how many, and where the nodes meet. From SLURM's variables."""
+"""The node that a process of a job runs on: its number, and where the nodes' store is, from SLURM's variables."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ class Node:
     job_id: str
     attempt: int
     index: int
-    """0 is the first node: it holds the store, and it alone writes verdicts."""
+    """0 is the first node: it serves the store, and it alone writes verdicts."""
     count: int
     name: str
     host: str
-    """Of the store."""
+    """Host of the store."""
     port: int
+    """Port of the store."""
 
     @classmethod
     def here(cls, job: JobDirectory, environment: Mapping[str, str] = os.environ) -> Node:
         """The node that this process is on.
 
         Raises:
-            ConfigError: it was not started by a job's script.
+            ConfigError: the process was not started by a job's script.
         """
         count = environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_JOB_NUM_NODES")
         needed = (ATTEMPT_VARIABLE, RENDEZVOUS_VARIABLE, "SLURM_JOB_ID", "SLURM_NODEID", "SLURMD_NODENAME")
@@ -43,12 +44,12 @@ class Node:
         if count is None or missing:
             missing += [] if count else ["SLURM_STEP_NUM_NODES"]
             raise ConfigError(f"{', '.join(missing)} not set: this program is started by the script of `llada submit`")
-        attempt, meeting, job_id, index, name = (environment[variable] for variable in needed)
-        host, _, port = meeting.rpartition(":")
+        attempt, rendezvous, job_id, index, name = (environment[variable] for variable in needed)
+        host, _, port = rendezvous.rpartition(":")
         return cls(job, job_id, int(attempt), int(index), int(count), name, host, int(port))
 
     def names(self) -> list[str]:
-        """Names of the job's nodes, by their numbers.
+        """The names of the job's nodes, in the order of their numbers.
 
         Raises:
             ConfigError: SLURM's list of them is missing, or names another number of nodes.
@@ -61,12 +62,14 @@ class Node:
 
     @property
     def first(self) -> bool:
-        """Whether this node decides."""
+        """Whether this is the first node, which decides for all."""
         return self.index == 0
 
     @property
     def address(self) -> str:
-        """Under which the other nodes reach this one: on the first its given name, else the address towards the first.
+        """The address at which the other nodes reach this one.
+
+        For the first node it is its name, for others the address from which they reach the first one.
 
         Raises:
             OSError: the first node's name cannot be resolved.
@@ -79,13 +82,13 @@ class Node:
             return str(probe.getsockname()[0])
 
     def say(self, text: str) -> None:
-        """One line in the job's output, with the time and the node."""
+        """Print one line with the time and the node to the job's output."""
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.name}: {text}", file=sys.stderr, flush=True)
 
-    def event(self, event: str, **facts: Any) -> None:
-        """Note that something happened here; where that cannot be written, say so and go on."""
+    def event(self, event: str, **values: Any) -> None:
+        """Note in the job's directory that something happened on this node; where that fails, say so and go on."""
         try:
-            self.job.add_event(self.attempt, self.name, event, **facts)
+            self.job.add_event(self.attempt, self.name, event, **values)
         except OSError as error:  # a full disk must not end training
             self.say(f"{event} could not be noted in {self.job.path}: {error.strerror}")
 
@@ -93,7 +96,7 @@ class Node:
 def expand_nodes(text: str) -> list[str]:
     """The names in SLURM's list of nodes: `n[01-03,7]x,m` are n01x, n02x, n03x, n7x and m.
 
-    `scontrol show hostnames` does the same, but need not be there in a container.
+    `scontrol show hostnames` does the same, but a container may not have it.
     """
     names: list[str] = []
     for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):

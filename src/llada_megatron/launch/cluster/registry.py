@@ -1,4 +1,4 @@
-"""Which jobs were submitted, and where their directories are."""
+"""Records of submitted jobs: in their own directories, and in a list of this user's jobs."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class JobRecord:
     submitted: float
     """Seconds since 1970."""
     output_dir: str
-    """Absolute."""
+    """An absolute path."""
     nodes: int
     ranks: int
     steps: int
     cluster: str
-    """The cluster file as it was named."""
+    """The cluster file as it was named on the command line."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class SubmittedJob:
 
 
 def new_directory(output_dir: Path) -> JobDirectory:
-    """A directory for a job, named after the time; not made yet."""
+    """A directory for a new job, named after the time; it is not created yet."""
     name = time.strftime("%Y%m%d-%H%M%S")
     folder = output_dir.absolute() / JOBS
     candidates = (folder / (name if number == 1 else f"{name}-{number}") for number in range(1, 1000))
@@ -53,11 +53,11 @@ def new_directory(output_dir: Path) -> JobDirectory:
 
 
 @contextlib.contextmanager
-def alone(output_dir: Path) -> Iterator[None]:
-    """While this is open, no other `llada submit` checks or adds jobs of the same run.
+def exclusive_submission(output_dir: Path) -> Iterator[None]:
+    """While this is open, no other `llada submit` can check or add jobs of the same run.
 
     Raises:
-        ResourceError: another one is at it.
+        ResourceError: another one is doing so.
     """
     folder = output_dir / JOBS
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,15 +66,15 @@ def alone(output_dir: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ResourceError(
-                f"another `llada submit` is submitting {output_dir} at this moment; two jobs must not write one run"
+                f"another `llada submit` is submitting {output_dir} at this moment; two jobs must not write to one run"
             ) from None
-        except OSError:  # a file system without locks: the run directory's lease still keeps a second job out
+        except OSError:  # a file system without locks: the run lock still keeps a second job from training
             pass
         yield
 
 
 def write(job: JobDirectory, record: JobRecord) -> None:
-    """Note a submitted job in its directory and in the registry of this user's jobs."""
+    """Record a submitted job in its directory and in the list of this user's jobs."""
     files.replace(_record_path(job.path), json.dumps(asdict(record)) + "\n")
     registry = _registry()
     registry.parent.mkdir(parents=True, exist_ok=True)
@@ -93,24 +93,26 @@ def jobs_of_user() -> list[SubmittedJob]:
     return list(filter(None, (_read(path) for path, _ in _registered())))
 
 
-def find(word: str) -> list[SubmittedJob]:
-    """The jobs that a person means with a SLURM id, the output directory of a run, or the directory of a job.
+def find(name: str) -> list[SubmittedJob]:
+    """The jobs that a SLURM id, the output directory of a run, or the directory of a job stands for.
+
+    An id stands for one job, and so does a job's directory; a run may have several, the oldest first.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there is no such job.
     """
-    if word.isdecimal():
-        job = job_by_id(int(word))
+    if name.isdecimal():
+        job = job_by_id(int(name))
         if job is None:
             raise ConfigError(
-                f"no job {word} among those that you submitted with `llada submit` (`llada jobs --all` lists them); "
-                "a job of another user or machine is named by the output directory of its run"
+                f"no job {name} among those that you submitted with `llada submit` (`llada jobs --all` lists them); "
+                "name a job of another user or machine by the output directory of its run"
             )
         return [job]
-    alone = _read(Path(word).absolute())
-    jobs = [alone] if alone is not None else jobs_of_run(Path(word))
+    single = _read(Path(name).absolute())
+    jobs = [single] if single is not None else jobs_of_run(Path(name))
     if not jobs:
-        raise ConfigError(f"{word}: neither the id of a job nor the output directory of a run that was submitted")
+        raise ConfigError(f"{name}: neither the id of a job nor the output directory of a run that was submitted")
     return jobs
 
 

@@ -19,8 +19,11 @@ def render(
 ) -> str:
     """The script that trains on `nodes` nodes.
 
-    `job`: the job's directory, absolute. `name`: as squeue shows it. `directory`: what relative paths in the run are
-    relative to. `node_counts`: the numbers of nodes, up to `nodes`, that the run's layout can be made smaller to.
+    Args:
+        job: the job's directory, as an absolute path.
+        name: the name that squeue shows.
+        directory: the folder that relative paths of the run start from.
+        node_counts: the numbers of nodes, up to `nodes`, on which the run can go on.
     """
     import jinja2
 
@@ -44,13 +47,13 @@ def render(
         requeue=cluster.requeue,
         node_counts=sorted(node_counts, reverse=True) if cluster.lost_node == "shrink" else [],
         max_requeues=cluster.max_requeues,
-        max_fruitless=max(1, cluster.max_restarts),
+        max_without_progress=max(1, cluster.max_restarts),
         python=shlex.quote(python_of(cluster)),
     )
 
 
 def sbatch_options(cluster: ClusterConfig, nodes: int, job: Path, name: str, directory: Path) -> list[str]:
-    """What the job asks SLURM for, one option each, quoted as sbatch reads them."""
+    """The options of sbatch, with their values quoted as sbatch reads them."""
     values = {
         "job-name": name,
         "nodes": nodes,
@@ -77,10 +80,10 @@ def sbatch_options(cluster: ClusterConfig, nodes: int, job: Path, name: str, dir
 
 
 def srun_options(cluster: ClusterConfig) -> list[str]:
-    """How a program is started on every node: one task each, which outlives the others' failures."""
+    """The options of srun for starting a program on every node: one task each, which goes on when others fail."""
     options = ['--nodes="$SLURM_JOB_NUM_NODES"', '--ntasks="$SLURM_JOB_NUM_NODES"', "--ntasks-per-node=1"]
     options += ["--export=ALL", "--mpi=none", "--kill-on-bad-exit=0", "--wait=0"]
-    options.append("--cpu-bind=none")  # else the one task, and every rank below it, may be bound to a single core
+    options.append("--cpu-bind=none")  # otherwise SLURM may bind the task, and with it all ranks, to a single core
     if cluster.cpus_per_node is not None:
         options.append(f"--cpus-per-task={cluster.cpus_per_node}")  # not inherited from sbatch since SLURM 22.05
     if cluster.lost_node == "shrink":

@@ -1,4 +1,4 @@
-"""SLURM's own programs: submit, ask, signal and cancel, with its messages made readable.
+"""Calls of SLURM's programs: submit, query, signal and cancel jobs, with SLURM's messages made readable.
 
 Only text formats that every version has are used (`--json` differs between versions, `sacct` needs a database).
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from llada_megatron.llada_moe.errors import ConfigError, LladaError, ResourceError
 
 LIMIT_S = 60
-"""For one call of a program of SLURM; without a controller they give up by themselves after about ten seconds."""
+"""Seconds for one call of a program of SLURM; without a controller they give up by themselves after about ten."""
 
 _NOT_INHERITED = r"SLURM_(?!CONF$)|SBATCH_|SRUN_|LLADA_(JOB|ATTEMPT|RENDEZVOUS|PARENT|REPORTS|HEARTBEATS)$"
 
@@ -39,22 +39,22 @@ _REMEDIES = (
     ("node configuration", "partition", "fewer nodes, GPUs, cores or memory: `sinfo -o '%P %D %G %c %m'` lists them"),
     ("node name", "exclude", "`sinfo -N` lists the nodes"),
 )
-"""Part of a message in lower case, the key of the cluster file that it is about, and what to do."""
+"""Each row: part of a message in lower case, the key of the cluster file that it is about, and what to do."""
 
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """What SLURM knows of a job."""
+    """What squeue says of a job."""
 
     job_id: int
     state: str
     """PENDING, RUNNING, COMPLETING, COMPLETED, FAILED, CANCELLED, TIMEOUT, …"""
     reason: str
-    """Why it waits, or ended; `None` in SLURM's words where there is nothing to say."""
+    """Why it waits, or why it ended; SLURM writes `None` where there is no reason."""
     nodes: str
-    """As SLURM writes it: `n[1-4]`."""
+    """The job's nodes as SLURM writes them: `n[1-4]`."""
     time_left: str
-    """Of the allocation."""
+    """How much time of the allocation is left."""
 
     @property
     def is_live(self) -> bool:
@@ -63,7 +63,7 @@ class QueuedJob:
 
 
 def check_present() -> None:
-    """Raises ResourceError where this machine cannot submit jobs."""
+    """Raise ResourceError where this machine cannot submit jobs."""
     if shutil.which("sbatch") is None:
         raise ResourceError(
             "this machine has no sbatch, SLURM's program that submits jobs; run this on a login node of the cluster "
@@ -72,10 +72,10 @@ def check_present() -> None:
 
 
 def submit(script: Path, cluster_file: str) -> int:
-    """The id that SLURM gives the job.
+    """Submit a script; returns the id that SLURM gives the job.
 
     Raises:
-        ConfigError: SLURM refuses it; with SLURM's message, the key of `cluster_file` and what to do.
+        ConfigError: SLURM refuses the job; with SLURM's message, the key of `cluster_file` and what to do.
         ResourceError: SLURM cannot be reached.
     """
     done = _call("sbatch", "--parsable", str(script))
@@ -85,7 +85,7 @@ def submit(script: Path, cluster_file: str) -> int:
 
 
 def queue(job_ids: Sequence[int]) -> dict[int, QueuedJob]:
-    """What SLURM knows of these jobs. Those that ended a while ago (MinJobAge) are left out.
+    """What SLURM knows of these jobs, by id. It forgets jobs some time after their end (MinJobAge); these are missing.
 
     Raises:
         ResourceError: SLURM cannot be reached, or is not on this machine.
@@ -100,7 +100,11 @@ def queue(job_ids: Sequence[int]) -> dict[int, QueuedJob]:
 
 
 def partitions() -> str:
-    """A line `NAME[* where it is the default]|NAME|NODES|TIME LIMIT` per partition. Raises ResourceError."""
+    """One line `NAME|NAME|NODES|TIME LIMIT` per partition; the first name of a default partition ends in `*`.
+
+    Raises:
+        ResourceError: SLURM cannot be reached, or is not on this machine.
+    """
     done = _call("sinfo", "-h", "-o", "%P|%R|%D|%l")
     if done.returncode != 0:
         raise _unreachable(done.stderr)
@@ -108,12 +112,12 @@ def partitions() -> str:
 
 
 def take_out_of_queue(job_id: int) -> None:
-    """Cancel a job that waits; one that has just started is left alone. Raises ResourceError."""
+    """Cancel a job that waits in the queue; a job that has just started is not touched. Raises ResourceError."""
     _checked("scancel", "--state=PENDING", str(job_id))
 
 
 def ask_to_save(job_id: int) -> None:
-    """SIGUSR1 to the script of a job, which passes it on: finish the step, save, end. Raises ResourceError."""
+    """Send SIGUSR1 to a job's script, which passes it on: finish the step, save and end. Raises ResourceError."""
     _checked("scancel", "--batch", "--signal=USR1", str(job_id))
 
 
@@ -139,27 +143,27 @@ def _call(*command: str) -> subprocess.CompletedProcess[str]:
         raise ResourceError(f"this machine has no {command[0]}; run this on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
         raise ResourceError(
-            f"{command[0]} has not answered for {LIMIT_S} seconds; see with `scontrol ping` whether SLURM's controller "
-            "is there, and with `squeue --me` what it did, then try again"
+            f"{command[0]} has not answered for {LIMIT_S} seconds; check with `scontrol ping` whether SLURM's "
+            "controller answers, and with `squeue --me` what it has done, then try again"
         ) from None
 
 
 def _environment() -> dict[str, str]:
-    """Without what a job that this command runs in left: sbatch hands its own environment on to the new job.
+    """The environment without the variables of a job that this process may run in: sbatch hands them on to the new job.
 
-    And without variables that sbatch and srun read as options: they would win over the script.
+    Variables that sbatch and srun read as options are left out as well: they would override the script's options.
     """
     return {name: value for name, value in os.environ.items() if not re.match(_NOT_INHERITED, name)}
 
 
 def _message(text: str) -> str:
-    """SLURM's own words, without the names of its programs."""
+    """SLURM's message in one line, without the names of its programs."""
     lines = [re.sub(r"^\w+: (error|fatal): ", "", line).strip() for line in text.strip().splitlines()]
     return "; ".join(dict.fromkeys(filter(None, lines))) or "it does not say why"
 
 
 def _refusal(text: str, cluster_file: str) -> LladaError:
-    """What to do about a job that sbatch refused."""
+    """The error for a job that sbatch refused, with what to do about it."""
     message = _message(text)
     if "unable to contact slurm controller" in message.lower():
         return _unreachable(text)
@@ -171,7 +175,7 @@ def _refusal(text: str, cluster_file: str) -> LladaError:
 
 
 def _unreachable(text: str) -> ResourceError:
-    return ResourceError(f"SLURM: {_message(text)}; see with `scontrol ping` whether its controller is there")
+    return ResourceError(f"SLURM: {_message(text)}; check with `scontrol ping` whether its controller answers")
 
 
 def _partition_names() -> str:

@@ -1,4 +1,4 @@
-"""How a job stands, from what SLURM says, what its nodes noted, and the newest metrics of its run."""
+"""The status of a job, from SLURM's queue, the events that its nodes noted, and the newest metrics of its run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from llada_megatron.launch.cluster.slurm import QueuedJob
 from llada_megatron.parallel.training.metrics_file import last_metrics
 
 FINAL = ("done", "stopped", "failed")
+"""The status of a verdict after which a job is not queued again."""
 
 
 @dataclass(frozen=True)
@@ -23,32 +24,34 @@ class JobStatus:
     output_dir: str
     directory: str
     state: str
-    """In lower case what this program says (done, stopped, failed, ended, unknown), in upper case what SLURM says."""
+    """In lower case a state of this program (done, stopped, failed, ended, unknown), in capitals one of SLURM."""
     live: bool
     note: str
-    """Why it waits, ended, or started anew; empty where there is nothing to say."""
+    """Why the job waits, has ended or has been started again; may be empty."""
     step: int
     steps: int
     loss: float | None
     tokens_per_second: float | None
     seconds_left: float | None
-    """Of training, at the newest speed; the job may be queued in between."""
+    """Seconds of training that are left at the newest speed, without time in the queue."""
     requeues: int
     restarts: int
-    """Of the ranks inside an allocation."""
+    """How often the ranks have been started again inside an allocation."""
     nodes: str
 
 
 def status(job: SubmittedJob, queued: QueuedJob | None, slurm: bool, newest: bool = True) -> JobStatus:
-    """How `job` stands.
+    """The status of `job`.
 
-    `queued`: what SLURM knows of it; None = nothing (any more). `slurm`: whether SLURM could be asked. `newest`: no
-    later job of the same run; else the run's metrics say nothing about this one.
+    Args:
+        queued: what SLURM knows of it; None where it knows nothing, or has forgotten it.
+        slurm: whether SLURM could be asked.
+        newest: whether it is the newest job of its run; the run's metrics are not those of an older one.
     """
     record, events = job.record, job.directory.events()
     attempt = job.directory.newest_attempt()
     verdict = job.directory.read_verdict(attempt)
-    final = verdict is not None and verdict.word in FINAL  # also while SLURM is still clearing up
+    final = verdict is not None and verdict.status in FINAL  # even while SLURM is still completing the job
     live = queued is not None and queued.is_live and not final
     newest_events = [line for line in events if line["attempt"] == attempt]
     if queued is not None and live:
@@ -80,7 +83,7 @@ def status(job: SubmittedJob, queued: QueuedJob | None, slurm: bool, newest: boo
 
 
 def statuses(jobs: list[SubmittedJob], queue: Mapping[int, QueuedJob] | None) -> list[JobStatus]:
-    """`status` of each; `queue` is None where SLURM could not be asked."""
+    """The status of each of `jobs`, which are the oldest first; `queue` is None where SLURM could not be asked."""
     newest = {job.record.output_dir: job.directory.path for job in jobs}
     known = queue or {}
     found = []
@@ -93,9 +96,9 @@ def statuses(jobs: list[SubmittedJob], queue: Mapping[int, QueuedJob] | None) ->
 def _live(
     queued: QueuedJob, verdict: Verdict | None, events: list[dict[str, Any]], job: SubmittedJob
 ) -> tuple[str, str]:
-    """State and note of a job that runs or may run again. `verdict`, `events`: of its newest attempt."""
+    """State and note of a job that runs or may run again; `verdict` and `events` are those of its newest attempt."""
     if job.directory.stop.exists():
-        return queued.state, "saving and ending, as asked"
+        return queued.state, "saving and ending on request"
     waiting = "" if queued.reason in ("None", "") else queued.reason
     if queued.state == "PENDING":
         again = f"queued again: {verdict.reason}" if verdict is not None else ""
@@ -115,16 +118,16 @@ def _live(
 def _over(
     queued: QueuedJob | None, verdict: Verdict | None, events: list[dict[str, Any]], slurm: bool, job: SubmittedJob
 ) -> tuple[str, str]:
-    """State and note of a job that SLURM does not run any more, or that it cannot be asked about."""
-    if verdict is not None and verdict.word in FINAL:
-        return verdict.word, verdict.reason
+    """State and note of a job that SLURM does not run any more, or where SLURM cannot be asked."""
+    if verdict is not None and verdict.status in FINAL:
+        return verdict.status, verdict.reason
     reason = verdict.reason if verdict is not None else ""
     if job.directory.stop.exists() and slurm:
         ran = any(line["event"] == "start" for line in events)
-        silent = "killed before it had saved" if ran else "ended as asked before its ranks ran"
+        silent = "killed before it had saved" if ran else "ended on request before its ranks ran"
         return "stopped", reason or silent
     if queued is not None:
         return queued.state, reason or ("" if queued.reason in ("None", "") else queued.reason)
     if not slurm:
         return "unknown", "; ".join(filter(None, ("SLURM cannot be asked here", reason)))
-    return "ended", reason or "without a verdict; its output may say why"
+    return "ended", reason or "it left no verdict; its output may say why"

@@ -1,1 +1,1 @@
-"""Ranks: started on this machine or joined, watched, and what they leave behind."""
+"""The ranks of a run: started on this machine or by torchrun or srun, watched for hangs, and their reports."""

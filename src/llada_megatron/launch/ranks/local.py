@@ -1,4 +1,4 @@
-"""Starting the ranks of a layout on this machine, with torch elastic, and ending them as a person expects."""
+"""Starting the ranks of a layout on this machine with torch elastic, and ending them: at Ctrl-C, or after a failure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from llada_megatron.launch.ranks.hang import LocalHang
+from llada_megatron.launch.ranks.hang import LocalHangWatch
 from llada_megatron.launch.ranks.rank import PARENT_VARIABLE, available_cores, describe, log_path
 from llada_megatron.launch.ranks.rank_reports import REPORTS_VARIABLE, read_failures, read_result
 from llada_megatron.llada_moe.errors import LladaError
@@ -33,7 +33,7 @@ _POLL_SECONDS = 0.1
 
 
 class RankError(LladaError):
-    """A rank failed for a reason that is not the user's; the message names it and where its stack is."""
+    """A rank failed, not by a user's error; the message names the rank and the file with its stack."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -48,10 +48,10 @@ class Stopped(KeyboardInterrupt):
 class LocalOutcome:
     """How a job on this machine ended."""
 
-    facts: dict[str, Any]
-    """What rank 0 reported."""
+    result: dict[str, Any]
+    """The result that rank 0 reported."""
     stopped_by: int | None
-    """The signal after which the ranks finished their step and ended early; None for a job that ran to its end."""
+    """The signal after which the ranks finished their step and ended early; None where they ran to the end."""
 
 
 def python_program(module: str, *arguments: str) -> list[str]:
@@ -66,27 +66,27 @@ def run_local(
     stopping: str = "stopping after this step, with a checkpoint; once more stops at once",
     limits: RecoveryConfig | None = None,
 ) -> LocalOutcome:
-    """Run `program` once per rank of `layout` on this machine and wait for the end.
+    """Run `program` once per rank of `layout` on this machine and wait for all of them to end.
 
     Each process finds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment and ends through
-    `rank.run_local_rank`. The first Ctrl-C (or SIGTERM, SIGHUP) asks the ranks to finish their step, the second ends
-    them. `stopping` is said at the first. With `limits`, ranks that give no sign of life for too long are ended.
+    `rank.run_local_rank`. The first Ctrl-C (or SIGTERM, SIGHUP) prints `stopping` and asks the ranks to finish their
+    step; the second ends them. With `limits`, ranks that write no heartbeat for too long are ended.
 
     Raises:
         LladaError: a rank's own error, or a RankError that names the rank.
         Stopped: ended by a signal before the ranks could finish a step.
     """
     with tempfile.TemporaryDirectory(prefix="llada-") as reports, _Signals(stopping) as signals:
-        beats = Path(reports) / "beats"
+        heartbeats = Path(reports) / "heartbeats"
         variables = {
             REPORTS_VARIABLE: reports,
-            FOLDER_VARIABLE: str(beats),
+            FOLDER_VARIABLE: str(heartbeats),
             PARENT_VARIABLE: str(os.getpid()),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads_per_rank(layout.world_size))),
         }
         log_dir.mkdir(parents=True, exist_ok=True)
         with _environment(variables), _elastic_log(log_dir / "launcher.log"):
-            hang = LocalHang(beats, limits, layout, log_dir) if limits else None
+            hang = LocalHangWatch(heartbeats, limits, layout, log_dir) if limits else None
             failures = _Agent(program, layout.world_size, Path(reports) / "elastic").run(signals, hang)
         if failures is None:
             return LocalOutcome(read_result(Path(reports)), signals.first)
@@ -99,12 +99,12 @@ def run_local(
 
 
 def threads_per_rank(ranks: int) -> int:
-    """Cores that each of `ranks` processes may use when they share this machine."""
+    """The number of threads for each of `ranks` processes that share the cores of this machine."""
     return max(1, available_cores() // ranks)
 
 
 class _Signals:
-    """Counts the requests to stop while a job runs, and passes each on to the ranks once."""
+    """Receives the requests to stop while a job runs, and passes each on to the ranks once."""
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -112,7 +112,7 @@ class _Signals:
         self.first: int | None = None
         self._stopping = stopping
         self._again = False
-        self._told: set[int] = set()
+        self._asked: set[int] = set()
 
     def __enter__(self) -> _Signals:
         self._before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
@@ -130,28 +130,28 @@ class _Signals:
             self._again = True
 
     def pass_on(self) -> None:
-        """Ask the ranks to stop, or end them; ranks that start later are asked when they are there."""
+        """Ask the ranks to stop, or end them; a rank that starts later is asked as soon as it is there."""
         if self.first is None:
             return
         for rank in psutil.Process().children():
             with contextlib.suppress(ProcessLookupError):
                 if self._again:
                     os.killpg(rank.pid, signal.SIGKILL)  # every rank leads a process group of its own
-                elif rank.pid not in self._told:
-                    self._told.add(rank.pid)
+                elif rank.pid not in self._asked:
+                    self._asked.add(rank.pid)
                     os.kill(rank.pid, signal.SIGINT)
 
 
 class _Agent:
-    """Torch elastic's agent in a thread of its own, so that signals reach this program and not the agent."""
+    """Torch elastic's agent in its own thread, so that signals reach this program and not the agent."""
 
     def __init__(self, program: Sequence[str], ranks: int, log_dir: Path) -> None:
         self._program, self._ranks, self._log_dir = program, ranks, log_dir
         self._failures: Mapping[int, Any] | None = None
         self._error: BaseException | None = None
 
-    def run(self, signals: _Signals, hang: LocalHang | None) -> Mapping[int, Any] | None:
-        """Wait for all ranks; None when all ended well, else the exit of each failed rank."""
+    def run(self, signals: _Signals, hang: LocalHangWatch | None) -> Mapping[int, Any] | None:
+        """Wait for all ranks; None when all have ended without a failure, else the exit of each failed rank."""
         thread = threading.Thread(target=self._launch, name="elastic", daemon=True)
         thread.start()
         while thread.is_alive():
@@ -168,7 +168,7 @@ class _Agent:
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-        # Ranks inherit this: a request to stop waits until the rank listens (StopRequest.listen).
+        # Ranks inherit this: a request to stop is held until the rank handles it (StopRequest.listen).
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         config = LaunchConfig(
             min_nodes=1,
@@ -191,18 +191,21 @@ class _Agent:
 
 
 def _first_failure(reports: Path, failures: Mapping[int, Any], layout: LayoutConfig, log_dir: Path) -> LladaError:
-    """The failure that brought the others about: a killed rank, else the earliest report, else an exit code."""
-    told = read_failures(reports)
-    silent = {rank: exit.exitcode for rank, exit in failures.items() if rank not in {each.rank for each in told}}
+    """The failure that most likely caused the others: a killed rank, else the earliest report, else an exit code."""
+    reported = read_failures(reports)
+    silent = {rank: exit.exitcode for rank, exit in failures.items() if rank not in {each.rank for each in reported}}
     # SIGTERM is how torch elastic ends the ranks that are left after a failure.
     killed = [rank for rank, code in silent.items() if code < 0 and code != -signal.SIGTERM]
-    if told and not killed:
-        error = (told[0].user_error or RankError)(describe(told[0], layout, log_dir))
-        error.__cause__ = RuntimeError("on the rank:\n" + told[0].stack)
+    if reported and not killed:
+        error = (reported[0].user_error or RankError)(describe(reported[0], layout, log_dir))
+        error.__cause__ = RuntimeError("on the rank:\n" + reported[0].stack)
         return error
     rank = min(killed or silent)
     code = silent[rank]
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code} and said nothing"
+    if code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+    else:
+        how = f"ended with exit code {code} and reported no error"
     cause = " (out of memory?)" if code == -signal.SIGKILL else ""
     return RankError(f"{locate(rank, layout)} {how}{cause}; its output: {log_path(log_dir, rank)}")
 
@@ -220,7 +223,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _elastic_log(path: Path) -> Iterator[None]:
-    """Keep the agent's own lines and failure tables off the terminal: the ranks' reports say it better."""
+    """Send the agent's own lines and failure tables to a file: the ranks' reports are clearer."""
     import torch.distributed.launcher.api  # noqa: F401  (torch sets its own handlers when it is imported)
 
     logger, handler = logging.getLogger("torch.distributed"), logging.FileHandler(path)
@@ -234,6 +237,6 @@ def _elastic_log(path: Path) -> Iterator[None]:
 
 
 def _restore_cursor() -> None:
-    """A rank that was killed while it drew a progress bar leaves the terminal without a cursor."""
+    """Show the cursor again: a rank that was killed while it drew a progress bar has left it hidden."""
     if sys.stderr.isatty():
         print("\x1b[?25h", end="", file=sys.stderr, flush=True)

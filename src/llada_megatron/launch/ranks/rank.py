@@ -1,4 +1,4 @@
-"""How one rank runs its work: where its output goes, how it stops, what it leaves behind when it fails."""
+"""How one rank runs its work: where its output goes, how it stops, and how it reports a failure."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ PARENT_VARIABLE = "LLADA_PARENT"
 
 
 def available_cores() -> int:
-    """Cores that this process may run on."""
+    """The number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class StopRequest:
-    """Whether this process was asked to stop. Call it: False until the first SIGINT or SIGTERM, then True.
+    """Whether this process was asked to stop: calling it gives False until the first signal, then True.
 
-    A second signal ends the process at once, unless it is `patient`: SLURM asks more than once.
+    A second signal ends the process at once, unless the request is `patient`: SLURM sends its signal more than once.
     """
 
     def __init__(self, patient: bool = False) -> None:
@@ -41,7 +41,7 @@ class StopRequest:
         self._numbers: tuple[signal.Signals, ...] = ()
 
     def listen(self, signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM)) -> StopRequest:
-        """Handle `signals` from now on (main thread only); one that came during the start counts as well."""
+        """Handle `signals` from now on (main thread only); one that was blocked until now is handled at once."""
         self._numbers = tuple(signals)
         for number in self._numbers:
             signal.signal(number, self._handle)
@@ -49,7 +49,7 @@ class StopRequest:
         return self
 
     def ignore(self) -> None:
-        """The work is done: signals no longer matter. Else they would kill a Python that is shutting down."""
+        """Ignore the signals once the work is done; they would kill Python while it shuts down."""
         for number in self._numbers:
             signal.signal(number, signal.SIG_IGN)
 
@@ -63,18 +63,19 @@ class StopRequest:
 
 
 Work = Callable[[StopRequest], dict[str, Any]]
-"""What a rank does: receives the stop request to look at between steps, returns facts for a summary."""
+"""What a rank does: it looks at the stop request between steps, and returns the result that rank 0 reports."""
 
 
 def log_path(log_dir: Path, rank: int) -> Path:
-    """Where a rank's output and full stack traces go."""
+    """The file for a rank's output and full stack traces."""
     return log_dir / f"rank-{rank}.log"
 
 
 def quieten(rank: int, log_dir: Path) -> Callable[[], None]:
-    """Send what libraries print (from Python or C++), warn or log to the rank's log file; return what undoes it.
+    """Send what libraries print (from Python or C++), warn or log to the rank's log file.
 
-    Rank 0 keeps `sys.stderr` for its own progress and messages; the other ranks are silent.
+    Returns a function that undoes it. Rank 0 keeps `sys.stderr` for its own progress and messages; the other ranks
+    print nothing to the terminal.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     log = open(log_path(log_dir, rank), "a", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
@@ -87,7 +88,7 @@ def quieten(rank: int, log_dir: Path) -> Callable[[], None]:
     sys.stderr = open(terminals[1], "w", buffering=1, errors="backslashreplace") if rank == 0 else log  # noqa: SIM115
     logging.basicConfig(stream=log, force=True, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.captureWarnings(True)
-    logging.raiseExceptions = False  # a log on a full disk is no reason for a stack per line
+    logging.raiseExceptions = False  # otherwise a full disk causes a stack trace for every line
     faulthandler.enable(log)
     show_stacks_on_request(log)
 
@@ -102,24 +103,24 @@ def quieten(rank: int, log_dir: Path) -> Callable[[], None]:
 
 
 def show_stacks_on_request(log: TextIO) -> None:
-    """From now on SIGUSR2 writes the stacks of all threads to `log`, even where Python itself is stuck."""
+    """Have SIGUSR2 write the stacks of all threads to `log`, even while Python itself is stuck."""
     if hasattr(faulthandler, "register"):
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # what Python puts back when it shuts down
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the action that Python restores when it shuts down
         faulthandler.register(signal.SIGUSR2, file=log, all_threads=True)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
 
 
 def run_local_rank(work: Work, layout: LayoutConfig, log_dir: Path, stop: StopRequest | None = None) -> int:
-    """Run `work` as a rank that a launcher on this machine started; leave it the result or the failure; exit code.
+    """Run `work` as a rank that a launcher on this machine started, and report its result or failure to the launcher.
 
-    Without a `stop`, only SIGINT asks for one: the local launcher's SIGTERM means that another rank has failed and no
-    step can be finished.
+    Returns the exit code. Without a `stop`, only SIGINT asks the rank to stop: a SIGTERM of the local launcher means
+    that another rank has failed and no step can be finished.
     """
     rank, reports = int(os.environ["RANK"]), Path(os.environ[REPORTS_VARIABLE])
     stop = stop or StopRequest().listen([signal.SIGINT])
     quieten(rank, log_dir)
     try:
-        facts = work(stop)
+        result = work(stop)
     except BaseException as error:
         failure = Failure.of(rank, error)
         print(f"{locate(rank, layout)} failed\n{failure.stack}", flush=True)
@@ -127,21 +128,21 @@ def run_local_rank(work: Work, layout: LayoutConfig, log_dir: Path, stop: StopRe
         _leave_at_once(1)
     stop.ignore()
     if rank == 0:
-        write_result(reports, facts)
+        write_result(reports, result)
     return 0
 
 
 def run_joined_rank(work: Work, layout: LayoutConfig, log_dir: Path, rank: int) -> tuple[dict[str, Any], bool]:
-    """Run `work` as a rank that torchrun or srun started; return its facts and whether it was asked to stop.
+    """Run `work` as a rank that torchrun or srun started; returns its result and whether it was asked to stop.
 
-    A failure ends the process here, after one line with the rank's coordinates on stderr.
+    A failure prints one line with the rank's coordinates to stderr and ends the process.
     """
     stop = StopRequest().listen([signal.SIGINT, signal.SIGTERM])
     restore = quieten(rank, log_dir)
     try:
-        facts = work(stop)
+        result = work(stop)
         restore()
-        return facts, stop()
+        return result, stop()
     except BaseException as error:
         failure = Failure.of(rank, error)
         print(f"{locate(rank, layout)} failed\n{failure.stack}", flush=True)
@@ -151,14 +152,14 @@ def run_joined_rank(work: Work, layout: LayoutConfig, log_dir: Path, rank: int) 
 
 
 def describe(failure: Failure, layout: LayoutConfig, log_dir: Path) -> str:
-    """A failure in one line: who, what, and where the full stack is. An error of the user's needs its message only."""
+    """A failure in one line: rank, error, and the file with the full stack; of a user's error only the message."""
     if failure.user_error:
         return failure.message
     return f"{locate(failure.rank, layout)}: {failure.headline}; full stack: {log_path(log_dir, failure.rank)}"
 
 
 def _leave_at_once(code: int) -> NoReturn:
-    """End without the clean-up of process groups, which would wait for ranks that may no longer answer."""
+    """End the process without cleaning up process groups, which would wait for ranks that may no longer answer."""
     for child in multiprocessing.active_children():
         child.terminate()
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Finding this process's place in a job that torchrun or srun has started."""
+"""Finding which rank this process is in a job that torchrun or srun has started."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llada_megatron.llada_moe.config.layout import LayoutConfig
 
 _FIRST_PORT, _PORTS = 20000, 12000
-"""Ports for jobs under SLURM, below the range that systems give out on their own (32768 on Linux)."""
+"""Ports for jobs under SLURM, below the range that systems assign to programs (from 32768 on Linux)."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class RankInfo:
     address: str
     """Host that rank 0 runs on."""
     port: int
+    """Port on that host."""
 
     def environment(self) -> dict[str, str]:
         """The variables that torch.distributed reads."""
@@ -42,45 +43,45 @@ class RankInfo:
 
 
 def find_rank_info(environment: Mapping[str, str] = os.environ) -> RankInfo | None:
-    """The place that torchrun or srun gave this process; None when neither started it.
+    """The rank that torchrun or srun gave this process; None when neither started it.
 
-    A batch script of SLURM itself is not a place: only the tasks of a step (srun) are.
+    SLURM's batch script itself is not a rank: only the tasks of a step (srun) are.
 
     Raises:
-        ConfigError: variables of a launcher are there, but not all of them.
+        ConfigError: some, but not all variables of a launcher are set.
         ResourceError: SLURM's list of nodes cannot be read.
     """
     if "TORCHELASTIC_RUN_ID" in environment or {"RANK", "WORLD_SIZE"} <= environment.keys():
-        return _torchrun_place(environment)
+        return _from_torchrun(environment)
     if {"SLURM_PROCID", "SLURM_STEP_ID"} <= environment.keys():
-        return _srun_place(environment)
+        return _from_srun(environment)
     return None
 
 
-def check_world(place: RankInfo, layout: LayoutConfig) -> None:
+def check_world(info: RankInfo, layout: LayoutConfig) -> None:
     """Refuse a job with another number of processes than the layout has ranks.
 
     Raises:
         ConfigError: with the arithmetic and the option to change.
     """
-    if place.world_size == layout.world_size:
+    if info.world_size == layout.world_size:
         return
     arithmetic = (
         f"tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x context {layout.context_parallel} x "
         f"data {layout.data_parallel} = {layout.world_size} ranks"
     )
     without_data = layout.world_size // layout.data_parallel
-    remedy = f"start {layout.world_size} processes ({_how_many(place.launcher)})"
-    if place.world_size % without_data == 0:
-        remedy += f", or set layout.data_parallel={place.world_size // without_data}"
-    raise ConfigError(f"the layout needs {arithmetic}, but {place.launcher} started {place.world_size}; {remedy}")
+    remedy = f"start {layout.world_size} processes ({_how_many(info.launcher)})"
+    if info.world_size % without_data == 0:
+        remedy += f", or set layout.data_parallel={info.world_size // without_data}"
+    raise ConfigError(f"the layout needs {arithmetic}, but {info.launcher} started {info.world_size}; {remedy}")
 
 
 def _how_many(launcher: str) -> str:
     return "torchrun --nproc-per-node and --nnodes" if launcher == "torchrun" else "srun --ntasks"
 
 
-def _torchrun_place(environment: Mapping[str, str]) -> RankInfo:
+def _from_torchrun(environment: Mapping[str, str]) -> RankInfo:
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in environment]
     if missing:
@@ -99,8 +100,8 @@ def _torchrun_place(environment: Mapping[str, str]) -> RankInfo:
     )
 
 
-def _srun_place(environment: Mapping[str, str]) -> RankInfo:
-    """MASTER_ADDR and MASTER_PORT override the head node's name and the port that follows from the job and step."""
+def _from_srun(environment: Mapping[str, str]) -> RankInfo:
+    """The rank of a task of srun; MASTER_ADDR and MASTER_PORT override the first host and the computed port."""
     tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS"))
     if tasks is None:
         raise ConfigError("SLURM_STEP_NUM_TASKS and SLURM_NTASKS are not set; start the ranks with srun")
@@ -116,7 +117,7 @@ def _srun_place(environment: Mapping[str, str]) -> RankInfo:
 
 
 def _head_node(environment: Mapping[str, str]) -> str:
-    """First host of the step. A guess such as localhost would let every node wait for itself, so there is none."""
+    """The first host of the step. It is not guessed: with localhost, for example, every node would wait for itself."""
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     remedy = "set MASTER_ADDR to the host that rank 0 runs on"
     if not nodes:

@@ -1,4 +1,4 @@
-"""What a rank tells its launcher: the result of rank 0, or why a rank failed. One small JSON file each."""
+"""The reports of ranks to their launcher, one small JSON file each: the result of rank 0, or why a rank failed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from llada_megatron.launch import files
 from llada_megatron.llada_moe import errors
 
 REPORTS_VARIABLE = "LLADA_REPORTS"
-"""Environment variable with the directory that a local launcher reads."""
+"""Environment variable with the directory of the reports."""
 
 _LONGEST_MESSAGE = 500
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank ended."""
+    """Why a rank failed."""
 
     rank: int
     kind: str
@@ -32,13 +32,13 @@ class Failure:
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:
-        """The failure of `rank` by `error`, now."""
+        """The failure of `rank` because of `error`, at this moment."""
         stack = "".join(traceback.format_exception(error))
         return cls(rank, type(error).__name__, str(error).strip(), stack, time.time())
 
     @property
     def user_error(self) -> type[errors.LladaError] | None:
-        """The class of an error that the user can act on, None for any other."""
+        """The class of an error that the user can act on; None for any other error."""
         found = getattr(errors, self.kind, None)
         return found if isinstance(found, type) and issubclass(found, errors.LladaError) else None
 
@@ -50,13 +50,13 @@ class Failure:
 
 
 def write_failure(directory: Path, failure: Failure) -> None:
-    """Leave the failure of a rank for the launcher."""
+    """Report the failure of a rank to the launcher."""
     files.replace(directory / f"failure-{failure.rank}.json", json.dumps(asdict(failure)))
 
 
-def write_result(directory: Path, facts: dict[str, Any]) -> None:
-    """Leave the result of rank 0 for the launcher."""
-    files.replace(directory / "result.json", json.dumps(facts))
+def write_result(directory: Path, result: dict[str, Any]) -> None:
+    """Report the result of rank 0 to the launcher."""
+    files.replace(directory / "result.json", json.dumps(result))
 
 
 def read_failures(directory: Path) -> list[Failure]:
@@ -66,6 +66,6 @@ def read_failures(directory: Path) -> list[Failure]:
 
 
 def read_result(directory: Path) -> dict[str, Any]:
-    """The result of rank 0; empty where it left none."""
+    """The result of rank 0; empty where it has reported none."""
     path = directory / "result.json"
     return json.loads(path.read_text("utf-8")) if path.exists() else {}

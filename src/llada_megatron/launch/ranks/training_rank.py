@@ -1,4 +1,6 @@
-"""The program of one training rank. `llada train` starts it once per rank; under torchrun or srun `llada train` is it.
+"""The program of one rank of `llada train`, which starts it once per rank.
+
+Under torchrun or srun, `llada train` is itself a rank and calls `training_work`.
 
 Megatron-Core is imported only inside `training_work`, after `device.install()`.
 """
@@ -22,10 +24,10 @@ if TYPE_CHECKING:
 
 
 def training_work(run: RunConfig) -> Work:
-    """What a rank of `run` does; RANK and WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from the environment.
+    """The work of a rank of `run`; RANK and WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from the environment.
 
-    Rank 0 holds the output directory and that of the copies, and writes the resolved configuration to
-    OUTPUT_DIR/config.yaml.
+    Rank 0 holds the run locks of the output directory and of the directory for copies, and writes the resolved
+    configuration to OUTPUT_DIR/config.yaml.
     """
     from llada_megatron.llada_moe.config import dump_yaml
 
@@ -38,51 +40,51 @@ def training_work(run: RunConfig) -> Work:
 
         rank = int(os.environ["RANK"])
         topology.join(rank, int(os.environ["WORLD_SIZE"]))
-        with _held(run) as leases:
+        with _hold_directories(run) as locks:
             topology.initialize(run.layout, run.training.seed)
             trainer = Trainer(run)
-            if rank == 0:  # only now: a run that cannot continue what is there leaves its configuration as it was
+            if rank == 0:  # only now, so that a run that cannot continue what is there leaves the old file
                 (Path(run.output_dir) / "config.yaml").write_text(dump_yaml(run), "utf-8")
-            facts = trainer.train(lambda: _asked(stop, leases))
+            result = trainer.train(lambda: _must_stop(stop, locks))
         topology.leave()
-        return facts
+        return result
 
     return work
 
 
 @contextlib.contextmanager
-def _held(run: RunConfig) -> Iterator[list[RunLock]]:
+def _hold_directories(run: RunConfig) -> Iterator[list[RunLock]]:
     """Rank 0 holds the run's directories while this is open; where one is in use, all ranks fail with the same message.
 
-    Gives rank 0's leases.
+    Yields the run locks, on rank 0; none on other ranks.
     """
     from llada_megatron.parallel.collectives import on_rank_0
 
-    leases: list[RunLock] = []
+    locks: list[RunLock] = []
     with contextlib.ExitStack() as stack:
 
         def take(directory: str) -> None:
-            leases.append(stack.enter_context(RunLock.take(directory, os.environ.get("SLURM_JOB_ID"))))
+            locks.append(stack.enter_context(RunLock.take(directory, os.environ.get("SLURM_JOB_ID"))))
 
         def take_both() -> None:
             try:
                 take(run.output_dir)
             except OSError as error:
                 raise ResourceError(
-                    f"{run.output_dir} cannot be written to ({error.strerror}); make room, put its permissions right, "
+                    f"{run.output_dir} cannot be written to ({error.strerror}); make room, correct its permissions, "
                     "or set another output_dir"
                 ) from None
             if run.checkpoint.copy_to:
-                with contextlib.suppress(OSError):  # storage that is away or full is reported when a copy is made
+                with contextlib.suppress(OSError):  # storage that cannot be used is reported when a copy is made
                     take(run.checkpoint.copy_to)
 
         on_rank_0(take_both)
-        yield leases
+        yield locks
 
 
-def _asked(stop: StopRequest, leases: list[RunLock]) -> bool:
-    for lease in leases:
-        lease.check()
+def _must_stop(stop: StopRequest, locks: list[RunLock]) -> bool:
+    for lock in locks:
+        lock.check()
     return stop()
 
 

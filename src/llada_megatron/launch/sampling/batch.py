@@ -79,7 +79,7 @@ def write_in_ranks(batch: PromptBatch, logs: Path) -> BatchOutcome:
         path = Path(scratch) / "batch"
         path.write_bytes(pickle.dumps(batch))
         program = python_program("llada_megatron.launch.sampling.batch", str(path), str(logs))
-        return BatchOutcome(**run_local(program, batch.settings.layout, logs, stopping="stopping").facts)
+        return BatchOutcome(**run_local(program, batch.settings.layout, logs, stopping="stopping").result)
 
 
 def rank_work(settings: Settings, begin: Callable[[], PromptBatch]) -> Work:

@@ -1,15 +1,12 @@
-"""What nodes tell each other in the preflight: the first collects reports, has them add up a tensor, and decides."""
+"""The preflight among nodes: the first one collects their reports, has them add up a tensor, and decides."""
 
 from __future__ import annotations
 
-import datetime
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from llada_megatron.launch.cluster.job import Verdict, VerdictStatus
 from llada_megatron.launch.cluster.preflight.node_report import NodeReport
@@ -18,9 +15,9 @@ from llada_megatron.launch.cluster.preflight.verdict import (
     describe,
     differences,
     findings,
-    from_the_middle,
     judge,
     pairs_of,
+    skews_from_median,
     unreachable,
 )
 
@@ -31,38 +28,6 @@ if TYPE_CHECKING:
     from llada_megatron.launch.cluster.node import Node
     from llada_megatron.launch.cluster.preflight.device_process import DeviceProcess
 
-_NUMBERS = 2**22
-
-
-def all_reduce(host: str, port: int, name: str, rank: int, size: int, limit_s: float) -> dict[str, float]:
-    """Seconds that the sum of 16 MiB from every node takes, with its connections, by backend.
-
-    Args:
-        name: keys of the store at `host` and `port` that no other all-reduce uses.
-
-    Raises:
-        RuntimeError: torch's own, or a wrong sum.
-    """
-    limit = datetime.timedelta(seconds=limit_s)
-    store = torch.distributed.TCPStore(host, port, is_master=False, timeout=limit)
-    backends = ["gloo", "nccl"] if torch.cuda.is_available() else ["gloo"]
-    return {
-        backend: _timed(backend, torch.distributed.PrefixStore(f"{name}/{backend}", store), rank, size, limit)
-        for backend in backends
-    }
-
-
-def _timed(backend: str, store: torch.distributed.Store, rank: int, size: int, limit: datetime.timedelta) -> float:
-    began = time.perf_counter()
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-    values = torch.full((_NUMBERS,), float(rank + 1), device="cuda:0" if backend == "nccl" else "cpu")
-    torch.distributed.all_reduce(values)
-    if not bool((values == size * (size + 1) / 2).all()):
-        raise RuntimeError(f"the sum over {size} nodes by {backend} is wrong")
-    torch.distributed.destroy_process_group()
-    return round(time.perf_counter() - began, 2)
-
-
 _POLL_S = 0.05
 
 _GOODBYE_S = 10.0
@@ -71,81 +36,96 @@ _END = "end"
 
 
 class PreflightCoordinator:
-    """The first node's part."""
+    """What the first node does: collect the reports of all nodes, test the network between them, write the verdict."""
 
     def __init__(
-        self, node: Node, cluster: ClusterConfig, store: Store, worker: DeviceProcess, deadline: float
+        self, node: Node, cluster: ClusterConfig, store: Store, device_process: DeviceProcess, deadline: float
     ) -> None:
-        self._node, self._cluster, self._store, self._worker = node, cluster, store, worker
+        self._node, self._cluster, self._store, self._device_process = node, cluster, store, device_process
         self._deadline = deadline
 
-    def hold(self, mine: NodeReport) -> None:
-        """Hear all nodes; print a line for each; write a verdict where the job cannot train on them."""
+    def run(self, mine: NodeReport) -> None:
+        """Check all nodes, print a line for each, and write a verdict where the job cannot train on them.
+
+        Args:
+            mine: the report of the first node itself.
+        """
         try:
-            verdict = self._hear(mine)
+            verdict = self._check_nodes(mine)
         finally:
-            self._dismiss()
+            self._release_nodes()
         faults = verdict.reason if verdict else None
         spent = self._cluster.preflight.timeout_s - (self._deadline - time.monotonic())
         self._node.event("preflight", ok=verdict is None, faults=faults, seconds=round(spent, 1))
         if verdict is not None:
-            self._node.say(f"{verdict.word}{' ' if verdict.nodes else ''}{', '.join(verdict.nodes)}: {verdict.reason}")
+            self._node.say(
+                f"{verdict.status}{' ' if verdict.nodes else ''}{', '.join(verdict.nodes)}: {verdict.reason}"
+            )
             self._node.job.write_verdict(self._node.attempt, verdict)
 
-    def _hear(self, mine: NodeReport) -> Verdict | None:
+    def _check_nodes(self, mine: NodeReport) -> Verdict | None:
         names = self._node.names()
-        heard, skews = self._collect(mine)
+        reports, skews = self._collect_reports(mine)
         found = [
-            Finding(names[index], "silent", self._silent()) for index in range(self._node.count) if index not in heard
+            Finding(names[index], "silent", self._no_answer())
+            for index in range(self._node.count)
+            if index not in reports
         ]
-        for index, facts in sorted(heard.items()):
-            self._node.say(describe(facts, skews[index]))
-            found += findings(facts, skews[index], self._cluster)
+        for index, report in sorted(reports.items()):
+            self._node.say(describe(report, skews[index]))
+            found += findings(report, skews[index], self._cluster)
         for finding in found:
             self._node.say(f"fault on {finding}")
-        verdict = judge(found, differences(list(heard.values())), names)
-        return verdict or (self._add_up(names) if len(names) > 1 else None)
+        verdict = judge(found, differences(list(reports.values())), names)
+        return verdict or (self._all_reduce(names) if len(names) > 1 else None)
 
-    def _silent(self) -> str:
+    def _no_answer(self) -> str:
         return f"no answer within {self._cluster.preflight.timeout_s} s"
 
-    def _collect(self, mine: NodeReport) -> tuple[dict[int, NodeReport], dict[int, float]]:
-        """What each node that answered said, by its number, and how far its clock is ahead of the others'."""
-        self._store.set("hearing", "")
-        heard, skews = {0: mine}, {0: 0.0}
-        while len(heard) < self._node.count and time.monotonic() < self._deadline:
-            for index in set(range(self._node.count)) - heard.keys():
-                if self._store.check([f"facts/{index}"]):
-                    heard[index] = NodeReport.from_json(self._store.get(f"facts/{index}"))
-                    skews[index] = heard[index].time - time.time()
+    def _collect_reports(self, mine: NodeReport) -> tuple[dict[int, NodeReport], dict[int, float]]:
+        """The reports of the nodes that have answered, by node number, and how far ahead each clock is, in seconds."""
+        self._store.set("collecting", "")
+        reports, skews = {0: mine}, {0: 0.0}
+        while len(reports) < self._node.count and time.monotonic() < self._deadline:
+            for index in set(range(self._node.count)) - reports.keys():
+                if self._store.check([f"report/{index}"]):
+                    reports[index] = NodeReport.from_json(self._store.get(f"report/{index}"))
+                    skews[index] = reports[index].time - time.time()
             time.sleep(_POLL_S)
-        return heard, from_the_middle(skews)
+        return reports, skews_from_median(skews)
 
-    def _add_up(self, names: Sequence[str]) -> Verdict | None:
-        """An all-reduce over all nodes; where it fails, pairs of nodes show which one it is."""
+    def _all_reduce(self, names: Sequence[str]) -> Verdict | None:
+        """Run an all-reduce over all nodes; where it fails, all-reduces of pairs show which node is the cause."""
         size = self._node.count
-        errors = self._round("all", [tuple(range(size))])
+        errors = self._all_reduce_in_groups("all", [tuple(range(size))])
         if not errors:
             return None
         said = "; ".join(f"{names[index]}: {error}" for index, error in sorted(errors.items()))
         failed, pairs = [], []
         for number, groups in enumerate(pairs_of(size)):
-            bad = self._round(f"pairs-{number}", groups)
+            bad = self._all_reduce_in_groups(f"pairs-{number}", groups)
             pairs += groups
             failed += [pair for pair in groups if set(pair) & bad.keys()]
         found = [names[index] for index in unreachable(size, failed, pairs)] if failed else []
         if found:
             return Verdict("exclude", f"an all-reduce with {', '.join(found)} fails ({said})", tuple(found))
-        # The first time, most likely the cluster file; a network that has worked before may work again.
-        word: VerdictStatus = "requeue" if self._node.attempt else "failed"
-        return Verdict(word, f"an all-reduce over the nodes fails, and no single node is to blame ({said})")
+        # In the first attempt the cluster file is the likely cause; a network that has worked before may work again.
+        status: VerdictStatus = "requeue" if self._node.attempt else "failed"
+        return Verdict(status, f"an all-reduce over the nodes fails, and no single node is to blame ({said})")
 
-    def _round(self, name: str, groups: Sequence[tuple[int, ...]]) -> dict[int, str]:
-        """Have the nodes all-reduce in groups; the error of each node that could not."""
+    def _all_reduce_in_groups(self, name: str, groups: Sequence[tuple[int, ...]]) -> dict[int, str]:
+        """Have the nodes run all-reduces in groups; returns the error of each node whose all-reduce failed.
+
+        Args:
+            name: key of this round in the store; each round needs another.
+            groups: numbers of the nodes that form each group.
+        """
         limit = float(self._cluster.preflight.timeout_s)
         self._store.set("round", json.dumps([name, groups, limit]))
         waiting = {index for group in groups for index in group}
-        results = {0: take_part(self._node, self._worker, name, groups, limit)} if 0 in waiting else {}
+        results = (
+            {0: all_reduce_in_group(self._node, self._device_process, name, groups, limit)} if 0 in waiting else {}
+        )
         deadline = time.monotonic() + limit
         while waiting - results.keys() and time.monotonic() < deadline:
             for index in waiting - results.keys():
@@ -163,24 +143,24 @@ class PreflightCoordinator:
             self._node.say(f"all-reduce over {len(waiting)} nodes, with its connections: {times}")
         return errors
 
-    def _dismiss(self) -> None:
-        """Let the others go before the store goes; the agents need its port."""
+    def _release_nodes(self) -> None:
+        """Serve the store until the other nodes have left; then its port is free for the agents."""
         self._store.set("round", json.dumps([_END, [], 0]))
-        others = [f"bye/{index}" for index in range(1, self._node.count) if self._store.check([f"facts/{index}"])]
+        others = [f"bye/{index}" for index in range(1, self._node.count) if self._store.check([f"report/{index}"])]
         deadline = time.monotonic() + _GOODBYE_S
         while others and not self._store.check(others) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
 
 
-def attend(node: Node, store: Store, worker: DeviceProcess, facts: NodeReport) -> None:
-    """Every other node's part: tell the first one, and all-reduce when it says so.
+def answer_coordinator(node: Node, store: Store, device_process: DeviceProcess, report: NodeReport) -> None:
+    """What every other node does: send its report to the first one, and run an all-reduce whenever that asks for one.
 
     Raises:
         DistError: the first node no longer answers.
     """
-    while not store.check(["hearing"]):
+    while not store.check(["collecting"]):
         time.sleep(_POLL_S)
-    store.set(f"facts/{node.index}", replace(facts, time=time.time()).to_json())
+    store.set(f"report/{node.index}", replace(report, time=time.time()).to_json())
     done: set[str] = set()
     while _END not in done:
         time.sleep(_POLL_S)
@@ -188,20 +168,22 @@ def attend(node: Node, store: Store, worker: DeviceProcess, facts: NodeReport) -
             continue
         name, groups, limit = json.loads(store.get("round"))
         if name not in done and name != _END:
-            store.set(f"{name}/{node.index}", json.dumps(take_part(node, worker, name, groups, limit)))
+            store.set(
+                f"{name}/{node.index}", json.dumps(all_reduce_in_group(node, device_process, name, groups, limit))
+            )
         done.add(name)
     store.set(f"bye/{node.index}", "")
 
 
-def take_part(
-    node: Node, worker: DeviceProcess, name: str, groups: Sequence[Sequence[int]], limit_s: float
+def all_reduce_in_group(
+    node: Node, device_process: DeviceProcess, name: str, groups: Sequence[Sequence[int]], limit_s: float
 ) -> dict[str, Any]:
-    """All-reduce with the others of this node's group: `seconds` by backend, or `error`."""
+    """Run an all-reduce with the other nodes of this node's group; returns `seconds` by backend, or `error`."""
     group = next((list(each) for each in groups if node.index in each), None)
     if group is None:
         return {}
-    # Its own limit is the shorter one, so that it can say what it waited for.
-    worker.start(
+    # The all-reduce has the shorter limit, so that its own error, which says what it waited for, arrives in time.
+    device_process.start(
         "all_reduce", node.host, node.port, f"{name}-{group[0]}", group.index(node.index), len(group), limit_s / 2
     )
-    return worker.answer(limit_s)
+    return device_process.answer(limit_s)

@@ -1,6 +1,7 @@
-"""The process of the preflight that uses the devices, so that a hung driver hangs it alone and no memory stays taken.
+"""The process of the preflight that uses the devices: a driver that hangs blocks only this process, and its memory is
+freed at its end.
 
-It reads one JSON list of arguments per line and answers each with a line: `["look"]`, or `["all_reduce", …]`.
+It reads requests, one JSON list per line, and answers each with a line of JSON: `["look"]`, or `["all_reduce", …]`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from llada_megatron.parallel.parent_death import die_with_parent
 
 
 class DeviceProcess:
-    """The caller's end."""
+    """Starts the process, sends it requests and reads its answers."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
 
     def start(self, *request: Any) -> None:
-        """Have it begin with something; `answer` fetches the result. One that was ended is started again."""
+        """Send a request, whose result `answer` returns; starts the process where it does not run."""
         if self._process is None:
             program = python_program("llada_megatron.launch.cluster.preflight.device_process")
             self._process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -33,7 +34,10 @@ class DeviceProcess:
         self._process.stdin.flush()
 
     def answer(self, limit_s: float) -> dict[str, Any]:
-        """The result; `error` instead of it where it failed, died, or took longer (which ends it)."""
+        """The result of the request, or `error` where it failed, the process died, or the time was up (`limit_s`).
+
+        A process that takes too long is ended.
+        """
         assert self._process is not None and self._process.stdout is not None
         line, deadline, stream = b"", time.monotonic() + limit_s, self._process.stdout.fileno()
         while not line.endswith(b"\n"):
@@ -48,23 +52,23 @@ class DeviceProcess:
         return json.loads(line)
 
     def end(self) -> None:
-        """End the process, with whatever hangs in it."""
+        """End the process, even if it hangs."""
         if self._process is not None:
             self._process.kill()
             self._process = None
 
 
 def serve() -> None:
-    """The process's end: answer until the caller is gone."""
+    """The program of the process: answer requests until the caller is gone."""
     die_with_parent()
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
-    from llada_megatron.launch.cluster.preflight import coordinator, node_report
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not be taken for an answer
+    from llada_megatron.launch.cluster.preflight import device_checks
 
     for line in sys.stdin:
         what, *arguments = json.loads(line)
         try:
-            result = node_report.look() if what == "look" else {"seconds": coordinator.all_reduce(*arguments)}
-        except Exception as error:  # whatever a driver or a network says: it is a finding
+            result = device_checks.look() if what == "look" else {"seconds": device_checks.all_reduce(*arguments)}
+        except Exception as error:  # any error of a driver or of the network is a result of the check
             result = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
         print(json.dumps(result), file=answers, flush=True)
 

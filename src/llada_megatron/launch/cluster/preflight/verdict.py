@@ -1,4 +1,4 @@
-"""Whether a job can train on its nodes, from what they said of themselves. Pure functions."""
+"""Whether a job can train on its nodes, judged by their reports. Pure functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llada_megatron.launch.cluster.preflight.node_report import NodeReport
 
 _FREE_SHARE = 0.9
-"""Of a GPU's memory: less than this is free only where something else runs on it."""
+"""Share of a GPU's memory: where less than this is free, another process uses the GPU."""
 
 
 @dataclass(frozen=True)
@@ -23,39 +23,39 @@ class Finding:
 
     node: str
     kind: str
-    """`devices`, `disk`, …: findings of one kind on all nodes are not the nodes' fault."""
+    """`devices`, `disk`, …: where all nodes have a finding of the same kind, no single node is at fault."""
     text: str
 
     def __str__(self) -> str:
         return f"{self.node}: {self.text}"
 
 
-def findings(facts: NodeReport, skew_s: float, cluster: ClusterConfig) -> list[Finding]:
-    """All that is wrong with one node.
+def findings(report: NodeReport, skew_s: float, cluster: ClusterConfig) -> list[Finding]:
+    """Everything that is wrong with one node.
 
     Args:
-        skew_s: how far its clock is ahead of the others'.
+        skew_s: how far its clock is ahead of the others', in seconds.
     """
     limits, found = cluster.preflight, []
 
     def note(kind: str, text: str) -> None:
-        found.append(Finding(facts.node, kind, text))
+        found.append(Finding(report.node, kind, text))
 
-    if facts.error:
-        note("devices", facts.error)
-    elif len(facts.gpus) != cluster.gpus_per_node:
+    if report.error:
+        note("devices", report.error)
+    elif len(report.gpus) != cluster.gpus_per_node:
         expected = f"{cluster.gpus_per_node} (gpus_per_node of the cluster file)"
-        note("number", f"{len(facts.gpus)} GPUs, expected {expected}")
-    devices = {f"GPU {index}": gpu for index, gpu in enumerate(facts.gpus)} | {"CPU": facts.cpu or {}}
+        note("number", f"{len(report.gpus)} GPUs, expected {expected}")
+    devices = {f"GPU {index}": gpu for index, gpu in enumerate(report.gpus)} | {"CPU": report.cpu or {}}
     for name, device in devices.items():
         for text in _broken(device):
             note("devices", f"{name} {text}")
         if device.get("tflops", limits.min_matmul_tflops) < limits.min_matmul_tflops:
             speed = f"{device['tflops']:g} TFLOP/s in a matrix product, expected {limits.min_matmul_tflops:g}"
             note("speed", f"{name} reaches {speed}")
-    if facts.memory_gb < limits.min_memory_gb:
-        note("memory", f"{facts.memory_gb:.1f} GB of memory free, expected {limits.min_memory_gb:g}")
-    for disk in facts.disks:
+    if report.memory_gb < limits.min_memory_gb:
+        note("memory", f"{report.memory_gb:.1f} GB of memory free, expected {limits.min_memory_gb:g}")
+    for disk in report.disks:
         if disk.error:
             note("disk", f"cannot write in {disk.path}: {disk.error}")
         elif disk.free_gb < limits.min_free_disk_gb:
@@ -66,7 +66,7 @@ def findings(facts: NodeReport, skew_s: float, cluster: ClusterConfig) -> list[F
 
 
 def _broken(device: Mapping[str, Any]) -> list[str]:
-    """What makes a GPU or CPU useless, as what follows its name."""
+    """What is wrong with a GPU or CPU; each text follows its name in a sentence."""
     if "error" in device:
         return [f"fails: {device['error']}"]
     found = []
@@ -77,35 +77,35 @@ def _broken(device: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def differences(all_facts: Sequence[NodeReport]) -> list[str]:
-    """Versions that are not the same on all nodes, one line each; nodes that could not be asked do not count."""
-    answered = [facts for facts in all_facts if not facts.error]
-    names = sorted({name for facts in answered for name in facts.versions})
+def differences(reports: Sequence[NodeReport]) -> list[str]:
+    """One line for each version that is not the same on all nodes; nodes with an `error` are skipped."""
+    answered = [report for report in reports if not report.error]
+    names = sorted({name for report in answered for name in report.versions})
     lines = []
     for name in names:
         nodes: dict[str, list[str]] = {}
-        for facts in answered:
-            nodes.setdefault(facts.versions.get(name, "missing"), []).append(facts.node)
+        for report in answered:
+            nodes.setdefault(report.versions.get(name, "missing"), []).append(report.node)
         if len(nodes) > 1:
             lines.append(f"{name}: " + "; ".join(f"{value} on {', '.join(on)}" for value, on in nodes.items()))
     return lines
 
 
-def from_the_middle(clocks: Mapping[int, float]) -> dict[int, float]:
-    """How far each clock is ahead of the median one; of fewer than three, of the first node's."""
-    middle = statistics.median(clocks.values()) if len(clocks) > 2 else clocks[0]
-    return {index: clock - middle for index, clock in clocks.items()}
+def skews_from_median(clocks: Mapping[int, float]) -> dict[int, float]:
+    """How far each clock is ahead of the median clock, in seconds; with fewer than three nodes, of the first node's."""
+    median = statistics.median(clocks.values()) if len(clocks) > 2 else clocks[0]
+    return {index: clock - median for index, clock in clocks.items()}
 
 
 def judge(found: Sequence[Finding], differing: Sequence[str], nodes: Sequence[str]) -> Verdict | None:
-    """The verdict that keeps the job from training now; None when all is well."""
+    """The verdict that keeps the job from training now; None when nothing is wrong."""
     if differing:
         return Verdict("failed", "the nodes' environments differ: " + " | ".join(differing))
     if not found:
         return None
     bad = [node for node in nodes if any(finding.node == node for finding in found)]
     reason = "; ".join(map(str, found))
-    if len(nodes) == 1 and all(finding.kind == "devices" for finding in found):  # no other node is needed to see that
+    if len(nodes) == 1 and all(finding.kind == "devices" for finding in found):  # no comparison is needed
         return Verdict("exclude", reason, tuple(bad))
     if len(bad) == len(nodes) or any(_on_all(kind, found, nodes) for kind in {each.kind for each in found}):
         return Verdict("failed", f"on every node, so no other node would help: {reason}")
@@ -119,13 +119,13 @@ def _on_all(kind: str, found: Sequence[Finding], nodes: Sequence[str]) -> bool:
 
 
 def unreachable(size: int, failed_pairs: Sequence[tuple[int, int]], pairs: Sequence[tuple[int, int]]) -> list[int]:
-    """Nodes none of whose pairs could all-reduce, where others could; empty when that names nobody."""
+    """Nodes of which every pair has failed, where other pairs have not; empty where all nodes are such nodes."""
     bad = [node for node in range(size) if all(pair in failed_pairs for pair in pairs if node in pair)]
     return bad if len(bad) < size else []
 
 
 def pairs_of(size: int) -> list[list[tuple[int, int]]]:
-    """Rounds of pairs, in which every one of at least three nodes meets its two neighbours in a ring."""
+    """Rounds of disjoint pairs in which each of at least three nodes is paired with both its neighbours in a ring."""
     if size < 3:
         return []
     ring = [(node, (node + 1) % size) for node in range(size)]
@@ -133,12 +133,12 @@ def pairs_of(size: int) -> list[list[tuple[int, int]]]:
     return [*rounds, [ring[-1]]] if size % 2 else rounds
 
 
-def describe(facts: NodeReport, skew_s: float) -> str:
-    """A node in one line."""
-    if facts.gpus and all("tflops" in gpu for gpu in facts.gpus):
-        speeds = [gpu["tflops"] for gpu in facts.gpus]
-        devices = f"{len(facts.gpus)} x {facts.gpus[0]['name']}, {min(speeds):.0f} to {max(speeds):.0f} TFLOP/s each"
+def describe(report: NodeReport, skew_s: float) -> str:
+    """One line that describes a node."""
+    if report.gpus and all("tflops" in gpu for gpu in report.gpus):
+        speeds = [gpu["tflops"] for gpu in report.gpus]
+        devices = f"{len(report.gpus)} x {report.gpus[0]['name']}, {min(speeds):.0f} to {max(speeds):.0f} TFLOP/s each"
     else:
-        devices = f"{len(facts.gpus)} GPUs" if facts.cpu is None else f"CPU, {facts.cpu['tflops']:g} TFLOP/s"
-    disks = ", ".join(f"{disk.free_gb:.0f} GB free in {disk.path}" for disk in facts.disks)
-    return f"node {facts.node}: {devices}; {facts.memory_gb:.0f} GB of memory free; {disks}; clock {skew_s:+.1f} s"
+        devices = f"{len(report.gpus)} GPUs" if report.cpu is None else f"CPU, {report.cpu['tflops']:g} TFLOP/s"
+    disks = ", ".join(f"{disk.free_gb:.0f} GB free in {disk.path}" for disk in report.disks)
+    return f"node {report.node}: {devices}; {report.memory_gb:.0f} GB of memory free; {disks}; clock {skew_s:+.1f} s"

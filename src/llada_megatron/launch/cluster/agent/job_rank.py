@@ -1,6 +1,6 @@
 """The program of one rank of a job; the agent of its node starts it.
 
-Signals that ask for a stop are blocked from the start until this program listens, and may come again and again.
+Signals that ask it to stop are blocked until this program handles them, and may arrive more than once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from llada_megatron.launch.cluster.agent import NUMBERS
+from llada_megatron.launch.cluster.agent.stop_signals import NUMBERS
 from llada_megatron.launch.cluster.fit import resized
 from llada_megatron.launch.cluster.job import JobDirectory
 from llada_megatron.launch.ranks.rank import PARENT_VARIABLE, StopRequest, run_local_rank
