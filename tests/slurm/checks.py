@@ -32,7 +32,7 @@ def assert_same_curve(calm, job, moved_at):
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     for before, after in zip(expected, found, strict=True):
         assert after.keys() == before.keys()
-        norms = {} if after["step"] > moved_at + 1 else {"grad_norm"}
+        norms = set() if after["step"] > moved_at + 1 else {"grad_norm"}
         for key in before.keys() - {"grad_norm"} | norms:
             assert after[key] == pytest.approx(before[key], rel=1e-5), (after["step"], key)
 
