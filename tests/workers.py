@@ -41,14 +41,13 @@ def rank_of(item: pytest.Item) -> int:
 
 
 @contextlib.contextmanager
-def machine(alone: bool) -> Iterator[None]:
+def machine(alone: bool, folder: Path = ROOT / "tests") -> Iterator[None]:
     """Hold the machine: together with other tests, or alone.
 
-    The locks lie on two files of the repository, and end with the process that holds them. Everybody passes the first
-    one, so that whoever waits to be alone is not overtaken for ever.
+    The locks are on two files in `folder`, and end with the process that holds them. Everybody passes the first lock,
+    so that whoever waits to be alone is not overtaken again and again.
     """
-    here = Path(__file__)
-    with here.with_name("conftest.py").open() as turn, here.open() as room:
+    with (folder / "conftest.py").open() as turn, (folder / "workers.py").open() as room:
         fcntl.flock(turn, fcntl.LOCK_EX)
         fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(turn, fcntl.LOCK_UN)
