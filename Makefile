@@ -3,7 +3,8 @@
 # make lint   check style and import rules
 # make clean  remove the environments and caches (runs/ and data/ stay)
 # PYTHON=python3.12 chooses another interpreter, with an environment of its own (.venv-3.12); ARGS is passed on, for example
-# make demo ARGS="--corpus my_texts/", make test ARGS="tests/launch -x".
+# make demo ARGS="--corpus my_texts/", make test ARGS="tests/launch -x". Tests run in two processes at once (tests/workers.py);
+# make test ARGS="-n 0" runs them in one.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -12,6 +13,7 @@ NEW_ENOUGH := $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info >= (3
 CONSTRAINTS := constraints/$(if $(filter 3.11,$(VERSION)),py311,py312).txt
 VENV := .venv$(if $(filter file,$(origin PYTHON)),,-$(VERSION))
 BIN := $(VENV)/bin
+WORKERS := $(if $(findstring no:xdist,$(ARGS)),,-n 2 --dist loadgroup --no-loadscope-reorder)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .PHONY: demo test lint clean
@@ -27,7 +29,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m llada_megatron.launch.demo $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

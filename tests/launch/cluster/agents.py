@@ -16,6 +16,7 @@ import psutil
 
 from llada_megatron.launch.cluster.job import JobDirectory, Verdict
 from llada_megatron.llada_moe.config import dump_yaml, load_run
+from llada_megatron.parallel.training.heartbeat import FOLDER_VARIABLE, HeartbeatRecord, read_heartbeats
 from tests.corpora import PREPARE_OPTIONS, write_texts
 
 STEPS, INTERVAL = 20, 4
@@ -77,13 +78,13 @@ class Job:
                 )
             self.processes.append(process)
 
-    def until(self, found: Callable[[], object], seconds: float = 400.0) -> None:
+    def until(self, found: Callable[[], object], seconds: float = 400.0, pause: float = 0.02) -> None:
         """Wait until `found`; fail with the job's output when it is not in time, or the programs have ended."""
         deadline = time.monotonic() + seconds
         while not found():
             running = any(process.poll() is None for process in self.processes)
             assert time.monotonic() < deadline and (running or found()), self.said()
-            time.sleep(0.02)
+            time.sleep(pause)
 
     def ended(self, seconds: float = 600.0) -> Verdict | None:
         """Wait for the programs; the verdict of this attempt."""
@@ -120,6 +121,40 @@ class Job:
         agent = psutil.Process(self.processes[-2:][node].pid)
         self.until(lambda: self._ranks(agent))
         return self._ranks(agent)[0]
+
+    def hang(self, node: int) -> None:
+        """Stop the rank of a node for good, in a step, after its agent has seen how long steps take.
+
+        Without that, and outside of steps, the far longer recovery.hang_other_s counts. Steps are shorter here than the
+        agent's looks at them (0.2 s), so the rank first goes slowly.
+        """
+        rank = self.rank(node)
+        folder = Path(rank.environ()[FOLDER_VARIABLE])
+        beat = self._stop_in_step(rank, folder, node, 0)
+        for _ in range(4):
+            time.sleep(0.5)
+            rank.resume()
+            beat = self._stop_in_step(rank, folder, node, beat.step + 1)
+
+    def _stop_in_step(self, process: psutil.Process, folder: Path, rank: int, step: int) -> HeartbeatRecord:
+        """Stop a rank in a step, after at least `step` of them; returns its last sign of life."""
+
+        def in_step() -> bool:
+            beat = read_heartbeats(folder).get(rank)
+            return beat is not None and beat.phase == "step" and beat.step >= step
+
+        def stopped() -> bool:
+            if in_step():
+                process.suspend()
+                while process.status() != psutil.STATUS_STOPPED:
+                    time.sleep(0.001)
+                if in_step():
+                    return True
+                process.resume()
+            return False
+
+        self.until(stopped, pause=0.002)
+        return read_heartbeats(folder)[rank]
 
     @staticmethod
     def _ranks(agent: psutil.Process) -> list[psutil.Process]:

@@ -218,12 +218,16 @@ def test_nodes_that_do_not_start_end_a_job_only_the_first_time(script):
 
 
 def test_a_signal_while_the_environment_is_set_up_is_not_lost(script):
-    setup = ['touch "$LLADA_JOB/ready"; /bin/sleep 1']
-    process = script.start(dataclasses.replace(CLUSTER, setup=setup), PREFLIGHT="exec /bin/sleep 60")
+    """It reaches even a step that is just being started."""
+    (script.folder / "bin" / "sleep").unlink()  # what is sent again a second later is sent a second later
+    setup = ['touch "$LLADA_JOB/ready"; /bin/sleep 0.5']
+    process = script.start(dataclasses.replace(CLUSTER, setup=setup), PREFLIGHT="exec /bin/sleep 100")
     wait_for((script.job / "ready").exists)
     process.send_signal(signal.SIGUSR1)
+    sent = time.monotonic()
     output = process.communicate(timeout=120)[0]
     assert (process.returncode, script.lines("calls")) == (0, REQUEUE), output
+    assert time.monotonic() - sent < 60
 
 
 def test_a_signal_reaches_the_nodes_and_the_script_waits_for_them(script):

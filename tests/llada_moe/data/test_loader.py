@@ -208,6 +208,7 @@ def test_index_of_other_tokens(write_set):
         TokenFile(other)
 
 
+@pytest.mark.alone
 def test_fast_enough(write_set, make_run):
     """Less than 2 ms for a sequence of 4096 in documents of 20 tokens (best of several: the machine is shared)."""
     run = make_run([write_set("a", [20] * 20_000)], training={"sequence_length": 4096, "global_batch_size": 4})

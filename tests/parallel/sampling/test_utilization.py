@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import torch
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
@@ -21,6 +22,7 @@ METHOD = Method(FixedSteps(4), logits_processor=LogitsProcessor(excluded=[MASK])
 REQUESTS = [continuation([1, 2, 3], 8, 8, stream) for stream in range(8)]
 
 
+@pytest.mark.alone
 def test_two_groups_keep_two_stages_busy():
     one, two = (run_ranks(busy_share, 2, groups) for groups in (1, 2))
     assert max(one) < 0.55

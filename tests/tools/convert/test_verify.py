@@ -223,6 +223,7 @@ def test_a_tensor_in_chunks(a, b, take, tolerance, chunk):
     assert found.tolerated == (tolerance > 0 and not beyond)
 
 
+@pytest.mark.alone
 def test_an_interruption_ends_the_comparison(tmp_path, monkeypatch):
     source = open_source(written(tmp_path / "source", "tiny-moe"))
     met = []
