@@ -124,8 +124,8 @@ def _in_this_process(settings: Settings, source: PromptSource, printer: ResultPr
 
 def _in_ranks(settings: Settings, source: PromptSource, printer: ResultPrinter) -> tuple[str, int]:
     """Sample with one process per rank of the layout; returns the same as `_in_this_process`."""
-    from llada_megatron.launch.sampling.batch import PromptBatch, write_in_ranks
     from llada_megatron.launch.sampling.batch_output import part_paths, records
+    from llada_megatron.launch.sampling.prompt_batch import PromptBatch, write_in_ranks
 
     scratch = Path(tempfile.mkdtemp(prefix="llada-"))  # kept if a rank fails, with the logs of the ranks
     batch = PromptBatch(settings, source.prompts, scratch / "results", source.tolerant, progress=False)

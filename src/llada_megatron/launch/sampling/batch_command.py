@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import emit_json, message
-from llada_megatron.launch.sampling.batch import BatchOutcome, PromptBatch, rank_work, write_here, write_in_ranks
 from llada_megatron.launch.sampling.batch_output import BatchOutput, run_description
+from llada_megatron.launch.sampling.prompt_batch import BatchOutcome, PromptBatch, rank_work, write_here, write_in_ranks
 from llada_megatron.launch.sampling.terminal_output import PromptCounts
 from llada_megatron.llada_moe.errors import ConfigError, LladaError
 

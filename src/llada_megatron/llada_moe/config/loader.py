@@ -14,11 +14,11 @@ from pathlib import Path
 import yaml
 
 from llada_megatron.llada_moe.config import yaml_nodes
+from llada_megatron.llada_moe.config.checks import validate_run
 from llada_megatron.llada_moe.config.model import ModelConfig, validate_model
 from llada_megatron.llada_moe.config.named import MODELS, RUNS, SECTIONS, SUFFIXES
 from llada_megatron.llada_moe.config.parsing import Origins, closest, parse
 from llada_megatron.llada_moe.config.run import RunConfig
-from llada_megatron.llada_moe.config.validation import validate_run
 from llada_megatron.llada_moe.errors import ConfigError
 
 

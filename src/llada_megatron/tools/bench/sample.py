@@ -126,7 +126,7 @@ def _presets(names: str | None) -> list[str]:
 def _require_all(args: argparse.Namespace, recipe: object) -> None:
     """Raises LladaError for what is missing, before anything long starts."""
     from llada_megatron.tools.bench.sampling.picture import require_drawing
-    from llada_megatron.tools.bench.sampling.ranks import require_stages
+    from llada_megatron.tools.bench.sampling.rank_figures import require_stages
 
     if args.plot:
         require_drawing(args.plot)
@@ -205,7 +205,7 @@ def _candidates(ours: OurSamplers, presets: Sequence[PresetOnModel], peers: Peer
 
 def _bytes_claims(presets: Sequence[PresetOnModel], paths: dict[str, Path]) -> list[Claim]:
     """The most that leaves a rank for a row, over all presets, greedy and at temperature 1."""
-    from llada_megatron.tools.bench.sampling.ranks import LAYOUTS, bytes_per_row
+    from llada_megatron.tools.bench.sampling.rank_figures import LAYOUTS, bytes_per_row
 
     claims = []
     for name, layout in LAYOUTS.items():
@@ -218,7 +218,7 @@ def _bytes_claims(presets: Sequence[PresetOnModel], paths: dict[str, Path]) -> l
 
 def _pipeline_claims(args: argparse.Namespace) -> list[Claim]:
     from llada_megatron.tools.bench.sampling.models import RECIPES
-    from llada_megatron.tools.bench.sampling.ranks import measure_stages
+    from llada_megatron.tools.bench.sampling.rank_figures import measure_stages
 
     recipe, stages = RECIPES["bidirectional"], args.pipeline
     if stages > (os.cpu_count() or 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from llada_megatron.tools.bench.sampling import models, ranks
+from llada_megatron.tools.bench.sampling import models, rank_figures
 from llada_megatron.tools.bench.sampling.language import Language
 from llada_megatron.tools.bench.sampling.models import Recipe
 
@@ -20,7 +20,7 @@ CAUSAL = dataclasses.replace(TINY, block_size=8, parent=TINY)
 def use_small_models(monkeypatch) -> None:
     """Let the benchmark train these models, and count bytes under one layout only."""
     monkeypatch.setattr(models, "RECIPES", {"bidirectional": TINY, "block-causal": CAUSAL})
-    monkeypatch.setattr(ranks, "LAYOUTS", {"TP2": ranks.LAYOUTS["TP2"]})
+    monkeypatch.setattr(rank_figures, "LAYOUTS", {"TP2": rank_figures.LAYOUTS["TP2"]})
 
 
 def rows(text: str) -> list[str]:

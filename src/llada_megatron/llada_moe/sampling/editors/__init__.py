@@ -1,6 +1,6 @@
 """Editors: rules by which tokens that were already sampled may still change."""
 
-from llada_megatron.llada_moe.sampling.editors.base import (
+from llada_megatron.llada_moe.sampling.editors.editor import (
     Editor,
     NoEditor,
     Revision,

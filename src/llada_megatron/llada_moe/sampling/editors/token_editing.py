@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.llada_moe.sampling.editors.base import Revision, RunningEditor, require_in_range
+from llada_megatron.llada_moe.sampling.editors.editor import Revision, RunningEditor, require_in_range
 from llada_megatron.llada_moe.sampling.statistics import Need, Statistics
 from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock
 

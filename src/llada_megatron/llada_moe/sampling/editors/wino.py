@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llada_megatron.llada_moe.sampling.editors.base import Revision, RunningEditor, commit
+from llada_megatron.llada_moe.sampling.editors.editor import Revision, RunningEditor, commit
 from llada_megatron.llada_moe.sampling.schedules import Stateless, best, top
 from llada_megatron.llada_moe.sampling.statistics import Need, Statistics
 from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock

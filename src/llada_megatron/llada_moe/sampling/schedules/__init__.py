@@ -1,6 +1,6 @@
 """Schedules: published rules that choose which open positions are committed in a step."""
 
-from llada_megatron.llada_moe.sampling.schedules.base import RunningSchedule, Schedule, Stateless, best, top
+from llada_megatron.llada_moe.sampling.schedules.schedule import RunningSchedule, Schedule, Stateless, best, top
 from llada_megatron.llada_moe.sampling.schedules.stateful import SlowFast, Stable
 from llada_megatron.llada_moe.sampling.schedules.stateless import (
     CreditThreshold,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llada_megatron.llada_moe.sampling.schedules.base import require_at_least, require_share, top
+from llada_megatron.llada_moe.sampling.schedules.schedule import require_at_least, require_share, top
 from llada_megatron.llada_moe.sampling.statistics import Need, Statistics
 from llada_megatron.llada_moe.sampling.token_buffer import ActiveBlock
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llada_megatron.llada_moe.sampling import row_memory
-from llada_megatron.llada_moe.sampling.schedules.base import (
+from llada_megatron.llada_moe.sampling.schedules.schedule import (
     Stateless,
     best,
     comparable,

@@ -26,12 +26,16 @@ from tests.corpora import model_for, prepared_set
 from tests.ranks import RankFailure, run_ranks
 
 STEPS, INTERVAL, ALWAYS = 8, 3, 99
+
 LAYOUTS = {
     "EP2": ("tiny-moe", LayoutConfig(data_parallel=2, expert_parallel=2), "fp32"),  # two optimizers, moving biases
     "DP2": ("tiny-dense", LayoutConfig(data_parallel=2), "bf16"),  # one optimizer, main weights of its own
 }
+
 DEFAULT = RecoveryConfig()
+
 BACK = RecoveryConfig(not_finite="rollback")
+
 SLOWER = dataclasses.replace(BACK, learning_rate_factor=0.25, skip_steps=2)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llada_megatron.llada_moe.config import from_dict, to_dict
+from llada_megatron.llada_moe.config.checks import validate_run
 from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
 from llada_megatron.llada_moe.config.intervals import CheckpointConfig, LoggingConfig, ValidationConfig
 from llada_megatron.llada_moe.config.layout import LayoutConfig
@@ -18,7 +19,6 @@ from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
-from llada_megatron.llada_moe.config.validation import validate_run
 from llada_megatron.llada_moe.data.batch import Row
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.model.patterns import CAUSAL, FULL, AttentionPattern

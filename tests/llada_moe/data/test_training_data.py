@@ -1,5 +1,7 @@
 """Batches are a function of sample numbers: whatever the split, the order or the process."""
 
+from __future__ import annotations
+
 import json
 import math
 import time

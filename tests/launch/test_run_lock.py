@@ -1,5 +1,7 @@
 """The run lock: who is refused, who takes over, and what a kill leaves."""
 
+from __future__ import annotations
+
 import dataclasses
 import errno
 import json
@@ -19,6 +21,7 @@ from llada_megatron.launch.run_lock import Holder, RunLock, check_free
 from llada_megatron.llada_moe.errors import ResourceError
 
 ELSEWHERE = {"host": "node17", "machine": "another boot"}
+
 HOLD = """
 import sys, time
 from llada_megatron.launch.run_lock import RunLock

@@ -1,5 +1,7 @@
 """A process finds its rank in a job of torchrun or SLURM, or is told what is missing."""
 
+from __future__ import annotations
+
 import pytest
 
 from llada_megatron.launch.ranks.rank_info import RankInfo, check_world, find_rank_info
@@ -14,6 +16,7 @@ TORCHRUN = {
     "MASTER_ADDR": "head",
     "MASTER_PORT": "29500",
 }
+
 SRUN = {
     "SLURM_JOB_ID": "4711",
     "SLURM_STEP_ID": "2",

@@ -15,7 +15,9 @@ from tests.corpora import model_for, prepared_set
 from tests.ranks import RankFailure, run_ranks
 
 STEPS, FAILS_AFTER = 6, 5
+
 EVERY_STEP = {"schema", "step", "consumed_sequences", "loss", "bits_per_byte", "grad_norm", "learning_rate"}
+
 EVERY_INTERVAL = {
     "tokens_per_second",
     "seconds_per_step",

@@ -15,7 +15,9 @@ from llada_megatron.parallel.training.recovery import policy
 from llada_megatron.parallel.training.recovery.policy import History, StepFault
 
 SPIKES = RecoveryConfig(spike="skip", spike_window=16, spike_threshold=6.0)
+
 FINITE = st.floats(-1e6, 1e6)
+
 NOT_FINITE = st.sampled_from([math.nan, math.inf, -math.inf])
 
 

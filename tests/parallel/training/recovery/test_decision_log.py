@@ -13,6 +13,7 @@ from llada_megatron.parallel.training.recovery import policy
 from llada_megatron.parallel.training.recovery.decision_log import DecisionLog
 
 FAULT = policy.StepFault(step=7, reason="spike", loss=9.5, grad_norm=math.inf, deviations=8.25)
+
 DECISIONS = [
     dataclasses.replace(decision, number=number)
     for number, decision in enumerate(
