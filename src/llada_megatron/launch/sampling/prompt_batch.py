@@ -78,7 +78,7 @@ def write_in_ranks(batch: PromptBatch, logs: Path) -> BatchOutcome:
     with tempfile.TemporaryDirectory(prefix="llada-") as scratch:
         path = Path(scratch) / "batch"
         path.write_bytes(pickle.dumps(batch))
-        program = python_program("llada_megatron.launch.sampling.batch", str(path), str(logs))
+        program = python_program("llada_megatron.launch.sampling.prompt_batch", str(path), str(logs))
         return BatchOutcome(**run_local(program, batch.settings.layout, logs, stopping="stopping").result)
 
 
