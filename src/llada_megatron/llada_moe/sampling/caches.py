@@ -96,7 +96,7 @@ class DualCache:
     behind: int = 0
     warm_up: int = 0
     refresh_every: int | None = None
-    """See `PrefixCache.refresh_every`."""
+    """After how many steps the kept keys are computed anew, as `PrefixCache.refresh_every` says."""
 
     def __post_init__(self) -> None:
         """Raises: ConfigError: a setting is out of range."""

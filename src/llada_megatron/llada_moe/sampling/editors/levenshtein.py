@@ -33,7 +33,7 @@ class Levenshtein:
     """
 
     edit_threshold: float = 0.0
-    """See `TokenEditing.edit_threshold`; the published value is 0.0."""
+    """A written token is replaced by one more probable than this, as in `TokenEditing`; the published value is 0.0."""
     max_post_steps: int = 16
     """Steps in a block that begin without any initial mask, before the last step."""
     delete_id: int | None = None
