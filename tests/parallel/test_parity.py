@@ -181,3 +181,20 @@ def three_losses(run: RunConfig) -> list[float]:
         assert inner.param_groups[0]["params"][0].dtype is torch.float32
         assert next(models[0].parameters()).dtype is torch.bfloat16
     return losses
+
+
+@pytest.mark.parametrize("side", ["reference", "other"])
+@pytest.mark.parametrize("where", ["a", "b", "loss", "gradient norm"])
+def test_a_comparison_that_meets_nan_fails(side, where):
+    def gradients(spoilt):
+        tensors = {name: torch.ones(4) for name in ("a", "b")}
+        if spoilt in tensors:
+            tensors[spoilt][2:] = math.nan
+        return parity.Gradients(
+            math.nan if spoilt == "loss" else 1.0, math.nan if spoilt == "gradient norm" else 2.0, tensors
+        )
+
+    good, bad = gradients(None), gradients(where)
+    found = parity.compare(bad, good) if side == "reference" else parity.compare(good, bad)
+    assert found == (math.inf, where)
+    assert parity.compare(good, good)[0] == 0

@@ -34,9 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in BENCHMARKS.items():
         benchmark = names.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         _module(name).add_arguments(benchmark)
-    for (
-        name
-    ) in MOVED:  # no help, so that it is not listed; no option starts with NUL, so that any are taken as they are
+    # without help it is not listed; no option starts with NUL, so that any are taken as they are
+    for name in MOVED:
         names.add_parser(name, add_help=False, prefix_chars="\0").add_argument("options", nargs="*")
 
 

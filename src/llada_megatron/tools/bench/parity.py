@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -81,7 +82,10 @@ def measure(run: RunConfig, timeout: float = 180.0) -> Gradients:
 
 
 def compare(reference: Gradients, other: Gradients) -> tuple[float, str]:
-    """Largest relative error and where: |a - b| / max |a| over each gradient's elements, and the loss's."""
+    """Largest relative error and where: |a - b| / max |a| over each gradient's elements, and the loss's.
+
+    What is not a number on either side is an infinite error.
+    """
     if reference.tensors.keys() != other.tensors.keys():
         return float("inf"), f"names differ: {sorted(reference.tensors.keys() ^ other.tensors.keys())[:3]}"
     errors = {
@@ -90,6 +94,7 @@ def compare(reference: Gradients, other: Gradients) -> tuple[float, str]:
     }
     errors["loss"] = abs(reference.loss - other.loss) / abs(reference.loss)
     errors["gradient norm"] = abs(reference.grad_norm - other.grad_norm) / reference.grad_norm
+    errors = {name: math.inf if math.isnan(error) else error for name, error in errors.items()}
     worst = max(errors, key=lambda name: errors[name])
     return errors[worst], worst
 
