@@ -47,7 +47,7 @@ def machine(alone: bool, folder: Path = ROOT / "tests") -> Iterator[None]:
     The locks are on two files in `folder`, and end with the process that holds them. Everybody passes the first lock,
     so that whoever waits to be alone is not overtaken again and again.
     """
-    with (folder / "conftest.py").open() as turn, (folder / "workers.py").open() as room:
+    with (folder / "conftest.py").open("r+") as turn, (folder / "workers.py").open("r+") as room:
         fcntl.flock(turn, fcntl.LOCK_EX)
         fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(turn, fcntl.LOCK_UN)

@@ -63,7 +63,7 @@ def check_weights(run: RunConfig) -> None:
 def _check_copies(run: RunConfig, copies: list[tuple[int, Path]]) -> None:
     for _, path in copies:
         try:
-            owner = checkpoint_manifest.read(path).facts["run"]["output_dir"]
+            owner = checkpoint_manifest.read(path).metadata["run"]["output_dir"]
         except DamagedCheckpointError:
             continue
         if Path(owner).absolute() != Path(run.output_dir).absolute():

@@ -5,7 +5,7 @@
 3. `build_run_chunks`: initial weights, equal under every layout, and which gradients are reduced over which ranks.
 4. `wrap`: mixed precision, gradient buffers and their reduction.
 
-The groups of ranks themselves are made by `topology`, the optimizer's shards by `training.optimizer`; `sharded_state`
+The groups of ranks themselves are made by `topology`, the optimizer's shards by `training.distributed_optimizer`; `sharded_state`
 says what the shards are called in a checkpoint.
 """
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from llada_megatron.llada_moe.config.data import check_data
 from llada_megatron.llada_moe.config.intervals import check_reporting
 from llada_megatron.llada_moe.config.layout import check_layout
 from llada_megatron.llada_moe.config.model import MoEConfig, check_model
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig, check_noise
 from llada_megatron.llada_moe.config.optimizer import check_optimizer
-from llada_megatron.llada_moe.config.parsing import Origins, Refuse, closest, collector
+from llada_megatron.llada_moe.config.parsing import Origins, Refuse, collector
 from llada_megatron.llada_moe.config.recovery import check_recovery
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import check_batch
-from llada_megatron.llada_moe.objectives import make_objective, objective_kinds
+from llada_megatron.llada_moe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llada_megatron.llada_moe.model.patterns import AttentionPattern
 
 
 def validate_run(run: RunConfig, origins: Origins | None = None) -> None:
@@ -36,23 +41,25 @@ def validate_run(run: RunConfig, origins: Origins | None = None) -> None:
 
 def check_objective(objective: ObjectiveConfig, moe: MoEConfig | None, refuse: Refuse) -> None:
     """A kind that exists, what it refuses itself, and routing by blocks that shows a token nothing it must not see."""
-    kinds = objective_kinds()
-    if objective.kind not in kinds:
-        expected = f"expected one of {', '.join(kinds)}"
-        refuse("objective.kind", f"{expected}, found {objective.kind!r}{closest(objective.kind, kinds)}")
+    from llada_megatron.llada_moe.objectives import make_objective  # its files import sections of the configuration
+
+    try:
+        learnt = make_objective(objective)
+    except ConfigError as error:
+        refuse("objective.kind", str(error).removeprefix("objective.kind: "))
         return
-    make_objective(objective).check(refuse)
+    learnt.check(refuse)
     check_noise(objective, refuse)
     if moe is not None and moe.expert_capacity > 0:
-        check_block_routing(objective, moe, refuse)
+        check_routing_of_run(objective, learnt.pattern(step=0), moe, refuse)
 
 
-def check_block_routing(objective: ObjectiveConfig, moe: MoEConfig, refuse: Refuse) -> None:
+def check_routing_of_run(objective: ObjectiveConfig, pattern: AttentionPattern, moe: MoEConfig, refuse: Refuse) -> None:
     """What a token is routed by is nothing that it must not see."""
     size, block = moe.routing_block_size, objective.block_size
     if block is not None and block <= 0:
         return  # refused already
-    if make_objective(objective).pattern(step=0).block == 1 and block != 1:
+    if pattern.block == 1 and block != 1:
         refuse(
             "objective.kind",
             f"{objective.kind} with model.moe.expert_capacity {moe.expert_capacity}: the experts of a token would "

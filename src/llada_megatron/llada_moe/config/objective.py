@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from llada_megatron.llada_moe.config.parsing import Refuse
+from llada_megatron.llada_moe.config.parsing import VARIANTS, Refuse
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What is learnt. The noise keys and the block size are read by the diffusion objective only."""
+    """What is learnt. The keys of noise and the block size are for objectives that mask."""
 
     kind: str = "diffusion"
     """Which objective of `llada_moe.objectives`, each a file there."""
@@ -56,3 +56,12 @@ def check_noise(objective: ObjectiveConfig, refuse: Refuse) -> None:
         )
     if not 0 <= objective.random_length_probability <= 1:
         refuse("objective.random_length_probability", f"{objective.random_length_probability} must lie between 0 and 1")
+
+
+def _class_of_kind(values: dict[str, str]) -> type[ObjectiveConfig]:
+    from llada_megatron.llada_moe.objectives import config_class  # its files import this one
+
+    return config_class(values.get("kind", ObjectiveConfig.kind))
+
+
+VARIANTS[ObjectiveConfig] = _class_of_kind

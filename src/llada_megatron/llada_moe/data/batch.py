@@ -1,4 +1,4 @@
-"""Windows and noise put together into what a training step reads."""
+"""What a training step reads: rows, batches of them, and what it needs of data."""
 
 from __future__ import annotations
 

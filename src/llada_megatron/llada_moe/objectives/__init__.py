@@ -7,10 +7,11 @@ import importlib
 import pkgutil
 
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
-from llada_megatron.llada_moe.config.parsing import VARIANTS
+from llada_megatron.llada_moe.config.parsing import closest
+from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.objectives.interface import REGISTERED, Objective
 
-__all__ = ["Objective", "make_objective", "objective_kinds"]
+__all__ = ["Objective", "config_class", "make_objective", "objective_kinds"]
 
 
 def objective_kinds() -> list[str]:
@@ -20,22 +21,26 @@ def objective_kinds() -> list[str]:
 
 
 def make_objective(config: ObjectiveConfig) -> Objective:
-    """The objective that a configuration names. Raises KeyError for an unknown kind, which validation refuses."""
-    _import_all()
+    """The objective that a configuration names.
+
+    Raises:
+        ConfigError: there is no such kind, for example in a checkpoint of another version.
+    """
+    kinds = objective_kinds()
+    if config.kind not in kinds:
+        raise ConfigError(
+            f"objective.kind: expected one of {', '.join(kinds)}, found {config.kind!r}{closest(config.kind, kinds)}"
+        )
     return REGISTERED[config.kind](config)
+
+
+def config_class(kind: str) -> type[ObjectiveConfig]:
+    """The class that holds the keys of a kind; the common one for an unknown kind, which validation refuses."""
+    _import_all()
+    return REGISTERED[kind].config_class if kind in REGISTERED else ObjectiveConfig
 
 
 @functools.cache
 def _import_all() -> None:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-
-
-def _config_class(values: dict[str, str]) -> type[ObjectiveConfig]:
-    """The class with the keys of the kind among `values`; the common one for an unknown kind."""
-    _import_all()
-    objective = REGISTERED.get(values.get("kind", ObjectiveConfig.kind))
-    return ObjectiveConfig if objective is None else objective.config_class
-
-
-VARIANTS[ObjectiveConfig] = _config_class

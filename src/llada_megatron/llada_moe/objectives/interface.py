@@ -66,7 +66,10 @@ class Objective(ABC):
     # the loss
 
     def frozen_models(self) -> dict[str, str]:
-        """Further models that the loss needs and that are not trained: a name, and the checkpoint to load, each."""
+        """Further models that the loss needs and that are not trained: a name, and the checkpoint to load, each.
+
+        Asked once, before `load_state`.
+        """
         return {}
 
     def factors(self, counts: TokenCounts, batch: Batch) -> Tensor:
@@ -82,7 +85,8 @@ class Objective(ABC):
         Args:
             weighted: `[batch]`, sum of weight x cross-entropy over this rank's positions of each sequence, in nats.
             factors: `[batch]`, from `factors`.
-            frozen: by name what each frozen model makes of the same micro-batch, like `weighted`.
+            frozen: by name what each frozen model makes of the same micro-batch, like `weighted`; all of them in
+                training, none in validation and while a frozen model itself is asked.
         """
         return (weighted * factors).sum()
 

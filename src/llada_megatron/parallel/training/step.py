@@ -157,13 +157,13 @@ def run_pipeline(
     return Losses(join("weighted"), join("mask_ratio"), join("supervised"), loss)
 
 
-def ask_frozen(run: RunConfig, name: str, models: list[torch.nn.Module], microbatches: list[Microbatch]) -> None:
-    """Let a frozen model run the micro-batches; what it makes of each goes to the last stage's `Microbatch.frozen`."""
+def ask_frozen(
+    run: RunConfig, models: list[torch.nn.Module], microbatches: list[Microbatch]
+) -> tuple[torch.Tensor, ...]:
+    """What a frozen model makes of each micro-batch, `[batch]` each: on the last pipeline stage, empty before it."""
     with torch.no_grad():
         losses = run_pipeline(run, models, microbatches, forward_only=True)
-    if losses.weighted.numel():
-        for batch, weighted in zip(microbatches, losses.weighted.split(run.training.micro_batch_size), strict=True):
-            batch.frozen[name] = weighted
+    return losses.weighted.split(run.training.micro_batch_size) if losses.weighted.numel() else ()
 
 
 class TrainingStep:
@@ -197,8 +197,9 @@ class TrainingStep:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         microbatches = prepare(self.objective, self.batches(step), step)
-        for name, models in self.frozen.items():
-            ask_frozen(self.run, name, models, microbatches)
+        answers = {name: ask_frozen(self.run, models, microbatches) for name, models in self.frozen.items()}
+        for number, batch in enumerate(microbatches):
+            batch.frozen = {name: found[number] for name, found in answers.items() if found}
         return run_pipeline(self.run, self.models, microbatches)
 
     def norm(self) -> Norm:

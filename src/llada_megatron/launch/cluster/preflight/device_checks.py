@@ -7,12 +7,9 @@ import importlib.metadata
 import platform
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    pass
 
 _GPU_SIZE, _CPU_SIZE = 8192, 1024
 
