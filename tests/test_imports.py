@@ -67,3 +67,13 @@ def test_text_is_read_without_megatron():
     code = "import sys; from llada_megatron.llada_moe.data import encoding; sys.exit('megatron.core' in sys.modules)"
     done = _run(sys.executable, "-c", code)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "module", ["objectives", "objectives.interface", "config.parsing", "config.objective", "model.patterns"]
+)
+def test_a_room_that_others_stand_on_is_importable_first(module):
+    done = _run(
+        sys.executable, "-c", f"import sys, llada_megatron.llada_moe.{module}; sys.exit('torch' in sys.modules)"
+    )
+    assert done.returncode == 0, done.stderr

@@ -5,8 +5,8 @@
 3. `build_run_chunks`: initial weights, equal under every layout, and which gradients are reduced over which ranks.
 4. `wrap`: mixed precision, gradient buffers and their reduction.
 
-The groups of ranks themselves are made by `topology`, the optimizer's shards by `training.distributed_optimizer`; `sharded_state`
-says what the shards are called in a checkpoint.
+The groups of ranks themselves are made by `topology`, the optimizer's shards by `training.distributed_optimizer`.
+`sharded_state` says what the shards are called in a checkpoint.
 """
 
 from __future__ import annotations

@@ -242,7 +242,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 def _check_free(prefix: Path, overwrite: bool) -> None:
-    """Nothing that stands is written over unasked."""
+    """Refuse to replace files that exist, unless that was asked for."""
     from llada_megatron.llada_moe.data.set_manifest import prefix_file
 
     standing = [str(prefix_file(prefix, e)) for e in (*TOKENS, MANIFEST) if prefix_file(prefix, e).exists()]

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_megatron.llada_moe.sampling import row_memory, statistics
+from llada_megatron.llada_moe.sampling import statistics
 from llada_megatron.llada_moe.sampling.published import EDITORS, SCHEDULES
-from llada_megatron.llada_moe.sampling.row_memory import Credit, CreditAccount
 from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor, Statistics
+from llada_megatron.llada_moe.sampling.step_cache import Credit, CreditAccount
 from tests.llada_moe.sampling.shards import Shards, make_rows
 
 VOCAB = 24
@@ -145,9 +145,9 @@ def test_noise_exists_for_some_rows_at_a_time(at_once, monkeypatch):
     logits = torch.randn(7, VOCAB, generator=torch.Generator().manual_seed(0))
     processor = LogitsProcessor(frozenset({"text"}), [3], [5], temperature=1.0)
     [expected] = Shards(processor, [VOCAB]).read(logits, make_rows(7))
-    sizes, gumbel = [], row_memory.gumbel
+    sizes, gumbel = [], draws.gumbel
     monkeypatch.setattr(statistics, "DRAWS_AT_ONCE", at_once)
-    monkeypatch.setattr(row_memory, "gumbel", lambda *names: sizes.append((noise := gumbel(*names)).numel()) or noise)
+    monkeypatch.setattr(draws, "gumbel", lambda *names: sizes.append((noise := gumbel(*names)).numel()) or noise)
     [found] = Shards(processor, [VOCAB]).read(logits, make_rows(7))
     for field in ("token", "confidence", "text"):
         assert torch.equal(getattr(found, field), getattr(expected, field))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_megatron.llada_moe.sampling import row_memory
+from llada_megatron.llada_moe.sampling import draws
 from llada_megatron.llada_moe.sampling.loop import Method
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps, Threshold
 from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
@@ -31,17 +31,13 @@ def of_the_paper(logits, prompt, new, block, steps, remasking, temperature, seed
             if temperature:
                 ids = torch.arange(VOCAB)[None]
                 places = position[:, None]
-                noise = row_memory.gumbel(
-                    seed, row_memory.TOKEN, *(torch.tensor(n) for n in (stream, number)), places, ids
-                )
+                noise = draws.gumbel(seed, draws.TOKEN, *(torch.tensor(n) for n in (stream, number)), places, ids)
                 chosen = (row.float().double() + temperature * noise).argmax(-1)
             else:
                 chosen = row.argmax(-1)
             sure = confidence[position, chosen]
             if remasking == "random":
-                sure = row_memory.uniform(
-                    seed, row_memory.REMASKING, torch.tensor(stream), torch.tensor(number), position
-                )
+                sure = draws.uniform(seed, draws.REMASKING, torch.tensor(stream), torch.tensor(number), position)
             masks.sort(key=lambda i: -float(sure[i]))
             if threshold is not None:
                 count = max(1, sum(float(sure[i]) >= threshold for i in masks))

@@ -184,3 +184,8 @@ def test_a_frozen_model_is_asked_about_the_same_sequences_under_any_layout(make_
     for (*_, weights), (*_, same) in zip(expected, found, strict=True):
         # a constant beside the loss changes no gradient
         assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
+
+
+def test_an_unknown_kind_in_a_checkpoint_is_one_clear_error():
+    with pytest.raises(ConfigError, match=r"objective\.kind: expected one of .*, found 'diffusoin'; did you mean"):
+        make_objective(ObjectiveConfig(kind="diffusoin"))

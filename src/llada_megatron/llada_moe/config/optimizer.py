@@ -1,4 +1,8 @@
-"""AdamW and its learning rate over the steps: the keys of `optimizer`, what cannot work, and the rate itself."""
+"""AdamW and its learning rate over the steps: the keys of `optimizer`, what cannot work, and the rate itself.
+
+Sources named below: P8B = arXiv 2502.09992 and the GUIDELINES of ML-GSAI/LLaDA;
+PV2 = arXiv 2608.03457 (LLaDA MoE v2); SMDM = arXiv 2410.18514.
+"""
 
 from __future__ import annotations
 

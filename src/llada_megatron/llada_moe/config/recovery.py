@@ -1,4 +1,7 @@
-"""What happens when a step goes wrong: the keys of `recovery`, and what cannot help."""
+"""What happens when a step goes wrong: the keys of `recovery`, and what cannot help.
+
+Source named below: P8B = arXiv 2502.09992 and the GUIDELINES of ML-GSAI/LLaDA.
+"""
 
 from __future__ import annotations
 

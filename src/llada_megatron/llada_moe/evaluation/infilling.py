@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llada_megatron.llada_moe.data.training_data import TrainingData
-from llada_megatron.llada_moe.sampling import row_memory
+from llada_megatron.llada_moe.sampling import draws
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """forward(tokens [batch, seq], rows [batch, seq] bool, boundaries) -> logits [selected rows, vocab], in order of
@@ -41,7 +41,7 @@ class Infilling:
 def choose_gaps(shape: tuple[int, int], first: int, share: float, seed: int) -> Tensor:
     """Which positions to mask: bool `[batch, seq]`, for rows numbered from `first`; the same for every model."""
     rows = torch.arange(first, first + shape[0])[:, None]
-    return row_memory.uniform(seed, row_memory.GAP, rows, torch.arange(shape[1])) < share
+    return draws.uniform(seed, draws.GAP, rows, torch.arange(shape[1])) < share
 
 
 @torch.no_grad()

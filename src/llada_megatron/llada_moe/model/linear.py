@@ -1,4 +1,13 @@
-"""Megatron's parallel linear layers, which compute a plain product in evaluation, by the faster library for it."""
+"""Megatron's parallel linear layers, which compute a plain product in evaluation, by the faster library for it.
+
+Parameters, their names and their sharding are Megatron's own, and so is the path that training takes. Megatron drives
+each product through two or three autograd functions, whose overhead exceeds the product of a window of a few positions;
+without gradients they have nothing to record.
+
+In float32 torch gives every product on a CPU to MKL, which on processors that are not Intel's leaves AVX-512 unused:
+on an AMD EPYC it reaches 80 GFLOP/s where oneDNN reaches 130 at 32 rows, and 85 where that reaches 180 at 178 rows
+(one thread, weights of 1536 x 256). Both compute in IEEE float32; sums are taken in another order.
+"""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from llada_megatron.llada_moe.sampling import row_memory
-from llada_megatron.llada_moe.sampling.row_memory import Credit, CreditAccount, StepCache
+from llada_megatron.llada_moe.sampling import draws
+from llada_megatron.llada_moe.sampling.step_cache import Credit, CreditAccount, StepCache
 from llada_megatron.llada_moe.sampling.token_buffer import LogitRows
 
 Statistic = Literal["entropy", "current", "text", "divergence"]
@@ -209,7 +209,7 @@ class Reader:
 
     def _best_drawn(self, logits: Tensor, *names: Tensor, ids: Tensor) -> list[Tensor]:
         """As `_drawn`, for as many rows as are drawn at once."""
-        noise = row_memory.gumbel(self.processor.seed, row_memory.TOKEN, *names, ids)
+        noise = draws.gumbel(self.processor.seed, draws.TOKEN, *names, ids)
         score, choice = noise.mul_(self.processor.temperature).add_(logits).max(-1)
         high = score.float()
         low = (score - high.double()).nan_to_num(0.0).float()

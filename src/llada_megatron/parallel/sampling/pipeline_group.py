@@ -1,4 +1,8 @@
-"""Communication between ranks during sampling: stages of a replica, and replicas that share experts."""
+"""Communication between ranks during sampling: stages of a replica, and replicas that share experts.
+
+The last stage gives the statistics of a pass to the first one, which passes them on to the second, and so on: a rank
+sends them once, however many stages there are, and each stage has them before the hidden states of the next pass.
+"""
 
 from __future__ import annotations
 

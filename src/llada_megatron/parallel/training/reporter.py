@@ -61,7 +61,7 @@ class Reporter:
                 self.progress.message(FORMULA)
 
     def _measured_peak(self, throughput: Throughput) -> float:
-        """FLOP/s of all ranks, which measure at once; when a figure is first held against it (collective)."""
+        """FLOP/s of all ranks, measured by all at once when the first utilisation is computed (collective)."""
         if self._peak_flops is None:
             dtype = torch.bfloat16 if self.run.training.precision == "bf16" else torch.float32
             with throughput.paused():

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llada_megatron.llada_moe.sampling import row_memory
+from llada_megatron.llada_moe.sampling import draws
 from llada_megatron.llada_moe.sampling.schedules.schedule import (
     Stateless,
     best,
@@ -125,7 +125,7 @@ class CreditThreshold(Stateless):
     """A threshold on predictions that gain weight while the model repeats them (credit; dInfer, arXiv 2510.08666).
 
     In each step the most probable token of a position gains a credit of its probability ** gamma, earlier credits decay
-    by the factor beta, and the logits rise by alpha * log(1 + credit). See `row_memory.Credit`.
+    by the factor beta, and the logits rise by alpha * log(1 + credit). `step_cache.Credit` keeps it.
     """
 
     threshold: float = 0.8
@@ -204,7 +204,7 @@ class FixedSteps(Stateless):
         priority = statistics.confidence
         if self.remasking == "random":
             names = (block.stream[:, None], block.step[:, None], block.positions)
-            priority = row_memory.uniform(self.seed, row_memory.REMASKING, *names)
+            priority = draws.uniform(self.seed, draws.REMASKING, *names)
         return best(priority, block.masked, self._commits(block))
 
     def _commits(self, block: ActiveBlock) -> Tensor:

@@ -1,4 +1,9 @@
-"""Which rank of a layout holds which part of a weight, by closed forms, and whether parts tile a weight."""
+"""Which rank of a layout holds which part of a weight, by closed forms, and whether parts tile a weight.
+
+A weight that several ranks hold is given to the first of them. The parts end where those end that a run of the layout
+asks for, so that each rank finds its weights in its own files; that is a matter of speed only, since a checkpoint can
+be read under any layout.
+"""
 
 from __future__ import annotations
 

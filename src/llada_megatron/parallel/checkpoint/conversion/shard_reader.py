@@ -1,4 +1,11 @@
-"""Slices of the weights of a sharded checkpoint, read for conversion: no process group, and nothing in it is run."""
+"""Slices of the weights of a sharded checkpoint, read for conversion: no process group, and nothing in it is run.
+
+`.metadata` is read by an unpickler that knows only descriptions of tensors, the file names are those of the manifest,
+and a saved shard is parsed with `weights_only`. A shard is what `torch.save` made of one tensor. torch can parse it
+without its values: loaded to the meta device, a storage knows where its bytes are (`_checkpoint_offset`,
+torch/serialization.py, `_load`). Where an older torch says nothing, or the tensor is not contiguous, the shard is read
+whole.
+"""
 
 from __future__ import annotations
 
