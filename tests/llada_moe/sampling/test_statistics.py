@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_megatron.llada_moe.sampling import statistics
+from llada_megatron.llada_moe.sampling import draws, statistics
 from llada_megatron.llada_moe.sampling.published import EDITORS, SCHEDULES
 from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor, Statistics
 from llada_megatron.llada_moe.sampling.step_cache import Credit, CreditAccount
