@@ -43,9 +43,9 @@ class Trainer:
         self.models = build.wrap(run, chunks)
         self.state = RunState(run, self.objective, chunks, build_optimizer(run, self.models), self.data.manifests)
         self.store = open_store(run)
+        self.heartbeat.beat(0, "load")
         frozen = {name: load_frozen(run, self.store, path) for name, path in self.objective.frozen_models().items()}
         self.step = TrainingStep(run, self.models, self.state.optimizer, self.data, self.objective, frozen)
-        self.heartbeat.beat(0, "load")
         resumed = self.state.resume(self.store)
         given = on_rank_0(lambda: weights_to_start_from(run)) if resumed is None else None
         if given is not None:
