@@ -7,12 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llada_megatron.launch import demo_report
-from llada_megatron.parallel.evaluation.assessment import Assessment, TextSpan
+from llada_megatron.parallel.evaluation.assessment import Assessment, Baselines, TextSpan
 from tests.corpora import write_texts
 
 RUN = """
@@ -41,10 +42,9 @@ def llada(*arguments: str, cwd: Path, stdin: str = "") -> subprocess.CompletedPr
     return program("llada_megatron.cli", *arguments, cwd=cwd, stdin=stdin)
 
 
-def demo(folder: Path) -> subprocess.CompletedProcess[str]:
-    return program(
-        "llada_megatron.launch.demo", "--config", "run.yaml", "--corpus", "texts", "--sequences", "12", cwd=folder
-    )
+def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ("--config", "run.yaml", "--corpus", "texts", "--sequences", "12", *arguments)
+    return program("llada_megatron.launch.demo", *command, cwd=folder)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,8 @@ def test_the_demo_leaves_a_report(folder):
     for key in (
         "bits_per_byte",
         "unigram_bits_per_byte",
+        "bigram_bits_per_byte",
+        "zlib_bits_per_byte",
         "infill_accuracy",
         "majority_share",
         "seconds",
@@ -89,7 +91,9 @@ def test_the_demo_leaves_a_report(folder):
     printed = (folder / "demo.stdout").read_text()
     for text in (
         "bits per byte",
-        "unigram baseline",
+        "≤ ",
+        "unigrams",
+        "bigrams",
         "before",
         "after",
         "layer  4",
@@ -102,8 +106,9 @@ def test_the_demo_leaves_a_report(folder):
 
 def test_a_second_demo_reuses_what_exists(folder):
     before = json.loads((folder / "out/report.json").read_text())
-    done = demo(folder)
-    assert done.returncode == 0, done.stderr
+    done = demo(folder, "--require")
+    assert done.returncode == 1
+    assert "goal missed: bits per byte are" in done.stderr  # six steps learn next to nothing
     assert "corpus exists" in done.stderr
     assert "finished earlier" in done.stderr
     after = json.loads((folder / "out/report.json").read_text())
@@ -194,12 +199,24 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder):
 
 def test_report_by_hand():
     example = [TextSpan("for "), TextSpan("i in", "j in", tokens=2, right=1), TextSpan(" x:")]
-    result = Assessment(1.5, 3.0, 0.3, 0.1, 1, 20, {1: [10, 30, 0, 0]}, [example])
+    result = Assessment(1.5, True, Baselines(3.0, 1.2, 2.0), 0.31, 0.1, 1, 20, {1: [10, 30, 0, 0]}, [example])
     assert result.gain == 0.5
+    assert demo_report.missed_goals(result) == []
     assert demo_report.before(example) == "for «??» x:"
     assert demo_report.after(example) == "for «j in» x:"
     assert demo_report.original(example) == "for i in x:"
     paths = demo_report.ResultPaths("c", "t", "r")
     text = demo_report.as_text(result, {"train": 61.0}, 1.25, paths, lambda text, code: text)
-    for part in ("50.0% lower", "3.0 times", "1 of 2 tokens", "max/mean 3.00, dead 2", "1:01 of work"):
+    bounds = ("≤ 1.500 (upper bound)", "50.0% below unigrams", "25.0% ABOVE bigrams", "zlib 2.000")
+    for part in (*bounds, "3.1 times", "1 of 2 tokens", "max/mean 3.00, dead 2", "1:01 of work"):
         assert part in text
+    exact = replace(result, is_bound=False, bits_per_byte=1.1)
+    text = demo_report.as_text(exact, {"train": 61.0}, 1.25, paths, lambda text, code: text)
+    assert "1.100 (exact)" in text
+    assert "8.3% below bigrams" in text
+
+
+@pytest.mark.parametrize("change", [{"bits_per_byte": 2.3}, {"bits_per_byte": float("nan")}, {"majority_share": 0.2}])
+def test_a_missed_goal_of_the_demo_is_named(change):
+    result = Assessment(1.5, True, Baselines(3.0, 1.2, 2.0), 0.31, 0.1, 1, 20, {}, [])
+    assert len(demo_report.missed_goals(replace(result, **change))) == 1

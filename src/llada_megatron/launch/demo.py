@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="text file, folder or JSONL (default: the Python standard library)",
     )
     parser.add_argument("--sequences", type=int, default=SEQUENCES, help="held-out windows to measure on")
+    parser.add_argument("--require", action="store_true", help="exit with 1 where a required goal is missed")
     args = parser.parse_args(arguments)
     try:
         return run(args)
@@ -74,8 +75,12 @@ def run(args: argparse.Namespace) -> int:
     if stopped_by is not None:
         message("stopped; `make demo` continues from the newest checkpoint")
         return 128 + stopped_by
-    report(config, args.sequences, log)
-    return 0
+    missed = report(config, args.sequences, log)
+    if not args.require:
+        return 0
+    for goal in missed:
+        error(f"goal missed: {goal}")
+    return 1 if missed else 0
 
 
 def prepare(config: RunConfig, corpus: str, log: PhaseLog) -> None:
@@ -126,8 +131,8 @@ def train(config: RunConfig, log: PhaseLog) -> int | None:
         return start(config).stopped_by
 
 
-def report(config: RunConfig, sequences: int, log: PhaseLog) -> None:
-    """Evaluate the checkpoint, write report.json and report.md, and print the result."""
+def report(config: RunConfig, sequences: int, log: PhaseLog) -> list[str]:
+    """Evaluate the checkpoint, write report.json and report.md, print the result; returns the goals it misses."""
     from llada_megatron.launch import demo_report
 
     _say("3/3 evaluation: held-out documents")
@@ -145,6 +150,7 @@ def report(config: RunConfig, sequences: int, log: PhaseLog) -> None:
         return coloured(text, code, sys.stdout)
 
     print("\n" + demo_report.as_text(result, seconds, memory, paths, paint))
+    return demo_report.missed_goals(result)
 
 
 def evaluate(directory: Path, sequences: int) -> tuple[Assessment, str]:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 GAIN_GOAL, INFILL_GOAL = 0.25, 3.0
 """The demo's goals: bits per byte lower than the unigram baseline's by this share; infilling accuracy this many times
 the share of the commonest token."""
+BIGRAM_GOAL = 0.0
+"""A goal beyond, not required: bits per byte lower than the bigram baseline's by more than this share."""
 _BARS = "▁▂▃▄▅▆▇█"
 BOLD, GREEN, RED, DIM = "1", "32", "31", "2"
 
@@ -32,7 +34,10 @@ def as_json(result: Assessment, seconds: dict[str, float], peak_memory_gb: float
     """The content of `report.json`. Times are in seconds, also of phases whose results an earlier run has made."""
     return {
         "bits_per_byte": result.bits_per_byte,
-        "unigram_bits_per_byte": result.unigram_bits_per_byte,
+        "bits_per_byte_is": _kind(result),
+        "unigram_bits_per_byte": result.baselines.unigram,
+        "bigram_bits_per_byte": result.baselines.bigram,
+        "zlib_bits_per_byte": result.baselines.zlib,
         "infill_accuracy": result.infill_accuracy,
         "majority_share": result.majority_share,
         "seconds": round(sum(seconds.values()), 1),
@@ -112,13 +117,35 @@ def _score(example: list[TextSpan]) -> str:
     return f"{right} of {gaps} tokens as in the original"
 
 
+def missed_goals(result: Assessment) -> list[str]:
+    """What the demo is required to show and this result does not; a figure that is not a number misses its goal."""
+    missed = []
+    if not result.gain >= GAIN_GOAL:
+        missed.append(f"bits per byte are {result.gain:.1%} below the unigram baseline's, not {GAIN_GOAL:.0%}")
+    if not _times(result) >= INFILL_GOAL:
+        missed.append(f"infilling is {_times(result):.1f} times the commonest token's share, not {INFILL_GOAL:.0f}")
+    return missed
+
+
+def _kind(result: Assessment) -> str:
+    return "upper bound" if result.is_bound else "exact"
+
+
+def _times(result: Assessment) -> float:
+    """Infilling accuracy over the share of the commonest token."""
+    return result.infill_accuracy / result.majority_share if result.majority_share else float("nan")
+
+
 def _figures(result: Assessment) -> str:
-    times = result.infill_accuracy / result.majority_share if result.majority_share else float("nan")
+    sign, others = "≤ " if result.is_bound else "", result.baselines
+    over = result.gain_over_bigram
+    bigram = f"{abs(over):.1%} {'below' if over > BIGRAM_GOAL else 'ABOVE'} bigrams (goal: below)"
     return (
-        f"bits per byte      {result.bits_per_byte:.3f}, unigram baseline {result.unigram_bits_per_byte:.3f}: "
-        f"{result.gain:.1%} lower (goal: {GAIN_GOAL:.0%})\n"
+        f"bits per byte      {sign}{result.bits_per_byte:.3f} ({_kind(result)}); without a neural model: "
+        f"unigrams {others.unigram:.3f}, bigrams {others.bigram:.3f}, zlib {others.zlib:.3f}\n"
+        f"                   {result.gain:.1%} below unigrams (goal: {GAIN_GOAL:.0%}), {bigram}\n"
         f"infilling at 15 %  {result.infill_accuracy:.1%} right, commonest token {result.majority_share:.1%}: "
-        f"{times:.1f} times (goal: {INFILL_GOAL:.0f})"
+        f"{_times(result):.1f} times (goal: {INFILL_GOAL:.0f})"
     )
 
 

@@ -88,28 +88,6 @@ def test_bits_per_byte_by_hand():
     assert math.isnan(likelihood.Likelihood().bits_per_token)
 
 
-def test_unigram_by_hand():
-    training = likelihood.token_counts(iter([np.array([0, 0, 1]), np.array([0, 1, 0])]), 4)
-    assert training.tolist() == [4, 2, 0, 0]
-    model = likelihood.Unigram.fit(training)  # (4+1)/10, (2+1)/10, 1/10, 1/10
-    cost = model.measure(np.array([1, 1, 0, 2]))
-    expected = -(math.log2(0.5) + math.log2(0.3) + 2 * math.log2(0.1))
-    assert cost.bits_per_token * 4 == pytest.approx(expected)
-    assert cost.tokens == 4
-
-
-def test_training_counts_follow_the_shares_of_the_blend():
-    class Set:
-        def __init__(self, token: int, windows: int) -> None:
-            self.token, self.windows = token, windows
-
-        def window(self, index: int):
-            return np.full(10, self.token), np.array([0, 10], np.int32)
-
-    counts = likelihood.training_counts([Set(0, 30), Set(1, 10)], [0.25, 0.75], 3)
-    assert counts.tolist() == [100, 300, 0]
-
-
 def test_infilling_counts_right_tokens_and_the_best_constant_guess():
     rows = np.random.default_rng(3).integers(4, VOCAB, (64, 50))
     rows[:, ::2] = 7

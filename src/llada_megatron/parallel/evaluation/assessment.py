@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from llada_megatron.llada_moe.data.tokenizer import Tokenizer
 from llada_megatron.llada_moe.data.training_data import TrainingData
-from llada_megatron.llada_moe.evaluation import infilling, likelihood
+from llada_megatron.llada_moe.evaluation import baselines, infilling, likelihood
+from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.llada_moe.sampling.editors import NoEditor, never_written
 from llada_megatron.llada_moe.sampling.loop import Method
 from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
@@ -16,6 +18,7 @@ from llada_megatron.parallel.expert_load import ExpertLoad
 from llada_megatron.parallel.sampling.generator import SequenceGenerator
 
 if TYPE_CHECKING:
+    from llada_megatron.llada_moe.config.run import RunConfig
     from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
 
 _BATCH = 32
@@ -39,11 +42,22 @@ class TextSpan:
 
 
 @dataclass(frozen=True)
+class Baselines:
+    """Bits per byte of the same windows without a neural model (`llada_moe.evaluation.baselines`)."""
+
+    unigram: float
+    bigram: float
+    zlib: float
+
+
+@dataclass(frozen=True)
 class Assessment:
     """Figures over the held-out documents."""
 
     bits_per_byte: float
-    unigram_bits_per_byte: float
+    is_bound: bool
+    """Whether `bits_per_byte` is an upper bound of the text's cost (diffusion), not the cost (autoregression)."""
+    baselines: Baselines
     infill_accuracy: float
     majority_share: float
     sequences: int
@@ -55,7 +69,12 @@ class Assessment:
     @property
     def gain(self) -> float:
         """By how much the model's bits per byte are below the unigram baseline's, as a share of these."""
-        return 1.0 - self.bits_per_byte / self.unigram_bits_per_byte
+        return 1.0 - self.bits_per_byte / self.baselines.unigram
+
+    @property
+    def gain_over_bigram(self) -> float:
+        """The same against the bigram baseline; below 0 where pairs of tokens tell more than the model."""
+        return 1.0 - self.bits_per_byte / self.baselines.bigram
 
 
 def assess(loaded: LoadedModel, tokenizer: Tokenizer, sequences: int, examples: int = 3) -> Assessment:
@@ -72,7 +91,8 @@ def assess(loaded: LoadedModel, tokenizer: Tokenizer, sequences: int, examples: 
     filled = infilling.measure(loaded.logits, held_out, tokenizer.mask_id, numbers, _BATCH)
     return Assessment(
         bits_per_byte=cost.bits_per_byte(held_out.bytes_per_token),
-        unigram_bits_per_byte=_unigram(loaded, held_out, numbers).bits_per_byte(held_out.bytes_per_token),
+        is_bound=make_objective(run.objective).fills_masks,
+        baselines=_baselines(run, held_out, numbers, tokenizer),
         infill_accuracy=filled.accuracy,
         majority_share=filled.majority_share,
         sequences=sequences,
@@ -84,12 +104,24 @@ def assess(loaded: LoadedModel, tokenizer: Tokenizer, sequences: int, examples: 
     )
 
 
-def _unigram(loaded: LoadedModel, held_out: TrainingData, numbers: range) -> likelihood.Likelihood:
-    """The cost of the same windows under the token frequencies of the training split."""
-    training, vocab = TrainingData(loaded.run), loaded.run.model.vocab_size
-    model = likelihood.Unigram.fit(likelihood.training_counts(training.sets, training.blend.shares, vocab))
-    rows = (row for batch in likelihood.batches(held_out, numbers, _BATCH) for row in batch.labels.numpy())
-    return model.measure(likelihood.token_counts(rows, vocab))
+def _baselines(run: RunConfig, held_out: TrainingData, numbers: range, tokenizer: Tokenizer) -> Baselines:
+    """What the same windows cost under counts of the training split, and compressed."""
+    training = TrainingData(run)
+    sets, shares = training.sets, training.blend.shares
+    windows = [row for batch in likelihood.batches(held_out, numbers, _BATCH) for row in batch.labels.numpy()]
+
+    def weights() -> Iterable[float]:
+        return baselines.training_weights(sets, shares)
+
+    counts = baselines.token_counts(baselines.training_windows(sets), weights(), run.model.vocab_size)
+    unigram = baselines.Unigram.fit(counts)
+    bigram = baselines.Bigram.fit(unigram, baselines.training_windows(sets), weights())
+    per_token = held_out.bytes_per_token
+    return Baselines(
+        unigram=unigram.measure(windows).bits_per_byte(per_token),
+        bigram=bigram.measure(windows).bits_per_byte(per_token),
+        zlib=baselines.zlib_bits_per_byte(windows, tokenizer.decode),
+    )
 
 
 def _readable(tokenizer: Tokenizer, held_out: TrainingData, sequences: int) -> list[int]:
