@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from llada_megatron.cli import guarded
-from llada_megatron.tools.bench import report
+from llada_megatron.tools.bench import add_require, report
 
 
 def main(name: str, benchmark: ModuleType, arguments: Sequence[str] | None = None) -> int:
@@ -26,8 +26,9 @@ def main(name: str, benchmark: ModuleType, arguments: Sequence[str] | None = Non
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     benchmark.add_arguments(parser)
+    add_require(parser)
     parser.add_argument("--json", action="store_true", help="end stdout with one JSON object")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
     args = parser.parse_args(arguments)
     args.traceback |= os.environ.get("LLADA_TRACEBACK") == "1"
-    return guarded(lambda: report(name, benchmark.run(args), args.json), args)
+    return guarded(lambda: report(name, benchmark.run(args), args.json, args.require), args)

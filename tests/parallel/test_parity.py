@@ -75,7 +75,7 @@ def drawn_runs(draw) -> tuple[str, RunConfig, tuple[tuple[str, object], ...]]:
         ("replace_ratio", draw(power([0.0, 0.3]))),
     )
     run = parity_run(MODELS[model], layout, **dict(changes))
-    normalization = draw(power(["all_tokens", "answer_length", "masked_tokens"]))
+    normalization = draw(power(["all_tokens", "masked_tokens"]))
     run = dataclasses.replace(run, objective=dataclasses.replace(run.objective, normalization=normalization))
     try:
         validate_run(run)

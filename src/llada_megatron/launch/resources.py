@@ -19,6 +19,7 @@ from llada_megatron.parallel.checkpoint.search import weights_to_start_from
 from llada_megatron.parallel.training.recovery.policy import may_go_back
 
 if TYPE_CHECKING:
+    from llada_megatron.llada_moe.config.model import ModelConfig
     from llada_megatron.llada_moe.config.run import RunConfig
 
 RANKS_PER_CORE = 4
@@ -26,6 +27,8 @@ RANKS_PER_CORE = 4
 
 _PROCESS_BYTES = 250 * 2**20
 """Memory of Python with torch and Megatron-Core, before the first tensor."""
+TRAINED_VOCABULARY = 3, 2
+"""Ids of the mask and of the end of text in a vocabulary that `llada prepare` trains."""
 _DATA_SUFFIXES = (".bin", ".idx", ".json")
 
 
@@ -40,8 +43,16 @@ def check_data(run: RunConfig) -> None:
         if missing:
             raise DataError(
                 f"no prepared data at {prepared.path} ({', '.join(missing)} missing); "
-                f"make it with: llada prepare TEXT --output {prepared.path} --train-tokenizer"
+                f"make it with: llada prepare TEXT --output {prepared.path} {_tokenizer_options(run.model)}"
             )
+
+
+def _tokenizer_options(model: ModelConfig) -> str:
+    """Options of `llada prepare` by which the tokens become those of the model."""
+    if (model.mask_token_id, model.eos_token_id) == TRAINED_VOCABULARY:
+        return f"--train-tokenizer --vocab-size {model.vocab_size}"
+    ids = f"whose mask token is {model.mask_token_id} and whose end of text is {model.eos_token_id}"
+    return f"--tokenizer FILE (the model's own, {ids})"
 
 
 def check_weights(run: RunConfig) -> None:

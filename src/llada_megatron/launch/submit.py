@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from llada_megatron.launch.cluster.script import render
     from llada_megatron.llada_moe.config import load_run
 
-    run, cluster = load_run(args.config, args.overrides), load_cluster(args.cluster)
+    run, cluster = load_run(args.config, args.overrides, message), load_cluster(args.cluster)
     nodes = fit.nodes_needed(run, cluster, args.cluster)
     for warning in fit.layout_warnings(run, cluster):
         message(f"warning: {warning}")

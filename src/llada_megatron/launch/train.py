@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
 
     info = None if args.local else find_rank_info()
     if info is None:
-        return _train_here(load_run(args.config, args.overrides), args)
+        return _train_here(load_run(args.config, args.overrides, message), args)
     try:
-        config = load_run(args.config, args.overrides)
+        config = load_run(args.config, args.overrides, message if info.rank == 0 else lambda text: None)
         check_world(info, config.layout)
         check_free(config.output_dir, os.environ.get("SLURM_JOB_ID"))
         check_data(config)

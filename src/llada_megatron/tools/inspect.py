@@ -68,7 +68,7 @@ def _load(name_or_path: str, overrides: list[str]) -> RunConfig | ModelConfig:
     """The model or the run; where a name stands for both, the model, and a message says so."""
     model, run = find_model_and_run(name_or_path)
     if model is None:
-        return load_run(run, overrides)
+        return load_run(run, overrides, message)
     if run is not None:
         message(f"{name_or_path!r} is the name of a model and of a run; this is the model, and {run} is the run")
     return load_model(model, overrides)

@@ -122,7 +122,7 @@ REFUSED = {
     "batch": (
         "tiny-dense layout.data_parallel=2 training.micro_batch_size=4",
         "training.global_batch_size=12",
-        "12 is not a multiple of micro_batch_size 4 x data_parallel 2 = 8; use 8 or 16",
+        "12 is not a multiple of micro_batch_size 4 x data_parallel 2 = 8; use 8 or 16, or training.micro_batch_size=2",
     ),
     "length": ("tiny-dense", "training.sequence_length=256", "256 is longer than the model's max_sequence_length 128"),
     "steps": ("tiny-dense", "training.steps=0", "0 must be at least 1"),
@@ -238,6 +238,12 @@ REFUSED = {
         "tiny-dense objective.kind=autoregressive",
         "objective.replace_ratio=0.1",
         "0.1 with kind autoregressive, which has no noise; remove the replace ratio",
+    ),
+    "answers in text": ("tiny-dense", "objective.normalization=answer_length", "prepared text has none; use all_tokens"),
+    "answers in next tokens": (
+        "tiny-dense objective.kind=autoregressive",
+        "objective.normalization=answer_length",
+        "answer_length needs samples with a prompt and an answer",
     ),
     "random length": ("tiny-dense", "objective.random_length_probability=1.5", "1.5 must lie between 0 and 1"),
     "no data": ("tiny-dense", "data.sets=[]", "empty; name at least one prepared set"),

@@ -56,15 +56,15 @@ def compare(model: str, editor: Editor, texts: list[Request]) -> tuple[float, in
     for group in groups:
         for slot, request in enumerate(texts):
             group.admit(slot, request)
-    worst, edits, results = 0.0, 0, [[], []]
+    apart, edits, results = [], 0, [[], []]
     while (works := [group.plan() for group in groups])[0] is not None:
         outputs = [runner.forward(work) for runner, work in zip(runners, works, strict=True)]
-        worst = max(worst, float((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max()))
+        apart.append((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max())
         for group, runner, work, output, result in zip(groups, runners, works, outputs, results, strict=True):
             step = group.apply(runner.read(work, output))
             edits += int((step.changed & step.block.editable).sum())
             result += [(done.stream, done.tokens) for done in step.finished]
-    return worst, edits, results
+    return float(torch.stack(apart).max()), edits, results  # NaN if one is
 
 
 def _method(editor: Editor, cache: Cache) -> Method:

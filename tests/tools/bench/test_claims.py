@@ -9,6 +9,7 @@ import types
 
 import pytest
 
+from benchmarks import command
 from llada_megatron import cli
 from llada_megatron.tools import bench
 from llada_megatron.tools.bench import at_least, at_most, format_table, reported
@@ -54,8 +55,37 @@ def test_chaos_is_another_command_now(options, capsys):
 def test_a_run_prints_the_table_and_the_json_line_last(monkeypatch, capsys):
     claims = [at_least("speed", 1.0, "x", 1.2), reported("tokens", 5.0, "tokens/s")]
     monkeypatch.setattr(bench, "_module", lambda _: types.SimpleNamespace(run=lambda args: claims))
-    assert bench.run(argparse.Namespace(benchmark="train", json=True)) == 0
+    assert bench.run(argparse.Namespace(benchmark="train", json=True, require=False)) == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[1].startswith("FAILS") and "1 of 2" in err
     result = json.loads(out.splitlines()[-1])
     assert result["claims"] == [claim.to_dict() for claim in claims]
+
+
+@pytest.mark.parametrize(
+    ("claim", "code"),
+    [
+        (at_least("speed", 1.2, "x", 1.2), 0),
+        (at_least("speed", 1.0, "x", 1.2), 1),
+        (at_most("error", math.nan, "", 1e-5), 1),
+        (reported("tokens", 5.0, "tokens/s"), 0),
+    ],
+)
+def test_a_goal_that_is_required_and_missed_is_a_failure(monkeypatch, capsys, claim, code):
+    monkeypatch.setattr("llada_megatron.tools.bench.parity.run", lambda args: [claim])
+    assert cli.main(["bench", "parity", "--require"]) == code
+    assert cli.main(["bench", "parity"]) == 0
+    assert capsys.readouterr().out.count(claim.claim) == 2
+
+
+def test_a_benchmark_of_the_repository_can_be_required_as_well(capsys):
+    missed = types.SimpleNamespace(
+        __doc__="", __spec__=None, add_arguments=lambda parser: None, run=lambda args: [at_least("speed", 1.0, "x", 2.0)]
+    )
+    assert command.main("speed", missed, ["--require"]) == 1
+    assert command.main("speed", missed, []) == 0
+
+
+def test_a_name_that_no_case_of_parity_has_is_refused(capsys):
+    assert cli.main(["bench", "parity", "--only", "TP3", "--require"]) == 2
+    assert "--only TP3: no case has this in its name" in capsys.readouterr().err

@@ -7,13 +7,14 @@ A run and a model are given as the path of a file or as a name, and so are the m
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
 
-from llada_megatron.llada_moe.config import yaml_nodes
+from llada_megatron.llada_moe.config import optimizer, yaml_nodes
 from llada_megatron.llada_moe.config.checks import validate_run
 from llada_megatron.llada_moe.config.model import ModelConfig, validate_model
 from llada_megatron.llada_moe.config.named import MODELS, RUNS, SECTIONS, SUFFIXES
@@ -21,15 +22,24 @@ from llada_megatron.llada_moe.config.parsing import Origins, closest, parse
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import ConfigError
 
+STEPS = "training.steps"
 
-def load_run(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+
+def load_run(
+    name_or_path: str | Path, overrides: Sequence[str] = (), say: Callable[[str], None] = lambda text: None
+) -> RunConfig:
     """The validated run in a YAML file or in `configs/runs/NAME.yaml`, with `key.path=value` overrides laid over it.
+
+    An override of `training.steps` by fewer steps than the file's schedule of the learning rate takes scales the schedule;
+    `say` is then called with one line about it.
 
     Raises:
         ConfigError: with file, line, key and what to change, one line per problem. An unknown name lists
             the known ones.
     """
-    run, origins = _read_run(_run_file(name_or_path), overrides)
+    path = _run_file(name_or_path)
+    run, origins = _read_run(path, overrides)
+    run = _with_fitting_schedule(run, path, overrides, say)
     validate_run(run, origins)
     return run
 
@@ -85,6 +95,37 @@ def _with_overrides(root: yaml.MappingNode, overrides: Sequence[str]) -> yaml.Ma
     for text in overrides:
         root = yaml_nodes.assigned(root, *yaml_nodes.parse_override(text))
     return root
+
+
+def _with_fitting_schedule(
+    run: RunConfig, path: Path, overrides: Sequence[str], say: Callable[[str], None]
+) -> RunConfig:
+    """The run, its schedule scaled if it fits the steps in the file and not the fewer ones of an override.
+
+    What does not fit otherwise stays, for validation to refuse.
+    """
+    rate, steps = run.optimizer.learning_rate, run.training.steps
+    keys = [".".join(yaml_nodes.parse_override(text)[0]) for text in overrides]
+    scheduled = any(key == "optimizer" or f"{key}.".startswith("optimizer.learning_rate.") for key in keys)
+    if STEPS not in keys or scheduled or steps < 1 or optimizer.fits(rate, steps):
+        return run
+    others = [text for text, key in zip(overrides, keys, strict=True) if key != STEPS]
+    try:
+        before = _read_run(path, others)[0].training.steps
+    except ConfigError:  # the file names no steps
+        return run
+    if before <= steps or not optimizer.fits(rate, before):
+        return run
+    changed = optimizer.scaled(rate, before, steps)
+    say(
+        f"{STEPS}={steps}: the learning rate's schedule is scaled from {before} steps: "
+        f"warmup_steps {rate.warmup_steps} to {changed.warmup_steps}, decay_steps {rate.decay_steps} to "
+        f"{changed.decay_steps}"
+        + "".join(
+            f", the drop at {old.step} to {new.step}" for old, new in zip(rate.drops, changed.drops, strict=True)
+        )
+    )
+    return dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, learning_rate=changed))
 
 
 def _run_file(name_or_path: str | Path) -> Path:

@@ -30,7 +30,8 @@ class ObjectiveConfig:
     random_length_probability: float = 0.01
     """Share of sequences cut to a length drawn from U{1..sequence_length} (P8B: 1 %)."""
     normalization: Literal["all_tokens", "answer_length", "masked_tokens"] = "all_tokens"
-    """What the weighted cross-entropy is divided by (P8B: all tokens of the batch); masked_tokens = the supervised."""
+    """What the weighted cross-entropy is divided by (P8B: all tokens of the batch); masked_tokens = the supervised.
+    answer_length (P8B's fine-tuning) is for samples with prompts and answers, which prepared text does not have."""
     replace_ratio: float = 0.0
     """Training for editing, as LLaDA2.1 has it: this share of the tokens that are not masked is shown as another,
     random token, and all that are not masked are supervised too, with weight 1: which are wrong, and what they should
@@ -56,6 +57,15 @@ def check_noise(objective: ObjectiveConfig, refuse: Refuse) -> None:
         )
     if not 0 <= objective.random_length_probability <= 1:
         refuse("objective.random_length_probability", f"{objective.random_length_probability} must lie between 0 and 1")
+
+
+def check_plain_text(objective: ObjectiveConfig, refuse: Refuse) -> None:
+    """For objectives that read prepared text: nothing may be divided by the length of an answer."""
+    if objective.normalization == "answer_length":
+        refuse(
+            "objective.normalization",
+            "answer_length needs samples with a prompt and an answer, and prepared text has none; use all_tokens",
+        )
 
 
 def _class_of_kind(values: dict[str, str]) -> type[ObjectiveConfig]:

@@ -6,6 +6,7 @@ PV2 = arXiv 2608.03457 (LLaDA MoE v2); SMDM = arXiv 2410.18514.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass, field
@@ -106,6 +107,22 @@ def _check_final(rate: LearningRateConfig, refuse: Refuse) -> None:
         refuse(
             "final", "an inverse square root never reaches 0; give final a value, or use decay_shape linear or cosine"
         )
+
+
+def fits(rate: LearningRateConfig, steps: int) -> bool:
+    """Whether warm-up, drops and decay lie within a run of so many steps."""
+    decay_start = steps - rate.decay_steps
+    return rate.warmup_steps <= decay_start and all(drop.step < decay_start for drop in rate.drops)
+
+
+def scaled(rate: LearningRateConfig, before: int, steps: int) -> LearningRateConfig:
+    """The schedule of a run of `before` steps in one of fewer `steps`: each length in proportion, rounded down."""
+    return dataclasses.replace(
+        rate,
+        warmup_steps=rate.warmup_steps * steps // before,
+        drops=[LearningRateDropConfig(step=drop.step * steps // before, value=drop.value) for drop in rate.drops],
+        decay_steps=max(rate.decay_steps * steps // before, min(rate.decay_steps, 1)),  # or `final` is never reached
+    )
 
 
 def learning_rate(config: LearningRateConfig, step: int, steps: int) -> float:

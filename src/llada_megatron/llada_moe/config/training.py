@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,10 +44,18 @@ def check_batch(training: TrainingConfig, model: ModelConfig, layout: LayoutConf
     ):
         return
     check_sequence(training.sequence_length, model.max_sequence_length, layout, refuse)
+    _check_global_batch(training, layout, refuse)
+
+
+def _check_global_batch(training: TrainingConfig, layout: LayoutConfig, refuse: Refuse) -> None:
+    """The global batch is a whole number of micro-batches on each rank, and of rounds of interleaved chunks."""
     per_forward = training.micro_batch_size * layout.data_parallel
     if training.global_batch_size % per_forward:
         below = training.global_batch_size // per_forward * per_forward
         usable = " or ".join(str(size) for size in (below, below + per_forward) if size)
+        per_rank = training.global_batch_size // layout.data_parallel
+        if training.global_batch_size % layout.data_parallel == 0:
+            usable += f", or training.micro_batch_size={math.gcd(per_rank, training.micro_batch_size)}"
         refuse(
             "training.global_batch_size",
             f"{training.global_batch_size} is not a multiple of micro_batch_size {training.micro_batch_size} x "

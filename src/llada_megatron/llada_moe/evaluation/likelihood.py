@@ -34,9 +34,14 @@ class Likelihood:
         return Likelihood(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property
+    def nats_per_token(self) -> float:
+        """Mean cost of a token; NaN if there is none."""
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
     def bits_per_token(self) -> float:
         """Mean cost of a token; NaN if there is none."""
-        return self.nats / self.tokens / math.log(2) if self.tokens else math.nan
+        return self.nats_per_token / math.log(2)
 
     def bits_per_byte(self, bytes_per_token: float) -> float:
         """Mean cost of a byte of text."""

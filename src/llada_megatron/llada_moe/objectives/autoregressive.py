@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llada_megatron.llada_moe.config.objective import check_plain_text
 from llada_megatron.llada_moe.config.parsing import Refuse
 from llada_megatron.llada_moe.objectives.interface import Objective, register
 
@@ -39,12 +40,18 @@ class Autoregressive(Objective):
         """Divided by its predicted tokens the loss is the text's exact cost."""
         return self.config.normalization in ("all_tokens", "masked_tokens")
 
+    @property
+    def validation_is_bound(self) -> bool:
+        """Always: the sum over the predicted tokens is divided by their number."""
+        return True
+
     def description(self) -> str:
         """The loss in a few words."""
         return "cross-entropy of the next token"
 
     def check(self, refuse: Refuse) -> None:
-        """Keys that only noise and blocks read must keep their defaults."""
+        """Keys that only noise and blocks read must keep their defaults, and text has no answers."""
+        check_plain_text(self.config, refuse)
         block, replaced = self.config.block_size, self.config.replace_ratio
         if block is not None:
             why = f"{block} with kind {self.kind}, whose attention is causal; remove the block size"

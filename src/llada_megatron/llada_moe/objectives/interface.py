@@ -102,6 +102,17 @@ class Objective(ABC):
         """Whether the loss is the text's cost in nats per token, or an upper bound of it."""
         return False
 
+    @property
+    def validation_is_bound(self) -> bool:
+        """Whether the same holds of the weighted sum over the validation's samples, divided by their untruncated tokens."""
+        return False
+
+    @property
+    def only_masks_supervised(self) -> bool:
+        """Whether the supervised positions are those that are masked with the sample's mask ratio p, weighted 1/p: only
+        then does a sequence's weighted sum say what its masked tokens cost at this ratio."""
+        return False
+
     def metrics(self, loss: float, bytes_per_token: float) -> dict[str, float]:
         """Figures of a step's loss beside the loss itself. Bits per byte only where the loss is a bound."""
         return {"bits_per_byte": bits_per_byte(loss, bytes_per_token)} if self.loss_is_bound else {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llada_megatron.llada_moe.config.objective import check_plain_text
 from llada_megatron.llada_moe.config.parsing import Refuse
 from llada_megatron.llada_moe.objectives.interface import Objective, register
 
@@ -62,13 +63,24 @@ class MaskedDiffusion(Objective):
         whole_range = (self.config.mask_ratio_min, self.config.mask_ratio_max) == (0.0, 1.0)
         return whole_range and not self.config.replace_ratio and self.config.normalization == "all_tokens"
 
+    @property
+    def validation_is_bound(self) -> bool:
+        """Always: validation draws from the whole range of t, cuts and replaces nothing, and is divided by all tokens."""
+        return True
+
+    @property
+    def only_masks_supervised(self) -> bool:
+        """Unless tokens are replaced: those that are not masked are supervised then, too."""
+        return not self.config.replace_ratio
+
     def description(self) -> str:
         """The loss, with the band of mask ratios and how times are drawn."""
         band = f"{self.config.mask_ratio_min:g} to {self.config.mask_ratio_max:g}"
         return f"cross-entropy of masked tokens, share masked from {band}, {self.config.time_sampling} times"
 
     def check(self, refuse: Refuse) -> None:
-        """A block has positions."""
+        """A block has positions, and text has no answers."""
+        check_plain_text(self.config, refuse)
         block = self.config.block_size
         if block is not None and block <= 0:
             refuse("objective.block_size", f"{block} must be greater than 0; null is full attention")

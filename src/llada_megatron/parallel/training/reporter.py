@@ -101,7 +101,7 @@ class Reporter:
 
     def _ran(self, attempt: StepAttempt) -> dict[str, float]:
         losses = attempt.losses
-        if losses.weighted.numel():
+        if losses.weighted.numel() and self.objective.only_masks_supervised:
             self.by_ratio.add(losses.weighted, losses.mask_ratio, losses.supervised)
         if self.throughput is not None:
             self.throughput.add(self.run.training.global_batch_size * self.run.training.sequence_length)
@@ -153,8 +153,16 @@ class Reporter:
             return figures
         return figures | self.throughput.read(self._measured_peak(self.throughput))
 
-    def validation(self, number: int, result: Likelihood, bytes_per_token: float) -> float:
-        """Keep the held-out bits per byte for the line of step `number`, which is reported next; returns them."""
+    def validation(self, number: int, result: Likelihood, bytes_per_token: float) -> float | None:
+        """Keep the held-out bits per byte for the line of step `number`, which is reported next; returns them.
+
+        Of an objective whose validation is no bound, keep the loss in nats per token instead, and return None.
+        """
+        if not self.objective.validation_is_bound:
+            self.note("validation/loss", result.nats_per_token)
+            loss = f"loss {result.nats_per_token:.4f}"
+            self.progress.message(f"step {number}: validation {loss} over {result.sequences} sequences")
+            return None
         bits = result.bits_per_byte(bytes_per_token)
         self.note("validation/bits_per_byte", bits)
         self.progress.message(f"step {number}: validation {bits:.4f} bits per byte over {result.sequences} sequences")

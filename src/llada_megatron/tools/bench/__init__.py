@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in BENCHMARKS.items():
         benchmark = names.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         _module(name).add_arguments(benchmark)
+        add_require(benchmark)
     # without help it is not listed; no option starts with NUL, so that any are taken as they are
     for name in MOVED:
         names.add_parser(name, add_help=False, prefix_chars="\0").add_argument("options", nargs="*")
@@ -47,7 +48,12 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.benchmark in MOVED:
         raise ConfigError(moved(f"llada bench {args.benchmark}", shlex.join([args.benchmark, *args.options])))
-    return report(args.benchmark, _module(args.benchmark).run(args), args.json)
+    return report(args.benchmark, _module(args.benchmark).run(args), args.json, args.require)
+
+
+def add_require(parser: argparse.ArgumentParser) -> None:
+    """The option by which a missed goal is a failure, as a script or a check needs it."""
+    parser.add_argument("--require", action="store_true", help="exit with 1 if a figure misses its goal")
 
 
 @dataclass(frozen=True)
@@ -89,15 +95,18 @@ def format_table(claims: Sequence[Claim]) -> str:
     return "\n".join("  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip() for row in rows)
 
 
-def report(name: str, claims: Sequence[Claim], as_json: bool) -> int:
-    """Prints the claims of a benchmark. A goal that is not met is a result, not an error: the exit code is 0."""
+def report(name: str, claims: Sequence[Claim], as_json: bool, require: bool) -> int:
+    """Prints the claims of a benchmark; returns the exit code.
+
+    A goal that is not met is a result, not an error; with `require` it is a failure, and the exit code is 1.
+    """
     print(format_table(claims), flush=True)
     failed = sum(claim.holds is False for claim in claims)
     if failed:
         message(f"{failed} of {len(claims)} figures miss their goal")
     if as_json:
         emit_json({"benchmark": name, "claims": [claim.to_dict() for claim in claims]})
-    return 0
+    return 1 if failed and require else 0
 
 
 def moved(command: str, now: str) -> str:

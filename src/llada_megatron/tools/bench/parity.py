@@ -12,6 +12,7 @@ from typing import Any
 from llada_megatron.console import message
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.tools.bench import Claim, at_most
 from llada_megatron.tools.bench.layouts import DENSE_LAYOUTS, MODELS, MOE_LAYOUTS, parity_run
 
@@ -28,7 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> list[Claim]:
-    """One claim a layout: the largest relative error of loss and gradients."""
+    """One claim a layout: the largest relative error of loss and gradients.
+
+    Raises:
+        ConfigError: `--only` leaves no case.
+    """
     claims = []
     references: dict[str, Gradients] = {}
     for name, case in cases():
@@ -40,6 +45,8 @@ def run(args: argparse.Namespace) -> list[Claim]:
         error, where = compare(references[family], measure(case))
         claims.append(at_most(f"{name}: largest relative error against one process ({where})", error, "", GOAL))
         message(f"{name}: {error:.1e} at {where}")
+    if not claims:
+        raise ConfigError(f"--only {args.only}: no case has this in its name; the first is {next(cases())[0]!r}")
     return claims
 
 
