@@ -2,6 +2,8 @@
 
 import time
 
+import pytest
+
 from llada_megatron.launch.ranks.hang import HangWatch, StuckRank, suspects
 from llada_megatron.llada_moe.config.recovery import RecoveryConfig
 from llada_megatron.parallel.training import heartbeat
@@ -39,6 +41,43 @@ def test_limits_follow_the_median_step(tmp_path, monkeypatch):
     assert [each.rank for each in suspects(stuck, {})] == [1]
     beat(304, "save")
     assert watch.hung(clock[0] + 59) == []
+    assert len(watch.hung(clock[0] + 61)) == 2
+
+
+@pytest.fixture
+def beats(tmp_path, monkeypatch):
+    """A clock, the watch of two ranks, and a function by which ranks write a heartbeat that the watch sees."""
+    clock = [time.monotonic()]
+    monkeypatch.setattr(heartbeat.time, "monotonic_ns", lambda: int(clock[0] * 1e9))
+    watch = HangWatch(tmp_path, LIMITS, range(2))
+    ranks = [Heartbeat(heartbeat_path(tmp_path, rank)) for rank in range(2)]
+
+    def beat(step: int, *phases: str) -> None:
+        for rank, phase in zip(ranks, phases, strict=True):
+            rank.beat(step, phase)
+        assert watch.hung(clock[0]) == []
+
+    return clock, watch, beat
+
+
+def test_the_limit_follows_the_median_of_unequal_steps_and_not_their_shortest_or_longest(beats):
+    clock, watch, beat = beats
+    for step, seconds in enumerate([1, 1, 3, 40, 3]):
+        beat(step, "step", "step")
+        clock[0] += seconds
+    beat(5, "step", "step")  # steps of 1, 1, 3, 40 and 3 s: median 3, mean 9.6
+    assert watch.hung(clock[0] + 29) == []
+    assert len(watch.hung(clock[0] + 31)) == 2
+
+
+@pytest.mark.parametrize("phases", [("save", "step"), ("step", "save")])
+def test_a_rank_that_saves_while_another_is_in_a_step_has_the_limit_of_a_save(beats, phases):
+    clock, watch, beat = beats
+    for step in range(5):
+        beat(step, "step", "step")
+        clock[0] += 2
+    beat(5, *phases)
+    assert watch.hung(clock[0] + 59) == []  # 10 steps would be 20 s
     assert len(watch.hung(clock[0] + 61)) == 2
 
 

@@ -115,6 +115,18 @@ def test_a_holder_on_another_machine_counts_while_it_renews(tmp_path):
     assert taken_over(tmp_path)
 
 
+def test_a_host_of_the_same_name_that_was_booted_again_or_is_another_container_is_another_machine(tmp_path):
+    alive = Holder.this_process(None)
+    assert alive.is_here() and alive.lives()
+    for boot, namespace in (("another boot", alive.machine.split()[1]), (alive.machine.split()[0], "pid:[1]")):
+        there = {"machine": f"{boot} {namespace}"}
+        leave(tmp_path, pid=2**22 + 1, age_s=run_lock.STALE_S / 2, **there)  # no such process here, which says nothing
+        with pytest.raises(ResourceError, match="try again in 60 seconds"):
+            check_free(tmp_path)
+        leave(tmp_path, age_s=run_lock.STALE_S + 5, **there)  # this process has the number of that one
+        assert taken_over(tmp_path)
+
+
 def test_a_requeued_job_takes_over_what_it_left_on_another_machine(tmp_path):
     leave(tmp_path, job_id="42", **ELSEWHERE)
     assert taken_over(tmp_path, job_id="42")

@@ -1,4 +1,7 @@
-"""Every layout computes what one process computes: loss, every gradient, gradient norm, weights after an update."""
+"""Every layout computes what one process computes: loss, every gradient, gradient norm.
+
+The weights after updates are compared in `training/test_optimizer.py`.
+"""
 
 from __future__ import annotations
 

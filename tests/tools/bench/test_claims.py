@@ -71,14 +71,13 @@ def test_a_run_prints_the_table_and_the_json_line_last(monkeypatch, capsys):
         (reported("tokens", 5.0, "tokens/s"), 0),
     ],
 )
-def test_a_goal_that_is_required_and_missed_is_a_failure(monkeypatch, capsys, claim, code):
+def test_a_goal_that_is_required_and_missed_is_a_failure(monkeypatch, claim, code):
     monkeypatch.setattr("llada_megatron.tools.bench.parity.run", lambda args: [claim])
     assert cli.main(["bench", "parity", "--require"]) == code
     assert cli.main(["bench", "parity"]) == 0
-    assert capsys.readouterr().out.count(claim.claim) == 2
 
 
-def test_a_benchmark_of_the_repository_can_be_required_as_well(capsys):
+def test_a_benchmark_of_the_repository_can_be_required_as_well():
     missed = types.SimpleNamespace(
         __doc__="", __spec__=None, add_arguments=lambda parser: None, run=lambda args: [at_least("speed", 1.0, "x", 2.0)]
     )

@@ -46,7 +46,7 @@ class OptimizerConfig:
     """PV2, SMDM."""
     epsilon: float = 1e-8
     weight_decay: float = 0.1
-    """P8B."""
+    """P8B; of matrices: the weights of norms do not decay."""
     clip_grad_norm: float = 1.0
     """SMDM, PV2; 0 = no clipping."""
 

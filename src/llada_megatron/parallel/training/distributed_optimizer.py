@@ -18,7 +18,7 @@ from llada_megatron.parallel.sharded_state import OPTIMIZER_FORMAT, state_metada
 
 
 def build_optimizer(run: RunConfig, models: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """AdamW with clipping, fp32 main weights for bf16, sharded over data-parallel ranks."""
+    """AdamW with clipping, fp32 main weights for bf16, sharded over data-parallel ranks; only matrices decay."""
     settings = run.optimizer
     bf16 = run.training.precision == "bf16"
     optimizer = get_megatron_optimizer(
@@ -37,8 +37,16 @@ def build_optimizer(run: RunConfig, models: list[DistributedDataParallel]) -> Me
         models,
         use_gloo_process_groups=True,
     )
+    _set_weight_decay(optimizer, settings.weight_decay)
     _fuse_torch_adam(optimizer)
     return optimizer
+
+
+def _set_weight_decay(optimizer: MegatronOptimizer, weight_decay: float) -> None:
+    """Megatron marks the groups of vectors with a factor of 0, which its scheduler (not used here) would apply."""
+    for part in _parts(optimizer):
+        for group in part.param_groups:
+            group["weight_decay"] = weight_decay * group["wd_mult"]
 
 
 def _fuse_torch_adam(optimizer: MegatronOptimizer) -> None:

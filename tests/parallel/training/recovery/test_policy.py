@@ -54,6 +54,19 @@ def test_a_jump_is_a_spike_once_half_the_window_is_there(seen):
     assert policy.find_fault(RecoveryConfig(spike_window=16), history(noise(seen)), 9, 5.0, 1.0) is None  # ignored
 
 
+def test_half_of_the_default_window_must_be_there():
+    config = RecoveryConfig(spike="skip")
+    assert config.spike_window == 128
+    assert policy.find_fault(config, history(noise(63)), 64, 50.0, 1.0) is None
+    assert policy.find_fault(config, history(noise(64)), 65, 50.0, 1.0).reason == "spike"
+
+
+def test_a_loss_at_the_threshold_itself_is_no_spike():
+    seen = history([1.0, 3.0] * 8)  # mean 2, deviation 1
+    assert policy.find_fault(SPIKES, seen, 17, 8.0, 1.0) is None
+    assert policy.find_fault(SPIKES, seen, 17, math.nextafter(8.0, 9.0), 1.0).deviations > 6
+
+
 def test_deviations_are_those_of_the_window_only():
     old = [100.0, -100.0] * 50  # before the window; would hide any spike
     assert policy.deviations(SPIKES, old + [1.0, 3.0] * 8, 5.0) == pytest.approx(3.0)  # mean 2, deviation 1
