@@ -1,15 +1,22 @@
 """What is refused before a process starts: too many ranks, too little memory, data that is not there."""
 
 import dataclasses
+import importlib
+import shlex
 from types import SimpleNamespace
 
 import pytest
 
+from llada_megatron import cli
 from llada_megatron.launch import resources
 from llada_megatron.llada_moe.config import load_run
+from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
 from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.named import RUNS
 from llada_megatron.llada_moe.errors import ConfigError, DataError, ResourceError
 from llada_megatron.parallel.checkpoint import manifest
+from llada_megatron.tools import prepare
+from tests.corpora import prepared_set
 
 
 @pytest.fixture
@@ -66,6 +73,24 @@ def test_data_that_is_not_there_is_named_with_the_remedy(demo, tmp_path):
     (tmp_path / "corpus.idx").touch()
     (tmp_path / "corpus.json").touch()
     resources.check_data(run)
+
+
+@pytest.mark.parametrize("name", RUNS.names())
+def test_the_remedy_makes_data_for_the_model_of_the_run(name):
+    run = load_run(name)
+    with pytest.raises(DataError) as error:
+        resources.check_data(dataclasses.replace(run, data=DataConfig(sets=[DataSetConfig(path="nowhere")])))
+    words = shlex.split(str(error.value).partition("make it with: llada ")[2].partition(" (")[0])
+    module = importlib.import_module(cli.COMMANDS[words[0]][0])
+    args = cli._parse(cli.command_parser(words[0], module), words[1:])
+    prepare._check_arguments(args)
+    assert args.train_tokenizer == (run.model.vocab_size < 10_000)  # a published model has a published tokenizer
+    assert args.vocab_size == (run.model.vocab_size if args.train_tokenizer else None)
+
+
+def test_a_vocabulary_that_is_trained_here_has_the_ids_that_the_remedy_knows(tmp_path):
+    _, tokenizer = prepared_set(tmp_path)
+    assert (tokenizer.mask_id, tokenizer.eos_id) == resources.TRAINED_VOCABULARY
 
 
 def _with(run, **settings):

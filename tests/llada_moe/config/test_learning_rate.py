@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, LearningRateDropConfig, learning_rate
+from llada_megatron.llada_moe.config import load_run
+from llada_megatron.llada_moe.config.optimizer import (
+    LearningRateConfig,
+    LearningRateDropConfig,
+    check_learning_rate,
+    fits,
+    learning_rate,
+    scaled,
+)
+from llada_megatron.llada_moe.errors import ConfigError
 
 SHAPES = ("linear", "cosine", "inverse_sqrt")
 
@@ -56,3 +65,45 @@ def test_the_rate_rises_then_never_rises_again_and_stays_in_bounds(warmup, const
     assert rates[:warmup] == sorted(rates[:warmup])
     tail = rates[max(warmup - 1, 0) :]
     assert all(after <= before * (1 + 1e-12) for before, after in itertools.pairwise(tail))
+
+
+def test_fewer_steps_scale_the_schedule_of_the_file_and_say_so():
+    said = []
+    rate = load_run("llada-8b-pretrain", ["training.steps=1000"], said.append).optimizer.learning_rate
+    assert (rate.warmup_steps, [drop.step for drop in rate.drops], rate.decay_steps) == (4, [521], 130)
+    assert (rate.peak, rate.final, rate.drops[0].value) == (4e-4, 1e-5, 1e-4)
+    assert said == [
+        "training.steps=1000: the learning rate's schedule is scaled from 438690 steps: warmup_steps 2000 to 4, "
+        "decay_steps 57220 to 130, the drop at 228882 to 521"
+    ]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["training.steps=640"], ["training.steps=2000"], ["training.steps=50", "optimizer.learning_rate={peak: 1}"]],
+)
+def test_a_schedule_that_fits_or_is_given_as_well_stays(overrides):
+    said = []
+    rate = load_run("demo", overrides, said.append).optimizer.learning_rate
+    assert said == [] and (rate.warmup_steps, rate.decay_steps) in ((60, 580), (0, 0))
+
+
+def test_a_schedule_that_is_given_as_well_and_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match="warmup_steps 60 .* decay_steps 580 .* more than training.steps 50"):
+        load_run("demo", ["training.steps=50", "optimizer.learning_rate.decay_steps=580"])
+
+
+@given(steps=st.integers(1, 99), warmup=st.integers(0, 100), decay=st.integers(0, 100), drop=st.integers(0, 100))
+def test_what_fits_still_fits_when_it_is_scaled(steps, warmup, decay, drop):
+    drops = [LearningRateDropConfig(step=drop, value=0.5)] if warmup <= drop < 100 - decay else []
+    final = 0.1 if decay else 0.0
+    before = LearningRateConfig(peak=1.0, warmup_steps=warmup, drops=drops, decay_steps=decay, final=final)
+    if not fits(before, 100):
+        return
+    refused = []
+    check_learning_rate(before, 100, lambda key, why: refused.append(key))
+    after = scaled(before, 100, steps)
+    check_learning_rate(after, steps, lambda key, why: refused.append(key))
+    assert [key for key in refused if not key.startswith("drops")] == []
+    assert abs(after.warmup_steps - warmup * steps / 100) < 1
+    assert after.decay_steps > 0 or decay == 0

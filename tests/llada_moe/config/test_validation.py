@@ -239,7 +239,7 @@ REFUSED = {
         "objective.replace_ratio=0.1",
         "0.1 with kind autoregressive, which has no noise; remove the replace ratio",
     ),
-    "answers in text": ("tiny-dense", "objective.normalization=answer_length", "prepared text has none; use all_tokens"),
+    "answers in text": ("tiny-dense", "objective.normalization=answer_length", "prepared text has none"),
     "answers in next tokens": (
         "tiny-dense objective.kind=autoregressive",
         "objective.normalization=answer_length",

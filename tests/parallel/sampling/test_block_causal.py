@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, Cache, Recompute

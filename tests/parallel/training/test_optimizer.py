@@ -103,7 +103,7 @@ def weights_of_one_process(model: str, settings: OptimizerConfig) -> parity.Grad
 
 @pytest.mark.parametrize(("model", "name"), [("dense", "DP2"), ("dense", "TP2.SP"), ("softmax", "EP2")])
 def test_weights_after_updates_are_those_of_one_process(model, name):
-    # a large epsilon: with a small one the first update of a gradient near zero is a whole step, of a sign that is noise
+    # a large epsilon: with a small one the update of a gradient near zero is a whole step, of a sign that is noise
     settings = OptimizerConfig(learning_rate=LearningRateConfig(peak=1e-2), epsilon=1e-2)
     layout = (DENSE_LAYOUTS if model == "dense" else MOE_LAYOUTS)[name]
     found = weights(with_settings(model, layout, settings))

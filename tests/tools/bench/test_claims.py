@@ -12,7 +12,7 @@ import pytest
 from benchmarks import command
 from llada_megatron import cli
 from llada_megatron.tools import bench
-from llada_megatron.tools.bench import at_least, at_most, format_table, reported
+from llada_megatron.tools.bench import at_least, at_most, format_table, parity, reported
 
 
 def test_a_claim_holds_at_its_goal_and_not_beyond():
@@ -79,7 +79,10 @@ def test_a_goal_that_is_required_and_missed_is_a_failure(monkeypatch, claim, cod
 
 def test_a_benchmark_of_the_repository_can_be_required_as_well():
     missed = types.SimpleNamespace(
-        __doc__="", __spec__=None, add_arguments=lambda parser: None, run=lambda args: [at_least("speed", 1.0, "x", 2.0)]
+        __doc__="",
+        __spec__=None,
+        add_arguments=lambda parser: None,
+        run=lambda args: [at_least("speed", 1.0, "x", 2.0)],
     )
     assert command.main("speed", missed, ["--require"]) == 1
     assert command.main("speed", missed, []) == 0
@@ -88,3 +91,11 @@ def test_a_benchmark_of_the_repository_can_be_required_as_well():
 def test_a_name_that_no_case_of_parity_has_is_refused(capsys):
     assert cli.main(["bench", "parity", "--only", "TP3", "--require"]) == 2
     assert "--only TP3: no case has this in its name" in capsys.readouterr().err
+
+
+def test_the_fast_part_of_parity_has_a_case_of_each_axis():
+    layouts = {name: run.layout for name, run in parity.cases() if name in parity.FAST}
+    assert len(layouts) == len(parity.FAST)
+    assert all(layout.world_size == 2 for layout in layouts.values())
+    axes = ("tensor", "pipeline", "context", "data", "expert", "expert_tensor")
+    assert all(any(getattr(layout, f"{axis}_parallel") == 2 for layout in layouts.values()) for axis in axes)

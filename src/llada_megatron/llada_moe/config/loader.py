@@ -30,8 +30,8 @@ def load_run(
 ) -> RunConfig:
     """The validated run in a YAML file or in `configs/runs/NAME.yaml`, with `key.path=value` overrides laid over it.
 
-    An override of `training.steps` by fewer steps than the file's schedule of the learning rate takes scales the schedule;
-    `say` is then called with one line about it.
+    An override of `training.steps` by fewer steps than the file's schedule of the learning rate takes scales it, and
+    `say` is called with one line about that.
 
     Raises:
         ConfigError: with file, line, key and what to change, one line per problem. An unknown name lists
@@ -121,9 +121,7 @@ def _with_fitting_schedule(
         f"{STEPS}={steps}: the learning rate's schedule is scaled from {before} steps: "
         f"warmup_steps {rate.warmup_steps} to {changed.warmup_steps}, decay_steps {rate.decay_steps} to "
         f"{changed.decay_steps}"
-        + "".join(
-            f", the drop at {old.step} to {new.step}" for old, new in zip(rate.drops, changed.drops, strict=True)
-        )
+        + "".join(f", the drop at {old.step} to {new.step}" for old, new in zip(rate.drops, changed.drops, strict=True))
     )
     return dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, learning_rate=changed))
 

@@ -104,7 +104,7 @@ class Objective(ABC):
 
     @property
     def validation_is_bound(self) -> bool:
-        """Whether the same holds of the weighted sum over the validation's samples, divided by their untruncated tokens."""
+        """Whether the same holds of the weighted sum over the validation's samples, per untruncated token."""
         return False
 
     @property

@@ -65,7 +65,7 @@ class MaskedDiffusion(Objective):
 
     @property
     def validation_is_bound(self) -> bool:
-        """Always: validation draws from the whole range of t, cuts and replaces nothing, and is divided by all tokens."""
+        """Always: validation draws from the whole range of t, cuts and replaces nothing, and counts all tokens."""
         return True
 
     @property
