@@ -70,6 +70,19 @@ def test_the_limit_follows_the_median_of_unequal_steps_and_not_their_shortest_or
     assert len(watch.hung(clock[0] + 31)) == 2
 
 
+def test_the_first_steps_have_the_wide_limit_however_short_they_are(beats):
+    clock, watch, beat = beats
+    for step in range(3):
+        beat(step, "step", "step")
+        clock[0] += 2
+    clock[0] -= 2
+    assert watch.steps == 2
+    assert watch.hung(clock[0] + 59) == []
+    clock[0] += 2
+    beat(3, "step", "step")
+    assert len(watch.hung(clock[0] + 21)) == 2
+
+
 @pytest.mark.parametrize("phases", [("save", "step"), ("step", "save")])
 def test_a_rank_that_saves_while_another_is_in_a_step_has_the_limit_of_a_save(beats, phases):
     clock, watch, beat = beats
