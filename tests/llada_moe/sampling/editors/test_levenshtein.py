@@ -86,6 +86,19 @@ def test_given_tokens_neither_change_nor_move():
     ]
 
 
+@pytest.mark.parametrize(("threshold", "written"), [(0.5, 6), (0.49, 9)])
+def test_a_change_is_more_probable_than_the_threshold_and_not_just_as_probable(threshold, written):
+    def logits(tokens):
+        rows = says([5, 6, 7, 8], 100.0)
+        if not (tokens == MASK).any():
+            rows[1] = -torch.inf
+            rows[1, [9, 10]] = 0.0  # one half each
+        return rows
+
+    editor = Levenshtein(threshold, delete_id=DELETE, insert_id=INSERT)
+    assert states(continuation([], 4, None), logits, editor)[-1] == [5, written, 7, 8]
+
+
 def test_the_step_after_the_budget_writes_text_only():
     """A model that always inserts: its second choice ends the block."""
 
