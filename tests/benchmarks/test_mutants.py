@@ -8,7 +8,7 @@ from benchmarks.mutant_table import mutants
 from tests.documented import ROOT
 
 ALL = list(mutants())
-AREAS = "noise objective attention router optimizer checkpoint resume editors conversion recovery hang".split()
+AREAS = ["noise", "objective", "attention", "router", "optimizer", "checkpoint", "resume", "editors", "conversion", "recovery", "hang"]
 
 
 def test_there_are_enough_of_them_in_every_area():

@@ -63,6 +63,14 @@ def test_what_each_divides_by():
         torch.testing.assert_close(loss(kind, batch, cross_entropy, counts), value, rtol=1e-6, atol=0)
 
 
+def test_what_is_supervised_with_weight_one_counts_as_well():
+    """A token that is shown, where tokens are replaced, or one before a next token."""
+    batch = make_batch(3, 6)
+    masked = int((batch.weights > 0).sum())
+    batch.weights[0] = 1.0
+    assert count(batch).masked == masked + LENGTH
+
+
 @pytest.mark.parametrize("kind", NORMALIZATIONS)
 def test_nothing_to_count_is_zero(kind):
     batch = make_batch(0, 2)

@@ -96,18 +96,20 @@ def weights(run: RunConfig) -> parity.Gradients:
     return parity.Gradients(1.0, 1.0, parity.join_parts(part for rank in parts for part in rank))
 
 
+# a large epsilon: with a small one the update of a gradient near zero is a whole step, of a sign that is noise
+SMOOTH = OptimizerConfig(learning_rate=LearningRateConfig(peak=1e-2), epsilon=1e-2)
+
+
 @functools.cache
-def weights_of_one_process(model: str, settings: OptimizerConfig) -> parity.Gradients:
-    return weights(with_settings(model, LayoutConfig(), settings))
+def weights_of_one_process(model: str) -> parity.Gradients:
+    return weights(with_settings(model, LayoutConfig(), SMOOTH))
 
 
 @pytest.mark.parametrize(("model", "name"), [("dense", "DP2"), ("dense", "TP2.SP"), ("softmax", "EP2")])
 def test_weights_after_updates_are_those_of_one_process(model, name):
-    # a large epsilon: with a small one the update of a gradient near zero is a whole step, of a sign that is noise
-    settings = OptimizerConfig(learning_rate=LearningRateConfig(peak=1e-2), epsilon=1e-2)
     layout = (DENSE_LAYOUTS if model == "dense" else MOE_LAYOUTS)[name]
-    found = weights(with_settings(model, layout, settings))
-    error, where = parity.compare(weights_of_one_process(model, settings), found)
+    found = weights(with_settings(model, layout, SMOOTH))
+    error, where = parity.compare(weights_of_one_process(model), found)
     assert error <= parity.GOAL, where
 
 
