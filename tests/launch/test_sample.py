@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder):
 
 def test_report_by_hand():
     example = [TextSpan("for "), TextSpan("i in", "j in", tokens=2, right=1), TextSpan(" x:")]
-    result = Assessment(1.5, True, Baselines(3.0, 1.2, 2.0), 0.31, 0.1, 1, 20, {1: [10, 30, 0, 0]}, [example])
+    result = Assessment(1.5, True, Baselines(3.0, 1.2, 2.0), 0.31, 0.1, 0.0, 1, 20, {1: [10, 30, 0, 0]}, [example])
     assert result.gain == 0.5
     assert demo_report.missed_goals(result) == []
     assert demo_report.before(example) == "for «??» x:"

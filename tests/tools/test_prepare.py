@@ -59,7 +59,7 @@ def test_set_holds_the_documents(texts, tmp_path, capsys):
     assert "passed over 1 files" in err and "image.png (not UTF-8 text: byte 0x89 at offset 0)" in err
     assert "left out 1 empty documents" in err
     assert sorted(p.name for p in prefix.parent.iterdir()) == [
-        f"set.v1.{e}" for e in ("bin", "bytes", "idx", "json", "tokenizer.model")
+        f"set.v1.{e}" for e in ("bin", "bytes", "idx", "json", "repeats", "tokenizer.model")
     ]
 
 
@@ -124,7 +124,7 @@ def test_interrupted_run_leaves_nothing(texts, tmp_path, monkeypatch, capsys, fa
     monkeypatch.setattr(TokenWriter, "add", fail)
     code = prepare(texts, "--output", prefix, *TRAIN, "--workers", 2, "--overwrite")
     assert code == (130 if isinstance(failure, KeyboardInterrupt) else 1)
-    assert content(prefix) == before and len(list(prefix.parent.iterdir())) == 5
+    assert content(prefix) == before and len(list(prefix.parent.iterdir())) == 6
     assert isinstance(failure, KeyboardInterrupt) or "disk is full" in capsys.readouterr().err
 
 

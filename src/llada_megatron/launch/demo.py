@@ -103,12 +103,18 @@ def prepare(config: RunConfig, corpus: str, log: PhaseLog) -> None:
                 f"{prefix} was prepared from {', '.join(s.input for s in found.sources)}, not {corpus}; "
                 f"choose another output_dir and data.sets.0.path, or remove {config.output_dir}"
             )
+        if found.near_duplicates is None or found.vocabulary_held_out != config.data.validation_fraction:
+            raise ConfigError(
+                f"{prefix} was prepared with held-out documents that repeat others or that its vocabulary knows; "
+                f"choose another output_dir and data.sets.0.path, or remove {config.output_dir}"
+            )
         _say(f"1/3 data: {prefix} exists ({found.tokens:,} tokens)")
         return
     _say(f"1/3 data: preparing {corpus}")
     command = [sys.executable, "-P", "-m", "llada_megatron.cli", "prepare", corpus, "--output", prefix, "--overwrite"]
     with log.phase("prepare", afresh=True):
         vocabulary = ["--train-tokenizer", "--vocab-size", str(config.model.vocab_size)]
+        vocabulary += ["--validation-fraction", str(config.data.validation_fraction)]
         done = subprocess.run([*command, *vocabulary], check=False, stdout=sys.stderr)
     if done.returncode:
         raise DataError(f"the corpus could not be prepared (exit code {done.returncode}; see above)")

@@ -40,6 +40,7 @@ def as_json(result: Assessment, seconds: dict[str, float], peak_memory_gb: float
         "zlib_bits_per_byte": result.baselines.zlib,
         "infill_accuracy": result.infill_accuracy,
         "majority_share": result.majority_share,
+        "near_duplicate_share": result.near_duplicate_share,
         "seconds": round(sum(seconds.values()), 1),
         "peak_memory_gb": round(peak_memory_gb, 2),
         "seconds_by_phase": {name: round(value, 1) for name, value in seconds.items()},

@@ -18,6 +18,7 @@ from llada_megatron.llada_moe.errors import ConfigError, DataError, ResourceErro
 if TYPE_CHECKING:
     from llada_megatron.llada_moe.data.corpus import Chunk, CorpusFile, Skipped
     from llada_megatron.llada_moe.data.encoding import Encoded, TokenizerChoice
+    from llada_megatron.llada_moe.data.near_duplicates import NearDuplicates
     from llada_megatron.llada_moe.data.set_manifest import SetManifest
     from llada_megatron.llada_moe.data.tokenizer import Tokenizer
 
@@ -61,6 +62,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes that tokenise (default: one per core, at most 16)"
     )
+    parser.add_argument(
+        "--validation-fraction",
+        type=float,
+        metavar="F",
+        help="data.validation_fraction of the runs to come: a vocabulary is trained on the other documents "
+        "(default: 0.01, as of a run)",
+    )
+    duplicates = parser.add_mutually_exclusive_group()
+    duplicates.add_argument(
+        "--deduplicate", action="store_true", help="drop near-duplicates of earlier documents (they are always counted)"
+    )
+    duplicates.add_argument(
+        "--no-near-duplicate-check",
+        action="store_true",
+        help="do not compare the documents: saves reading them once more, and held-out ones may repeat others",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing set of this name")
 
 
@@ -93,11 +110,12 @@ def prepare(args: argparse.Namespace, prefix: Path) -> tuple[SetManifest, Tokeni
     prefix.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{prefix.name}.", suffix=".partial", dir=prefix.parent))
     try:
-        choice = _tokenizer(args, sources, folder)
+        duplicates = None if args.no_near_duplicate_check else _find_near_duplicates(args, sources)
+        choice = _tokenizer(args, sources, duplicates, folder)
         tokenizer = choice.load()
         if tokenizer.mask_was_added:
             message(f"{choice.path} has no mask token that text cannot produce: id {tokenizer.mask_id} is added for it")
-        manifest = _write(args, sources, choice, tokenizer, folder, prefix)
+        manifest = _write(args, sources, duplicates, choice, tokenizer, folder, prefix)
         _publish(folder, prefix, manifest)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -110,6 +128,8 @@ class _Tally:
 
     documents: list[int]
     bytes: list[int]
+    read: int = 0
+    """Documents with any text, those that were dropped included."""
     empty: int = 0
     skipped: list[Skipped] = field(default_factory=list)
 
@@ -125,6 +145,7 @@ class _Tally:
 def _write(
     args: argparse.Namespace,
     sources: list[CorpusFile],
+    duplicates: NearDuplicates | None,
     choice: TokenizerChoice,
     tokenizer: Tokenizer,
     folder: Path,
@@ -137,17 +158,25 @@ def _write(
 
     device.install()  # before the first import of megatron.core in this process, as everywhere
     from llada_megatron.llada_moe.data.indexed import TokenWriter, token_dtype
-    from llada_megatron.llada_moe.data.set_manifest import prefix_file
+    from llada_megatron.llada_moe.data.set_manifest import REPEATS, prefix_file
 
-    workers = args.workers or min(16, _cores())
+    workers = _workers(args)
     tally = _Tally([0] * len(args.inputs), [0] * len(args.inputs))
     writer = TokenWriter(folder / _PART, token_dtype(tokenizer.vocab_size))
     try:
-        with _progress(total_size(sources)) as advance:
+        with _progress("tokenising", total_size(sources)) as advance:
             for chunk, encoded in encode_corpus(chunks(sources), choice, args.jsonl_key, workers):
+                first, tally.read = tally.read, tally.read + len(encoded.lengths)
+                if duplicates is not None and args.deduplicate:
+                    encoded = encoded.without(duplicates.copies_within(first, tally.read))
                 writer.add(encoded.tokens, encoded.lengths, encoded.sizes)
                 tally.add(chunk, encoded)
                 advance(chunk.size)
+        if duplicates is not None and tally.read != duplicates.documents:
+            raise DataError(
+                f"{', '.join(args.inputs)}: changed while they were read (first {duplicates.documents} documents, then "
+                f"{tally.read}); prepare them again when nothing writes to them"
+            )
     except BaseException:
         writer.abandon()
         raise
@@ -160,11 +189,19 @@ def _write(
         choice.path if args.train_tokenizer else tokenizer.path,
         prefix_file(folder / _PART, _tokenizer_ending(tokenizer)),
     )
-    return _manifest(args, sources, tally, tokenizer, writer.tokens, prefix)
+    if duplicates is not None:
+        prefix_file(folder / _PART, REPEATS).write_bytes(duplicates.repeated.astype("<i8").tobytes())
+    return _manifest(args, sources, tally, duplicates, tokenizer, writer.tokens, prefix)
 
 
 def _manifest(
-    args: argparse.Namespace, sources: list[CorpusFile], tally: _Tally, tokenizer: Tokenizer, tokens: int, prefix: Path
+    args: argparse.Namespace,
+    sources: list[CorpusFile],
+    tally: _Tally,
+    duplicates: NearDuplicates | None,
+    tokenizer: Tokenizer,
+    tokens: int,
+    prefix: Path,
 ) -> SetManifest:
     """The facts of the set."""
     import numpy as np
@@ -191,20 +228,47 @@ def _manifest(
             SourceFacts(input=name, files=files[i], documents=tally.documents[i], bytes=tally.bytes[i])
             for i, name in enumerate(args.inputs)
         ],
+        near_duplicates=duplicates.facts() if duplicates else None,
+        vocabulary_held_out=_held_out(args) if args.train_tokenizer else None,
     )
 
 
-def _tokenizer(args: argparse.Namespace, sources: list[CorpusFile], folder: Path) -> TokenizerChoice:
-    """The given tokenizer, or one trained on the inputs."""
+def _held_out(args: argparse.Namespace) -> float:
+    """The share of the documents that a run will hold out."""
+    from llada_megatron.llada_moe.config.data import VALIDATION_FRACTION
+
+    return VALIDATION_FRACTION if args.validation_fraction is None else args.validation_fraction
+
+
+def _find_near_duplicates(args: argparse.Namespace, sources: list[CorpusFile]) -> NearDuplicates:
+    """Compare the documents, and say what was found."""
+    from llada_megatron.llada_moe.data.corpus import total_size
+    from llada_megatron.llada_moe.data.near_duplicates import find_near_duplicates
+
+    with _progress("comparing", total_size(sources)) as advance:
+        found = find_near_duplicates(sources, args.jsonl_key, _workers(args), args.deduplicate, advance)
+    message(found.described())
+    return found
+
+
+def _tokenizer(
+    args: argparse.Namespace, sources: list[CorpusFile], duplicates: NearDuplicates | None, folder: Path
+) -> TokenizerChoice:
+    """The given tokenizer, or one trained on those documents of the inputs that a run will train on."""
     from llada_megatron.llada_moe.data.corpus import sample_texts
     from llada_megatron.llada_moe.data.encoding import TokenizerChoice
+    from llada_megatron.llada_moe.data.near_duplicates import in_training_part
     from llada_megatron.llada_moe.data.sentencepiece_tokenizer import train_sentencepiece
 
     if not args.train_tokenizer:
         return TokenizerChoice(args.tokenizer, args.eos_token, args.mask_token)
     message(f"training a vocabulary of {args.vocab_size}")
-    path = folder / "trained.model"
-    train_sentencepiece(sample_texts(sources, args.jsonl_key), args.vocab_size, path)
+    path, fraction = folder / "trained.model", _held_out(args)
+
+    def wanted(document: int) -> bool:
+        return in_training_part(duplicates, document, fraction)
+
+    train_sentencepiece(sample_texts(sources, args.jsonl_key, wanted=wanted), args.vocab_size, path)
     return TokenizerChoice(str(path))
 
 
@@ -212,16 +276,17 @@ def _publish(folder: Path, prefix: Path, manifest: SetManifest) -> None:
     """Give the finished files their names; the manifest goes last and is what makes them a set."""
     import json
 
-    from llada_megatron.llada_moe.data.set_manifest import prefix_file, to_json
+    from llada_megatron.llada_moe.data.set_manifest import REPEATS, prefix_file, to_json
 
     text = json.dumps(to_json(manifest), indent=2, ensure_ascii=False)
     prefix_file(folder / _PART, MANIFEST).write_text(text + "\n", encoding="utf-8")
-    endings = [*TOKENS, f".tokenizer{manifest.tokenizer.suffix}", MANIFEST]
+    repeats = [REPEATS] if manifest.near_duplicates else []
+    endings = [*TOKENS, *repeats, f".tokenizer{manifest.tokenizer.suffix}", MANIFEST]
     for ending in endings:
         descriptor = os.open(prefix_file(folder / _PART, ending), os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    for old in (MANIFEST, *TOKENS, ".tokenizer.model", ".tokenizer.json"):
+    for old in (MANIFEST, *TOKENS, REPEATS, ".tokenizer.model", ".tokenizer.json"):
         prefix_file(prefix, old).unlink(missing_ok=True)
     for ending in endings:
         os.replace(prefix_file(folder / _PART, ending), prefix_file(prefix, ending))
@@ -235,6 +300,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError("--vocab-size goes with --train-tokenizer; a tokenizer file has its own")
     if args.train_tokenizer and (args.mask_token or args.eos_token):
         raise ConfigError("--mask-token and --eos-token go with --tokenizer; a trained vocabulary has <mask> and </s>")
+    if args.validation_fraction is not None and not args.train_tokenizer:
+        raise ConfigError("--validation-fraction goes with --train-tokenizer; another tokenizer is trained already")
+    if args.validation_fraction is not None and not 0 <= args.validation_fraction < 1:
+        raise ConfigError(f"--validation-fraction {args.validation_fraction:g}: at least 0 and less than 1")
     if args.workers is not None and args.workers < 1:
         raise ConfigError(f"--workers {args.workers}: at least 1")
     if not Path(args.output).name or Path(args.output).is_dir():
@@ -272,6 +341,11 @@ def _report(tally: _Tally) -> None:
         message(f"left out {tally.empty} empty documents")
 
 
+def _workers(args: argparse.Namespace) -> int:
+    """Processes that read and tokenise."""
+    return args.workers or min(16, _cores())
+
+
 def _cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -283,15 +357,15 @@ def _tokenizer_ending(tokenizer: Tokenizer) -> str:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Any]:
+def _progress(what: str, total: int) -> Iterator[Any]:
     """A bar of bytes read on stderr; nothing where that is no terminal. Yields advance(bytes)."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = TextColumn("tokenising"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    columns = TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("tokenising", total=total)
+        task = progress.add_task(what, total=total)
         yield lambda size: progress.advance(task, size)
 
 

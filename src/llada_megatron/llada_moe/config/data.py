@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from llada_megatron.llada_moe.config.parsing import Refuse
 
+VALIDATION_FRACTION = 0.01
+"""Share of the documents held out where a run names no other."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSetConfig:
@@ -20,7 +23,7 @@ class DataConfig:
     """What is read."""
 
     sets: list[DataSetConfig]
-    validation_fraction: float = 0.01
+    validation_fraction: float = VALIDATION_FRACTION
     """Share of the documents held out for validation."""
     isolate_documents: bool = True
     """Attention does not cross the documents packed into one window."""

@@ -9,7 +9,7 @@ import os
 import stat
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -274,18 +274,27 @@ _EXPANSION = 4
 """Text bytes assumed per byte of a compressed file, when the share to keep is estimated."""
 
 
-def sample_texts(sources: Sequence[CorpusFile], key: str, budget: int = VOCABULARY_SAMPLE) -> Iterator[str]:
+def text_size(sources: Iterable[CorpusFile]) -> int:
+    """Bytes of text in all sources, of compressed ones estimated."""
+    return sum(total_size([source]) * (_EXPANSION if source.path.suffix in _COMPRESSED else 1) for source in sources)
+
+
+def sample_texts(
+    sources: Sequence[CorpusFile],
+    key: str,
+    budget: int = VOCABULARY_SAMPLE,
+    wanted: Callable[[int], bool] = lambda number: True,
+) -> Iterator[str]:
     """All texts of a corpus within the budget of characters; of a larger one, pieces chosen by a hash of their number.
 
-    They are spread over the whole corpus and the same in every run.
+    They are spread over the whole corpus and the same in every run. `wanted` says of the number of a document, counted
+    from 0 without empty ones, whether it may be among them.
     """
-    size = sum(
-        total_size([source]) * (_EXPANSION if source.path.suffix in (".gz", ".zst") else 1) for source in sources
-    )
+    size = text_size(sources)
     share = min(1.0, budget / size) if size else 1.0
     taken = number = 0
-    for chunk in chunks(sources):
-        for text in documents(chunk, key, []):
+    for document, text in enumerate(text for chunk in chunks(sources) for text in documents(chunk, key, []) if text):
+        if wanted(document):
             for start in range(0, len(text), _PIECE):
                 number += 1
                 if share < 1.0 and mix(number) >= share * 2.0**64:

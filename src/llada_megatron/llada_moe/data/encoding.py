@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llada_megatron.llada_moe.data.chunk_pool import map_chunks
 from llada_megatron.llada_moe.data.corpus import Chunk, Skipped, documents
 from llada_megatron.llada_moe.data.tokenizer import Tokenizer, encode_long
 from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
-from llada_megatron.llada_moe.errors import DataError, ResourceError
-
-_AHEAD = 4
-"""Chunks read ahead per worker: enough to keep it busy, few enough to bound memory."""
+from llada_megatron.llada_moe.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -49,6 +43,14 @@ class Encoded:
     """Documents without a character, left out."""
     skipped: list[Skipped] = field(default_factory=list)
 
+    def without(self, dropped: NDArray[np.int64]) -> Encoded:
+        """The same without the documents of these numbers in it."""
+        kept = np.ones(len(self.lengths), bool)
+        kept[dropped] = False
+        lengths, sizes = np.array(self.lengths), np.array(self.sizes)
+        tokens = self.tokens[np.repeat(kept, lengths)]
+        return Encoded(tokens, lengths[kept].tolist(), sizes[kept].tolist(), self.empty, self.skipped)
+
 
 def encode_corpus(
     work: Iterable[Chunk], choice: TokenizerChoice, key: str, workers: int
@@ -59,22 +61,7 @@ def encode_corpus(
         for chunk in work:
             yield chunk, encode_chunk(chunk, tokenizer, key)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of whatever was imported
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(choice, key))
-    waiting: deque[tuple[Chunk, Future[Encoded]]] = deque()
-    try:
-        for chunk in work:
-            waiting.append((chunk, pool.submit(_encode_in_worker, chunk)))
-            if len(waiting) >= _AHEAD * workers:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
-    except BrokenProcessPool as error:
-        raise ResourceError("a worker process of llada prepare died (out of memory?); try fewer --workers") from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    yield from map_chunks(work, _encode_in_worker, workers, _start_worker, (choice, key))
 
 
 def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, key: str) -> Encoded:

@@ -5,7 +5,7 @@ All of it is a function of the number alone: no table, no position to save.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from math import gcd, lcm
 from pathlib import Path
@@ -143,8 +143,12 @@ class PackedDataset:
         validation_fraction: float,
         seed: int,
         isolate_documents: bool,
+        never_held_out: NDArray[np.int64] | None = None,
     ) -> None:
-        """Open a prepared set. Raises DataError when the split does not fill one window."""
+        """Open a prepared set. Raises DataError when the split does not fill one window.
+
+        `never_held_out`: numbers of documents that belong to training whatever their hash says, ascending.
+        """
         # here, because it imports Megatron, which `llada prepare` may not before parallel.device is installed
         from llada_megatron.llada_moe.data.indexed import TokenFile
 
@@ -154,6 +158,10 @@ class PackedDataset:
         blocks = [held_out(a, min(a + _HASH_BLOCK, self._file.documents), validation_fraction) for a in
                   range(0, self._file.documents, _HASH_BLOCK)]  # fmt: skip
         held = np.concatenate(blocks)
+        self._repeats = 0 if never_held_out is None else len(never_held_out)
+        if self._repeats:
+            held = held[never_held_out[np.searchsorted(never_held_out, held).clip(max=self._repeats - 1)] != held]
+        self._held = held
         self.documents = len(held) if split == "validation" else self._file.documents - len(held)
         held_bytes = int(self._file.bytes[held].sum())
         self.bytes = held_bytes if split == "validation" else int(self._file.bytes.sum()) - held_bytes
@@ -177,6 +185,13 @@ class PackedDataset:
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of the split's text per token, end-of-text tokens counted as tokens."""
         return self.bytes / self.tokens
+
+    def each_document(self) -> Iterator[tuple[NDArray[np.integer], int]]:
+        """Tokens [length] of each document of the split with its end-of-text token, and the UTF-8 bytes of its text."""
+        of_training = np.setdiff1d(np.arange(self._file.documents), self._held, assume_unique=True)
+        for document in self._held if self._split == "validation" else of_training:
+            first, length = self._file.span(document)
+            yield self._file.tokens[first : first + length], int(self._file.bytes[document])
 
     def window(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """Tokens [seq] of window `index` and its boundaries [segments + 1], ascending from 0 to seq.
@@ -206,11 +221,12 @@ class PackedDataset:
 
     def _too_short(self, prefix: str | Path, fraction: float) -> str:
         """Why there is no window, with the numbers."""
+        repeats = f", {self._repeats} that repeat others left out" * (self._split == "validation" and self._repeats > 0)
         part = fraction if self._split == "validation" else 1 - fraction
         advice = "prepare more text, shorten training.sequence_length, or "
         advice += "raise" if self._split == "validation" else "lower"
         return (
-            f"{prefix}: the {self._split} part ({part:g} of {self._file.documents} documents) "
+            f"{prefix}: the {self._split} part ({part:g} of {self._file.documents} documents{repeats}) "
             f"holds {self.documents}, {self.tokens} tokens; one window takes {self._length}: "
             f"{advice} data.validation_fraction"
         )

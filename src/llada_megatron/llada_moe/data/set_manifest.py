@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from llada_megatron.llada_moe.data.tokenizer import Tokenizer
 from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 from llada_megatron.llada_moe.errors import DataError
 
-SCHEMA = 1
+SCHEMA = 2
+EARLIER_SCHEMA = 1
+"""Of sets whose held-out documents may repeat others, and whose tokenizer may have been trained on them."""
+
+
+REPEATS = ".repeats"
+"""Ending of the list of documents that are never held out (int64, ascending)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +52,20 @@ class SourceFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NearDuplicateFacts:
+    """What the comparison of the documents of a set has found (see `near_duplicates`)."""
+
+    documents: int
+    """Near-duplicates of earlier documents."""
+    bytes: int
+    """UTF-8 bytes of their text."""
+    dropped: bool
+    """They are not in the set; otherwise they are counted in it."""
+    never_held_out: int
+    """Documents of the set that share too much with others of it: listed in PREFIX.repeats, trained on in any split."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SetManifest:
     """Facts of a prepared set."""
 
@@ -56,6 +79,10 @@ class SetManifest:
     dtype: str
     """numpy name of a token's type in the .bin file."""
     sources: list[SourceFacts]
+    near_duplicates: NearDuplicateFacts | None = None
+    """None if they were not looked for."""
+    vocabulary_held_out: float | None = None
+    """The share of documents that is held out from the training of the vocabulary; None if it was trained elsewhere."""
 
     @property
     def bytes_per_token(self) -> float:
@@ -98,16 +125,29 @@ def tokenizer_of(prefix: str | Path, manifest: SetManifest | None = None) -> Tok
     return tokenizer
 
 
+def read_repeats(prefix: str | Path, manifest: SetManifest) -> NDArray[np.int64]:
+    """Numbers of the documents that are never held out, ascending. Raises DataError for a file of another set."""
+    count = manifest.near_duplicates.never_held_out if manifest.near_duplicates else 0
+    if not count:
+        return np.empty(0, np.int64)
+    path = prefix_file(prefix, REPEATS)
+    if not path.is_file() or path.stat().st_size != 8 * count:
+        raise DataError(f"{path}: missing or not of this manifest ({count} documents); prepare the set again")
+    return np.memmap(path, "<i8", mode="r")
+
+
 def _parse(path: Path, content: Any) -> SetManifest:
     """Build the manifest from JSON, keys checked."""
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+    if not isinstance(content, dict) or content.get("schema") not in (EARLIER_SCHEMA, SCHEMA):
         found = content.get("schema") if isinstance(content, dict) else None
         raise DataError(f"{path}: manifest schema {found}, this version reads {SCHEMA}; prepare the set again")
     try:
         return SetManifest(
-            **{f.name: content[f.name] for f in fields(SetManifest) if f.name not in ("tokenizer", "sources")},
+            **{name: content[name] for name in ("schema", "documents", "tokens", "bytes", "dtype")},
             tokenizer=TokenizerFacts(**content["tokenizer"]),
             sources=[SourceFacts(**source) for source in content["sources"]],
+            near_duplicates=NearDuplicateFacts(**near) if (near := content.get("near_duplicates")) else None,
+            vocabulary_held_out=content.get("vocabulary_held_out"),
         )
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged manifest ({error}); prepare the set again") from error

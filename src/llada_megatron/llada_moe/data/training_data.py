@@ -8,7 +8,7 @@ from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch, Row, Samples, collate
 from llada_megatron.llada_moe.data.packing import Blend, PackedDataset, Split
-from llada_megatron.llada_moe.data.set_manifest import SetManifest, read_manifest
+from llada_megatron.llada_moe.data.set_manifest import SetManifest, read_manifest, read_repeats
 from llada_megatron.llada_moe.diffusion.noise import SampleCoordinates
 from llada_megatron.llada_moe.errors import ConfigError, DataError
 from llada_megatron.llada_moe.objectives import Objective, make_objective
@@ -37,8 +37,9 @@ class TrainingData:
                 data.validation_fraction,
                 training.seed,
                 data.isolate_documents,
+                read_repeats(entry.path, manifest),
             )
-            for entry in data.sets
+            for entry, manifest in zip(data.sets, self.manifests, strict=True)
         ]
         self.blend = Blend([entry.weight for entry in data.sets])
         objective = make_objective(run.objective) if objective is None else objective

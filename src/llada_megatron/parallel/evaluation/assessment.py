@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from llada_megatron.llada_moe.data.tokenizer import Tokenizer
 from llada_megatron.llada_moe.data.training_data import TrainingData
 from llada_megatron.llada_moe.evaluation import baselines, infilling, likelihood
+from llada_megatron.llada_moe.evaluation.near_duplicate_share import near_duplicate_share
 from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.llada_moe.sampling.editors import NoEditor, never_written
 from llada_megatron.llada_moe.sampling.loop import Method
@@ -60,6 +61,8 @@ class Assessment:
     baselines: Baselines
     infill_accuracy: float
     majority_share: float
+    near_duplicate_share: float
+    """Share of the held-out bytes in documents whose shingles are mostly in training documents."""
     sequences: int
     tokens: int
     expert_tokens: dict[int, list[int]]
@@ -95,6 +98,7 @@ def assess(loaded: LoadedModel, tokenizer: Tokenizer, sequences: int, examples: 
         baselines=_baselines(run, held_out, numbers, tokenizer),
         infill_accuracy=filled.accuracy,
         majority_share=filled.majority_share,
+        near_duplicate_share=near_duplicate_share(TrainingData(loaded.run).sets, held_out.sets),
         sequences=sequences,
         tokens=cost.tokens,
         expert_tokens=expert_tokens,
