@@ -43,7 +43,7 @@ def test_a_word_more_makes_as_many_shingles_new_as_hold_it():
 
 def test_letters_of_languages_without_spaces_are_words():
     assert len(text_shingles("这是一个没有空格的句子它有很多字")) == 16 - LENGTH + 1
-    assert len(text_shingles("слово" * 3 + " ещё" * 11)) == 3  # Cyrillic is written in words; the last two are equal
+    assert len(text_shingles("слово" * 3 + " ещё" * 11)) == 2  # Cyrillic is written in words
     assert share("é\u00adà " * 12, "é\u00adà\u2028" * 12) < 1.0
 
 

@@ -47,7 +47,7 @@ class Encoded:
         """The same without the documents of these numbers in it."""
         kept = np.ones(len(self.lengths), bool)
         kept[dropped] = False
-        lengths, sizes = np.array(self.lengths), np.array(self.sizes)
+        lengths, sizes = np.array(self.lengths, np.int64), np.array(self.sizes, np.int64)
         tokens = self.tokens[np.repeat(kept, lengths)]
         return Encoded(tokens, lengths[kept].tolist(), sizes[kept].tolist(), self.empty, self.skipped)
 

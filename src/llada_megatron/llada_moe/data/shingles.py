@@ -49,13 +49,13 @@ def text_shingles(text: str, modulus: int = 1) -> NDArray[np.uint64]:
     Words are runs of letters and digits, and single other characters; space only separates. A text of fewer than
     `LENGTH` words is one shingle, one without a word has none.
     """
-    found = []
-    words = np.empty(0, np.uint64)
-    for start in range(0, max(1, len(text)), _PIECE):
-        words = np.concatenate([words[1 - LENGTH :], _words(text[start : start + _PIECE])])
-        if start == 0 or len(words) >= LENGTH:
+    found, words = [], np.empty(0, np.uint64)
+    for start in range(0, len(text), _PIECE):
+        words = np.concatenate([words, _words(text[start : start + _PIECE])])
+        if len(words) >= LENGTH:
             found.append(_kept(words, modulus))
-    return np.unique(np.concatenate(found))
+            words = words[1 - LENGTH :]
+    return np.unique(np.concatenate(found) if found else _kept(words, modulus))
 
 
 def shingles(words: NDArray[np.integer], modulus: int = 1) -> NDArray[np.uint64]:
