@@ -218,5 +218,5 @@ def test_report_by_hand():
 
 @pytest.mark.parametrize("change", [{"bits_per_byte": 2.3}, {"bits_per_byte": float("nan")}, {"majority_share": 0.2}])
 def test_a_missed_goal_of_the_demo_is_named(change):
-    result = Assessment(1.5, True, Baselines(3.0, 1.2, 2.0), 0.31, 0.1, 1, 20, {}, [])
+    result = Assessment(1.5, True, Baselines(3.0, 1.2, 2.0), 0.31, 0.1, 0.0, 1, 20, {}, [])
     assert len(demo_report.missed_goals(replace(result, **change))) == 1
