@@ -68,6 +68,7 @@ def start(run: RunConfig, oversubscribe: bool = False) -> LocalOutcome:
         LladaError: before any process starts, or the error of the rank that failed first.
         Stopped: a signal ended the run before a step could be finished.
     """
+    from llada_megatron.launch.data_verification import verify_data
     from llada_megatron.launch.ranks.local import python_program, run_local
     from llada_megatron.launch.resources import check_data, check_machine, check_space, check_weights
     from llada_megatron.launch.run_lock import check_free
@@ -78,6 +79,7 @@ def start(run: RunConfig, oversubscribe: bool = False) -> LocalOutcome:
     check_weights(run)
     check_machine(run, oversubscribe)
     check_space(run)
+    verify_data(run)
     logs, ranks = Path(run.output_dir) / "logs", run.layout.world_size
     message(f"starting {ranks} {'process' if ranks == 1 else 'processes'}; their logs: {logs}")
     with tempfile.TemporaryDirectory(prefix="llada-") as directory:
@@ -99,12 +101,14 @@ def _train_here(config: RunConfig, args: argparse.Namespace) -> int:
 
 
 def _train_as_rank(config: RunConfig, info: RankInfo, args: argparse.Namespace) -> int:
+    from llada_megatron.launch.data_verification import verify_data
     from llada_megatron.launch.ranks.rank import run_joined_rank
     from llada_megatron.launch.ranks.training_rank import training_work
 
     os.environ.update(info.environment())
     os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
     logs = Path(config.output_dir) / "logs"
+    verify_data(config, info.rank, info.world_size)
     result, stopped = run_joined_rank(training_work(config), config.layout, logs, info.rank)
     if info.rank != 0:
         return 128 + signal.SIGINT if stopped else 0

@@ -8,12 +8,18 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import emit_json, message
 from llada_megatron.llada_moe.errors import ConfigError, DataError, ResourceError
+from llada_megatron.tools.split_options import (
+    add_split_arguments,
+    check_split_arguments,
+    compare_documents,
+    held_out_share,
+)
 
 if TYPE_CHECKING:
     from llada_megatron.llada_moe.data.corpus import Chunk, CorpusFile, Skipped
@@ -27,6 +33,7 @@ examples:
   llada prepare my_texts/ --output data/mine --train-tokenizer --vocab-size 8192
   llada prepare web.jsonl.zst code/ --output data/mix --tokenizer data/mine.tokenizer.model --jsonl-key content
   llada prepare python-stdlib --output data/python --train-tokenizer --vocab-size 2048
+  llada prepare --verify data/python
 
 An input is a text file, a folder (entered recursively), JSON lines (.jsonl, .ndjson), any of these as .gz or .zst, or
 python-stdlib: the source files of this Python's own standard library without its tests. A text file or a JSON line is
@@ -40,11 +47,9 @@ _EXAMPLES_SHOWN = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `llada prepare`."""
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text file, folder, JSON lines, or python-stdlib")
-    parser.add_argument(
-        "--output", required=True, metavar="PREFIX", help="name of the set: PREFIX.bin, .idx, .json … are written"
-    )
-    tokenizer = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="text file, folder, JSON lines, or python-stdlib")
+    parser.add_argument("--output", metavar="PREFIX", help="name of the set: PREFIX.bin, .idx, .json … are written")
+    tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model or Hugging Face tokenizer.json")
     tokenizer.add_argument(
         "--train-tokenizer", action="store_true", help="train a SentencePiece vocabulary on the inputs"
@@ -62,30 +67,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes that tokenise (default: one per core, at most 16)"
     )
-    parser.add_argument(
-        "--validation-fraction",
-        type=float,
-        metavar="F",
-        help="data.validation_fraction of the runs to come: a vocabulary is trained on the other documents "
-        "(default: 0.01, as of a run)",
-    )
-    duplicates = parser.add_mutually_exclusive_group()
-    duplicates.add_argument(
-        "--deduplicate", action="store_true", help="drop near-duplicates of earlier documents (they are always counted)"
-    )
-    duplicates.add_argument(
-        "--no-near-duplicate-check",
-        action="store_true",
-        help="do not compare the documents: saves reading them once more, and held-out ones may repeat others",
-    )
+    add_split_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing set of this name")
+    parser.add_argument(
+        "--verify", metavar="PREFIX", help="prepare nothing: compare a set with the digests in its manifest"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the set; raises DataError or ConfigError."""
     from llada_megatron.llada_moe.data.set_manifest import to_json
+    from llada_megatron.tools import set_verification
 
     _check_arguments(args)
+    if args.verify:
+        return set_verification.run(args)
     prefix = Path(args.output)
     with _no_space(prefix):
         manifest, tokenizer = prepare(args, prefix)
@@ -100,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 def prepare(args: argparse.Namespace, prefix: Path) -> tuple[SetManifest, Tokenizer]:
     """Find, tokenise and write; the set appears under its name only when it is whole."""
-    from llada_megatron.llada_moe.data.corpus import find_sources
+    from llada_megatron.llada_moe.data.corpus import find_sources, total_size
 
     _check_free(prefix, args.overwrite)
     sources = find_sources(args.inputs)
@@ -110,7 +106,8 @@ def prepare(args: argparse.Namespace, prefix: Path) -> tuple[SetManifest, Tokeni
     prefix.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{prefix.name}.", suffix=".partial", dir=prefix.parent))
     try:
-        duplicates = None if args.no_near_duplicate_check else _find_near_duplicates(args, sources)
+        with _progress("comparing", total_size(sources)) as advance:
+            duplicates = compare_documents(args, sources, _workers(args), advance)
         choice = _tokenizer(args, sources, duplicates, folder)
         tokenizer = choice.load()
         if tokenizer.mask_was_added:
@@ -153,6 +150,7 @@ def _write(
 ) -> SetManifest:
     """Tokenise everything into the folder; returns the manifest."""
     from llada_megatron.llada_moe.data.corpus import chunks, total_size
+    from llada_megatron.llada_moe.data.digests import digests_of
     from llada_megatron.llada_moe.data.encoding import encode_corpus
     from llada_megatron.parallel import device
 
@@ -191,17 +189,16 @@ def _write(
     )
     if duplicates is not None:
         prefix_file(folder / _PART, REPEATS).write_bytes(duplicates.repeated.astype("<i8").tobytes())
-    return _manifest(args, sources, tally, duplicates, tokenizer, writer.tokens, prefix)
+    return replace(
+        _manifest(args, sources, tally, tokenizer, writer.tokens, prefix),
+        near_duplicates=duplicates.facts() if duplicates else None,
+        vocabulary_held_out=held_out_share(args) if args.train_tokenizer else None,
+        digests=digests_of(folder / _PART, [*TOKENS, REPEATS] if duplicates else TOKENS),
+    )
 
 
 def _manifest(
-    args: argparse.Namespace,
-    sources: list[CorpusFile],
-    tally: _Tally,
-    duplicates: NearDuplicates | None,
-    tokenizer: Tokenizer,
-    tokens: int,
-    prefix: Path,
+    args: argparse.Namespace, sources: list[CorpusFile], tally: _Tally, tokenizer: Tokenizer, tokens: int, prefix: Path
 ) -> SetManifest:
     """The facts of the set."""
     import numpy as np
@@ -228,27 +225,7 @@ def _manifest(
             SourceFacts(input=name, files=files[i], documents=tally.documents[i], bytes=tally.bytes[i])
             for i, name in enumerate(args.inputs)
         ],
-        near_duplicates=duplicates.facts() if duplicates else None,
-        vocabulary_held_out=_held_out(args) if args.train_tokenizer else None,
     )
-
-
-def _held_out(args: argparse.Namespace) -> float:
-    """The share of the documents that a run will hold out."""
-    from llada_megatron.llada_moe.config.data import VALIDATION_FRACTION
-
-    return VALIDATION_FRACTION if args.validation_fraction is None else args.validation_fraction
-
-
-def _find_near_duplicates(args: argparse.Namespace, sources: list[CorpusFile]) -> NearDuplicates:
-    """Compare the documents, and say what was found."""
-    from llada_megatron.llada_moe.data.corpus import total_size
-    from llada_megatron.llada_moe.data.near_duplicates import find_near_duplicates
-
-    with _progress("comparing", total_size(sources)) as advance:
-        found = find_near_duplicates(sources, args.jsonl_key, _workers(args), args.deduplicate, advance)
-    message(found.described())
-    return found
 
 
 def _tokenizer(
@@ -263,7 +240,7 @@ def _tokenizer(
     if not args.train_tokenizer:
         return TokenizerChoice(args.tokenizer, args.eos_token, args.mask_token)
     message(f"training a vocabulary of {args.vocab_size}")
-    path, fraction = folder / "trained.model", _held_out(args)
+    path, fraction = folder / "trained.model", held_out_share(args)
 
     def wanted(document: int) -> bool:
         return in_training_part(duplicates, document, fraction)
@@ -294,16 +271,21 @@ def _publish(folder: Path, prefix: Path, manifest: SetManifest) -> None:
 
 def _check_arguments(args: argparse.Namespace) -> None:
     """Options that do not go together."""
+    if args.verify is not None:
+        if args.inputs or args.output or args.tokenizer or args.train_tokenizer:
+            raise ConfigError("--verify PREFIX goes alone: it compares a set that is prepared, and writes none")
+        return
+    if not (args.inputs and args.output and (args.tokenizer or args.train_tokenizer)):
+        raise ConfigError(
+            "needed: INPUT, --output PREFIX, and --tokenizer FILE or --train-tokenizer (llada prepare --help)"
+        )
     if args.train_tokenizer and args.vocab_size is None:
         raise ConfigError("--train-tokenizer needs --vocab-size N")
     if not args.train_tokenizer and args.vocab_size is not None:
         raise ConfigError("--vocab-size goes with --train-tokenizer; a tokenizer file has its own")
     if args.train_tokenizer and (args.mask_token or args.eos_token):
         raise ConfigError("--mask-token and --eos-token go with --tokenizer; a trained vocabulary has <mask> and </s>")
-    if args.validation_fraction is not None and not args.train_tokenizer:
-        raise ConfigError("--validation-fraction goes with --train-tokenizer; another tokenizer is trained already")
-    if args.validation_fraction is not None and not 0 <= args.validation_fraction < 1:
-        raise ConfigError(f"--validation-fraction {args.validation_fraction:g}: at least 0 and less than 1")
+    check_split_arguments(args)
     if args.workers is not None and args.workers < 1:
         raise ConfigError(f"--workers {args.workers}: at least 1")
     if not Path(args.output).name or Path(args.output).is_dir():

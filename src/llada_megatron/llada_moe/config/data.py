@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from llada_megatron.llada_moe.config.parsing import Refuse
 
@@ -27,6 +28,8 @@ class DataConfig:
     """Share of the documents held out for validation."""
     isolate_documents: bool = True
     """Attention does not cross the documents packed into one window."""
+    verify: Literal["start", "never"] = "start"
+    """When the files of the sets are compared with the digests that `llada prepare` wrote."""
 
 
 def check_data(data: DataConfig, validation_interval: int, refuse: Refuse) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,6 +84,16 @@ class SetManifest:
     """None if they were not looked for."""
     vocabulary_held_out: float | None = None
     """The share of documents that is held out from the training of the vocabulary; None if it was trained elsewhere."""
+    digests: dict[str, list[str]] | None = None
+    """By ending, SHA-256 of the pieces of each file but the tokenizer (see `digests`); None in sets of old."""
+
+    @property
+    def sha256(self) -> str | None:
+        """One digest of all that training reads; None if the set has no digests."""
+        if self.digests is None:
+            return None
+        facts = [self.digests, self.tokenizer.sha256, self.tokenizer.mask_id, self.tokenizer.eos_id, self.dtype]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @property
     def bytes_per_token(self) -> float:
@@ -148,6 +159,7 @@ def _parse(path: Path, content: Any) -> SetManifest:
             sources=[SourceFacts(**source) for source in content["sources"]],
             near_duplicates=NearDuplicateFacts(**near) if (near := content.get("near_duplicates")) else None,
             vocabulary_held_out=content.get("vocabulary_held_out"),
+            digests=content.get("digests"),
         )
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged manifest ({error}); prepare the set again") from error

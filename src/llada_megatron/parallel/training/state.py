@@ -37,7 +37,9 @@ FROZEN = (
     "training.seed",
     "training.precision",
     "objective",
-    "data",
+    "data.sets",
+    "data.validation_fraction",
+    "data.isolate_documents",
 )
 """Keys that a resumed run must keep: they decide which samples and masks a step number stands for."""
 
@@ -83,6 +85,7 @@ class RunState:
         require_model(path, saved, self.run.model)
         refuse_changed_run(path, saved, self.run)
         self._require_tokenizer(path, saved)
+        self._require_sets(path, saved)
         model = model_state(self.chunks)
         template = model | {"optimizer": optimizer_state(self.optimizer, model, loading=True)}
         state, metadata = store.load(path, template)
@@ -111,6 +114,23 @@ class RunState:
                 "prepare the data with the tokenizer of that run (llada prepare --tokenizer)"
             )
 
+    def _require_sets(self, path: Path, metadata: dict[str, Any]) -> None:
+        """The prepared sets are those that the run began with, where both have digests to tell."""
+        saved = metadata.get("sets", {})
+        for name, present in self._sets().items():
+            if saved.get(name, present) != present:
+                raise CheckpointError(
+                    f"{path} was trained on another set than {name} is now ({saved[name][:12]}, not "
+                    f"{present[:12] if present else 'one of an earlier version'}): it was prepared again or replaced "
+                    "since then. Put the old files back, or start a new run: set another output_dir and "
+                    f"checkpoint.load={path} to begin from these weights"
+                )
+
+    def _sets(self) -> dict[str, str | None]:
+        """The digest of each prepared set."""
+        names = [entry.path for entry in self.run.data.sets]
+        return {name: manifest.sha256 for name, manifest in zip(names, self.manifests, strict=False)}
+
     def _metadata(self) -> dict[str, Any]:
         tokenizer = self.manifests[0].tokenizer
         return {
@@ -126,6 +146,7 @@ class RunState:
                 "torch": torch.__version__,
                 "megatron-core": version("megatron-core"),
             },
+            "sets": {name: digest for name, digest in self._sets().items() if digest},
             "tokenizer": {
                 "sha256": tokenizer.sha256,
                 "vocab_size": tokenizer.vocab_size,
