@@ -133,6 +133,26 @@ def test_a_sequence_without_numbers_takes_no_other_along():
         assert torch.equal(getattr(seen, field.name), getattr(fresh, field.name))
 
 
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    processors().filter(lambda case: case[2].shape[1] > 0),
+    st.sampled_from([math.nan, math.inf, -math.inf]),
+    st.integers(0, VOCAB - 1),
+    st.integers(0, 3),
+)
+def test_one_logit_that_is_no_number_shows_in_its_row(case, value, column, row):
+    """Of an excluded id too, in either half of guidance, on whatever shard it lies."""
+    processor, sizes, logits = case
+    values = logits[0].float().clone()
+    rows = len(values) // (2 if processor.guidance else 1)
+    assert all(seen.finite for seen in Shards(processor, sizes).read(values, make_rows(rows)))
+    row %= len(values)
+    values[row, column] = value
+    for seen in Shards(processor, sizes).read(values, make_rows(rows)):
+        assert not seen.finite and seen.confidence.isfinite().tolist() == [i != row % rows for i in range(rows)]
+        assert not Statistics.unpacked(seen.packed(), processor.needs).finite
+
+
 def test_entropy_of_a_large_vocabulary_is_right():
     logits = torch.randn(8, 157184, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 12, 8)[:, None]
     found = Shards(LogitsProcessor(frozenset({"entropy"})), [39296] * 4).read(logits, make_rows(8))[0]

@@ -123,8 +123,8 @@ def test_the_first_differences_in_the_order_of_the_forward_pass(capsys, root, tm
     tensors["model.transformer.blocks.3.attn_norm.weight"] *= torch.nan
     other = write(tmp_path / "other", tensors, config_of("tiny-dense"))
     code, lines, report = verify(capsys, other, written(tmp_path / "source", "tiny-dense"), "--no-logits")
-    assert code == 1 and report["differing"] == 4 * 3 + 1 + 1 and len(lines) == 1 + 5
-    found = [re.search(r"(first difference|then): (\S+)", line).groups() for line in lines[1:]]
+    assert code == 1 and report["differing"] == 4 * 3 + 1 + 1 and len(lines) == 1 + 5 + 1
+    found = [re.search(r"(first difference|then): (\S+)", line).groups() for line in lines[1:-1]]
     layer = "decoder.layers.{}."
     assert found == [
         ("first difference", layer.format(0) + "pre_mlp_layernorm.weight"),
@@ -142,7 +142,10 @@ def test_bits_count_and_not_values(capsys, tmp_path):
     _, lines, _ = verify(capsys, one, other, "--no-logits")
     assert lines[1].endswith("at [0]: 0 and -0; largest 0") or lines[1].endswith("and 0; largest 0")
     nan = altered(tmp_path / "nan", "tiny-dense", name, lambda tensor: tensor * torch.nan)
-    assert verify(capsys, nan, nan, "--no-logits")[0] == 0
+    code, lines, _ = verify(capsys, nan, nan, "--no-logits")
+    assert (
+        code == 1 and lines[0].endswith("are equal bit for bit") and "not every weight is a finite number" in lines[1]
+    )
     code, lines, _ = verify(capsys, nan, zero, "--no-logits", "--tolerance", "1000")
     assert code == 1 and "at [0]: nan and " in lines[1]
 
@@ -186,16 +189,6 @@ VALUES = st.sampled_from([0.0, -0.0, 1.0, 1.25, 1.5, 3.0, math.inf, -math.inf, m
 TENSOR = canonical.Unit(canonical.Weight(canonical.FINAL_NORM, None, 0, (12,)), None, 0, 12)
 
 
-class Held:
-    """A source of one tensor."""
-
-    def __init__(self, values, dtype):
-        self.tensor = torch.tensor(values, dtype=dtype)
-
-    def read(self, unit):
-        return self.tensor
-
-
 @given(
     st.lists(VALUES, min_size=12, max_size=12),
     st.lists(VALUES, min_size=12, max_size=12),
@@ -207,8 +200,9 @@ def test_a_tensor_in_chunks(a, b, take, tolerance, chunk):
     b = [y if other else x for x, y, other in zip(a, b, take, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verifier, "_CHUNK", chunk)
-        found = verifier.difference(Held(a, torch.float32), Held(b, torch.bfloat16), TENSOR, tolerance)
-        same = verifier.difference(Held(a, torch.float32), Held(b, torch.float32), TENSOR, tolerance)
+        one, other = torch.tensor(a), torch.tensor(b)
+        found = verifier.difference(one, other.bfloat16(), TENSOR, tolerance)
+        same = verifier.difference(one, other, TENSOR, tolerance)
     unequal = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if repr(x) != repr(y)]
     beyond = [i for i in unequal if tolerance == 0 or not abs(a[i] - b[i]) <= tolerance]
     assert (same is None) == (not unequal)
@@ -232,7 +226,7 @@ def test_an_interruption_ends_the_comparison(tmp_path, monkeypatch):
         met.append(unit)
         time.sleep(0.05)
 
-    monkeypatch.setattr(verifier, "difference", slow)
+    monkeypatch.setattr(verifier, "compare_unit", slow)
 
     def interrupted(count):
         raise KeyboardInterrupt
@@ -316,11 +310,23 @@ def test_equal_tensors_with_other_logits_are_not_equal(capsys, tmp_path, monkeyp
 def test_logits_that_are_no_numbers_are_json(capsys, tmp_path):
     name = "model.transformer.ln_f.weight"
     nan = altered(tmp_path / "nan", "tiny-dense", name, lambda tensor: tensor * torch.nan)
-    code, lines, report = verify(capsys, nan, nan)
-    assert code == 0 and report["logits"]["equal"] and "NaN" not in json.dumps(report)
-    code, lines, report = verify(capsys, nan, written(tmp_path / "source", "tiny-dense"))
-    assert code == 1 and report["logits"]["largest"] is None and "differ by up to nan, first at position 0" in lines[-1]
-    assert "NaN" not in json.dumps(report)
+    for other in (nan, written(tmp_path / "source", "tiny-dense")):
+        code, lines, report = verify(capsys, nan, other)
+        assert code == 1 and not report["equal"] and report["logits"]["equal"] is False
+        assert report["logits"]["largest"] is None and set(report["logits"]["not_finite"]) == {str(nan)}
+        assert "not every one is a finite number, first at position 0" in lines[-1] and lines[-1].endswith(f" in {nan}")
+        assert "NaN" not in json.dumps(report)
+
+
+def test_finite_weights_whose_logits_are_not(capsys, tmp_path):
+    tensors = dict(tensors_of("tiny-dense", "fp32"))
+    tensors |= {
+        name: tensors[name] * 1e38 for name in ("model.transformer.ln_f.weight", "model.transformer.ff_out.weight")
+    }
+    large = write(tmp_path / "large", tensors, config_of("tiny-dense"))
+    code, lines, report = verify(capsys, large, large)
+    assert code == 1 and report["not_finite"] == [] and report["differing"] == 0
+    assert "not every one is a finite number" in lines[-1]
 
 
 def test_a_tokenizer_of_another_model_is_not_used(capsys, tmp_path):

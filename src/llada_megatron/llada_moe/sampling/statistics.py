@@ -37,7 +37,8 @@ class Statistics:
     token: Tensor
     """int64: the most probable token, or the one drawn at a temperature."""
     confidence: Tensor
-    """float32: its probability under the model (without temperature). 0 where no logits were computed."""
+    """float32: its probability under the model (without temperature). 0 where no logits were computed, NaN where one of
+    the model's logits, of an excluded id or not, is NaN or infinite."""
     entropy: Tensor | None = None
     """float32: entropy of the distribution, in nats."""
     current: Tensor | None = None
@@ -67,6 +68,11 @@ class Statistics:
         if "text" in values:
             values["text"] = values["text"].long()
         return cls(token, confidence, **values)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every logit of every row is a finite number. This asks nothing of the device: statistics are here."""
+        return bool(self.confidence.isfinite().all())
 
     def scattered(self, offsets: Tensor, shape: tuple[int, int]) -> Statistics:
         """Statistics of this shape `[rows, columns]`: rows at flattened `offsets` `[rows]`, zeros elsewhere."""
@@ -131,13 +137,18 @@ class Reader:
         if self.processor.guidance:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + (1.0 + self.processor.guidance) * (conditional - unconditional)
+        spoilt = (
+            logits.sum(-1) * 0.0
+        )  # NaN if any logit is NaN or infinite, else 0: it travels within the sum of the row
         logits = self._without(logits, "excluded")
         self.packet_bytes = 0
         if self._account is not None:
             top, whole, token = _merged_choice(self._gathered(self._choice(logits)[0]))
             logits = self._account.raised(logits, self._first, rows, token.long(), 1.0 / whole)
         found, before = self._step_cache.recall(rows)
-        packets = self._gathered(self._packet(logits, rows, before))
+        packet = self._packet(logits, rows, before)
+        packet[1] = packet[1] + spoilt
+        packets = self._gathered(packet)
         if "divergence" in self.processor.needs and rows.slot.numel():
             top, whole, _ = _merged_choice(packets)
             self._step_cache.remember(rows, logits, top + whole.log())

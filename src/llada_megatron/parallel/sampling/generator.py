@@ -22,6 +22,7 @@ from llada_megatron.llada_moe.sampling.passes import Pass
 from llada_megatron.llada_moe.sampling.statistics import Statistics
 from llada_megatron.llada_moe.sampling.token_buffer import Request
 from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
+from llada_megatron.parallel.sampling.not_finite import not_finite
 from llada_megatron.parallel.sampling.pipeline_group import ExpectedMessage, PipelineGroup, Replicas, SentMessages
 from llada_megatron.parallel.sampling.stage import GenerationReport, StageRunner, Stopwatch
 
@@ -74,13 +75,17 @@ class SequenceGenerator:
 
         Raises:
             ValueError: a request has no open position.
+            CheckpointError: the model gives logits that are NaN or infinite.
         """
         requests = list(requests)
         waiting, in_flight, idle_turns = iter(requests), self._empty_groups(requests), 0
         self._counted_at = time.perf_counter()
         for microbatch in itertools.cycle(in_flight):
             if microbatch.work is not None:
-                step = microbatch.group.apply(self._statistics(microbatch))
+                statistics = self._statistics(microbatch)
+                if not statistics.finite:
+                    raise not_finite(self._loaded)
+                step = microbatch.group.apply(statistics)
                 self._count_time()
                 yield step
             for slot, request in zip(microbatch.group.free, waiting, strict=False):

@@ -14,6 +14,7 @@ from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 from llada_megatron.llada_moe.errors import LladaError
+from llada_megatron.llada_moe.finite import is_finite
 from llada_megatron.llada_moe.huggingface.weights import Unit, units
 from llada_megatron.llada_moe.model.parameters import count_parameters
 from llada_megatron.llada_moe.objectives import make_objective
@@ -125,21 +126,23 @@ def compare_logits(a: CheckpointSource, b: CheckpointSource, text: str | None, t
         tolerance: largest absolute difference that counts as equal; the error of rounding counts as equal in any case.
 
     Returns:
-        JSON values: whether they were `compared`, or else why `not_compared`; whether they are `equal`; the `largest`
+        JSON values: whether they were `compared`, or else why `not_compared`; whether they are `equal`, which logits
+        that are NaN or infinite never are; `not_finite`, the checkpoints that have such logits; the `largest`
         difference, null if one of the two is not a number; the `first_position` that differs, its `token`, and the
         difference there (`apart_there`); the largest logit of the first (`reach`); what they were computed `on`.
     """
     obstacle = missing_memory(a.model)
     if obstacle:
-        unknown = dict.fromkeys(("equal", "largest", "first_position", "token", "apart_there", "reach", "on"))
+        unknown = dict.fromkeys(
+            ("equal", "not_finite", "largest", "first_position", "token", "apart_there", "reach", "on")
+        )
         return {"compared": False, "not_compared": obstacle, **unknown}
     tokens, how = token_ids(a, b, text)
     if (a.objective.kind, a.objective.block_size) != (b.objective.kind, b.objective.block_size):
         how += f", both with the attention of {a.directory}"
     with progress_bar("logits", stored_bytes(a) + stored_bytes(b)) as show:
         one, other = (logits(source, a.objective, tokens, show) for source in (a, b))
-    same = (one == other) | (one.isnan() & other.isnan())
-    apart = torch.where(same, 0.0, (one - other).abs()).amax(dim=1)
+    apart = torch.where(one.isfinite() & (one == other), 0.0, (one - other).abs()).amax(dim=1)
     reach = float(one[one.isfinite()].abs().max()) if one.isfinite().any() else 0.0
     differing = (~(apart <= max(tolerance, ROUNDING * reach))).nonzero()
     first = int(differing[0]) if len(differing) else None
@@ -147,6 +150,7 @@ def compare_logits(a: CheckpointSource, b: CheckpointSource, text: str | None, t
         "compared": True,
         "not_compared": None,
         "equal": first is None,
+        "not_finite": [str(source.directory) for source, found in ((a, one), (b, other)) if not is_finite(found)],
         "largest": _number(float(apart.max())),
         "first_position": first,
         "token": None if first is None else int(tokens[0, first]),
@@ -161,6 +165,11 @@ def as_line(found: dict[str, Any]) -> str:
     if not found["compared"]:
         return f"logits: not compared: {found['not_compared']}"
     largest, reach = _text(found["largest"]), f"logits reach {found['reach']:.3g}"
+    if found["not_finite"]:
+        return (
+            f"logits: on {found['on']} not every one is a finite number, first at position {found['first_position']} "
+            f"(token {found['token']}), in {' and in '.join(dict.fromkeys(found['not_finite']))}"
+        )
     if found["equal"]:
         return f"logits: equal on {found['on']} (largest difference {largest}, {reach})"
     return (

@@ -17,7 +17,7 @@ from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.weights import Unit, canonical_weights
 from llada_megatron.parallel.checkpoint.conversion.shard_reader import ShardedReader
 from llada_megatron.parallel.checkpoint.search import find_checkpoints, first_whole, tokenizer_place
-from llada_megatron.tools.convert.source import Findings, is_padding, parameters_by_dtype
+from llada_megatron.tools.convert.source import Findings, is_padding, parameters_by_dtype, place_not_finite
 
 
 class ShardedSource:
@@ -107,6 +107,10 @@ class ShardedSource:
         """The tensor of the unit, in `dtype` or as it is stored."""
         tensor = self.reader.read(unit.weight.key, unit.index, unit.start, unit.stop)
         return tensor if dtype is None else tensor.to(dtype)
+
+    def not_finite(self, unit: Unit, dtype: torch.dtype | None = None) -> str | None:
+        """Name of the weight, position and value of the first NaN or infinity of the unit, or None."""
+        return place_not_finite(unit.weight.key, self.read(unit, dtype), unit.start, unit.index)
 
     def close(self) -> None:
         """Do nothing: no file is held open."""

@@ -14,6 +14,7 @@ import torch
 from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.llada_moe.finite import first_not_finite, is_finite
 from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.weights import BLOCK_ELEMENTS, Unit, units
 from llada_megatron.llada_moe.model.parameters import count_parameters
@@ -33,11 +34,15 @@ class Findings:
     extra: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
     """Each with its name, the expected and the found shape."""
+    explanation: str | None = None
+    """Why the names are not those of the model, and what to do, if that is known."""
     notes: list[str] = field(default_factory=list)
     """What is ignored, and why that is right; a sentence each."""
 
     def faults(self) -> Iterator[str]:
-        """One line per kind of fault, with the first few names."""
+        """The explanation, if there is one, and one line per kind of fault, with the first few names."""
+        if self.explanation:
+            yield self.explanation
         for fault, names in (
             ("missing", self.missing),
             ("not of this model", self.extra),
@@ -89,11 +94,45 @@ class CheckpointSource(Protocol):
     def read(self, unit: Unit, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor of a unit, in `dtype` or as it is stored."""
 
+    def not_finite(self, unit: Unit, dtype: torch.dtype | None = None) -> str | None:
+        """Name of the tensor, position and value of the first NaN or infinity of a unit as `read` gives it, or None."""
+
     def details(self) -> dict[str, Any]:
         """`files` (a number), `bytes`, and `history` (name and value of what is known of its origin)."""
 
     def close(self) -> None:
         """Close its files."""
+
+
+def require_finite(source: CheckpointSource, unit: Unit, tensor: torch.Tensor) -> None:
+    """Refuse weights that are no numbers: one of them makes logits NaN, and sampling would write noise.
+
+    Args:
+        tensor: what `source.read(unit, …)` gave, of any shape.
+
+    Raises:
+        CheckpointError: naming the tensor of the checkpoint, the position and the value.
+    """
+    if not is_finite(tensor):
+        raise CheckpointError(
+            f"{source.directory}: not every weight is a finite number: {source.not_finite(unit, tensor.dtype)}. The "
+            "file was damaged, or the training had diverged: take an undamaged copy or an earlier checkpoint"
+        )
+
+
+def place_not_finite(name: str, tensor: torch.Tensor, first_row: int = 0, index: tuple[int, ...] = ()) -> str | None:
+    """Name, position and value of the first NaN or infinity of a part of the tensor `name`, or None.
+
+    Args:
+        tensor: rows from `first_row` on, at `index` of the leading axes.
+    """
+    found = first_not_finite(tensor)
+    if found is None:
+        return None
+    position, value = list(found[0]), found[1]
+    if position:
+        position[0] += first_row
+    return f"{name} is {value} at {[*index, *position]}"
 
 
 def unit_bytes(source: CheckpointSource, unit: Unit) -> int:

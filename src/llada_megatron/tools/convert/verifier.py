@@ -12,6 +12,7 @@ import torch
 
 from llada_megatron.llada_moe.config.model import architecture
 from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.llada_moe.finite import is_finite
 from llada_megatron.llada_moe.huggingface.weights import Unit, units
 from llada_megatron.tools.convert.source import CheckpointSource, stored_bytes, unit_bytes
 from llada_megatron.tools.convert.tasks import progress_bar
@@ -57,6 +58,16 @@ class Difference:
         return f"{self.unit.name}{kinds} at {list(self.position)}: {a:.9g} and {b:.9g}; largest {self.largest:.3g}"
 
 
+@dataclass(frozen=True)
+class ComparedUnit:
+    """A unit of both checkpoints."""
+
+    difference: Difference | None
+    """None if the bits are the same."""
+    not_finite: tuple[str, ...] = ()
+    """The first NaN or infinity of each checkpoint that has one: directory, tensor, position and value."""
+
+
 def require_same_architecture(a: CheckpointSource, b: CheckpointSource) -> None:
     """Raises CheckpointError: the models differ, so that their tensors cannot be compared."""
     one, other = architecture(a.model), architecture(b.model)
@@ -79,7 +90,9 @@ def verify(
 
     Returns:
         JSON values: whether they are `equal`; the number of `tensors` compared, of `differing` and of `identical` ones;
-        under `logits` the result of `compare_logits`, or null; and the same as text in `lines`.
+        under `not_finite` the first NaN or infinity of each tensor that has one; under `logits` the result of
+        `compare_logits`, or null; and the same as text in `lines`. Checkpoints with such weights are not equal, not
+        even to themselves: a comparison that meets NaN fails.
 
     Raises:
         CheckpointError: one is not whole, or they are of different models.
@@ -88,16 +101,19 @@ def verify(
     for source in (a, b):
         source.require_whole()
     with progress_bar("comparing", stored_bytes(a) + stored_bytes(b)) as show:
-        found = list(differences(a, b, tolerance, workers, show))
+        compared = list(differences(a, b, tolerance, workers, show))
+    found = [each.difference for each in compared]
     differing = [each for each in found if each is not None and not each.tolerated]
+    not_finite = [place for each in compared for place in each.not_finite]
     identical = found.count(None)
     result = {
-        "equal": not differing,
+        "equal": not differing and not not_finite,
         "tensors": len(found),
         "differing": len(differing),
         "identical": identical,
+        "not_finite": not_finite,
         "logits": None,
-        "lines": list(_lines(len(found), identical, differing, tolerance)),
+        "lines": [*_lines(len(found), identical, differing, tolerance), *_lines_not_finite(not_finite)],
     }
     if logits:
         _add_logits(result, a, b, text, tolerance)
@@ -114,6 +130,9 @@ def _add_logits(
     result["lines"].append(as_line(found))
     if found["equal"] is not False:
         return
+    if found["not_finite"]:
+        result["equal"] = False
+        return
     if result["identical"] == result["tensors"]:
         result["equal"] = False
         result["lines"].append("not equal: the same tensors give other logits")
@@ -129,14 +148,20 @@ def _lines(count: int, identical: int, differing: list[Difference], tolerance: f
         yield f"{label}: {each}"
 
 
+def _lines_not_finite(places: list[str]) -> Iterator[str]:
+    if places:
+        more = f" (and {len(places) - _SHOWN} more)" if len(places) > _SHOWN else ""
+        yield f"not equal: not every weight is a finite number: {'; '.join(places[:_SHOWN])}{more}"
+
+
 def differences(
     a: CheckpointSource,
     b: CheckpointSource,
     tolerance: float,
     workers: int,
     show: Callable[[int], object] = lambda count: None,
-) -> Iterator[Difference | None]:
-    """How each unit differs, in the order of the forward pass; None if the bits are the same.
+) -> Iterator[ComparedUnit]:
+    """How each unit compares, in the order of the forward pass.
 
     Args:
         tolerance: largest absolute difference that counts as equal; 0 asks for equal dtypes and equal bits.
@@ -145,8 +170,8 @@ def differences(
     waiting = iter(units(a.model))
     pool = ThreadPoolExecutor(max_workers=workers)
 
-    def start(unit: Unit) -> Future[Difference | None]:
-        return pool.submit(difference, a, b, unit, tolerance)
+    def start(unit: Unit) -> Future[ComparedUnit]:
+        return pool.submit(compare_unit, a, b, unit, tolerance)
 
     try:
         running = [(unit, start(unit)) for unit in islice(waiting, _AHEAD * workers)]
@@ -159,9 +184,20 @@ def differences(
         pool.shutdown(cancel_futures=True)  # after an error or an interruption, units that wait are not compared
 
 
-def difference(a: CheckpointSource, b: CheckpointSource, unit: Unit, tolerance: float) -> Difference | None:
-    """How one unit differs, or None if the bits are the same; arguments as for `differences`."""
-    one, other = a.read(unit).reshape(-1), b.read(unit).reshape(-1)
+def compare_unit(a: CheckpointSource, b: CheckpointSource, unit: Unit, tolerance: float) -> ComparedUnit:
+    """How one unit compares; arguments as for `differences`."""
+    one, other = a.read(unit), b.read(unit)
+    places = [
+        f"{source.directory}: {source.not_finite(unit)}"
+        for source, tensor in ((a, one), (b, other))
+        if not is_finite(tensor)
+    ]
+    return ComparedUnit(difference(one, other, unit, tolerance), tuple(places))
+
+
+def difference(one: torch.Tensor, other: torch.Tensor, unit: Unit, tolerance: float) -> Difference | None:
+    """How the two tensors of a unit differ, or None if the bits are the same; `tolerance` as for `differences`."""
+    one, other = one.reshape(-1), other.reshape(-1)
     same_dtype = one.dtype == other.dtype
     largest, beyond, unequal = torch.tensor(0.0, dtype=torch.float64), None, None
     for start, x, y in zip(range(0, len(one), _CHUNK), one.split(_CHUNK), other.split(_CHUNK), strict=True):
