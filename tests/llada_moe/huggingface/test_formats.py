@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llada_megatron.llada_moe.config import ModelConfig, MoEConfig, load_model, to_dict
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.errors import CheckpointError
-from llada_megatron.llada_moe.huggingface.formats import FORMATS, export_format, find_format
+from llada_megatron.llada_moe.huggingface.formats import FORMATS, export_format, export_obstacle, find_format
 from llada_megatron.llada_moe.huggingface.formats.bailing import BAILING, BAILING_V2
 from llada_megatron.llada_moe.huggingface.formats.llada import LLADA
 from llada_megatron.llada_moe.huggingface.formats.llada2 import LLADA2
@@ -317,6 +317,74 @@ def test_what_the_model_does_not_compute_is_refused(case):
     table, keys, message = REFUSED[case]
     with pytest.raises(CheckpointError, match=f"^dir/config.json: .*{message}"):
         read_config(table, {**TINY, "mask_token_id": MASK, **keys}, "dir/config.json")
+
+
+@pytest.mark.parametrize(("table", "name"), [(LLAMA, "Llama"), (QWEN3, "Qwen3"), (QWEN3_MOE, "Qwen3Moe")])
+def test_keys_that_are_left_out_are_those_of_the_class_of_transformers(table, name):
+    transformers = pytest.importorskip("transformers")
+    theirs = getattr(transformers, f"{name}Config")()
+    assert {key: getattr(theirs, key) for key in table.left_out} == table.left_out
+    model = read_config(table, {"mask_token_id": MASK, "eos_token_id": 0}, "config.json")
+    assert model.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert model.num_key_value_heads == theirs.num_key_value_heads and model.rms_norm_eps == theirs.rms_norm_eps
+    assert model.tie_embeddings is theirs.tie_word_embeddings
+
+
+LEFT_OUT = {
+    # read from the published configuration classes, which are not in transformers
+    "llada-8b": ({
+        "rope_theta": ("rope_theta", 10000.0), "max_sequence_length": ("max_sequence_length", 1024),
+        "weight_tying": ("tie_embeddings", True), "rms_norm_eps": ("rms_norm_eps", 1e-5),
+        "mlp_hidden_size": ("ffn_hidden_size", 4 * 4096), "n_kv_heads": ("num_key_value_heads", 32),
+    }, {"activation_type": "swiglu", "block_type": "sequential", "rope": False, "layer_norm_type": "default"}),
+    "llada-moe-7b-a1b": ({
+        "max_position_embeddings": ("max_sequence_length", 4096), "qk_layernorm": ("qk_norm", False),
+        "router_aux_loss_coef": ("moe.aux_loss_coefficient", 0.01), "num_key_value_heads": ("num_key_value_heads", 16),
+    }, {}),
+    "llada2-mini": ({
+        "partial_rotary_factor": ("rotary_fraction", 0.5), "rms_norm_eps": ("rms_norm_eps", 1e-5),
+        "rope_theta": ("rope_theta", 10000.0), "max_position_embeddings": ("max_sequence_length", 16384),
+        "n_group": ("moe.num_expert_groups", 8), "topk_group": ("moe.expert_groups_top_k", 4),
+        "routed_scaling_factor": ("moe.routed_scaling_factor", 2.5), "use_qk_norm": ("qk_norm", True),
+        "moe_router_enable_expert_bias": ("moe.expert_bias", True),
+        "first_k_dense_replace": ("moe.leading_dense_layers", 0),
+        "num_shared_experts": ("moe.shared_expert_ffn_hidden_size", 0),
+    }, {"use_bias": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_keys_that_are_left_out_are_those_of_the_published_class(name):
+    read, refused = LEFT_OUT[name]
+    config = PUBLISHED[name][0]
+    table = find_format(config, "config.json")
+    for key, (path, expected) in read.items():
+        model = read_config(table, {k: v for k, v in config.items() if k != key}, "config.json")
+        owner = model.moe if path.startswith("moe.") else model
+        assert getattr(owner, path.removeprefix("moe.")) == expected, key
+    for key, value in refused.items():
+        rest = {k: v for k, v in config.items() if k != key}
+        with pytest.raises(CheckpointError, match=rf"{key} = {value!r}, as the published class takes it .* left out,"):
+            read_config(table, rest, "config.json")
+
+
+def test_ling_has_other_defaults_than_its_child():
+    config = {k: v for k, v in LING_MINI.items() if k not in ("use_qk_norm", "moe_router_enable_expert_bias")}
+    model = read_config(BAILING, config, "config.json")
+    assert model.qk_norm is False and model.moe.expert_bias is False
+
+
+@pytest.mark.parametrize(("table", "config"), [(LLADA2, LLADA2_MINI), (BAILING, LING_MINI)])
+def test_groups_that_the_published_router_scores_otherwise_are_not_imported(table, config):
+    with pytest.raises(CheckpointError, match=r"^dir/config.json: moe.top_k 4 is not 2 x moe.expert_groups_top_k 4"):
+        read_config(table, {**config, "num_experts_per_tok": 4}, "dir/config.json")
+
+
+def test_why_a_model_cannot_be_exported():
+    assert export_obstacle(load_model("tiny-moe")) is None
+    wide = read_config(LLAMA, {**TINY, "mask_token_id": MASK, "head_dim": 16}, "config.json")
+    assert "head_dim 16 (it would be read as 8)" in export_obstacle(wide)
+    assert "qwen3 cannot be exported" in export_obstacle(dataclasses.replace(wide, family="qwen3"))
 
 
 def test_an_unknown_model_type_lists_the_known():

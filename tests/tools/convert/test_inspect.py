@@ -88,7 +88,13 @@ def test_what_is_wrong(capsys, tmp_path):
 
 def test_a_parent_without_a_mask_token(capsys, tmp_path):
     config = {"model_type": "qwen3", "num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "vocab_size": 8}
-    config |= {"num_attention_heads": 1, "max_position_embeddings": 8, "eos_token_id": 1, "head_dim": 8}
+    config |= {
+        "num_attention_heads": 1,
+        "max_position_embeddings": 8,
+        "eos_token_id": 1,
+        "head_dim": 8,
+        "num_key_value_heads": 1,
+    }
     source = write(tmp_path / "source", {"model.norm.weight": torch.ones(8)}, config)
     code, rows, report = inspect(capsys, source)
     assert code == 1 and rows["mask token"] == "none; an import needs --mask-token-id"

@@ -20,14 +20,22 @@ from llada_megatron.llada_moe.data.tokenizer import Tokenizer
 from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, DataError
 from llada_megatron.llada_moe.huggingface import weights
-from llada_megatron.llada_moe.huggingface.formats import find_format
+from llada_megatron.llada_moe.huggingface.formats import export_obstacle, find_format
 from llada_megatron.llada_moe.huggingface.formats.table import Format, normalized, read_config
-from llada_megatron.llada_moe.huggingface.mapping import Mapping, mappings, merge
+from llada_megatron.llada_moe.huggingface.mapping import Mapping, Part, mappings, merge
+from llada_megatron.llada_moe.huggingface.merged_experts import split_experts
 from llada_megatron.llada_moe.huggingface.safetensors_reader import TensorDirectory, pickles
 from llada_megatron.llada_moe.huggingface.tokenizer_export import code_notes, find_tokenizer_files
 from llada_megatron.llada_moe.huggingface.weights import Unit
 from llada_megatron.parallel.checkpoint.manifest import sync_directory, write_durably
-from llada_megatron.tools.convert.source import Findings, is_padding, parameters_by_dtype, require_comparable
+from llada_megatron.tools.convert.source import (
+    Findings,
+    is_padding,
+    parameters_by_dtype,
+    place_not_finite,
+    require_comparable,
+)
+from llada_megatron.tools.convert.wrapped_names import ADAPTER_CONFIG, adapter_alone, explain
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,7 @@ class HuggingFaceSource:
             ConfigError: `mask_token_id` is outside the vocabulary, or ends texts.
         """
         self.directory = Path(directory)
+        _require_whole_model(self.directory)
         self.config, self.config_sha256 = _read_json(self.directory / CONFIG)
         file = str(self.directory / CONFIG)
         self.format: Format = find_format(self.config, file)
@@ -107,6 +116,10 @@ class HuggingFaceSource:
         if mask_token_id is not None:
             self.model = _with_mask(self.model, mask_token_id)
         self.tensors = TensorDirectory(self.directory)
+        self._merged: list[str] = []
+        if self.model.moe is not None:
+            found = split_experts(self.tensors.tensors, self.model.moe.num_experts)
+            self.tensors.tensors, self._merged = found
         shapes = [info.shape for info in self.tensors.tensors.values()]
         require_comparable(self.model, len(shapes), sum(map(math.prod, shapes)), file)
         self.mappings: list[Mapping] = list(mappings(self.format, self.model))
@@ -164,6 +177,17 @@ class HuggingFaceSource:
             result.notes.append(f"{count} no part of the model proper ({ignored[0]}{more})")
         result.extra = [name for name in found if name not in ignored]
         self._compare_tied(result)
+        result.explanation = explain(result.missing, result.extra)
+        if self._merged:
+            count = f"{len(self._merged)} tensors hold" if len(self._merged) > 1 else "1 tensor holds"
+            result.notes.append(f"{count} the experts of a layer merged ({self._merged[0]} …): each is read by itself")
+        if (self.directory / ADAPTER_CONFIG).is_file():
+            result.notes.append(
+                f"{ADAPTER_CONFIG}: an adapter lies beside the weights; it is not merged into them here"
+            )
+        obstacle = export_obstacle(self.model)
+        if obstacle:
+            result.notes.append(f"an export to Hugging Face will be refused: {obstacle}")
         return result
 
     def require_whole(self) -> list[str]:
@@ -180,10 +204,20 @@ class HuggingFaceSource:
 
     def read(self, unit: Unit, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor of the unit, in `dtype` or as it is stored."""
-        parts = [self.tensors.read(part.name, part.start, part.stop) for part in self._by_unit[unit].parts]
-        if dtype is not None:
-            parts = [part.to(dtype) for part in parts]
+        parts = [self._read_part(part, dtype) for part in self._by_unit[unit].parts]
         return merge(unit, parts, self.model)
+
+    def _read_part(self, part: Part, dtype: torch.dtype | None) -> torch.Tensor:
+        rows = self.tensors.read(part.name, part.start, part.stop)
+        return rows if dtype is None else rows.to(dtype)
+
+    def not_finite(self, unit: Unit, dtype: torch.dtype | None = None) -> str | None:
+        """Name of the tensor, position and value of the first NaN or infinity of the unit, or None."""
+        for part in self._by_unit[unit].parts:
+            place = place_not_finite(part.name, self._read_part(part, dtype), part.start)
+            if place is not None:
+                return place
+        return None
 
     def close(self) -> None:
         """Close the files."""
@@ -209,6 +243,12 @@ class HuggingFaceSource:
             return False
         blocks = [(m.unit.start, m.unit.stop) for m in self.mappings if m.unit.weight.pattern == weights.EMBEDDING]
         return all(torch.equal(self.tensors.read(name, *rows), self.tensors.read(embedding, *rows)) for rows in blocks)
+
+
+def _require_whole_model(directory: Path) -> None:
+    """Raises CheckpointError: the directory holds an adapter alone."""
+    if (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG).is_file():
+        raise adapter_alone(directory, _read_json(directory / ADAPTER_CONFIG)[0])
 
 
 def _with_mask(model: ModelConfig, mask_token_id: int) -> ModelConfig:

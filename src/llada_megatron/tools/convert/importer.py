@@ -33,7 +33,8 @@ from llada_megatron.tools.convert.huggingface_source import (
     KeptTokenizer,
     keep_tokenizer,
 )
-from llada_megatron.tools.convert.source import kept_dtype
+from llada_megatron.tools.convert.mask_token import mask_notes
+from llada_megatron.tools.convert.source import kept_dtype, require_finite
 from llada_megatron.tools.convert.tasks import ByteProgress, Task, TaskResult, run_tasks, workers_for_files
 from llada_megatron.tools.convert.workspace import FILES, Workspace, file_states
 
@@ -63,15 +64,16 @@ def import_checkpoint(directory: Path, target: Path, options: ImportOptions) -> 
         a summary: name of the format, number of tensors and parameters, bytes, path of the checkpoint, notes.
 
     Raises:
-        CheckpointError: the source is incomplete, damaged, or of an unknown format.
-        ConfigError: the model cannot be cut for the layout, or the target is not empty.
+        CheckpointError: the source is incomplete, damaged, or of an unknown format, or a weight is no finite number.
+        ConfigError: the model cannot be cut for the layout, the target is not empty, or the tokenizer and the
+            configuration name different mask tokens and no option decides.
         DataError: a file of the tokenizer is a link that leads out of the directory.
         ResourceError: no space is left; the same command continues once there is some.
     """
     tokenizer = keep_tokenizer(directory)
     source = HuggingFaceSource(directory, options.mask_token_id)
     try:
-        notes = source.require_whole()
+        notes = source.require_whole() + mask_notes(source, tokenizer, options.mask_token_id)
         dtypes = _dtypes(source, options.dtype)
         run = _run(source, options.layout, dtypes)
         _require_layout(run)
@@ -209,6 +211,7 @@ def _convert(
     try:
         for unit in batch:
             tensor = source.read(unit, dtypes[unit])
+            require_finite(source, unit, tensor)
             weight = unit.weight
             rows = unit.stop - unit.start
             for shard in rank_shards(run.model, run.layout, weight.key, unit.index, unit.start, rows):

@@ -12,7 +12,7 @@ from llada_megatron.llada_moe.huggingface.formats.llada2 import LLADA2
 from llada_megatron.llada_moe.huggingface.formats.llada_moe import LLADA_MOE
 from llada_megatron.llada_moe.huggingface.formats.llama import LLAMA
 from llada_megatron.llada_moe.huggingface.formats.qwen3 import QWEN3, QWEN3_MOE
-from llada_megatron.llada_moe.huggingface.formats.table import Config, Format
+from llada_megatron.llada_moe.huggingface.formats.table import Config, Format, write_config
 
 FORMATS: tuple[Format, ...] = (LLADA, LLADA_MOE, LLADA2, BAILING_V2, BAILING, LLAMA, QWEN3, QWEN3_MOE)
 
@@ -25,7 +25,7 @@ def find_format(config: Config, file: str) -> Format:
             of which none or more than one fits.
     """
     kind = config.get("model_type")
-    fitting = [table for table in FORMATS if table.model_type == kind]
+    fitting = [table for table in FORMATS if kind in (table.model_type, *table.other_model_types)]
     marked = [table for table in fitting if table.marker is None or config.get(table.marker) is not None]
     if len(marked) == 1:
         return marked[0]
@@ -48,6 +48,15 @@ def export_format(model: ModelConfig) -> Format:
         if table.exports is not None:
             return table
     raise CheckpointError(f"a model of family {model.family} cannot be exported: {tables[0].why_not_exported}")
+
+
+def export_obstacle(model: ModelConfig) -> str | None:
+    """Why a model cannot be exported to the format of its family, or None if it can."""
+    try:
+        write_config(export_format(model), model)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 _ROOT = Path(__file__).parents[1] / "modeling"

@@ -60,7 +60,7 @@ def _void(config: Config) -> tuple[str, ...]:
     return by if any(config.get(key) is not None for key in operations) else (*by, *operations)
 
 
-def _other_group_score(model: ModelConfig) -> str | None:
+def other_group_score(model: ModelConfig) -> str | None:
     """The published router scores a group by its two best experts, Megatron by its top_k / expert_groups_top_k best."""
     moe = model.moe
     if moe is None or moe.num_expert_groups == 1 or moe.top_k == _SCORING * moe.expert_groups_top_k:
@@ -112,6 +112,20 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "use_rmsnorm": (True,),
     "rope_scaling": (None,),
 }
+LEFT_OUT: dict[str, Any] = {
+    "first_k_dense_replace": 0,
+    "max_position_embeddings": 16384,
+    "moe_router_enable_expert_bias": True,  # no key of the class: its router always has one
+    "n_group": 8,
+    "num_shared_experts": 0,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "routed_scaling_factor": 2.5,
+    "topk_group": 4,
+    "use_bias": True,
+    "use_qk_norm": True,
+}
 COUNTS = ("num_shared_experts",)
 IMPLIED = {"family": "llada2", "moe.score_function": "sigmoid"}
 
@@ -119,16 +133,19 @@ LLADA2 = Format(
     name="llada2",
     title="LLaDA2 (LLaDA2.0, 2.1 and 2.2, mini and flash)",
     model_type="llada2_moe",
+    other_model_types=("llada2_moe_veomni",),  # of dFactory, which trains with merged experts
     names=NAMES,
     fields=FIELDS,
+    left_out=LEFT_OUT,
     accepted=ACCEPTED,
     implied=IMPLIED,
     void=_void,
     counts=COUNTS,
     block_size=32,
+    obstacle=other_group_score,
     exports=Export(
         folder="llada2",
-        obstacle=_other_group_score,
+        by_threshold=True,
         constants={
             "architectures": ["LLaDA2MoeModelLM"],
             "auto_map": {

@@ -54,6 +54,12 @@ LLADA_MOE = Format(
         Field("expert_intermediate_size", "moe.expert_ffn_hidden_size"),
         Field("router_aux_loss_coef", "moe.aux_loss_coefficient", 0.0),
     ),
+    left_out={
+        "max_position_embeddings": 4096,
+        "qk_layernorm": False,
+        "rms_norm_eps": 1e-5,
+        "router_aux_loss_coef": 0.01,
+    },
     accepted={
         "attention_bias": (False,),
         "hidden_act": ("silu",),
@@ -72,7 +78,7 @@ LLADA_MOE = Format(
             "architectures": ["LLaDAMoEModelLM"],
             "auto_map": {
                 "AutoConfig": "configuration_lladamoe.LLaDAConfig",
-                "AutoModel": "modeling_lladamoe.LLaDAMoEModel",
+                "AutoModel": "modeling_lladamoe.LLaDAMoEModelLM",
                 "AutoModelForCausalLM": "modeling_lladamoe.LLaDAMoEModelLM",
             },
             "attention_bias": False,

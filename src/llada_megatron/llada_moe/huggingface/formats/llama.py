@@ -46,6 +46,15 @@ LLAMA = Format(
     model_type="llama",
     names=NAMES,
     fields=(*FIELDS, Field("head_dim", "head_dim", head_dim)),
+    left_out={
+        "eos_token_id": 2,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "vocab_size": 32000,
+    },
     accepted={
         "hidden_act": ("silu",),
         "attention_bias": (False,),

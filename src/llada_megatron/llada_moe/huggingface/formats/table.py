@@ -37,7 +37,8 @@ class Field:
     """None = the format has no such key; the field follows from others, by `default`."""
     path: str
     default: Any = REQUIRED
-    """For a missing or null key: a value, or a function of the configuration."""
+    """For a null key, and for a missing one that `Format.left_out` does not have: a value, or a function of the
+    configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,8 @@ class Format:
     title: str
     """Which checkpoints it is, in words."""
     model_type: str
+    other_model_types: tuple[str, ...] = ()
+    """Further values of `model_type`, of programs that keep the same model in another arrangement."""
     marker: str | None = None
     """A key that distinguishes it from another format with the same `model_type`."""
     names: Mapping[str, tuple[str, ...]]
@@ -59,6 +62,9 @@ class Format:
     """Why another value of such a key is refused."""
     implied: Mapping[str, Any]
     """Fields of ModelConfig that are the same for every model of the format."""
+    left_out: Mapping[str, Any] = field(default_factory=dict)
+    """What the published configuration class takes for keys that `config.json` leaves out, where a model could be read
+    without them."""
     void: Callable[[Config], tuple[str, ...]] = lambda config: ()
     """Keys that have no effect, given the others; they are neither read nor written."""
     ignores: Callable[[Config, str], bool] = is_rotary_buffer
@@ -67,6 +73,8 @@ class Format:
     """Keys besides `fields` that its functions calculate with: whole numbers, 0 or more."""
     autoregressive: bool = False
     """Whether its models were trained with causal attention on the next token."""
+    obstacle: Callable[[ModelConfig], str | None] = lambda model: None
+    """Why the published code and our model would compute different things though the keys can hold both, or None."""
     block_size: int | None = None
     """Block size of the block-causal attention that its checkpoints were trained with last; None = full attention."""
     exports: Export | None = None
@@ -85,10 +93,10 @@ class Export:
 
     constants: Mapping[str, Any]
     """Further keys of `config.json`: values, or functions of the ModelConfig."""
+    by_threshold: bool = False
+    """Whether its published sampler fills masks by a threshold (LLaDA2), not in a fixed number of steps (LLaDA)."""
     folder: str
     """Name of the folder with the modelling files, in `huggingface/modeling`."""
-    obstacle: Callable[[ModelConfig], str | None] = lambda model: None
-    """Why the published code would compute something else though the keys can hold the model; None if not."""
 
 
 def read_config(table: Format, config: Config, file: str) -> ModelConfig:
@@ -97,7 +105,8 @@ def read_config(table: Format, config: Config, file: str) -> ModelConfig:
     Raises:
         CheckpointError: a key is missing or of a wrong type, or asks for something that our model does not support.
     """
-    config = normalized(config)
+    given = normalized(config)
+    config = {**table.left_out, **given}
     _require_plain_weights(config, file)
     _require_whole_numbers(table, config, file)
     config = {key: value for key, value in config.items() if key not in table.void(config)}
@@ -106,9 +115,9 @@ def read_config(table: Format, config: Config, file: str) -> ModelConfig:
         if found is not None and found not in values:
             known = " or ".join(repr(value) for value in values if value is not None)
             reason = f": {table.reasons[key]}" if key in table.reasons else ""
-            raise CheckpointError(
-                f"{file}: {key} = {found!r} is not supported (only {known or 'null'} is, in {table.name}){reason}"
-            )
+            origin = "" if key in given else ", as the published class takes it to be where it is left out,"
+            supported = f"only {known or 'null'} is, in {table.name}"
+            raise CheckpointError(f"{file}: {key} = {found!r}{origin} is not supported ({supported}){reason}")
     values: Config = {**table.implied}
     for entry in table.fields:
         values[entry.path] = _value(table, entry, config, file)
@@ -120,6 +129,8 @@ def read_config(table: Format, config: Config, file: str) -> ModelConfig:
         validate_model(model)
     except ConfigError as error:
         raise CheckpointError(f"{file}: it describes no model that can be built: {error}") from error
+    if obstacle := table.obstacle(model):
+        raise CheckpointError(f"{file}: {obstacle}; weights trained with it would give other logits here")
     return model
 
 
@@ -131,8 +142,7 @@ def write_config(table: Format, model: ModelConfig) -> Config:
     """
     if table.exports is None:
         raise CheckpointError(f"{table.title} is read only: {table.why_not_exported}")
-    obstacle = table.exports.obstacle(model)
-    if obstacle:
+    if obstacle := table.obstacle(model):
         raise CheckpointError(f"the format of {table.title} cannot hold this model: {obstacle}")
     values = to_dict(model)
     values |= {f"moe.{key}": value for key, value in (values["moe"] or {}).items()}
