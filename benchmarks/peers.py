@@ -189,7 +189,7 @@ def load_peers(clones: Path, checkpoint: Path) -> PeerSamplers:
     files = import_peers(clones)
     with tempfile.TemporaryDirectory(prefix="llada-peers-") as scratch:
         exported = Path(scratch) / "exported"
-        export_checkpoint(Path(checkpoint), exported, ExportOptions(dtype=torch.float32))
+        export_checkpoint(Path(checkpoint), exported, ExportOptions(dtype=torch.float32, without_tokenizer=True))
         config = json.loads((exported / "config.json").read_text())
         with TensorDirectory(exported) as weights:
             state = {name: weights.read(name) for name in weights.tensors}

@@ -106,18 +106,25 @@ def test_of_a_path_the_last_names_are_told(path, told):
 
 @pytest.mark.parametrize("tokenizer", [True, False])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_example_runs(objective, tokenizer, monkeypatch):
-    text = card("tiny-dense", tokenizer, objective=OBJECTIVES[objective])
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+def test_the_example_runs(name, objective, tokenizer, monkeypatch):
+    """With a stub for transformers; tests/tools/convert/test_generation.py runs `generate` itself."""
+    text = card(name, tokenizer, objective=OBJECTIVES[objective])
     assert ("AutoTokenizer" in text) == tokenizer
     example = re.search(r"```python\n(.*?)```", text, re.S)[1]
-    calls = []
+    given, calls = (40 if tokenizer else 10), []
 
-    def model(tokens, attention_mask=None):
-        calls.append((tokens, attention_mask))
-        return SimpleNamespace(logits=torch.nn.functional.one_hot(tokens, 256).float())
+    class Model:
+        def __call__(self, tokens, attention_mask):
+            calls.append((tokens, attention_mask))
+            return SimpleNamespace(logits=torch.nn.functional.one_hot(tokens, 256).float())
 
-    loaded = SimpleNamespace(eval=lambda: model)
-    given = 40 if tokenizer else 10
+        def generate(self, tokens, **settings):
+            calls.append((tokens, settings))
+            new = torch.full((1, settings["gen_length"]), 7)
+            return new if "threshold" in settings else torch.cat([tokens, new], 1)
+
+    loaded = SimpleNamespace(eval=Model)
     encode = lambda text, **_: {"input_ids": torch.arange(given)[None]}  # noqa: E731
     stub = SimpleNamespace(
         AutoModelForCausalLM=SimpleNamespace(from_pretrained=lambda directory, trust_remote_code: loaded),
@@ -126,23 +133,29 @@ def test_the_example_runs(objective, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", stub)
     scope = {}
     exec(example, scope)
-    tokens, mask = calls[0]
-    n = tokens.shape[1]
+    ((tokens, settings),) = calls
+    assert tokens.shape == (1, given)
     if objective == "causal":
-        assert n == given and torch.equal(mask[0, 0], torch.ones(n, n, dtype=torch.bool).tril())
+        assert torch.equal(settings[0, 0], torch.ones(given, given, dtype=torch.bool).tril())
         return
-    assert n == given + 8 and tokens[0, given:].tolist() == [load_model("tiny-dense").mask_token_id] * 8
-    assert len(scope["guesses"]) == 8
-    if objective == "full":
-        assert mask is None
-    else:
-        assert mask.shape == (1, 1, n, n) and mask[0, 0, :32].sum() == min(n, 32) ** 2 and mask[0, 0, 32:].all()
+    assert settings["block_length"] == 32 and settings["gen_length"] == 64
+    assert settings["steps"] == (64 if name == "tiny-dense" else 32) and ("threshold" in settings) == (
+        name == "tiny-moe"
+    )
+    assert scope["answer"].tolist() == [7] * 64
 
 
-def test_generation_config_is_read_by_transformers(tmp_path):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_generation_config_is_read_by_transformers(objective):
     model = dataclasses.replace(load_model("tiny-dense"), mask_token_id=9)
-    ids = generation_config(model)
-    assert ids == {"eos_token_id": model.eos_token_id, "pad_token_id": model.eos_token_id, "mask_token_id": 9}
+    known = generation_config(model, OBJECTIVES[objective], unused=[254, 9, 255])
+    expected = {
+        "eos_token_id": model.eos_token_id, "pad_token_id": model.eos_token_id, "mask_token_id": 9,
+        "attention_pattern": objective, "suppress_tokens": [254, 255],
+    }  # fmt: skip
+    assert known == expected | ({"block_length": 32} if objective == "blocks" else {})
     transformers = pytest.importorskip("transformers")
-    read = transformers.GenerationConfig.from_dict(ids)
-    assert (read.eos_token_id, read.mask_token_id) == (model.eos_token_id, 9)
+    read = transformers.GenerationConfig.from_dict(known)
+    assert (read.eos_token_id, read.mask_token_id, read.attention_pattern) == (model.eos_token_id, 9, objective)
+    assert generation_config(load_model("llada2.2-mini"), OBJECTIVES["blocks"])["suppress_tokens"] == [156930, 156931]
+    assert "suppress_tokens" not in generation_config(model, OBJECTIVES["full"])

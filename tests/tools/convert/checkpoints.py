@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llada_megatron.llada_moe.config import load_model
+from llada_megatron.llada_moe.errors import DataError
 from llada_megatron.llada_moe.huggingface.formats import export_format
 from llada_megatron.llada_moe.huggingface.formats.table import write_config
 from llada_megatron.llada_moe.huggingface.mapping import tensor_shapes
@@ -113,8 +114,13 @@ def to_sharded(source, target, layout=None, **options):
 
 
 def to_huggingface(source, target, **options):
-    """`llada convert export`."""
-    return export_checkpoint(source, target, ExportOptions(**options))
+    """`llada convert export`, with --without-tokenizer where the checkpoint has none."""
+    try:
+        return export_checkpoint(source, target, ExportOptions(**options))
+    except DataError as error:
+        if "export the weights alone with --without-tokenizer" not in str(error):
+            raise
+    return export_checkpoint(source, target, ExportOptions(without_tokenizer=True, **options))
 
 
 def files_of(directory):

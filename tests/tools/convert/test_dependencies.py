@@ -11,8 +11,8 @@ PROGRAM = """
 import sys
 sys.modules["transformers"] = sys.modules["megatron"] = None  # importing either fails
 from llada_megatron.cli import main
-for words in (["import", "source", "sharded"], ["export", "sharded", "exported"], ["inspect", "exported"],
-              ["verify", "source", "exported", "--no-logits"]):
+for words in (["import", "source", "sharded"], ["export", "sharded", "exported", "--without-tokenizer"],
+              ["inspect", "exported"], ["verify", "source", "exported", "--no-logits"]):
     assert main(["convert", *words]) == 0, words
 """
 

@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 
-from llada_megatron.llada_moe.errors import CheckpointError, DataError
+from llada_megatron import cli
+from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, DataError
 from llada_megatron.parallel.checkpoint.conversion.shard_reader import ShardedReader
 from llada_megatron.tools.convert.importer import STEP
 from tests.tools.convert.checkpoints import (
@@ -49,13 +50,34 @@ def test_without_facts_any_tokenizer_of_the_size_is_exported(source, tmp_path):
     tokenizer = tmp_path / "tokenizer.json"
     (source / "tokenizer.json").rename(tokenizer)
     to_sharded(source, tmp_path / "sharded")
-    assert "AutoTokenizer" not in exported_card(tmp_path, "without")
+    assert "AutoTokenizer" not in exported_card(tmp_path, "without", without_tokenizer=True)
     assert "AutoTokenizer" in exported_card(tmp_path, "with", tokenizer=tokenizer)
+
+
+def test_an_export_without_a_tokenizer_must_be_asked_for(source, tmp_path, capsys):
+    to_sharded(source, tmp_path / "sharded")
+    words = ["convert", "export", str(tmp_path / "sharded"), str(tmp_path / "exported")]
+    assert cli.main([*words, "--without-tokenizer"]) == 0
+    assert not list((tmp_path / "exported").glob("tokenizer*")) and "AutoTokenizer" not in card_of(
+        tmp_path / "exported"
+    )
+    shutil.rmtree(tmp_path / "exported")
+    (tmp_path / "sharded/tokenizer").rename(tmp_path / "moved")
+    assert cli.main(words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"its tokenizer is not at {tmp_path}/sharded/tokenizer/tokenizer.json; say where it is with --tok" in line
+    assert "--without-tokenizer" in line and not (tmp_path / "exported").exists()
+    assert cli.main([*words, "--tokenizer", str(tmp_path / "moved")]) == 0
+    assert (tmp_path / "exported/tokenizer.json").is_file()
 
 
 def exported_card(folder, name, **options):
     to_huggingface(folder / "sharded", folder / name, **options)
-    return (folder / name / "README.md").read_text()
+    return card_of(folder / name)
+
+
+def card_of(exported):
+    return (exported / "README.md").read_text()
 
 
 def test_code_is_told_and_left_out(source, tmp_path):
@@ -100,3 +122,41 @@ def test_a_snapshot_of_the_cache_is_read_and_named_by_its_repository(source, tmp
     to_huggingface(tmp_path / "sharded", tmp_path / "exported")
     assert "were read from `org/name`" in (tmp_path / "exported/README.md").read_text()
     assert read(tmp_path / "exported").keys() == tensors_of("tiny-dense").keys()
+
+
+# the tokenizer of `source` has its end of text at 2 and its mask at 3, as the model has
+
+
+def with_ids(source, mask=None, eos=2, name=None):
+    """The checkpoint, with other ids in config.json and the mask's name in tokenizer_config.json."""
+    config = json.loads((source / "config.json").read_text())
+    config |= {"eos_token_id": eos} | ({} if mask is None else {"mask_token_id": mask})
+    (source / "config.json").write_text(json.dumps(config))
+    if name is not None:
+        (source / "tokenizer_config.json").write_text(json.dumps({"mask_token": name}))
+    return source
+
+
+@pytest.mark.parametrize("name", ["<|mask|>", {"content": "<|mask|>"}])
+def test_two_mask_tokens_must_be_decided_between(source, tmp_path, name):
+    with_ids(source, 9, name=name)
+    with pytest.raises(ConfigError) as caught:
+        to_sharded(source, tmp_path / "out")
+    for told in (f"{source}: which", "config.json says 9,", "mask token has id 3", "give --mask-token-id"):
+        assert told in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    assert to_sharded(source, tmp_path / "out", mask_token_id=3)["notes"] == []
+    (note,) = to_sharded(source, tmp_path / "other", mask_token_id=9)["notes"]
+    assert note.startswith("--mask-token-id is 9, and the tokenizer's mask token has id 3: the model keeps 9")
+
+
+def test_a_mask_token_that_the_tokenizer_only_seems_to_have_is_noted(source, tmp_path):
+    (note,) = to_sharded(with_ids(source, 200), tmp_path / "out")["notes"]
+    assert note == (
+        "config.json says 200 (no token in the tokenizer), and the tokenizer's mask token has id 3: the model keeps "
+        "200; --mask-token-id 3 would take the other one"
+    )
+
+
+def test_the_same_mask_token_in_both_is_not_told(source, tmp_path):
+    assert to_sharded(with_ids(source, 3, name="<|mask|>"), tmp_path / "out")["notes"] == []

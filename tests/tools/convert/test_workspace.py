@@ -170,7 +170,7 @@ def test_a_lock_that_is_held_or_fails(tmp_path, monkeypatch):
         Workspace(tmp_path / "out", PLAN)
 
 
-@pytest.mark.parametrize("words", [["import"], ["export"]])
+@pytest.mark.parametrize("words", [["import"], ["export", "--without-tokenizer"]])
 def test_the_root_directory(words, tmp_path, capsys):
     source = written(tmp_path / "source", "tiny-dense")
     to_sharded(source, tmp_path / "run")

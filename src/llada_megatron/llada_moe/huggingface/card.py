@@ -6,7 +6,7 @@ The same checkpoint gives the same card. Of paths on the machine that trained it
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -32,13 +32,24 @@ _PLACES = re.compile(r"checkpoints|step-\d+")
 """Names of directories of a run, which need the name of the run before them."""
 
 
-def generation_config(model: ModelConfig) -> dict[str, Any]:
-    """The token ids that programs for sampling read, as `generation_config.json` names them."""
-    return {
+def generation_config(model: ModelConfig, objective: ObjectiveConfig, unused: Sequence[int] = ()) -> dict[str, Any]:
+    """What programs for sampling read of the model, as `generation_config.json` names it.
+
+    Args:
+        objective: what the weights were trained for, which decides the attention.
+        unused: ids that the tokenizer has no token for.
+    """
+    operations = [i for i in (model.delete_token_id, model.insert_token_id) if i is not None]
+    config: dict[str, Any] = {
         "eos_token_id": model.eos_token_id,
         "pad_token_id": model.eos_token_id,
         "mask_token_id": model.mask_token_id,
+        "attention_pattern": _kind(objective),
     }
+    if objective.block_size is not None:
+        config["block_length"] = objective.block_size
+    suppressed = sorted({*operations, *unused} - {model.mask_token_id})
+    return config | ({"suppress_tokens": suppressed} if suppressed else {})
 
 
 def model_card(model: ModelConfig, table: Format, metadata: dict[str, Any], tokenizer: bool = True) -> str:
@@ -68,12 +79,26 @@ def model_card(model: ModelConfig, table: Format, metadata: dict[str, Any], toke
         _USE.format(
             classes="AutoModelForCausalLM, AutoTokenizer" if tokenizer else "AutoModelForCausalLM",
             text=_TEXT if tokenizer else _IDS,
-            call=_CALLS[kind].format(mask=model.mask_token_id, block=run.objective.block_size),
+            call=_call(kind, table, run.objective.block_size or 32),
         ),
         "## Attention",
         _ATTENTION[kind].format(block=run.objective.block_size),
     )
     return "\n\n".join(sections) + "\n"
+
+
+def _call(kind: str, table: Format, block: int) -> str:
+    """The lines of the example that sample, or that give the next token of an autoregressive model."""
+    if kind == "causal":
+        return _NEXT
+    assert table.exports is not None
+    return _GENERATE.format(
+        block=block,
+        new=2 * block,
+        steps=block if table.exports.by_threshold else 2 * block,
+        more=", threshold=0.95, eos_early_stop=True" if table.exports.by_threshold else "",
+        answer="tokens[0]" if table.exports.by_threshold else "tokens[0, text.shape[1]:]",
+    )
 
 
 def _kind(objective: ObjectiveConfig) -> str:
@@ -184,27 +209,18 @@ model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).
 _TEXT = """tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
 text = tokenizer("def add(a, b):\\n", add_special_tokens=False, return_tensors="pt")["input_ids"]"""
 _IDS = "text = torch.arange(10)[None]  # put the ids of a text here: there is no tokenizer in this directory"
-_MASKED = """tokens = torch.cat([text, torch.full((1, 8), {mask})], dim=1)  # eight tokens to fill in
-"""
-_AFTER = """
-guesses = logits[0, -8:].argmax(dim=-1)  # of each masked position its own; a sampler keeps the surest and repeats"""
-_CALLS = {
-    "full": _MASKED + "logits = model(tokens).logits" + _AFTER,
-    "blocks": _MASKED
-    + """block = torch.arange(tokens.shape[1]) // {block}
-logits = model(tokens, attention_mask=(block[:, None] >= block[None, :])[None, None]).logits"""
-    + _AFTER,
-    "causal": """seen = torch.ones(text.shape[1], text.shape[1], dtype=torch.bool).tril()
+_GENERATE = """tokens = model.generate(text, gen_length={new}, block_length={block}, steps={steps}{more})
+answer = {answer}  # up to {new} new tokens"""
+_NEXT = """seen = torch.ones(text.shape[1], text.shape[1], dtype=torch.bool).tril()
 logits = model(text, attention_mask=seen[None, None]).logits
-guess = logits[0, -1].argmax()  # of the token that comes next""",
-}
+guess = logits[0, -1].argmax()  # of the token that comes next"""
 _ATTENTION = {
     "full": """Every token sees every other one: there is no causal mask, and the logits of a position are those of its
 own token. Give padding as a 2-D `attention_mask`.""",
     "blocks": """The weights were trained with block-causal attention: a token sees its own block of {block} positions,
-counted from the start of the text, and all blocks before it. Without a 4-D `attention_mask` (above) the model attends
-to everything, which is not what it learnt. A 2-D mask means padding. The logits of a position are those of its own
-token.""",
+counted from the start of the text, and all blocks before it. `generate` does that by itself; of other calls, give the
+pattern as a 4-D `attention_mask`, or the model attends to everything, which is not what it learnt. A 2-D mask means
+padding. The logits of a position are those of its own token.""",
     "causal": """**The weights were trained autoregressively**: with causal attention, on the next token. They are no
 diffusion model yet, but a start for one. The code beside this file attends to everything unless it is given a causal
 4-D `attention_mask` (above), and the logits of a position are those of the token after it.""",

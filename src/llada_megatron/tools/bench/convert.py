@@ -65,7 +65,7 @@ def _measure(scratch: Path, model: ModelConfig, gigabytes: float, layout: str | 
     write_synthetic(source, model)
     steps = [
         ("import", source, sharded, ["--layout", layout] if layout else []),
-        ("export", sharded, exported, []),
+        ("export", sharded, exported, ["--without-tokenizer"]),
     ]
     claims = [at_least("size of the checkpoint", gigabytes, "GB", SIZE_GOAL_GB)]
     for action, before, after, options in steps:

@@ -16,6 +16,7 @@ import torch
 from llada_megatron import __version__
 from llada_megatron.console import message, size_text
 from llada_megatron.llada_moe.data.tokenizer_files import require_tokenizer
+from llada_megatron.llada_moe.errors import DataError
 from llada_megatron.llada_moe.huggingface.card import generation_config, model_card
 from llada_megatron.llada_moe.huggingface.formats import export_format, modeling_files
 from llada_megatron.llada_moe.huggingface.formats.table import Format, write_config
@@ -25,10 +26,11 @@ from llada_megatron.llada_moe.huggingface.safetensors_writer import ShardWriter,
 from llada_megatron.llada_moe.huggingface.tokenizer_export import TokenizerFiles, tokenizer_files
 from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.parallel.checkpoint.manifest import write_durably
-from llada_megatron.parallel.checkpoint.search import find_checkpoints
+from llada_megatron.parallel.checkpoint.search import find_checkpoints, tokenizer_place
+from llada_megatron.parallel.sampling.checkpoint_tokenizer import find_tokenizer, ids_without_token
 from llada_megatron.tools.convert.huggingface_source import CONFIG
 from llada_megatron.tools.convert.sharded_source import ShardedSource
-from llada_megatron.tools.convert.source import kept_dtype, parameters_by_dtype
+from llada_megatron.tools.convert.source import kept_dtype, parameters_by_dtype, require_finite
 from llada_megatron.tools.convert.tasks import ByteProgress, Task, TaskResult, run_tasks
 from llada_megatron.tools.convert.workspace import FILES, Workspace, file_states, unfinished_plan
 
@@ -102,6 +104,8 @@ class ExportOptions:
     """Most bytes of tensors per file."""
     tokenizer: Path | None = None
     """Where the tokenizer is; None = where the checkpoint says."""
+    without_tokenizer: bool = False
+    """Export none; False = refuse to export where there is none."""
     workers: int = 1
 
 
@@ -112,9 +116,9 @@ def export_checkpoint(path: Path, target: Path, options: ExportOptions) -> dict[
         a summary: name of the format, number of tensors and parameters, bytes, the directory, notes.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or its model has no published format.
+        CheckpointError: the checkpoint is damaged, its model has no published format, or a weight is no finite number.
         ConfigError: the target is not empty.
-        DataError: the tokenizer cannot be read, or is not the one that the checkpoint was trained with.
+        DataError: there is no tokenizer, it cannot be read, or it is not the one that the checkpoint was trained with.
         ResourceError: no space is left; the same command continues once there is some.
     """
     source = ShardedSource(_begun_from(path, target) or path)
@@ -123,8 +127,6 @@ def export_checkpoint(path: Path, target: Path, options: ExportOptions) -> dict[
     notes = source.require_whole()
     tokenizer = _tokenizer(source, options)
     notes += tokenizer.notes
-    if not tokenizer.files:
-        notes.append("the checkpoint's tokenizer is not there (--tokenizer PATH): the export has none")
     shards = plan_shards(source, table, options.dtype, options.shard_bytes)
     notes += size_notes(shards, options.shard_bytes)
     if not make_objective(source.run.objective).fills_masks:
@@ -133,7 +135,7 @@ def export_checkpoint(path: Path, target: Path, options: ExportOptions) -> dict[
         if not workspace.complete:
             _fill(workspace, source, shards, options.workers)
             config["torch_dtype"] = _main_dtype(shards)
-            _write_rest(workspace.output, source, table, config, tokenizer)
+            _write_rest(workspace.output, source, table, config, tokenizer, _unused_ids(source, options))
         workspace.publish()
     return {
         "format": table.name,
@@ -146,11 +148,32 @@ def export_checkpoint(path: Path, target: Path, options: ExportOptions) -> dict[
 
 
 def _tokenizer(source: ShardedSource, options: ExportOptions) -> TokenizerFiles:
-    """The tokenizer's files. Raises DataError: it is not the one that the checkpoint was trained with."""
+    """The tokenizer's files. Raises DataError: there is none, or it is not the one of the training."""
+    if options.without_tokenizer:
+        return TokenizerFiles()
     path = options.tokenizer or source.tokenizer
-    if path is not None and path.exists():
+    if path is None:
+        place = tokenizer_place(source.directory, source.metadata)
+        problem = f"is not at {place}" if place else "is not known: it was imported without one"
+        raise DataError(
+            f"{source.directory}: its tokenizer {problem}; say where it is with --tokenizer PATH, or export the "
+            "weights alone with --without-tokenizer"
+        )
+    if path.exists():
         require_tokenizer(path, source.metadata.get("tokenizer"), source.directory)
     return tokenizer_files(path, source.model)
+
+
+def _unused_ids(source: ShardedSource, options: ExportOptions) -> list[int]:
+    """Ids that the tokenizer has no token for, and that are never sampled; none where no tokenizer can tell."""
+    if options.without_tokenizer:
+        return []
+    path = str(options.tokenizer) if options.tokenizer else None
+    try:
+        tokenizer = find_tokenizer(source.directory, source.metadata, source.model, path)
+    except DataError:  # its files are exported as they are, but ours cannot read them
+        return []
+    return ids_without_token(tokenizer, source.model.vocab_size)
 
 
 def _begun_from(path: Path, target: Path) -> Path | None:
@@ -209,6 +232,7 @@ def _write_shard(path: Path, shard: Shard, source: ShardedSource, progress: Byte
     with ShardWriter(path, listed) as writer:
         for mapping in shard.mappings:
             tensor = source.read(mapping.unit, shard.tensors[mapping.parts[0].name][0])
+            require_finite(source, mapping.unit, tensor)
             for part in split(mapping, tensor, source.model):
                 writer.append(part)
             progress.advance(tensor.nbytes)
@@ -228,15 +252,25 @@ def _main_dtype(shards: list[Shard]) -> str:
 
 
 def _write_rest(
-    output: Path, source: ShardedSource, table: Format, config: dict[str, Any], tokenizer: TokenizerFiles
+    output: Path,
+    source: ShardedSource,
+    table: Format,
+    config: dict[str, Any],
+    tokenizer: TokenizerFiles,
+    unused: list[int],
 ) -> None:
-    """Write everything but the weights. The configuration is written last, because nothing loads without it."""
+    """Write everything but the weights. The configuration is written last, because nothing loads without it.
+
+    Args:
+        unused: ids that the tokenizer has no token for.
+    """
     assert table.exports is not None
     for file in modeling_files(table.exports.folder):
         write_durably(output / file.name, file.read_bytes())
     for name, data in tokenizer.files.items():
         write_durably(output / name, data)
-    write_durably(output / "generation_config.json", _json(generation_config(source.model)))
+    sampling = generation_config(source.model, source.run.objective, unused)
+    write_durably(output / "generation_config.json", _json(sampling))
     write_durably(output / "README.md", model_card(source.model, table, source.metadata, tokenizer.loadable).encode())
     write_durably(output / CONFIG, _json(dict(sorted(config.items()))))
 

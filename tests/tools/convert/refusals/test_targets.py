@@ -78,8 +78,8 @@ def test_a_file_that_may_not_grow(source, imported, tmp_path, capsys):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
     try:
-        for action, origin in (("import", source), ("export", imported)):
-            assert cli.main(["convert", action, str(origin), str(tmp_path / "out")]) == 1
+        for words, origin in ((["import"], source), (["export", "--without-tokenizer"], imported)):
+            assert cli.main(["convert", *words, str(origin), str(tmp_path / "out")]) == 1
             message = capsys.readouterr().err.splitlines()[-1]
             assert message.startswith("error: ") and "File too large" in message and "defect" not in message
             assert "__0_0.distcp" in message or "model.safetensors" in message

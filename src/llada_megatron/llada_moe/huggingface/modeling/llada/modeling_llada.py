@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_llada import LLaDAConfig
+from .llada_generation import FixedStepsGenerationMixin
 from .llada_layers import Backbone, MaskedLM, RMSNorm, Rotation, attend
 
 
@@ -88,7 +89,7 @@ class LLaDAModel(Backbone):
         self.transformer["wte"] = value
 
 
-class LLaDAModelLM(MaskedLM):
+class LLaDAModelLM(FixedStepsGenerationMixin, MaskedLM):
     """LLaDA with its output layer."""
 
     config_class = LLaDAConfig

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_llada2_moe import LLaDA2MoeConfig
+from .llada_generation import ThresholdGenerationMixin
 from .llada_layers import Backbone, FeedForward, MaskedLM, RMSNorm, Rotation, attend, mix_experts
 
 
@@ -194,7 +195,7 @@ class LLaDA2MoeModel(Backbone):
         self.word_embeddings = value
 
 
-class LLaDA2MoeModelLM(MaskedLM):
+class LLaDA2MoeModelLM(ThresholdGenerationMixin, MaskedLM):
     """LLaDA2 with its output layer."""
 
     config_class = LLaDA2MoeConfig

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_lladamoe import LLaDAConfig
+from .llada_generation import FixedStepsGenerationMixin
 from .llada_layers import Backbone, FeedForward, MaskedLM, RMSNorm, Rotation, attend, mix_experts
 
 
@@ -117,7 +118,7 @@ class LLaDAMoEModel(Backbone):
         self.embed_tokens = value
 
 
-class LLaDAMoEModelLM(MaskedLM):
+class LLaDAMoEModelLM(FixedStepsGenerationMixin, MaskedLM):
     """LLaDA-MoE with its output layer."""
 
     config_class = LLaDAConfig
