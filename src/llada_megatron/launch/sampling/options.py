@@ -91,7 +91,9 @@ def settings_of(args: argparse.Namespace, default_tokens: int = 64) -> Settings:
     if args.checkpoint is None:
         raise ConfigError("which CHECKPOINT? Give a run's output directory, or one of its checkpoints")
     if not Path(args.checkpoint).is_dir():
-        raise CheckpointError(f"there is no checkpoint at {args.checkpoint}")
+        hub = args.checkpoint.count("/") == 1 and not args.checkpoint.startswith(("/", "."))
+        more = f"; of a repository of the Hugging Face hub, `llada convert import {args.checkpoint} OUT` comes first"
+        raise CheckpointError(f"there is no checkpoint at {args.checkpoint}{more if hub else ''}")
     method, axes = _split(args.overrides)
     if args.steps is not None:
         method["schedule.steps"] = str(args.steps)

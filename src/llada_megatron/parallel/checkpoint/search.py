@@ -30,6 +30,10 @@ def find_checkpoints(path: str | Path) -> list[Path]:
         found = [step for _, step in manifests.steps(directory)]
         if found:
             return found
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors*")):
+        raise CheckpointError(
+            f"{path} is a Hugging Face checkpoint: `llada convert import {path} OUT` comes first, then give OUT"
+        )
     raise CheckpointError(f"no checkpoint in {path}: give a run's output directory, or one of its step-… directories")
 
 

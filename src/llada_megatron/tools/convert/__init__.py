@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 examples:
   llada convert import LLaDA-8B-Base/ checkpoints/llada-8b                 one shard; any layout can load it
+  llada convert import inclusionAI/LLaDA2.0-mini checkpoints/mini          downloaded from the Hugging Face hub
   llada convert import LLaDA2.0-flash/ checkpoints/flash --layout tensor_parallel=4,expert_parallel=8
   llada convert export runs/mine published/mine --dtype bf16               the newest checkpoint of a run
   llada convert verify checkpoints/llada-8b published/llada-8b             tensor by tensor, then logits
@@ -30,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the actions: import, export, verify and inspect."""
     names = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     read = names.add_parser("import", help="a Hugging Face checkpoint to a sharded one")
-    read.add_argument("source", metavar="HF_DIR", help="directory with config.json and *.safetensors")
+    read.add_argument(
+        "source", metavar="HF_DIR", help="directory with config.json and *.safetensors, or ORG/NAME[@REVISION]"
+    )
     read.add_argument("target", metavar="OUT", help="directory to make: checkpoints/, tokenizer/, model.yaml")
     read.add_argument("--layout", metavar="AXIS=N,…", help="cut it for these ranks (default: one shard)")
     read.add_argument("--mask-token-id", type=int, metavar="ID", help="for a model that was not trained with masks")
@@ -38,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     write.add_argument("source", metavar="CHECKPOINT", help="a run's directory, or one of its step-… directories")
     write.add_argument("target", metavar="HF_DIR", help="directory to make")
     write.add_argument("--shard-size", default="5GB", metavar="SIZE", help="most bytes per file (default: 5GB)")
-    write.add_argument("--tokenizer", metavar="PATH", help="where the checkpoint's tokenizer is, if it has moved")
+    tokenizer = write.add_mutually_exclusive_group()
+    tokenizer.add_argument("--tokenizer", metavar="PATH", help="where the checkpoint's tokenizer is, if it has moved")
+    tokenizer.add_argument("--without-tokenizer", action="store_true", help="export the weights without a tokenizer")
+    write.add_argument("--push", metavar="ORG/NAME", help="upload it to the Hugging Face hub, to a private repository")
     compare = names.add_parser("verify", help="whether two checkpoints of any two kinds hold the same model")
     compare.add_argument("source", metavar="A", help=ANY_KIND)
     compare.add_argument("target", metavar="B", help="likewise")
@@ -105,6 +111,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _import(args: argparse.Namespace) -> int:
+    from llada_megatron.tools.convert.hub import download, is_repository
     from llada_megatron.tools.convert.importer import ImportOptions, import_checkpoint
     from llada_megatron.tools.convert.tasks import default_workers
 
@@ -114,20 +121,30 @@ def _import(args: argparse.Namespace) -> int:
         mask_token_id=args.mask_token_id,
         workers=args.workers or default_workers(),
     )
-    return _report(args, import_checkpoint(Path(args.source), Path(args.target), options), "checkpoint")
+    source = Path(args.source)
+    if is_repository(args.source):
+        source = download(args.source)
+    return _report(args, import_checkpoint(source, Path(args.target), options), "checkpoint")
 
 
 def _export(args: argparse.Namespace) -> int:
     from llada_megatron.tools.convert.exporter import ExportOptions, export_checkpoint
+    from llada_megatron.tools.convert.hub import push, require_push
     from llada_megatron.tools.convert.tasks import default_workers
 
     options = ExportOptions(
         dtype=_dtype(args.dtype),
         shard_bytes=parse_size(args.shard_size),
         tokenizer=Path(args.tokenizer) if args.tokenizer else None,
+        without_tokenizer=args.without_tokenizer,
         workers=args.workers or default_workers(),
     )
-    return _report(args, export_checkpoint(Path(args.source), Path(args.target), options), "directory")
+    if args.push:
+        require_push(args.push)
+    summary = export_checkpoint(Path(args.source), Path(args.target), options)
+    if args.push:
+        summary["pushed_to"] = push(Path(args.target), args.push)
+    return _report(args, summary, "directory")
 
 
 def _report(args: argparse.Namespace, summary: dict[str, Any], place: str) -> int:
