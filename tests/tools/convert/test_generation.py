@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from contextlib import contextmanager
 
 import pytest
 import torch
 
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
+from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.parallel.sampling.sampler import Sampler
 from llada_megatron.tools.bench.layouts import MODELS
-from llada_megatron.tools.convert.huggingface_source import HuggingFaceSource
+from llada_megatron.tools.convert.huggingface_source import HuggingFaceSource, stated_attention
 from tests.llada_moe.huggingface.exported import load, modules_in, random_peer
 from tests.tools.convert.checkpoints import to_huggingface, to_sharded, with_tokenizer
 
@@ -218,3 +220,26 @@ def test_auto_model_of_llada_moe_has_the_logits_as_published(pairs):
     _, exported = pairs("softmax", "full")
     model = transformers.AutoModel.from_pretrained(exported, trust_remote_code=True)
     assert type(model).__name__ == "LLaDAMoEModelLM" and model(PROMPT).logits.shape == (1, 11, model.config.vocab_size)
+
+
+@pytest.mark.parametrize(("case", "attention"), [("dense", "blocks"), ("sigmoid", "full"), ("softmax", "full")])
+def test_an_export_that_is_imported_again_attends_as_before(pairs, case, attention):
+    _, exported = pairs(case, attention)
+    assert HuggingFaceSource(exported).objective == ATTENTION[attention]
+
+
+def test_what_an_export_says_of_its_attention(pairs, tmp_path):
+    _, exported = pairs("dense", "full")
+    shutil.copytree(exported, tmp_path / "copy")
+    path = tmp_path / "copy/generation_config.json"
+    for known, objective in (
+        ({"attention_pattern": "causal"}, ObjectiveConfig(kind="autoregressive")),
+        ({"attention_pattern": "blocks", "block_length": 4}, ObjectiveConfig(block_size=4)),
+        ({"attention_pattern": "something else"}, ObjectiveConfig()),
+        ({}, ObjectiveConfig()),
+    ):
+        path.write_text(json.dumps(known))
+        assert HuggingFaceSource(tmp_path / "copy").objective == objective
+    path.write_text('{"attention_pattern": "blocks", "block_length": "4"}')
+    with pytest.raises(CheckpointError, match="needs a block_length"):
+        stated_attention(tmp_path / "copy")

@@ -1,6 +1,7 @@
 """A weight that is NaN or infinite is an error that names its tensor: in import, export, verify and sampling."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from llada_megatron import cli
 from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.finite import first_not_finite, is_finite
+from llada_megatron.parallel.sampling.not_finite import _first_weight
 from llada_megatron.parallel.sampling.sampler import Sampler
 from llada_megatron.tools.convert import importer
 from tests.tools.convert.checkpoints import config_of, tensors_of, to_huggingface, to_sharded, write, written
@@ -64,13 +66,24 @@ def test_an_export_and_a_sampler_name_the_tensor(tmp_path, monkeypatch):
         sampler.generate([[5, 6, 7]])
 
 
+def test_a_weight_has_the_name_that_it_has_in_the_whole_model():
+    model = SimpleNamespace(decoder=SimpleNamespace(layers=[SimpleNamespace(layer_number=5)]))
+    model.named_parameters = lambda: [("decoder.layers.0.mlp.router.weight", torch.tensor([0.0, torch.nan]))]
+    model.named_buffers = list
+    assert _first_weight(model) == "decoder.layers.4.mlp.router.weight is nan at [1]"
+    model.named_parameters = lambda: [("embedding.word_embeddings.weight", torch.tensor([torch.inf]))]
+    assert _first_weight(model) == "embedding.word_embeddings.weight is inf at [0]"
+    model.named_parameters = list
+    assert _first_weight(model) is None
+
+
 def test_finite_weights_whose_logits_are_not(tmp_path):
     tensors = dict(tensors_of("tiny-dense", "fp32"))
     tensors |= {
         name: tensors[name] * 1e38 for name in ("model.transformer.ln_f.weight", "model.transformer.ff_out.weight")
     }
     to_sharded(write(tmp_path / "source", tensors, config_of("tiny-dense")), tmp_path / "sharded")
-    told = r"The weights of this rank are finite.*beyond torch\.float32"
+    told = r"The weights of this replica are finite.*beyond torch\.float32"
     with Sampler.open(tmp_path / "sharded", max_new_tokens=4) as sampler, pytest.raises(CheckpointError, match=told):
         sampler.generate([[5, 6, 7]])
 

@@ -28,7 +28,7 @@ from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.parallel.checkpoint.manifest import write_durably
 from llada_megatron.parallel.checkpoint.search import find_checkpoints, tokenizer_place
 from llada_megatron.parallel.sampling.checkpoint_tokenizer import find_tokenizer, ids_without_token
-from llada_megatron.tools.convert.huggingface_source import CONFIG
+from llada_megatron.tools.convert.huggingface_source import CONFIG, GENERATION_CONFIG
 from llada_megatron.tools.convert.sharded_source import ShardedSource
 from llada_megatron.tools.convert.source import kept_dtype, parameters_by_dtype, require_finite
 from llada_megatron.tools.convert.tasks import ByteProgress, Task, TaskResult, run_tasks
@@ -270,7 +270,7 @@ def _write_rest(
     for name, data in tokenizer.files.items():
         write_durably(output / name, data)
     sampling = generation_config(source.model, source.run.objective, unused)
-    write_durably(output / "generation_config.json", _json(sampling))
+    write_durably(output / GENERATION_CONFIG, _json(sampling))
     write_durably(output / "README.md", model_card(source.model, table, source.metadata, tokenizer.loadable).encode())
     write_durably(output / CONFIG, _json(dict(sorted(config.items()))))
 

@@ -16,10 +16,10 @@ from llada_megatron.console import message, size_text
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, LladaError, ResourceError
 from llada_megatron.llada_moe.huggingface.safetensors_reader import INDEX_NAME, SUFFIX
 from llada_megatron.llada_moe.huggingface.tokenizer_export import FILES as TOKENIZER_FILES
-from llada_megatron.tools.convert.huggingface_source import CONFIG
+from llada_megatron.tools.convert.huggingface_source import CONFIG, GENERATION_CONFIG
 
 _NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
-WANTED = (CONFIG, f"*{SUFFIX}", INDEX_NAME, *TOKENIZER_FILES)
+WANTED = (CONFIG, GENERATION_CONFIG, f"*{SUFFIX}", INDEX_NAME, *TOKENIZER_FILES)
 """Patterns of the files of a repository that an import reads; code is not among them."""
 
 

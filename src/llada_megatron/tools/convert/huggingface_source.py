@@ -83,7 +83,8 @@ def keep_tokenizer(directory: Path) -> KeptTokenizer:
     return KeptTokenizer(files, loaded, notes)
 
 
-CONFIG = "config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+PATTERNS = ("full", "blocks", "causal")
 
 USABLE_DTYPES = (torch.bfloat16, torch.float32)
 
@@ -127,9 +128,12 @@ class HuggingFaceSource:
 
     @property
     def objective(self) -> ObjectiveConfig:
-        """The objective that checkpoints of its format were trained with."""
+        """The objective that it says it was trained with (our exports do), or that checkpoints of its format were."""
         kind = "autoregressive" if self.format.autoregressive else "diffusion"
         moe, block = self.model.moe, self.format.block_size
+        pattern, length = stated_attention(self.directory)
+        if pattern is not None:
+            kind, block = "autoregressive" if pattern == "causal" else "diffusion", length
         if moe is not None and moe.expert_capacity > 0:
             block = moe.routing_block_size  # one key of the published configuration says both
         return ObjectiveConfig(kind=kind, block_size=block)
@@ -243,6 +247,23 @@ class HuggingFaceSource:
             return False
         blocks = [(m.unit.start, m.unit.stop) for m in self.mappings if m.unit.weight.pattern == weights.EMBEDDING]
         return all(torch.equal(self.tensors.read(name, *rows), self.tensors.read(embedding, *rows)) for rows in blocks)
+
+
+def stated_attention(directory: Path) -> tuple[str | None, int | None]:
+    """The `attention_pattern` and, of blocks, the `block_length` in the `generation_config.json` of an export.
+
+    Both are None where the file says nothing of them, as published ones do not.
+    """
+    path = directory / GENERATION_CONFIG
+    known = _read_json(path)[0] if path.is_file() else {}
+    pattern, length = known.get("attention_pattern"), known.get("block_length")
+    if pattern not in PATTERNS:
+        return None, None
+    if pattern != "blocks":
+        return pattern, None
+    if type(length) is not int or length < 1:
+        raise CheckpointError(f"{path}: attention_pattern blocks needs a block_length, a whole number from 1")
+    return pattern, length
 
 
 def _require_whole_model(directory: Path) -> None:

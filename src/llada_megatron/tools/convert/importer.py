@@ -165,6 +165,7 @@ def _plan(source: HuggingFaceSource, tokenizer: KeptTokenizer, options: ImportOp
         "source": str(source.directory.resolve()),
         FILES: file_states(source.tensors.files),
         "source's configuration": source.config_sha256,
+        "source's objective": to_dict(source.objective),
         "source's tokenizer": {name: hashlib.sha256(data).hexdigest() for name, data in tokenizer.files.items()},
         "--layout": to_dict(options.layout),
         "--dtype": str(options.dtype),
