@@ -146,6 +146,30 @@ def test_an_end_of_text_ends_it(pairs, case):
         assert two[0, : len(ours)].tolist() == ours and set(two[0, len(ours) :].tolist()) == {end}
 
 
+@torch.no_grad()
+def test_ends_of_text_can_come_last(pairs):
+    """Beside the published rule, written down plainly; without it the end of text would be the first token."""
+    peer = load(pairs("dense", "full")[1])
+    mask = torch.tensor([peer.config.mask_token_id])
+
+    def surest(tokens, left, ends):
+        logits = peer(tokens).logits[0].index_fill(-1, mask, -torch.inf)
+        chosen, chances = logits.argmax(-1), logits.index_fill(-1, torch.tensor(ends), -torch.inf).softmax(-1)
+        place = max(sorted(left), key=lambda at: float(chances[at, chosen[at]]))
+        return place, int(chosen[place])
+
+    tokens, left = torch.cat([PROMPT, mask.expand(1, NEW)], 1), set(range(11, 11 + NEW))
+    _, end = surest(tokens, left, [])
+    peer.config.eos_token_id, written = end, []
+    while left:
+        place, token = surest(tokens, left, [end])
+        tokens[0, place] = token
+        left.remove(place)
+        written.append(token)
+    found = peer.generate(PROMPT, steps=NEW, gen_length=NEW, confidence_eos_eot_inf=True)
+    assert torch.equal(found, tokens) and written[0] != end
+
+
 def test_ids_that_the_tokenizer_lacks_are_never_sampled(tmp_path):
     random_peer(tmp_path / "random", MODELS["dense"]).save_pretrained(tmp_path / "random")
     path = tmp_path / "random/config.json"
@@ -243,3 +267,9 @@ def test_what_an_export_says_of_its_attention(pairs, tmp_path):
     path.write_text('{"attention_pattern": "blocks", "block_length": "4"}')
     with pytest.raises(CheckpointError, match="needs a block_length"):
         stated_attention(tmp_path / "copy")
+
+
+def test_transformers_keeps_what_is_said_of_the_attention(pairs, tmp_path):
+    load(pairs("dense", "blocks")[1]).save_pretrained(tmp_path)
+    kept = json.loads((tmp_path / "generation_config.json").read_text())
+    assert (kept["attention_pattern"], kept["block_length"]) == ("blocks", 8)

@@ -131,6 +131,7 @@ class FixedStepsGenerationMixin(MaskFillingGenerationMixin):
         remasking: str = "low_confidence",
         mask_id: int | None = None,
         logits_eos_inf: bool = False,
+        confidence_eos_eot_inf: bool = False,
         *,
         input_ids: torch.Tensor | None = None,
         inputs: torch.Tensor | None = None,
@@ -148,6 +149,8 @@ class FixedStepsGenerationMixin(MaskFillingGenerationMixin):
             remasking: "low_confidence" fills the surest masks first, "random" any.
             mask_id: the mask token; None = `config.mask_token_id`.
             logits_eos_inf: never sample the end of text.
+            confidence_eos_eot_inf: fill masks with an end of text only where no other mask is left, or of a turn, where
+                the configuration has an `eot_token_id`.
 
         Raises:
             ValueError: an argument is impossible, or the weights fill no masks.
@@ -176,6 +179,8 @@ class FixedStepsGenerationMixin(MaskFillingGenerationMixin):
                     logits[..., self.special_id("eos_token_id", None)] = -torch.inf
                 noise = -(-torch.rand(logits.shape, dtype=torch.float64, device=logits.device).log()).log()
                 chosen = (logits + temperature * noise if temperature else logits).argmax(-1)
+                if confidence_eos_eot_inf:
+                    logits = logits.index_fill(-1, self._ends(logits.device), -torch.inf)
                 confidence = logits.softmax(-1).gather(-1, chosen[..., None])[..., 0]
                 if remasking == "random":
                     confidence = torch.rand_like(confidence)
@@ -184,6 +189,12 @@ class FixedStepsGenerationMixin(MaskFillingGenerationMixin):
                 open_[:, columns] &= ~take
                 step += 1
         return tokens[:, : length + gen_length]
+
+    def _ends(self, device: torch.device) -> torch.Tensor:
+        """Ids of the end of text and, if the configuration has it, the end of a turn."""
+        turn = getattr(self.config, "eot_token_id", None)
+        ends = [self.special_id("eos_token_id", None), *([] if turn is None else [turn])]
+        return torch.tensor(ends, device=device)
 
     def _padding(self, attention_mask: torch.Tensor | None, total: int) -> torch.Tensor | None:
         """The padding of the whole text `[batch, total]`, or None. Raises ValueError: blocks would begin within it."""
