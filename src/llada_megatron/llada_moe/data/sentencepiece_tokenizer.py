@@ -15,6 +15,7 @@ from llada_megatron.llada_moe.data.tokenizer import (
     MASK_NAMES,
     Tokenizer,
     choose_name,
+    encode_behind,
     eos_missing,
 )
 from llada_megatron.llada_moe.errors import DataError
@@ -73,7 +74,7 @@ class SentencePieceTokenizer(Tokenizer):
         first, *rest = text.split(SPACE_SYMBOL)
         ids = self._processor.encode(first)
         for part in rest:
-            ids += self._space_bytes + self._processor.encode(part)
+            ids += self._space_bytes + (encode_behind(self._processor.encode, part) if part else [])
         return ids
 
     def decode(self, ids: list[int]) -> str:

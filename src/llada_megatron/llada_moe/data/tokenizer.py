@@ -7,7 +7,7 @@ as ordinary text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -47,15 +47,40 @@ class Tokenizer(Protocol):
         ...
 
 
-def encode_long(tokenizer: Tokenizer, text: str, limit: int = LONG_TEXT) -> list[int]:
-    """Ids of a text of any length; one above `limit` characters is encoded in parts that end at line ends."""
+def encode_long(tokenizer: Tokenizer, text: str, limit: int = LONG_TEXT, continues: bool = False) -> list[int]:
+    """Ids of a text of any length; one above `limit` characters is encoded in parts that end at line ends.
+
+    `continues`: the text stands behind another, so that nothing belongs between the two.
+    """
     ids: list[int] = []
     start = 0
-    while len(text) - start > limit:
-        cut = text.rfind("\n", start, start + limit) + 1 or start + limit
-        ids += tokenizer.encode(text[start:cut])
+    while start < len(text):
+        rest = len(text) - start <= limit
+        cut = len(text) if rest else text.rfind("\n", start, start + limit) + 1 or start + limit
+        part = text[start:cut]
+        ids += encode_behind(tokenizer.encode, part) if continues or start else tokenizer.encode(part)
         start = cut
-    return ids + tokenizer.encode(text[start:] if start else text)
+    return ids
+
+
+_BEFORE = ("\n", ".", "a", "0", "中")
+"""Characters that a text is put behind, of which one at least does not grow together with the text's first."""
+
+
+def encode_behind(encode: Callable[[str], list[int]], text: str) -> list[int]:
+    """Ids of a text that stands behind another one.
+
+    Many tokenizers put a space before each text that they are given, and take it away where the ids begin; in the
+    middle of a document it would stay. Of such a tokenizer the text is encoded behind a character whose ids are known.
+    """
+    alone = encode("a")
+    if encode("\na")[-len(alone) :] == alone:
+        return encode(text)
+    for before in _BEFORE:
+        known, ids = encode(before), encode(before + text)
+        if known and ids[: len(known)] == known:
+            return ids[len(known) :]
+    return encode(text)
 
 
 def choose_name(wanted: str | None, known: tuple[str, ...], has: set[str], what: str, file: Path) -> str | None:

@@ -34,7 +34,7 @@ class RequestBuilder:
                 gaps.
             DataError: the prompt is a text and there is no tokenizer, or it is not UTF-8 text.
         """
-        pieces = [(self._ids(piece, prompt), isinstance(piece, Gap)) for piece in prompt.pieces]
+        pieces = [(self._ids(piece, prompt, i > 0), isinstance(piece, Gap)) for i, piece in enumerate(prompt.pieces)]
         stream = prompt.number - 1
         if not prompt.infilling:
             tokens = [token for ids, _ in pieces for token in ids]
@@ -48,8 +48,8 @@ class RequestBuilder:
             raise ConfigError(f"{prompt}: there is nothing to fill, the text that is cut out has no tokens")
         return infilling(tokens, gaps, self.block_length, stream, self.grid)
 
-    def _ids(self, piece: Piece, prompt: Prompt) -> Sequence[int]:
-        """Token ids of a piece; for a gap as many arbitrary ids as it has tokens."""
+    def _ids(self, piece: Piece, prompt: Prompt, continues: bool) -> Sequence[int]:
+        """Token ids of a piece, which may continue another; for a gap as many arbitrary ids as it has tokens."""
         if isinstance(piece, Gap) and piece.tokens is not None:
             return range(piece.tokens)  # not a list, because the number may be huge and its check comes later
         if isinstance(piece, tuple):
@@ -63,7 +63,7 @@ class RequestBuilder:
             raise DataError(f"{prompt}: a text needs a tokenizer")
         text = piece.instead_of if isinstance(piece, Gap) else piece
         require_text(text, str(prompt))
-        return encode_long(self.tokenizer, text)
+        return encode_long(self.tokenizer, text, continues=continues)
 
     def _require_room(self, given: int, new: int, prompt: Prompt) -> None:
         """Refuse a continuation that does not fit the model's context with its last block filled up."""
