@@ -9,6 +9,10 @@ from typing import Any, TextIO
 
 RED = "31"
 
+_CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
+_CONTROL |= dict.fromkeys(range(0x80, 0xA0), "\ufffd")
+"""Control characters, also those of eight bits, and the visible characters that stand for them."""
+
 
 def message(text: str) -> None:
     """Print a message for people (stderr)."""
@@ -17,7 +21,7 @@ def message(text: str) -> None:
 
 def error(text: str) -> None:
     """Print an error message (stderr)."""
-    message(f"{coloured('error:', RED, sys.stderr)} {text}")
+    message(f"{coloured('error:', RED, sys.stderr)} {visible(text)}")
 
 
 def emit_json(value: Any) -> None:
@@ -30,6 +34,11 @@ def coloured(text: str, code: str, stream: TextIO) -> str:
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty():
         return text
     return f"\033[{code}m{text}\033[0m"
+
+
+def visible(text: str) -> str:
+    """A text with its control characters made visible, so that it cannot control the terminal."""
+    return text.translate(_CONTROL)
 
 
 def size_text(count: float) -> str:

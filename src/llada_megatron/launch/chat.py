@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from llada_megatron.console import emit_json, error, message
+from llada_megatron.console import emit_json, error, message, visible
 from llada_megatron.launch.sampling.options import add_method, add_model, settings_of
 from llada_megatron.llada_moe.errors import ConfigError, LladaError
 
@@ -96,7 +96,7 @@ def _converse(conversation: Conversation, quiet: bool) -> bool:
 
 def _answer(conversation: Conversation, text: str, console: Console | None, quiet: bool) -> None:
     """Answer one message, and show the steps on `console` if there is one."""
-    from llada_megatron.launch.sampling.display import Screen, visible
+    from llada_megatron.launch.sampling.display import Screen
 
     before = len(conversation.messages)
     with contextlib.ExitStack() as held:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llada_megatron.console import visible
 from llada_megatron.llada_moe.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
@@ -44,9 +47,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"{path}: does not exist yet; `llada jobs {job.record.job_id}` says whether the job has started"
         )
-    position = _print_tail(path, args.lines) if path.exists() else 0
+    output = _Output()
+    position = _print_tail(path, args.lines, output) if path.exists() else 0
     if args.follow:
-        _follow(path, position, job)
+        _follow(path, position, job, output)
+    output.finish()
     return 0
 
 
@@ -58,7 +63,7 @@ def _rank_log(job: SubmittedJob, rank: int) -> Path:
     return log_path(Path(job.record.output_dir) / "logs", rank)
 
 
-def _print_tail(path: Path, lines: int) -> int:
+def _print_tail(path: Path, lines: int, output: _Output) -> int:
     """Print the last lines; returns the position in the file after them."""
     with path.open("rb") as stream:
         start, text = stream.seek(0, os.SEEK_END), b""
@@ -67,12 +72,12 @@ def _print_tail(path: Path, lines: int) -> int:
             start -= step
             stream.seek(start)
             text = stream.read(step) + text
-        wanted = b"".join(text.splitlines(keepends=True)[-lines:] if lines > 0 else [])
-        _write(wanted)
+        wanted = b"".join(io.BytesIO(text).readlines()[-lines:] if lines > 0 else [])
+        output.write(wanted)
         return stream.seek(0, os.SEEK_END) if not text else start + len(text)
 
 
-def _follow(path: Path, position: int, job: SubmittedJob) -> None:
+def _follow(path: Path, position: int, job: SubmittedJob, output: _Output) -> None:
     """Print what is added, until SLURM says that the job is over (or Ctrl-C)."""
     ask_at = time.monotonic()
     over = False
@@ -80,18 +85,19 @@ def _follow(path: Path, position: int, job: SubmittedJob) -> None:
         if time.monotonic() >= ask_at:
             over = _is_over(job)
             ask_at = time.monotonic() + _ASK_SLURM_S
-        position = _print_new(path, position)  # after asking SLURM, so that nothing printed before the end is missed
+        # After asking SLURM, so that nothing that was printed before the end is missed.
+        position = _print_new(path, position, output)
         if not over:
             time.sleep(_POLL_S)
 
 
-def _print_new(path: Path, position: int) -> int:
+def _print_new(path: Path, position: int, output: _Output) -> int:
     if not path.exists():
         return position
     with path.open("rb") as stream:
         stream.seek(position)
         while text := stream.read(_BLOCK):
-            _write(text)
+            output.write(text)
         return stream.tell()
 
 
@@ -107,6 +113,18 @@ def _is_over(job: SubmittedJob) -> bool:
     return found is None or not found.is_live
 
 
-def _write(text: bytes) -> None:
-    sys.stdout.buffer.write(text)  # not decoded: a block may end inside a character
-    sys.stdout.flush()
+class _Output:
+    """Standard output for bytes of a log: control characters and bytes that are no UTF-8 are shown, not sent."""
+
+    def __init__(self) -> None:
+        # A block may end inside a character: the rest of it comes with the next one.
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="backslashreplace")
+
+    def write(self, text: bytes, final: bool = False) -> None:
+        """Print a block."""
+        sys.stdout.buffer.write(visible(self._decoder.decode(text, final)).encode())
+        sys.stdout.flush()
+
+    def finish(self) -> None:
+        """Print what is left of a character that was never finished."""
+        self.write(b"", final=True)

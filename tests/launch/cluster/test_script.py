@@ -2,17 +2,21 @@
 
 import dataclasses
 import os
+import re
 import shlex
 import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
 from llada_megatron.launch.cluster.config import ClusterConfig, ContainerConfig
 from llada_megatron.launch.cluster.job import JobDirectory
 from llada_megatron.launch.cluster.script import render
+from llada_megatron.launch.cluster.script_checks import check_environment
+from llada_megatron.llada_moe.errors import ConfigError
 
 CLUSTER = ClusterConfig(ranks_per_node=2, time="0-02:00:00", max_requeues=2)
 
@@ -99,7 +103,7 @@ def test_a_script_is_whole_bash_with_every_option_quoted(tmp_path):
         partition="main",
         exclude=["n3", "n[5-6]"],
         cpus_per_node=16,
-        environment=["NOTE=it's $HOME"],
+        environment=["NOTE=it's $HOME/${HOME}x \\$HOME $(id) $1"],
         container=ContainerConfig(image="/i mages/x.sqsh", mounts=["/data:/data", "/runs:/runs"]),
         sbatch_options=["--comment=x"],
     )
@@ -118,8 +122,47 @@ def test_a_script_is_whole_bash_with_every_option_quoted(tmp_path):
         ["bash", "-c", next(line for line in text.splitlines() if line.startswith("export NOTE")) + "; echo $NOTE"],
         capture_output=True,
         text=True,
+        env={"HOME": "/h"},
     )
-    assert exported.stdout == "it's $HOME\n"
+    assert exported.stdout == "it's /h//hx $HOME $(id) $1\n"
+
+
+def test_gpus_and_hosts_are_asked_for_in_the_words_of_the_cluster_file(tmp_path):
+    cluster = dataclasses.replace(CLUSTER, gpus_per_node="gpu:a100:2", exclude="n[1-4,7], n9", time="INFINITE")
+    asked = [line for line in render(cluster, 2, tmp_path, "demo", tmp_path, []).splitlines() if "#SBATCH" in line]
+    assert {"#SBATCH --gres=gpu:a100:2", "#SBATCH --exclude='n[1-4,7],n9'", "#SBATCH --time=INFINITE"} <= set(asked)
+    assert not any("--gpus-per-node" in line for line in asked)
+
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\x1b", "\u2028", "\udcff"])
+def test_a_name_cannot_become_a_command_of_the_script(tmp_path, character):
+    bad = f"a{character}touch x"
+    for job, name, folder in (
+        (tmp_path / bad, "demo", tmp_path),
+        (tmp_path, bad, tmp_path),
+        (tmp_path, "d", Path(bad)),
+    ):
+        with pytest.raises(ConfigError, match="which a job script cannot hold"):
+            render(CLUSTER, 1, job, name, folder, [])
+    with pytest.raises(ConfigError, match="which a job script cannot hold"):
+        render(dataclasses.replace(CLUSTER, partition=bad), 1, tmp_path, "demo", tmp_path, [])
+
+
+def test_every_variable_of_the_script_is_refused_in_the_environment(tmp_path):
+    text = render(CLUSTER, 2, tmp_path, "demo", tmp_path, [1, 2])
+    code = re.sub(r'#.*|"[^"\n]*"', "", text.partition("\nsay()")[2])
+    names = {"LLADA_JOB", "LLADA_ATTEMPT", "LLADA_RENDEZVOUS", *re.findall(r"(?:^|\s)([a-z_]+)\+?=(?!=)", code)}
+    for words in re.findall(r"\b(?:local|read -r|for) ([^;\n<]+)", code):
+        names |= set(re.findall(r"\b[a-z_]+\b(?==|\s|$)", words.partition(" in ")[0]))
+    assert {"port", "step", "changes", "reason", "try", "status", "count"} <= names
+    refused = []
+    check_environment([f"{name}=x" for name in sorted(names)], lambda key, message: refused.append(key))
+    assert len(refused) == len(names), sorted(names)
+
+
+def test_a_line_that_goes_on_does_not_swallow_the_script(script):
+    cluster = dataclasses.replace(CLUSTER, setup=["true \\"])
+    assert script.run(cluster, AGENT=says("done"))[0] == 0, script.output
 
 
 @pytest.mark.parametrize(

@@ -113,3 +113,11 @@ def test_logs_of_a_rank(job, capsys):
     assert capsys.readouterr().out == "stack\n"
     assert cli.main(["logs", "7", "--rank", "4"]) == 2
     assert "the job has the ranks 0 to 3" in capsys.readouterr().err
+
+
+def test_control_characters_are_shown_and_not_sent_to_the_terminal(job, capsys):
+    job.output.write_bytes("a\x1b]0;title\x07\r\x9b2J\tb é\n".encode() + b"\xff\xe2\x96\n")
+    assert cli.main(["logs", "7"]) == 0
+    assert capsys.readouterr().out == "a␛]0;title␇␍\ufffd2J\tb é\n\\xff\\xe2\\x96\n"
+    assert cli.main(["logs", "7\x1b[2J"]) == 2
+    assert "\x1b" not in capsys.readouterr().err

@@ -164,3 +164,22 @@ def test_tensor_parallelism_across_nodes_is_warned_of():
     run = load_run(RUNS / "llada2-flash-pretrain.yaml")
     (warning,) = layout_warnings(run, ClusterConfig(ranks_per_node=2))
     assert "tensor_parallel 4 does not divide the 2 ranks of a node" in warning
+
+
+@pytest.mark.parametrize("options", [["--dry-run"], []])
+def test_a_line_break_in_a_path_is_refused_before_a_script_is_written(place, capsys, options):
+    assert submit(*options, 'output_dir="x/a\\ntouch PWNED\\n#"') == 2
+    said = capsys.readouterr()
+    assert "output_dir: expected one line of text" in said.err and not said.out
+    folder = place / "a\ntouch PWNED\n#"
+    folder.mkdir()
+    os.chdir(folder)
+    assert submit("--dry-run") == 2
+    assert "touch PWNED" not in capsys.readouterr().out
+
+
+def test_an_unbalanced_quote_is_found_in_the_dry_run(place, capsys):
+    (place / "c.yaml").write_text("base: cpu\nsetup:\n  - module load a\n  - echo 'b\n")
+    arguments = ["submit", str(RUNS / "demo.yaml"), "--cluster", "c.yaml", *SMALL, "--dry-run"]
+    assert cli.main(arguments) == 2
+    assert "c.yaml:4: setup.1: bash cannot read this: unexpected EOF" in capsys.readouterr().err

@@ -90,3 +90,42 @@ def test_another_world_size_is_refused_with_the_arithmetic():
     with pytest.raises(ConfigError) as error:
         check_world(RankInfo("torchrun", 0, 0, 6, "h", 1), layout)
     assert "data_parallel=" not in str(error.value)
+    with pytest.raises(ConfigError, match="srun started 1; .*or, to start the ranks on this machine, give --local"):
+        check_world(RankInfo("srun", 0, 0, 1, "h", 1), layout)
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [
+        {"SLURM_STEP_ID": "4294967290"},  # salloc, with LaunchParameters=use_interactive_step
+        {"SLURM_STEP_ID": "4294967291"},  # the batch script
+        {"SLURM_NTASKS": "1", "SLURM_PTY_PORT": "4000", "SLURM_PROCID": "0"},  # srun --pty bash
+    ],
+)
+def test_a_shell_in_a_step_is_no_rank(shell):
+    assert find_rank_info(SRUN | shell) is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "0"}, "RANK is set, but not WORLD_SIZE; .*give --local, or unset RANK and WORLD_SIZE"),
+        ({"WORLD_SIZE": "1"}, "WORLD_SIZE is set, but not RANK"),
+        (
+            {"TORCHELASTIC_RUN_ID": "x"},
+            "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set .*unset TORCHELASTIC_RUN_ID, ",
+        ),
+        (TORCHRUN | {"RANK": "x"}, "RANK='x' is not a number from 0 to 7"),
+        (TORCHRUN | {"RANK": "8"}, "RANK='8' is not a number from 0 to 7; .*give --local"),
+        (TORCHRUN | {"WORLD_SIZE": "0"}, "WORLD_SIZE='0' is not a number"),
+        (TORCHRUN | {"WORLD_SIZE": ""}, "WORLD_SIZE not set"),
+        (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT='70000' is not a number from 1 to 65535"),
+        (SRUN | {"SLURM_PROCID": "4"}, "SLURM_PROCID='4' is not a number from 0 to 3; .*unset SLURM_PROCID"),
+        (SRUN | {"SLURM_STEP_ID": ""}, "SLURM_STEP_ID='' is not a number"),
+        (SRUN | {"SLURM_NTASKS": ""}, "SLURM_STEP_NUM_TASKS and SLURM_NTASKS are not set"),
+        ({"OMPI_COMM_WORLD_SIZE": "8"}, "mpirun started 8 processes .*torchrun or srun; .*--local"),
+    ],
+)
+def test_variables_left_over_or_half_set_name_the_way_out(variables, said):
+    with pytest.raises(ConfigError, match=said):
+        find_rank_info(variables)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from llada_megatron.launch.cluster.notation import MEMORY, gpu_request, host_list, seconds
+from llada_megatron.launch.cluster.script_checks import (
+    OPTION,
+    check_each,
+    check_environment,
+    check_options,
+    check_setup,
+)
 from llada_megatron.llada_moe.config.named import Named
-from llada_megatron.llada_moe.config.parsing import Origins, Refuse, collector, parse
+from llada_megatron.llada_moe.config.parsing import Origins, Refuse, ScriptText, collector, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +52,8 @@ class ClusterConfig:
 
     ranks_per_node: int
     """Processes on a node: one per GPU, or as many as the CPUs can run where there is no GPU."""
-    gpus_per_node: int = 0
+    gpus_per_node: int | str = 0
+    """`4`, or with a type `a100:4`; `gpu:4` and `gpu:a100:4` ask with --gres, which some sites want."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -56,19 +64,20 @@ class ClusterConfig:
     memory_per_node: str | None = None
     """As SLURM writes it (`64G`; `0` = all)."""
     time: str = "1-00:00:00"
-    """Time limit of one allocation (days-hours:minutes:seconds); before it ends, the job is queued again."""
+    """Time limit of one allocation (days-hours:minutes:seconds, or UNLIMITED); before it ends, the job is queued
+    again."""
     exclusive: bool = True
-    exclude: list[str] = field(default_factory=list)
-    """Nodes that the job does not use."""
+    exclude: list[str] | str = field(default_factory=list)
+    """Nodes that the job does not use: names, or SLURM's compressed lists such as `node[1-4,7]`."""
     sbatch_options: list[str] = field(default_factory=list)
     """Further options of sbatch, one in each item, for example `--comment=llada`."""
     container: ContainerConfig | None = None
-    setup: list[str] = field(default_factory=list)
+    setup: list[ScriptText] = field(default_factory=list)
     """Lines of the script before anything starts: `module load …`, `source …/bin/activate`."""
     python: str | None = None
     """Interpreter on the nodes; null = `python` in a container, else the one that runs `llada submit`."""
     environment: list[str] = field(default_factory=list)
-    """`NAME=value` for every process."""
+    """`NAME=value` for the script and every process; `$OTHER` in a value is replaced, `\\$` is a dollar sign."""
     signal_before_end_s: int = 300
     """How long before the time limit the job saves and is queued again."""
     requeue: bool = True
@@ -86,29 +95,17 @@ class ClusterConfig:
     """How long the nodes of a job wait for each other."""
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
 
+    @property
+    def gpus(self) -> int:
+        """The number of GPUs of a node."""
+        request = gpu_request(self.gpus_per_node)
+        return request.count if request else 0
 
-_TIME = re.compile(
-    r"((?P<days>\d+)-(?P<day_hours>\d+)(:(?P<day_minutes>\d+)(:(?P<day_seconds>\d+))?)?"
-    r"|((?P<hours>\d+):(?=\d+:))?(?P<minutes>\d+)(:(?P<seconds>\d+))?)"
-)
-
-_UNITS = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
-
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^\0\n]*")
-
-_NODE_LIST = re.compile(r"[^\s,;]+")
-
-_MEMORY = re.compile(r"\d+[KMGT]?")
-
-_RESERVED = ("nodes", "ntasks", "ntasks-per-node", "output", "error", "open-mode", "signal", "chdir", "export", "array")
-"""Options of sbatch that the script sets itself and depends on."""
-
-_KEYS = {"mem": "memory_per_node", "cpus-per-task": "cpus_per_node", "no-requeue": "requeue"}
-
-_KEYS |= {name: name for name in ("partition", "account", "qos", "reservation", "constraint", "time", "exclusive")}
-
-_KEYS |= {name: name.replace("-", "_") for name in ("exclude", "requeue", "gpus-per-node")}
-"""Options of sbatch, and the key of the cluster file to use instead of each."""
+    @property
+    def excluded(self) -> list[str]:
+        """The parts of `exclude`, each a name or a compressed list."""
+        texts = [self.exclude] if isinstance(self.exclude, str) else self.exclude
+        return [part for text in texts for part in host_list(text) or [text]]
 
 
 def validate_cluster(cluster: ClusterConfig, origins: Origins) -> None:
@@ -124,23 +121,14 @@ def validate_cluster(cluster: ClusterConfig, origins: Origins) -> None:
     problems.raise_if_any()
 
 
-def seconds(time: str) -> int | None:
-    """A time limit as SLURM writes it, in seconds; None for a text that is not one.
-
-    Its forms (sbatch(1), --time): M, M:S, H:M:S, D-H, D-H:M, D-H:M:S.
-    """
-    found = _TIME.fullmatch(time)
-    if found is None:
-        return None
-    parts = {name.removeprefix("day_"): int(value) for name, value in found.groupdict().items() if value is not None}
-    return sum(_UNITS[name] * value for name, value in parts.items())
-
-
 def _check_sizes(cluster: ClusterConfig, refuse: Refuse) -> None:
     ranks, gpus = cluster.ranks_per_node, cluster.gpus_per_node
+    request = gpu_request(gpus)
     if ranks < 1:
         refuse("ranks_per_node", f"{ranks} must be at least 1")
-    if gpus not in (0, ranks):
+    if request is None:
+        refuse("gpus_per_node", f"{gpus!r} is not a number of GPUs; write {ranks}, a100:{ranks} or gpu:a100:{ranks}")
+    elif request.count not in (0, ranks):
         refuse(
             "gpus_per_node",
             f"{gpus} is not ranks_per_node {ranks}: a rank uses one GPU; write {ranks}, or 0 for CPUs",
@@ -183,27 +171,24 @@ def _check_times(cluster: ClusterConfig, refuse: Refuse) -> None:
 
 
 def _check_texts(cluster: ClusterConfig, refuse: Refuse) -> None:
-    def each(key: str, values: Iterable[str], pattern: re.Pattern[str], expected: str) -> None:
-        for number, value in enumerate(values):
-            if not pattern.fullmatch(value):
-                refuse(f"{key}.{number}", f"{value!r} is not {expected}")
-
-    each("environment", cluster.environment, _VARIABLE, "NAME=value")
-    each("exclude", cluster.exclude, _NODE_LIST, "the name of a node, or a list such as node[1-4]")
-    options = re.compile(r"--[a-z][^\n]+")
-    each("sbatch_options", cluster.sbatch_options, options, "an option such as --comment=llada")
-    for number, option in enumerate(cluster.sbatch_options):
-        name = option.lstrip("-").partition("=")[0].strip()
-        if name in _RESERVED:
-            refuse(f"sbatch_options.{number}", f"--{name} is set by the script, which depends on it")
-        elif name in _KEYS:
-            refuse(f"sbatch_options.{number}", f"--{name} has a key of its own; write {_KEYS[name]}: …")
-    if cluster.memory_per_node is not None and not _MEMORY.fullmatch(cluster.memory_per_node):
+    exclude = [cluster.exclude] if isinstance(cluster.exclude, str) else cluster.exclude
+    for number, text in enumerate(exclude):
+        if host_list(text) is None:
+            key = "exclude" if isinstance(cluster.exclude, str) else f"exclude.{number}"
+            refuse(key, f"{text!r} is not the name of a node, or a list such as node[1-4,7]")
+    check_environment(cluster.environment, refuse)
+    check_setup(cluster.setup, refuse)
+    check_options(cluster.sbatch_options, refuse)
+    request = gpu_request(cluster.gpus_per_node)
+    if request and request.option == "gres" and any(option.startswith("--gres") for option in cluster.sbatch_options):
+        refuse("gpus_per_node", f"{cluster.gpus_per_node} asks with --gres, and so do sbatch_options; keep one of them")
+    if cluster.memory_per_node is not None and not MEMORY.fullmatch(cluster.memory_per_node):
         refuse("memory_per_node", f"{cluster.memory_per_node!r} is not a size as SLURM writes it, such as 64G; 0 = all")
     if cluster.container is not None:
-        each("container.options", cluster.container.options, options, "an option of srun such as --container-writable")
+        expected = "an option of srun such as --container-writable"
+        check_each("container.options", cluster.container.options, OPTION, expected, refuse)
         mount = re.compile(r"/[^:,\s]*(:/[^:,\s]*(:[a-z+]+)?)?")
-        each("container.mounts", cluster.container.mounts, mount, "HOST:CONTAINER, two absolute paths")
+        check_each("container.mounts", cluster.container.mounts, mount, "HOST:CONTAINER, two absolute paths", refuse)
 
 
 CLUSTERS = Named("cluster", "clusters")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llada_megatron.launch.cluster import slurm
-from llada_megatron.launch.cluster.config import seconds
+from llada_megatron.launch.cluster.notation import seconds
 from llada_megatron.llada_moe.config import validate_run
 from llada_megatron.llada_moe.errors import ConfigError
 

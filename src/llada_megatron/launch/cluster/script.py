@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from llada_megatron.launch.cluster.notation import gpu_request
+from llada_megatron.llada_moe.config.parsing import UNPRINTABLE
+from llada_megatron.llada_moe.errors import ConfigError
 
 if TYPE_CHECKING:
     from llada_megatron.launch.cluster.config import ClusterConfig
 
 TEMPLATE = "job.sbatch.j2"
+
+_REFERENCE = re.compile(r"(\\\$|\$[A-Za-z_]\w*|\$\{[A-Za-z_]\w*\})", re.ASCII)
 
 
 def render(
@@ -24,9 +31,15 @@ def render(
         name: the name that squeue shows.
         directory: the folder that relative paths of the run start from.
         node_counts: the numbers of nodes, up to `nodes`, on which the run can go on.
+
+    Raises:
+        ConfigError: a name or path holds a control character, which could end its line of the script.
     """
     import jinja2
 
+    options = sbatch_options(cluster, nodes, job, name, directory)
+    srun = srun_options(cluster)
+    _check_lines([name, str(job), str(directory), python_of(cluster), *options, *srun, *cluster.environment])
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -39,11 +52,11 @@ def render(
         run_name=name,
         nodes=nodes,
         ranks_per_node=cluster.ranks_per_node,
-        options=sbatch_options(cluster, nodes, job, name, directory),
+        options=options,
         job=shlex.quote(str(job)),
         exports=[_export(line) for line in cluster.environment],
         setup=cluster.setup,
-        srun=srun_options(cluster),
+        srun=srun,
         requeue=cluster.requeue,
         node_counts=sorted(node_counts, reverse=True) if cluster.lost_node == "shrink" else [],
         max_requeues=cluster.max_requeues,
@@ -58,7 +71,7 @@ def sbatch_options(cluster: ClusterConfig, nodes: int, job: Path, name: str, dir
         "job-name": name,
         "nodes": nodes,
         "ntasks-per-node": 1,
-        "gpus-per-node": cluster.gpus_per_node or None,
+        **_gpus(cluster),
         "cpus-per-task": cluster.cpus_per_node,
         "mem": cluster.memory_per_node,
         "partition": cluster.partition,
@@ -66,7 +79,7 @@ def sbatch_options(cluster: ClusterConfig, nodes: int, job: Path, name: str, dir
         "qos": cluster.qos,
         "reservation": cluster.reservation,
         "constraint": cluster.constraint,
-        "exclude": ",".join(cluster.exclude) or None,
+        "exclude": ",".join(cluster.excluded) or None,
         "time": cluster.time,
         "signal": f"B:USR1@{cluster.signal_before_end_s}",
         "chdir": directory,
@@ -102,6 +115,24 @@ def python_of(cluster: ClusterConfig) -> str:
     return cluster.python or ("python" if cluster.container is not None else sys.executable)
 
 
+def _gpus(cluster: ClusterConfig) -> dict[str, str]:
+    request = gpu_request(cluster.gpus_per_node)
+    return {request.option: request.value} if request and request.count else {}
+
+
+def _check_lines(texts: Iterable[str]) -> None:
+    for text in texts:
+        if (found := UNPRINTABLE.search(text)) is not None:
+            raise ConfigError(f"{text!r} holds the character {found[0]!r}, which a job script cannot hold; rename it")
+
+
 def _export(line: str) -> str:
+    """An assignment for the shell: `$NAME` and `${NAME}` are replaced there, all else is quoted."""
     name, _, value = line.partition("=")
-    return f"{name}={shlex.quote(value)}"
+    return f"{name}=" + "".join(_quoted(part) for part in _REFERENCE.split(value) if part)
+
+
+def _quoted(part: str) -> str:
+    if part == "\\$":
+        return "'$'"
+    return f'"{part}"' if _REFERENCE.fullmatch(part) else shlex.quote(part)

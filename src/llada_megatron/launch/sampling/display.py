@@ -11,16 +11,13 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from llada_megatron.console import visible
 from llada_megatron.parallel.sampling.sequence_view import Cell, SequenceView
 
 SCALE = ((0.3, "red"), (0.6, "dark_orange"), (0.9, "yellow"), (1.01, "green"))
 """Upper bounds of the confidence, and the colour below each bound."""
 
 MASK = "░"
-
-_CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
-_CONTROL |= dict.fromkeys(range(0x80, 0xA0), "\ufffd")
-"""Control characters, also those of eight bits, and the visible characters that stand for them."""
 
 
 class Screen:
@@ -65,11 +62,6 @@ def coloured(cells: Sequence[Cell], step: int = -1) -> Text:
                 style=colour_of(cell.confidence) + (" underline bold" if cell.step == step else ""),
             )
     return text
-
-
-def visible(text: str) -> str:
-    """A text with its control characters made visible, so that the output of a model cannot control the terminal."""
-    return text.translate(_CONTROL)
 
 
 def colour_of(confidence: float) -> str:

@@ -31,6 +31,16 @@ TRUTH_WORDS = {
     "0": "false",
 }
 
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Control characters, line breaks, and what is no character at all."""
+
+ScriptText = typing.NewType("ScriptText", str)
+"""Text that may have several lines, with tabs."""
+
+LARGEST_INTEGER = 2**63 - 1
+
+_SHOWN = 80
+
 _FAILED = object()
 
 VARIANTS: dict[type, Callable[[dict[str, str]], type]] = {}
@@ -114,9 +124,9 @@ class _Parser:
             return self._mapping(hint, node, path, place)
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
         if origin in (typing.Union, types.UnionType):
-            if node.tag == NULL_TAG:
+            if node.tag == NULL_TAG and type(None) in arguments:
                 return None
-            return self.value(next(part for part in arguments if part is not type(None)), node, path, place)
+            return self.value(_fitting([part for part in arguments if part is not type(None)], node), node, path, place)
         if origin is list:
             return self._list(arguments[0], node, path, place)
         try:
@@ -162,6 +172,17 @@ class _Parser:
         return _FAILED if _FAILED in items else items
 
 
+def _fitting(hints: list[Any], node: yaml.Node) -> Any:
+    """Of several types the one that a node is written as; the last where it is none of them."""
+
+    def fits(hint: Any) -> bool:
+        if typing.get_origin(hint) is list:
+            return isinstance(node, yaml.SequenceNode)
+        return _is_scalar(node) and (hint is not int or (not node.style and INTEGER.fullmatch(node.value) is not None))
+
+    return next(filter(fits, hints), hints[-1])
+
+
 def _is_scalar(node: yaml.Node) -> bool:
     return isinstance(node, yaml.ScalarNode)
 
@@ -171,7 +192,12 @@ def _describe(node: yaml.Node) -> str:
         return "a mapping"
     if isinstance(node, yaml.SequenceNode):
         return "a list"
-    return "nothing" if node.tag == NULL_TAG else repr(node.value)
+    return "nothing" if node.tag == NULL_TAG else _shown(node.value)
+
+
+def _shown(text: str) -> str:
+    """A text in quotes, its middle left out where it is long."""
+    return repr(text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}…{text[-_SHOWN // 4 :]}")
 
 
 def _text(node: yaml.Node, expected: str, quoted: bool = False) -> str:
@@ -179,12 +205,22 @@ def _text(node: yaml.Node, expected: str, quoted: bool = False) -> str:
     if not isinstance(node, yaml.ScalarNode) or node.tag == NULL_TAG:
         raise ValueError(f"expected {expected}, found {_describe(node)}")
     if node.style and not quoted:
-        raise ValueError(f"expected {expected}, found the quoted text {node.value!r}; remove the quotes")
+        raise ValueError(f"expected {expected}, found the quoted text {_shown(node.value)}; remove the quotes")
     return node.value
 
 
 def _string(node: yaml.Node) -> str:
-    return _text(node, "text", quoted=True)
+    text = _text(node, "text", quoted=True)
+    if (found := UNPRINTABLE.search(text)) is not None:
+        raise ValueError(f"expected one line of text, found the character {found[0]!r} in {_shown(text)}; remove it")
+    return text
+
+
+def _script_text(node: yaml.Node) -> str:
+    text = _text(node, "text", quoted=True)
+    if (found := UNPRINTABLE.search(text.replace("\n", "").replace("\t", ""))) is not None:
+        raise ValueError(f"expected lines of shell, found the character {found[0]!r} in {_shown(text)}; remove it")
+    return text
 
 
 def _boolean(node: yaml.Node) -> bool:
@@ -192,24 +228,26 @@ def _boolean(node: yaml.Node) -> bool:
     if text not in ("true", "false"):
         meant = TRUTH_WORDS.get(text.lower(), text.lower())
         hint = f"; write {meant}" if meant in ("true", "false") else ""
-        raise ValueError(f"expected true or false, found {text!r}{hint}")
+        raise ValueError(f"expected true or false, found {_shown(text)}{hint}")
     return text == "true"
 
 
 def _integer(node: yaml.Node) -> int:
     text = _text(node, "a whole number")
     if INTEGER.fullmatch(text):
-        return int(text)
+        if len(text) < _SHOWN and abs(value := int(text)) <= LARGEST_INTEGER:
+            return value
+        raise ValueError(f"{_shown(text)} is too large: the largest whole number is {LARGEST_INTEGER}")
     whole = float(text) if NUMBER.fullmatch(text) else math.nan
-    hint = f"; write {int(whole)}" if math.isfinite(whole) and whole == int(whole) else ""
-    raise ValueError(f"expected a whole number, found {text!r}{hint}")
+    hint = f"; write {int(whole)}" if abs(whole) <= LARGEST_INTEGER and whole == int(whole) else ""
+    raise ValueError(f"expected a whole number, found {_shown(text)}{hint}")
 
 
 def _float(node: yaml.Node) -> float:
     text = _text(node, "a number")
     value = float(text) if NUMBER.fullmatch(text) else math.nan
     if not math.isfinite(value):
-        raise ValueError(f"expected a finite number such as 0.1 or 1e-4, found {text!r}")
+        raise ValueError(f"expected a finite number such as 0.1 or 1e-4, found {_shown(text)}")
     return value
 
 
@@ -217,11 +255,11 @@ def _choice(choices: tuple[str, ...], node: yaml.Node) -> str:
     expected = "one of " + ", ".join(choices)
     text = _text(node, expected, quoted=True)
     if text not in choices:
-        raise ValueError(f"expected {expected}, found {text!r}{closest(text, choices)}")
+        raise ValueError(f"expected {expected}, found {_shown(text)}{closest(text[:_SHOWN], choices)}")
     return text
 
 
-_SCALARS = {bool: _boolean, int: _integer, float: _float, str: _string}
+_SCALARS = {bool: _boolean, int: _integer, float: _float, str: _string, ScriptText: _script_text}
 
 T = TypeVar("T")
 

@@ -7,6 +7,7 @@ PyYAML's `compose` gives nodes with file, line and column and does not yet turn 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -22,6 +23,19 @@ STRING_TAG = YAML_TAG + "str"
 PLAIN_TAGS = frozenset(
     YAML_TAG + kind for kind in ("null", "bool", "int", "float", "str", "timestamp", "map", "seq", "merge", "value")
 )
+
+
+MAX_BYTES = 2**20
+"""Size of a configuration file above which it is not read: those of this project have a few kilobytes."""
+
+MAX_NODES = 50_000
+"""Values of a configuration, with each alias counted as all that it stands for."""
+
+_MAX_DEPTH = 50
+
+_TOO_MANY = f"more than {MAX_NODES:,} values, which no configuration has; are there aliases of aliases?"
+
+_TOO_DEEP = "mappings and lists are nested deeper than any configuration"
 
 
 class _Override(str):
@@ -48,6 +62,8 @@ def read_yaml(path: Path) -> yaml.MappingNode:
         ConfigError: the file cannot be read, is not YAML, is not one mapping, or repeats a key.
     """
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{display(path)}: {path.stat().st_size:,} bytes are too many for a configuration file")
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{display(path)}: not a text file (byte {error.start} is not UTF-8)") from None
@@ -69,8 +85,8 @@ def parse_override(text: str) -> tuple[list[str], yaml.Node]:
     """
     key, equals, value = text.partition("=")
     keys = key.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"override {text!r}: write it as key.path=value, for example layout.tensor_parallel=2")
+    if not equals or not all(keys) or len(keys) > _MAX_DEPTH:
+        raise ConfigError(f"override {text[:200]!r}: write it as key.path=value, for example layout.tensor_parallel=2")
     name = _Override(f"override {text}")
     mark = yaml.Mark(name, 0, 0, 0, None, 0)
     return keys, _compose(value, name) or yaml.ScalarNode(NULL_TAG, "", mark, mark)
@@ -82,7 +98,7 @@ def assigned(node: yaml.Node | None, keys: list[str], value: yaml.Node) -> yaml.
         return value
     head, rest = keys[0], keys[1:]
     if isinstance(node, yaml.SequenceNode):
-        if not head.isdecimal() or int(head) >= len(node.value):
+        if not head.isdecimal() or len(head) > 9 or int(head) >= len(node.value):
             raise ConfigError(
                 f"{location(value.start_mark)}: {head!r} is not an item of this list (0 to {len(node.value) - 1})"
             )
@@ -135,16 +151,28 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         mark = error.problem_mark or error.context_mark
         column = "" if isinstance(name, _Override) else f":{mark.column + 1}"
         raise ConfigError(f"{location(mark)}{column}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.reader.ReaderError as error:
+        line = "" if isinstance(name, _Override) else f":{text.count(chr(10), 0, error.position) + 1}"
+        raise ConfigError(f"{name}{line}: not valid YAML: it holds the character {text[error.position]!r}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{name}: {_TOO_DEEP}") from None
     if node is not None:
-        _check(node, ())
+        _check(node, (), iter(range(MAX_NODES)))
     return node
 
 
-def _check(node: yaml.Node, ancestors: tuple[yaml.Node, ...]) -> None:
-    """Refuse what YAML allows and a configuration cannot mean: repeated keys, tags, a node inside itself."""
+def _check(node: yaml.Node, ancestors: tuple[yaml.Node, ...], left: Iterator[int]) -> None:
+    """Refuse what YAML allows and a configuration cannot mean: repeated keys, tags, a node inside itself.
+
+    `left` is taken one item from for each node, and refuses the one after its end.
+    """
     where = location(node.start_mark)
+    if next(left, None) is None:
+        raise ConfigError(f"{where}: {_TOO_MANY}")
+    if len(ancestors) > _MAX_DEPTH:
+        raise ConfigError(f"{where}: {_TOO_DEEP}")
     if any(node is ancestor for ancestor in ancestors):
         raise ConfigError(f"{where}: an alias refers to the mapping or list that contains it")
     if node.tag not in PLAIN_TAGS:
@@ -153,7 +181,7 @@ def _check(node: yaml.Node, ancestors: tuple[yaml.Node, ...]) -> None:
         )
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _check(item, (*ancestors, node))
+            _check(item, (*ancestors, node), left)
     elif isinstance(node, yaml.MappingNode):
         seen: dict[str, str] = {}
         for key, value in node.value:
@@ -163,4 +191,4 @@ def _check(node: yaml.Node, ancestors: tuple[yaml.Node, ...]) -> None:
             if key.value in seen:
                 raise ConfigError(f"{here}: key {key.value!r} is given twice (first at {seen[key.value]}); keep one")
             seen[key.value] = here
-            _check(value, (*ancestors, node))
+            _check(value, (*ancestors, node), left)

@@ -43,8 +43,8 @@ def findings(report: NodeReport, skew_s: float, cluster: ClusterConfig) -> list[
 
     if report.error:
         note("devices", report.error)
-    elif len(report.gpus) != cluster.gpus_per_node:
-        expected = f"{cluster.gpus_per_node} (gpus_per_node of the cluster file)"
+    elif len(report.gpus) != cluster.gpus:
+        expected = f"{cluster.gpus} (gpus_per_node of the cluster file)"
         note("number", f"{len(report.gpus)} GPUs, expected {expected}")
     devices = {f"GPU {index}": gpu for index, gpu in enumerate(report.gpus)} | {"CPU": report.cpu or {}}
     for name, device in devices.items():
