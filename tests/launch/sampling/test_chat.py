@@ -4,10 +4,14 @@ import io
 import json
 
 import pytest
+import tokenizers
+from tokenizers import AddedToken, models, pre_tokenizers
 
 from llada_megatron import Sampler
 from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 from llada_megatron.llada_moe.errors import ConfigError, DataError
+from llada_megatron.llada_moe.guard import process
+from llada_megatron.llada_moe.guard.limits import Limits
 from llada_megatron.parallel.sampling.chat_template import LLADA, ChatTemplate, find_template
 from llada_megatron.parallel.sampling.conversation import Conversation
 from tests.launch.sampling.checkpoints import SPECIAL, checkpoint, run_cli, tokenizer_in
@@ -38,14 +42,42 @@ def tokenizer(tmp_path):
     return load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("template", [TRIMMED, PLAIN])
-def test_ids_are_those_of_transformers(tmp_path, template):
+MARKED = (
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{% if m.role == 'assistant' %}"
+    "{%- generation %}{% set said = m.content %}{{ said }}<|eot_id|>{% endgeneration -%}{% else %}{{ m.content }}"
+    "{{ said }}<|eot_id|>{% endif %}{% endfor %}"
+)
+WORKING = (
+    "{% set ns = namespace(n=0) %}{% macro say(m) %}{{ m.role | title ~ ' ' ~ m.content | length }}{% endmacro %}"
+    "{% for m in messages %}{% if loop.index == 3 %}{% continue %}{% endif %}{% set ns.n = ns.n + 1 %}"
+    "{{ say(m) }}<|eot_id|>{{ m | tojson }}{% endfor %}{{ ns.n }}{{ tools is none and documents is none }}"
+    "{{ dict(a=1) | tojson(indent=2) }}{{ {'ü': [1, 2]} | tojson(separators=(',', ':')) }}{{ strftime_now('%Y') }}"
+    "{{ bos_token }}{{ unk_token is defined }}{{ cls_token }}\n"
+)
+
+
+@pytest.fixture(params=["bytes", "spaces"])
+def folder(request, tmp_path):
+    """A tokenizer of bytes, and one that writes a space before a text, but not after a special token that strips."""
+    tokenizer_in(tmp_path)
+    if request.param == "spaces":
+        words = {word: i for i, word in enumerate([*SPECIAL, *map(chr, range(32, 127)), "▁", "ü", "€", "\n"])}
+        tokenizer = tokenizers.Tokenizer(models.BPE(words, [], unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        tokenizer.add_special_tokens([AddedToken(name, special=True, rstrip=name == "<|eot_id|>") for name in SPECIAL])
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"cls_token": {"content": "<s>"}}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("template", [TRIMMED, PLAIN, MARKED, WORKING])
+def test_ids_are_those_of_transformers(folder, template):
     transformers = pytest.importorskip("transformers")
-    tokenizer_in(tmp_path, template)
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    (folder / "chat_template.jinja").write_text(template)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     text = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
     expected = theirs(text, add_special_tokens=False)["input_ids"]
-    assert find_template(load_tokenizer(tmp_path), None).encode(MESSAGES) == expected
+    assert find_template(load_tokenizer(folder), None).encode(MESSAGES) == expected
 
 
 @pytest.mark.parametrize("template", [TRIMMED, PLAIN])
@@ -79,6 +111,41 @@ def test_a_template_that_changes_messages_takes_no_special_names(tokenizer):
 def test_templates_that_fail(tokenizer, template, error, text):
     with pytest.raises(error, match=text):
         ChatTemplate(template, tokenizer, {}).encode([{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails .RecursionError"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "fails .RecursionError"),
+        ("{{ 'a' * 9999999999 }}", "more than 0.25 GiB of memory"),
+        ("{{ 'a' | center(3000000000) }}", "more than 0.25 GiB of memory"),
+        ("{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x * 2 %}{% endfor %}", "memory"),
+        ("{{ 'a' * 2000000 }}", "gives more than 1 MiB"),
+        ("{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 1 seconds"),
+        ("{% generation %}", "cannot be run .TemplateSyntaxError"),
+        ("{{ dict.mro() }}", "cannot be run .UndefinedError"),
+    ],
+)
+def test_a_template_cannot_take_the_machine(tokenizer, monkeypatch, template, said):
+    limits = Limits(cpu_s=1, memory_bytes=2**28, answer_bytes=2**20)
+    monkeypatch.setattr(process, "LIMITS", limits)
+    with pytest.raises(DataError, match=f"^the chat template .*{said}"):
+        ChatTemplate(template, tokenizer, {}).encode([{"role": "user", "content": "a"}])
+
+
+def test_numbers_of_messages_that_are_not_there_are_text(tokenizer):
+    template = "\ue0009\ue001\ue000" + "9" * 5000 + "\ue001{{ messages[0].content }}"
+    ids = ChatTemplate(template, tokenizer, {}).encode([{"role": "user", "content": "a"}])
+    assert tokenizer.decode(ids) == template.replace("{{ messages[0].content }}", "a")
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "mine.jinja"])
+def test_a_template_that_is_not_utf8_is_named(tmp_path, name):
+    tokenizer_in(tmp_path, "one")
+    (tmp_path / name).write_bytes(b"\xff{{ x }}")
+    with pytest.raises(DataError, match=f"{name}: .*utf-8"):
+        find_template(load_tokenizer(tmp_path), None if name.startswith("chat") else str(tmp_path / name))
 
 
 def test_where_a_template_is_found(tmp_path):

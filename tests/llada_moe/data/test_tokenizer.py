@@ -9,10 +9,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from llada_megatron import cli
 from llada_megatron.llada_moe.data.sentencepiece_tokenizer import train_sentencepiece
 from llada_megatron.llada_moe.data.tokenizer import MASK_NAMES, encode_long
 from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 from llada_megatron.llada_moe.errors import DataError
+from llada_megatron.llada_moe.guard import process
+from llada_megatron.llada_moe.guard.limits import Limits
 
 CORPUS = ["def run(self, name):\n    return self.names[name]  # ☃\n\n\n", "the quick brown fox\tjumps\r\n"] * 20
 NASTY = "a\0b \u2581c\u2581 <mask> <s></s><unk> <0x41>\r\n\u2028\x85 é 漢字😀 \ufeff  "
@@ -161,3 +164,61 @@ def test_other_paths(tmp_path):
 @given(st.text(st.sampled_from("ab \n"), max_size=60), st.integers(1, 20))
 def test_long_texts_in_parts(trained, text, limit):
     assert trained.decode(encode_long(trained, text, limit)) == text
+
+
+def changed(folder, **parts):
+    """`hugging_face` with parts of its file replaced."""
+    path = hugging_face(folder)
+    path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+    return path
+
+
+SPLIT = {"type": "Split", "pattern": {"Regex": "(a|a)*$"}, "behavior": "Isolated", "invert": False}
+TENFOLD = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+DEEP = json.loads('{"type": "Sequence", "normalizers": [' * 400 + '{"type": "NFC"}' + "]}" * 400)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"pre_tokenizer": SPLIT}, "the tokenizer fails on a text .PanicException: "),
+        ({"normalizer": {"type": "Sequence", "normalizers": [TENFOLD] * 12}}, "takes more than 0.25 GiB of memory"),
+        ({"normalizer": DEEP}, "not a Hugging Face tokenizer .recursion limit"),
+    ],
+)
+def test_a_tokenizer_that_explodes_is_one_line(tmp_path, monkeypatch, parts, said):
+    monkeypatch.setattr(process, "LIMITS", Limits(memory_bytes=2**28))
+    path = changed(tmp_path, **parts)
+    with pytest.raises(DataError, match=f"^{path}:? .*{said}") as error:
+        load_tokenizer(path).encode("a" * 60 + "b")
+    assert "\n" not in str(error.value)
+
+
+def test_a_huge_id_is_refused(tmp_path):
+    path = changed(tmp_path)
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["Ġ"] = 4294967294
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="the token 'Ġ' has the id 4,294,967,294, but ids end at 4,194,303"):
+        load_tokenizer(path)
+
+
+def test_a_tokenizer_that_changes_while_it_is_in_use_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = load_tokenizer(hugging_face(tmp_path).name)
+    monkeypatch.chdir("/")
+    assert tokenizer.decode(tokenizer.encode("ab")) == "ab"
+    hugging_face(tmp_path, ("<|endoftext|>",))
+    monkeypatch.setattr(process, "LIMITS", Limits(cpu_s=9))  # another process, which has to read the file again
+    with pytest.raises(DataError, match="^tokenizer.json: the tokenizer was changed"):
+        tokenizer.encode("ab")
+
+
+def test_a_worker_has_limits_as_well(tmp_path, capfd):
+    path = changed(tmp_path, pre_tokenizer=SPLIT)
+    (tmp_path / "t.txt").write_text("a" * 60 + "b")
+    arguments = ["prepare", str(tmp_path / "t.txt"), "--output", str(tmp_path / "set"), "--tokenizer", str(path)]
+    assert cli.main([*arguments, "--workers", "1"]) == 1
+    assert cli.main([*arguments, "--workers", "2"]) == 1
+    error = capfd.readouterr().err
+    assert error.count("\n") == error.count("the tokenizer fails on a text (PanicException") == 2

@@ -42,6 +42,9 @@ def map_chunks(
             done, future = waiting.popleft()
             yield done, future.result()
     except BrokenProcessPool as error:
-        raise ResourceError("a worker process of llada prepare died (out of memory?); try fewer --workers") from error
+        raise ResourceError(
+            "a worker process of llada prepare died (out of memory?); try fewer --workers, and another tokenizer: one "
+            "that takes very much time or memory for a part of the text is ended"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -13,8 +13,13 @@ from numpy.typing import NDArray
 from llada_megatron.llada_moe.data.chunk_pool import map_chunks
 from llada_megatron.llada_moe.data.corpus import Chunk, Skipped, documents
 from llada_megatron.llada_moe.data.tokenizer import Tokenizer, encode_long
-from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
+from llada_megatron.llada_moe.data.tokenizer_files import load_directly, load_tokenizer
 from llada_megatron.llada_moe.errors import DataError
+from llada_megatron.llada_moe.guard.limits import allow_cpu, limit_memory
+from llada_megatron.llada_moe.guard.process import LIMITS
+
+_CHUNK_CPU_S, _SLOWEST = 300, 10_000
+"""Processor time for one chunk, and bytes of it in a second more: far slower than any honest tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,12 @@ class TokenizerChoice:
     mask_token: str | None = None
 
     def load(self) -> Tokenizer:
-        """Load it."""
+        """Load it; it works in the process with limits."""
         return load_tokenizer(self.path, self.eos_token, self.mask_token)
+
+    def load_directly(self) -> Tokenizer:
+        """Load it in a process that has limits of its own."""
+        return load_directly(self.path, self.eos_token, self.mask_token)
 
 
 @dataclass
@@ -94,10 +103,13 @@ def _start_worker(choice: TokenizerChoice, key: str) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = choice.load(), key
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a tokenizer's panic: its error is raised in the parent
+    limit_memory(LIMITS.memory_bytes)
+    _worker = choice.load_directly(), key
 
 
 def _encode_in_worker(chunk: Chunk) -> Encoded:
     """`encode_chunk` with the worker's tokenizer."""
     assert _worker is not None
+    allow_cpu(_CHUNK_CPU_S + chunk.size / _SLOWEST)
     return encode_chunk(chunk, *_worker)

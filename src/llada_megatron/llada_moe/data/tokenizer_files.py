@@ -6,13 +6,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tokenizers
-
+from llada_megatron.llada_moe.data.guarded_tokenizer import GuardedTokenizer
 from llada_megatron.llada_moe.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llada_megatron.llada_moe.data.tokenizer import EOS_NAMES, MASK_NAMES, Tokenizer, choose_name, eos_missing
 from llada_megatron.llada_moe.errors import DataError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+LARGEST_VOCABULARY = 2**22
+"""Sixteen times the largest published vocabulary: memory and the model's output layer grow with the largest id."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -29,6 +35,11 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer = _load(path, data, {eos_token, mask_token, *EOS_NAMES, *MASK_NAMES})
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         size = max(vocabulary.values(), default=-1) + 1
+        if size > LARGEST_VOCABULARY:
+            name = max(vocabulary, key=vocabulary.__getitem__)
+            raise DataError(
+                f"{path}: the token {name[:40]!r} has the id {size - 1:,}, but ids end at {LARGEST_VOCABULARY - 1:,}"
+            )
         eos = choose_name(eos_token, EOS_NAMES, set(vocabulary), "end-of-text", path)
         if eos is None:
             raise eos_missing(path)
@@ -45,7 +56,20 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without the tokens that the file's template would add around it."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of Rust is no Exception; it must not look like a defect of ours
+            raise DataError(f"{self.path}: the tokenizer fails on a text ({type(error).__name__}: {error})") from error
+
+    def encode_with_names(self, text: str) -> list[int]:
+        """Ids of a text in which the names of special tokens stand for these tokens."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._tokenizer.encode_special_tokens = True
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids; special tokens and an added mask are left out."""
@@ -55,6 +79,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
 def _load(path: Path, data: bytes, special: set[str | None]) -> tokenizers.Tokenizer:
     """Parse the file; added tokens with a special name are marked special, so that text cannot produce them."""
+    import tokenizers
+
     try:
         content = json.loads(data)
         for token in content.get("added_tokens") or []:
@@ -91,8 +117,19 @@ def _names_beside(path: Path) -> dict[str, str]:
 def load_tokenizer(path: str | Path, eos_token: str | None = None, mask_token: str | None = None) -> Tokenizer:
     """Load a SentencePiece `.model`, a Hugging Face `tokenizer.json`, or a folder that holds one of them.
 
-    `eos_token` and `mask_token` name the tokens where the file's own choice should not be used. Raises DataError.
+    What the file makes a library do happens in the process with limits: all of it for a `tokenizer.json`, the first
+    loading for a SentencePiece model, which holds no code. `eos_token` and `mask_token` name the tokens where the
+    file's own choice should not be used. Raises DataError.
     """
+    file = _tokenizer_file(Path(path))
+    guarded = GuardedTokenizer(file, eos_token, mask_token)
+    if file.suffix == ".json":
+        return guarded
+    return load_directly(file, eos_token, mask_token)
+
+
+def load_directly(path: str | Path, eos_token: str | None = None, mask_token: str | None = None) -> Tokenizer:
+    """`load_tokenizer` for a process that has limits of its own. Raises DataError."""
     file = _tokenizer_file(Path(path))
     data = file.read_bytes()
     sha256 = hashlib.sha256(data).hexdigest()

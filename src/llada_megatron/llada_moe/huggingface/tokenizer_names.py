@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.data.tokenizer import MASK_NAMES
 from llada_megatron.llada_moe.errors import DataError
+from llada_megatron.llada_moe.guard import process
 
 FAST, CONFIG, NAMES = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 GENERIC_CLASS = "PreTrainedTokenizerFast"
@@ -139,7 +138,15 @@ def _with_token(path: Path, data: bytes, name: str, index: int) -> bytes:
 
 
 def _vocabulary(source: Path, data: bytes) -> dict[str, int]:
+    path = str(beside(source, FAST))
+    return process.call(path, f"{__name__}:read_vocabulary", path, data.decode("utf-8", "replace"))
+
+
+def read_vocabulary(path: str, text: str) -> dict[str, int]:
+    """All tokens of a `tokenizer.json`, which an error calls `path`; runs in the process with limits."""
+    import tokenizers
+
     try:
-        return tokenizers.Tokenizer.from_buffer(data).get_vocab(with_added_tokens=True)
+        return tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
     except Exception as error:  # the package raises bare Exception for a file it cannot read
-        raise DataError(f"{beside(source, FAST)}: not a Hugging Face tokenizer ({error})") from error
+        raise DataError(f"{path}: not a Hugging Face tokenizer ({error})") from error

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from llada_megatron.llada_moe.data.guarded_tokenizer import GuardedTokenizer
 from llada_megatron.llada_moe.data.tokenizer import Tokenizer
 from llada_megatron.llada_moe.errors import ConfigError, DataError
+from llada_megatron.llada_moe.guard import process
 
 LLADA = (
     "{{ '<|startoftext|>' }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
@@ -19,6 +20,10 @@ LLADA = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 """The role markers of LLaDA-8B-Instruct, for checkpoints that have its tokens but not its template."""
+
+_RENDER = "llada_megatron.parallel.sampling.template_rendering:render"
+_RENDER_CPU_S = 4
+"""Processor time for rendering a conversation; honest templates take milliseconds."""
 
 _LLADA_NAMES = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
@@ -31,7 +36,10 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A Jinja template in the format of Hugging Face, run in a sandbox, and the tokenizer whose tokens it names."""
+    """A Jinja template in the format of Hugging Face, and the tokenizer whose tokens it names.
+
+    The template is rendered in a sandbox of Jinja, in the process with limits.
+    """
 
     template: str
     tokenizer: Tokenizer
@@ -48,44 +56,57 @@ class ChatTemplate:
             ConfigError: the template refuses the conversation, or it changes the messages and one of them holds the
                 name of a special token, which then cannot be told from one of the template's own.
         """
+        whole, parts = self._parts(messages)
         ids: list[int] = []
         text = ""
-        for part in self._parts(messages):
+        for part in parts:
             if isinstance(part, str):
                 text += part
             else:
                 ids += [*self._encoded(text), part.id]
                 text = ""
-        return ids + self._encoded(text)
+        ids += self._encoded(text)
+        if not isinstance(self.tokenizer, GuardedTokenizer):
+            return ids
+        # As transformers does it, where no message names a token: a split can depend on the tokens before it.
+        as_a_whole = self.tokenizer.encode_with_names(whole)
+        return as_a_whole if self._special(as_a_whole) == self._special(ids) else ids
 
     @property
     def end_of_turn(self) -> int | None:
         """The token that the template puts after an answer; None if it puts none."""
-        text = self._render([{"role": "user", "content": "-"}, {"role": "assistant", "content": _OPEN}], False)
+        question, answer = {"role": "user", "content": "-"}, {"role": "assistant", "content": _OPEN}
+        (text,) = self._render([[question, answer]], answer_follows=False)
         found = next(self._named(text.partition(_OPEN)[2]), None)
         return None if found is None else self.tokenizer.special_ids[found[0]]
 
     def _encoded(self, text: str) -> list[int]:
         return self.tokenizer.encode(text) if text else []
 
-    def _parts(self, messages: Sequence[Message]) -> list[str | _SpecialToken]:
-        """The rendered conversation as texts and the special tokens that the template put between them.
+    def _special(self, ids: Sequence[int]) -> list[int]:
+        special = set(self.tokenizer.special_ids.values())
+        return [i for i in ids if i in special]
+
+    def _parts(self, messages: Sequence[Message]) -> tuple[str, list[str | _SpecialToken]]:
+        """The rendered conversation: as one text, and as texts and the special tokens that the template put between.
 
         The template is rendered once with numbers in the place of the messages, to know which text is its own, and once
         with the messages, to check that it only strips or keeps them.
         """
         marked = [{"role": message["role"], "content": f"{_OPEN}{i}{_CLOSE}"} for i, message in enumerate(messages)]
-        pieces = re.split(f"{_OPEN}(\\d+){_CLOSE}", self._render(marked, True))
-        whole = self._render(messages, True)
+        with_marks, whole = self._render([marked, messages], answer_follows=True)
+        numbers = "|".join(map(str, range(len(messages))))
+        pieces = re.split(f"{_OPEN}({numbers}){_CLOSE}", with_marks)
         for change in (str, str.strip):
             changed = [change(message["content"]) for message in messages]
             filled = [changed[int(piece)] if i % 2 else piece for i, piece in enumerate(pieces)]
             if "".join(filled) == whole:
-                return [part for i, piece in enumerate(filled) for part in ([piece] if i % 2 else self._split(piece))]
+                parts = [([piece] if i % 2 else self._split(piece)) for i, piece in enumerate(filled)]
+                return whole, [part for piece in parts for part in piece]
         contents = "\n".join(message["content"] for message in messages)
         if (name := next(self._named(contents), None)) is not None:
             raise ConfigError(f"a message holds {name[0]}, which this chat template would make a special token of")
-        return self._split(whole)
+        return whole, self._split(whole)
 
     def _split(self, text: str) -> list[str | _SpecialToken]:
         """A text of the template, split at its special tokens."""
@@ -103,23 +124,10 @@ class ChatTemplate:
             return iter(())
         return ((match[0], match.start()) for match in re.finditer("|".join(map(re.escape, names)), text))
 
-    def _render(self, messages: Sequence[Message], answer_follows: bool) -> str:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.datetime.now().strftime}
-        try:
-            return environment.from_string(self.template).render(
-                messages=[dict(message) for message in messages], add_generation_prompt=answer_follows, **self.names
-            )
-        except TemplateError as error:
-            raise DataError(f"the chat template cannot be run ({type(error).__name__}: {error})") from error
-        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            raise DataError(f"the chat template fails ({type(error).__name__}: {error})") from error
+    def _render(self, conversations: Sequence[Sequence[Message]], answer_follows: bool) -> list[str]:
+        shared = {"tools": None, "documents": None, "add_generation_prompt": answer_follows, **self.names}
+        variables = [shared | {"messages": [dict(message) for message in each]} for each in conversations]
+        return process.call("the chat template", _RENDER, self.template, variables, cpu_s=_RENDER_CPU_S)
 
 
 @dataclass(frozen=True)
@@ -162,8 +170,12 @@ def find_template(tokenizer: Tokenizer, wanted: str | None) -> ChatTemplate:
 
 def _template_beside(folder: Path) -> str | None:
     """The template in a folder with Hugging Face's files: a file of its own, or a key of `tokenizer_config.json`."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text("utf-8")
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file}: {error}; give --template FILE with a Jinja template") from error
     for name in ("chat_template.json", "tokenizer_config.json"):
         found = _json_object(folder / name).get("chat_template")
         if isinstance(found, list):  # a list of named templates
@@ -175,9 +187,12 @@ def _template_beside(folder: Path) -> str | None:
 
 
 def _special_names(folder: Path) -> dict[str, str]:
-    """The special tokens of `tokenizer_config.json`, such as `bos_token`."""
+    """The special tokens that the files of a tokenizer name, such as `bos_token`."""
+    config = _json_object(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:  # as transformers does, which calls this file a legacy
+        config |= _json_object(folder / "special_tokens_map.json")
     names = {}
-    for key, value in _json_object(folder / "tokenizer_config.json").items():
+    for key, value in config.items():
         value = value.get("content") if isinstance(value, dict) else value
         if key.endswith("_token") and isinstance(value, str):
             names[key] = value
@@ -189,11 +204,6 @@ def _json_object(file: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise DataError(f"{file}: not JSON ({error})") from error
     return content if isinstance(content, dict) else {}
-
-
-def _refuse(text: str) -> NoReturn:
-    """The function that a template calls in order to refuse a conversation."""
-    raise ConfigError(f"the chat template refuses this conversation: {text}")
