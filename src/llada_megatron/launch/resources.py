@@ -75,9 +75,9 @@ def _check_copies(run: RunConfig, copies: list[tuple[int, Path]]) -> None:
     for _, path in copies:
         try:
             owner = checkpoint_manifest.read(path).metadata["run"]["output_dir"]
-        except DamagedCheckpointError:
+        except (DamagedCheckpointError, KeyError):
             continue
-        if Path(owner).absolute() != Path(run.output_dir).absolute():
+        if Path(str(owner)).absolute() != Path(run.output_dir).absolute():
             raise ConfigError(
                 f"{run.output_dir} has no checkpoints, and those in checkpoint.copy_to ({path.parent}) are of the run "
                 f"in {owner}; set another copy_to for a new run, or output_dir={owner} to go on with that one"

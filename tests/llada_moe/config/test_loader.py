@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -324,3 +326,42 @@ def test_a_configuration_from_before_recovery_takes_the_defaults(write):
     values = to_dict(load_run(write(RUN)))
     del values["recovery"]
     assert from_dict(RunConfig, values).recovery.not_finite == "stop"
+
+
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (LAUGHS, "more than 50,000 values, which no configuration has"),
+        ("x: " + "[" * 60 + "]" * 60, "2?: ?mappings and lists are nested deeper"),
+        ("x: " + "[" * 5_000, "nested deeper"),
+        ("x: " + "{a: " * 5000 + "}" * 5000, "nested deeper"),
+        ("x: &x [*x]", "contains it"),
+        ("x: " + "y" * 2**20, "bytes are too many for a configuration file"),
+        ("num_layers: 1" + "0" * 400, "num_layers: .* is too large: the largest whole number is 92233"),
+        ("num_layers: " + "9" * 5000, "num_layers: .{,120} is too large"),
+        ("num_layers: 9223372036854775808", "is too large"),
+        ("num_layers: 2000000", "num_layers: 2000000 must be at most 10000"),
+        ("rope_theta: 1" + "0" * 400, "rope_theta: expected a finite number such as 0.1 or 1e-4, found .{,90}$"),
+        ("family: " + "x" * 5000, "family: expected one of .{,200}$"),
+        ("a.b: \x1b", "base.yaml:1: not valid YAML"),
+    ],
+)
+def test_what_would_take_the_machine_is_one_line(tmp_path, text, said):
+    lines = text if "num_layers" in text or "rope" in text or "family" in text else f"{text}\n"
+    (tmp_path / "base.yaml").write_text(lines + ("\nbase: tiny-moe\n" if ":" in lines and "[" not in lines else ""))
+    began = time.process_time()
+    with pytest.raises(ConfigError) as error:
+        load_model(tmp_path / "base.yaml")
+    assert any(re.search(said, line) for line in str(error.value).splitlines()), str(error.value)[:500]
+    assert max(map(len, str(error.value).splitlines())) < 400
+    assert time.process_time() - began < 10
+
+
+def test_an_override_may_have_no_endless_path():
+    with pytest.raises(ConfigError, match="write it as key.path=value"):
+        load_model("tiny-moe", [".".join(["moe"] * 3000) + "=1"])

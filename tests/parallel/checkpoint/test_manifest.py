@@ -53,6 +53,31 @@ def test_damage_is_named(tmp_path):
     assert "was changed after" in text
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"facts": []}, "its facts and files are no tables"),
+        ({"files": ["a.distcp"]}, "its facts and files are no tables"),
+        ({"facts": {"step": "7"}}, "its fact 'step' cannot be '7'"),
+        ({"facts": {"step": True}}, "its fact 'step' cannot be 'True'"),
+        ({"facts": {"step": -1}}, "is no count"),
+        ({"facts": {"consumed_samples": 10**400}}, "is no count"),
+        ({"facts": {"model": [1]}}, "its fact 'model' cannot be"),
+        ({"facts": {"tokenizer": "x"}}, "its fact 'tokenizer' cannot be 'x'"),
+        ({"files": {"a.distcp": 3}}, "its file 'a.distcp' has no size and SHA-256"),
+        ({"files": {"a.distcp": {"size": "3", "sha256": "0" * 64}}}, "has no size and SHA-256"),
+        ({"files": {"a.distcp": {"size": 3, "sha256": "x"}}}, "has no size and SHA-256"),
+    ],
+)
+def test_wrong_types_under_a_valid_digest_are_damage(tmp_path, change, said):
+    directory = make(tmp_path / "step-00000007")
+    body = json.loads((directory / "manifest.json").read_text()) | change
+    body.pop("sha256")
+    (directory / "manifest.json").write_text(json.dumps(body | {"sha256": manifests._self_digest(body)}))
+    with pytest.raises(DamagedCheckpointError, match=said):
+        manifests.read(directory)
+
+
 def test_changed_bytes_of_the_same_size_are_found(tmp_path):
     directory = make(tmp_path / "step-00000007")
     manifest = read_whole(directory)

@@ -47,6 +47,18 @@ def test_a_run_means_its_newest_whole_checkpoint(tmp_path):
         weights_to_start_from(_run(newer))
 
 
+@pytest.mark.parametrize(
+    "model", [{}, {"num_layers": 2}, to_dict(MODEL) | {"num_layers": "x"}, to_dict(MODEL) | {"moe": [[1]]}, None]
+)
+def test_a_manifest_that_describes_no_model_is_passed_over(tmp_path, model):
+    older, newer = _checkpoint(tmp_path, 1, MODEL), _checkpoint(tmp_path, 2, MODEL)
+    facts = {} if model is None else {"model": model}
+    manifests.write(newer, replace(manifests.read(newer), metadata=facts))
+    assert weights_to_start_from(_run(tmp_path)) == older
+    with pytest.raises(manifests.DamagedCheckpointError, match="its manifest does not describe a model"):
+        weights_to_start_from(_run(newer))
+
+
 def test_nothing_to_start_from(tmp_path):
     assert weights_to_start_from(_run(None)) is None
     with pytest.raises(CheckpointError, match="no checkpoint in .*nowhere: give a run's output directory"):

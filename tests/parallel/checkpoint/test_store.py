@@ -146,6 +146,22 @@ def _load(root, path, model):
     _store(root).load(path, _state(0), model)
 
 
+def _newest_even(root):
+    def check(path, metadata):
+        if metadata["step"] % 2:
+            raise manifests.DamagedCheckpointError(f"{path} is odd")
+
+    said = []
+    return _store(root, report=said.append).latest(check=check), said
+
+
+def test_a_checkpoint_whose_facts_do_not_do_is_passed_over(tmp_path):
+    run_ranks(_save, 1, tmp_path, [2, 3])
+    ((path, said),) = run_ranks(_newest_even, 1, tmp_path)
+    assert path == tmp_path / "step-00000002"
+    assert said == [f"skipped a damaged checkpoint: {tmp_path / 'step-00000003'} is odd"]
+
+
 def test_nothing_usable_is_told_from_nothing_there(tmp_path):
     assert run_ranks(_latest, 1, tmp_path / "new") == [None]
     run_ranks(_save, 1, tmp_path, [1])

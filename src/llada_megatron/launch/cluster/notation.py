@@ -7,8 +7,9 @@ import re
 from dataclasses import dataclass
 
 _TIME = re.compile(
-    r"((?P<days>\d+)-(?P<day_hours>\d+)(:(?P<day_minutes>\d+)(:(?P<day_seconds>\d+))?)?"
-    r"|((?P<hours>\d+):(?=\d+:))?(?P<minutes>\d+)(:(?P<seconds>\d+))?)"
+    r"((?P<days>\d{1,9})-(?P<day_hours>\d{1,9})(:(?P<day_minutes>\d{1,9})(:(?P<day_seconds>\d{1,9}))?)?"
+    r"|((?P<hours>\d{1,9}):(?=\d{1,9}:))?(?P<minutes>\d{1,9})(:(?P<seconds>\d{1,9}))?)",
+    re.ASCII,
 )
 
 _UNITS = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
@@ -22,9 +23,9 @@ _HOSTS = re.compile(rf"([^\s,;\[\]]|{_RANGES})+")
 _COMMA = re.compile(r"\s*,\s*(?![^\[]*\])")
 """A comma outside of brackets."""
 
-MEMORY = re.compile(r"\d+([KMGT]B?)?", re.IGNORECASE)
+MEMORY = re.compile(r"\d+([KMGT]B?)?", re.IGNORECASE | re.ASCII)
 
-_GPUS = re.compile(r"(?P<resource>gpu:)?((?P<type>[A-Za-z][\w.-]*):)?(?P<count>\d+)")
+_GPUS = re.compile(r"(?P<resource>gpu:)?((?P<type>[A-Za-z][\w.-]*):)?(?P<count>\d{1,9})", re.ASCII)
 
 
 def seconds(time: str) -> float | None:

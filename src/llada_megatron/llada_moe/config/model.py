@@ -84,6 +84,10 @@ class ModelConfig:
         return {i for i in ids if i is not None}
 
 
+MOST_LAYERS, MOST_EXPERTS = 10_000, 65_536
+"""Ten times the deepest published Transformers, and more experts than any: what counts and lays out a model walks over
+all of them."""
+
 DENSE_FAMILIES = ("llada", "qwen3")
 
 MOE_FAMILIES = ("llada_moe", "llada2", "qwen3_moe")
@@ -109,6 +113,8 @@ def check_model(model: ModelConfig, refuse: Refuse) -> None:
     )
     positive = (*sizes, "max_sequence_length", "rms_norm_eps", "rope_theta", "init_std")
     require_positive({key: getattr(model, key) for key in positive}, refuse)
+    if model.num_layers > MOST_LAYERS:
+        refuse("num_layers", f"{model.num_layers} must be at most {MOST_LAYERS}")
     if model.num_key_value_heads > 0 and model.num_attention_heads % model.num_key_value_heads:
         refuse(
             "num_key_value_heads",
@@ -168,6 +174,8 @@ def check_moe(moe: MoEConfig, num_layers: int, refuse: Refuse) -> None:
     for key in not_negative:
         if getattr(moe, key) < 0:
             refuse(key, f"{getattr(moe, key)} must not be negative")
+    if moe.num_experts > MOST_EXPERTS:
+        refuse("num_experts", f"{moe.num_experts} must be at most {MOST_EXPERTS}")
     if moe.top_k > moe.num_experts:
         refuse("top_k", f"{moe.top_k} experts per token, but there are only {moe.num_experts}")
     if not 0 <= moe.leading_dense_layers < num_layers:

@@ -24,6 +24,7 @@ from llada_megatron.llada_moe.data.batch import Batch
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
 from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.parallel import build, device, sharded_state, topology
+from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
 from llada_megatron.parallel.checkpoint.search import find_checkpoints, first_whole, run_of
 from llada_megatron.parallel.checkpoint.store import CheckpointStore
 
@@ -170,6 +171,8 @@ def _load(path: Path, layout: LayoutConfig, store: CheckpointStore) -> LoadedMod
     config = build.transformer_config(run.model, layout, run.training)
     objective = make_objective(run.objective)
     saved = store.metadata(path)
+    if "step" not in saved:
+        raise DamagedCheckpointError(f"{path}: its manifest does not say of which step it is")
     objective.load_state(saved.get("objective", {}))
     pattern = objective.pattern(int(saved["step"]))
     chunks = build.build_chunks(run.model, layout, config, pattern)

@@ -21,6 +21,19 @@ SCHEMA = 1
 FILE_NAME = "manifest.json"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _MAX_DIFFERENCES = 12
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "model": dict,
+    "run": dict,
+    "layout": dict,
+    "objective": dict,
+    "recovery": dict,
+    "versions": dict,
+    "tokenizer": (dict, type(None)),
+    "step": int,
+    "consumed_samples": int,
+}
+"""Facts and their types in JSON, where they are there."""
 _BLOCK = 2**20
 
 
@@ -108,6 +121,8 @@ def read(directory: Path) -> Manifest:
     try:
         body = json.loads(path.read_bytes())
         schema, metadata, files = body["schema"], body["facts"], body["files"]
+        stated = body.pop("sha256", None)
+        is_whole = stated == _self_digest(body)
     except FileNotFoundError:
         raise DamagedCheckpointError(
             f"{directory} has no {FILE_NAME}: the save or the copy was not completed, or another program wrote it; "
@@ -119,9 +134,25 @@ def read(directory: Path) -> Manifest:
         raise CheckpointError(
             f"{path} has schema {schema!r}, this program reads {SCHEMA}: use the version that wrote it"
         )
-    if body.pop("sha256", None) != _self_digest(body):
+    if not is_whole:
         raise DamagedCheckpointError(f"{path} was changed after it was written")
+    if (fault := _fault(metadata, files)) is not None:
+        raise DamagedCheckpointError(f"{path}: {fault}; no version of this program wrote that")
     return Manifest(metadata, dict(_records(path, files)))
+
+
+def _fault(metadata: Any, files: Any) -> str | None:
+    """What is of a wrong type in a manifest, whatever its digest says; None where nothing is."""
+    if not isinstance(metadata, dict) or not isinstance(files, dict):
+        return "its facts and files are no tables"
+    for name, kinds in _KINDS.items():
+        value = metadata.get(name)
+        if name in metadata and (not isinstance(value, kinds) or isinstance(value, bool)):
+            return f"its fact {name!r} cannot be {str(value)[:40]!r}"
+    counts = [metadata.get(name, 0) for name in ("step", "consumed_samples")]
+    if not all(0 <= count < 2**63 for count in counts):
+        return "its step or number of samples is no count"
+    return None
 
 
 def verify_sizes(directory: Path, manifest: Manifest) -> None:
@@ -185,11 +216,15 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, tree
 
 
-def _records(path: Path, files: Any) -> Iterator[tuple[str, FileRecord]]:
+def _records(path: Path, files: dict[str, Any]) -> Iterator[tuple[str, FileRecord]]:
     for name, stated in files.items():
         if name in ("", ".", "..", FILE_NAME) or "/" in name or "\\" in name or "\0" in name:
             raise CheckpointError(f"{path} names {name!r}, which is not a file of the checkpoint: refused")
-        yield name, FileRecord(stated["size"], stated["sha256"])
+        match stated:
+            case {"size": int(size), "sha256": str(digest)} if size >= 0 and _DIGEST.fullmatch(digest):
+                yield name, FileRecord(size, digest)
+            case _:
+                raise DamagedCheckpointError(f"{path}: its file {name[:40]!r} has no size and SHA-256")
 
 
 def _self_digest(body: Mapping[str, Any]) -> str:

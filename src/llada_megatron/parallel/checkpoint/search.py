@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llada_megatron.llada_moe.config import from_dict, to_dict
 from llada_megatron.llada_moe.config.model import ModelConfig, architecture
 from llada_megatron.llada_moe.config.run import RunConfig
-from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 from llada_megatron.parallel.checkpoint import manifest as manifests
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ def require_model(path: Path, metadata: dict[str, Any], model: ModelConfig, weig
         CheckpointError: listing each differing key.
     """
     view = architecture if weights_only else to_dict
-    found = from_dict(ModelConfig, metadata["model"])
+    found = described(ModelConfig, path, metadata, "model")
     manifests.require_model(path, {"model": view(found)}, view(model))
 
 
@@ -105,8 +105,16 @@ def tokenizer_place(step: Path, metadata: dict[str, Any]) -> Path | None:
 
 def run_of(path: Path) -> RunConfig:
     """The configuration of the run that made a step directory. Raises CheckpointError: its manifest holds none."""
-    metadata = manifests.read(path).metadata
+    return described(RunConfig, path, manifests.read(path).metadata, "run")
+
+
+def described(cls: type[T], path: Path, metadata: Mapping[str, Any], key: str) -> T:
+    """The configuration of class `cls` that stands under `key` in the metadata of a step directory.
+
+    Raises:
+        DamagedCheckpointError: there is none, or it does not hold the keys and values of one.
+    """
     try:
-        return from_dict(RunConfig, metadata["run"])
-    except KeyError as error:
-        raise CheckpointError(f"{path}: its manifest does not describe a run ({error})") from error
+        return from_dict(cls, metadata[key])
+    except (ConfigError, KeyError, RecursionError) as error:
+        raise manifests.DamagedCheckpointError(f"{path}: its manifest does not describe a {key} ({error})") from error

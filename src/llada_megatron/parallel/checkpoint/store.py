@@ -207,13 +207,17 @@ class CheckpointStore:
 
     # --- loading ----------------------------------------------------------------------------------------------------
 
-    def latest(self, thorough: bool = True) -> Path | None:
+    def latest(
+        self, thorough: bool = True, check: Callable[[Path, Mapping[str, Any]], None] | None = None
+    ) -> Path | None:
         """The newest checkpoint whose files are all whole, or None if there is none at all.
 
         Those in the directory of copies count as well; of two of the same step, the run's own is preferred.
 
         Args:
             thorough: compare every file with its SHA-256, each rank reading a share; otherwise compare sizes only.
+            check: is called with the path and the metadata, alike on all ranks; a DamagedCheckpointError that it raises
+                counts as damage.
 
         Raises:
             CheckpointError: there are checkpoints, and none is usable.
@@ -222,6 +226,8 @@ class CheckpointStore:
         for _, path in on_rank_0(self._candidates):
             try:
                 manifest = self._manifest(path)
+                if check is not None:
+                    check(path, manifest.metadata)
                 if thorough:
                     self._verify(path, manifest)
             except DamagedCheckpointError as error:

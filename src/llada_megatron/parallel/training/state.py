@@ -9,6 +9,7 @@ The data position, the masks and the learning rate are functions of the step, so
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,13 +20,15 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from llada_megatron import __version__
 from llada_megatron.llada_moe.config import from_dict, to_dict
+from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.set_manifest import SetManifest
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
 from llada_megatron.llada_moe.objectives import Objective, make_objective
 from llada_megatron.parallel.build import build_chunks, transformer_config
-from llada_megatron.parallel.checkpoint.search import find_checkpoints, first_whole, require_model
+from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
+from llada_megatron.parallel.checkpoint.search import described, find_checkpoints, first_whole, require_model
 from llada_megatron.parallel.checkpoint.store import CheckpointStore
 from llada_megatron.parallel.sharded_state import load_model_state, model_state
 from llada_megatron.parallel.training.distributed_optimizer import load_optimizer_state, optimizer_state
@@ -70,7 +73,7 @@ class RunState:
             ConfigError: the run's configuration changed where the meaning of a step depends on it.
             CheckpointError: no checkpoint is usable, or it is of another model.
         """
-        path = store.latest()
+        path = store.latest(check=check_facts)
         if path is not None:
             self.continue_from(store, path)
         return path
@@ -171,6 +174,26 @@ def load_frozen(run: RunConfig, store: CheckpointStore, path: str) -> list[torch
         return [chunk.eval().requires_grad_(False) for chunk in chunks]
 
     return first_whole(find_checkpoints(path), load, logging.getLogger(__name__).warning)
+
+
+def check_facts(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Check that metadata have what training goes on from, each of its type.
+
+    Raises:
+        DamagedCheckpointError: naming what is missing or of another type.
+    """
+    described(ModelConfig, path, metadata, "model")
+    if "recovery" in metadata:
+        described(History, path, metadata, "recovery")
+    try:
+        for key in FROZEN:
+            _at(metadata["run"], key)
+        int(metadata["step"])
+        if metadata["tokenizer"] is not None:
+            metadata["tokenizer"]["sha256"].lower()
+    except (LookupError, TypeError, AttributeError) as error:
+        fault = f"its manifest lacks what training goes on from ({type(error).__name__}: {error})"
+        raise DamagedCheckpointError(f"{path}: {fault}") from error
 
 
 def refuse_changed_run(path: Path, metadata: dict[str, Any], run: RunConfig) -> None:

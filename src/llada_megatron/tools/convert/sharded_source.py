@@ -8,15 +8,13 @@ from typing import Any
 import torch
 
 from llada_megatron.console import message
-from llada_megatron.llada_moe.config import from_dict
 from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.run import RunConfig
-from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.weights import Unit, canonical_weights
 from llada_megatron.parallel.checkpoint.conversion.shard_reader import ShardedReader
-from llada_megatron.parallel.checkpoint.search import find_checkpoints, first_whole, tokenizer_place
+from llada_megatron.parallel.checkpoint.search import described, find_checkpoints, first_whole, tokenizer_place
 from llada_megatron.tools.convert.source import Findings, is_padding, parameters_by_dtype, place_not_finite
 
 
@@ -29,14 +27,9 @@ class ShardedSource:
         Raises:
             CheckpointError: there is none, or its manifest does not say what model it holds.
         """
-        self.reader = first_whole(find_checkpoints(path), ShardedReader, message)
+        self.reader, self.run, self.model = first_whole(find_checkpoints(path), _opened, message)
         self.directory = self.reader.directory
         self.metadata: dict[str, Any] = self.reader.manifest.metadata
-        try:
-            self.run: RunConfig = from_dict(RunConfig, self.metadata["run"])
-            self.model: ModelConfig = from_dict(ModelConfig, self.metadata["model"])
-        except KeyError as error:
-            raise CheckpointError(f"{self.directory}: its manifest does not say {error}") from None
 
     @property
     def files(self) -> list[Path]:
@@ -114,3 +107,10 @@ class ShardedSource:
 
     def close(self) -> None:
         """Do nothing: no file is held open."""
+
+
+def _opened(path: Path) -> tuple[ShardedReader, RunConfig, ModelConfig]:
+    """A step directory, and the run and model that its manifest describes."""
+    reader = ShardedReader(path)
+    metadata = reader.manifest.metadata
+    return reader, described(RunConfig, path, metadata, "run"), described(ModelConfig, path, metadata, "model")

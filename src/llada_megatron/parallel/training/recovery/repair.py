@@ -17,7 +17,7 @@ from llada_megatron.parallel.training.recovery.attempt import RouterStateSnapsho
 from llada_megatron.parallel.training.recovery.decision_log import DecisionLog
 from llada_megatron.parallel.training.recovery.policy import Decision, StepFault
 from llada_megatron.parallel.training.reporter import Reporter
-from llada_megatron.parallel.training.state import RunState
+from llada_megatron.parallel.training.state import RunState, check_facts
 from llada_megatron.parallel.training.step import TrainingStep
 
 
@@ -79,7 +79,7 @@ class Recovery:
         if remedy == "skip":
             self._reporter.decision(fault.step, self._note(fault, policy.skipped(fault)))
             return
-        path = store.latest()
+        path = store.latest(check=check_facts)
         if path is None:
             self._end(f"{fault}, and there is no checkpoint to go back to in {store.directory}")
         back_to = int(store.metadata(path)["step"])
