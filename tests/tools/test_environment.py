@@ -36,8 +36,40 @@ def test_secrets_are_left_out():
         }
     )
     assert "s3cret" not in str(shown)
-    assert shown["CUDA_VISIBLE_DEVICES"] == "0" and shown["TORCH_PROXY"] == "http://me:<redacted>@proxy:80"
+    assert shown["CUDA_VISIBLE_DEVICES"] == "0" and shown["TORCH_PROXY"] == "http://<redacted>@proxy:80"
     assert shown["SLURM_JWT"] == "<redacted>" and not {"HOME", "AWS_SECRET_ACCESS_KEY"} & set(shown)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("LLADA_DB_PWD", "s3cret", "<redacted>"),
+        ("NCCL_PASSPHRASE", "s3cret", "<redacted>"),
+        ("LLADA_URL", "https://s3cret@host/x", "https://<redacted>@host/x"),
+        ("LLADA_URL", "https://me:s3cr:et@host/x@y", "https://<redacted>@host/x@y"),
+        (
+            "LLADA_URL",
+            "https://host/x?a=b&X-Amz-Signature=s3cret&c=d",
+            "https://host/x?a=b&<redacted>&c=d",
+        ),
+        ("LLADA_URL", "s3://bucket?access_key=s3cret", "s3://bucket?<redacted>"),
+        ("LLADA_NOTE", "use hf_s3cretS3cret here", "use <redacted> here"),
+        ("LLADA_NOTE", "ghp_s3cretS3cret", "<redacted>"),
+        ("SLURM_CONF", "/etc/slurm/slurm.conf", "/etc/slurm/slurm.conf"),
+        ("LD_LIBRARY_PATH", "/usr/lib:/opt/a@1/lib", "/usr/lib:/opt/a@1/lib"),
+    ],
+)
+def test_secrets_inside_values_are_left_out(name, value, shown):
+    assert environment.environment_variables({name: value}) == {name: shown}
+
+
+def test_control_characters_of_variables_do_not_reach_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("LLADA_NOTE", "a\x1b]0;x\x07\nb")
+    monkeypatch.setattr(
+        environment, "collect", lambda: {"e": environment.environment_variables({"LLADA_NOTE": "\x1b[2J"})}
+    )
+    assert cli.main(["env"]) == 0
+    assert capsys.readouterr().out == "e\n  LLADA_NOTE              ␛[2J\n"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llada_megatron import __version__
-from llada_megatron.console import emit_json
+from llada_megatron.console import emit_json, visible
 
 EXAMPLES = """\
 examples:
@@ -35,8 +35,13 @@ VARIABLES = re.compile(
     r"(CUDA|NCCL|TORCH|PYTORCH|NVTE|GLOO|OMP|MKL|SLURM|LLADA|TE|UB)_\w+"
     r"|(MASTER_(ADDR|PORT)|(LOCAL_|GROUP_)?RANK|(LOCAL_)?WORLD_SIZE|NO_COLOR|PYTHONPATH|VIRTUAL_ENV|CONDA_DEFAULT_ENV|LD_LIBRARY_PATH)"
 )
-SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE|JWT", re.IGNORECASE)
-URL_PASSWORD = re.compile(r"(://[^/@:\s]*):[^@/\s]+@")
+SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|PWD|CRED|AUTH|COOKIE|JWT|BEARER|SIGNATURE", re.IGNORECASE)
+_SECRET_PARTS = re.compile(
+    r"(?<=://)[^/@\s]+(?=@)"  # user and password of a URL; a token can stand in the place of either
+    r"|(?<=[?&;])(?i:[\w-]*(?:token|key|secret|pass|pwd|cred|auth|sig)[\w-]*=)[^&;\s]+"
+    r"|\b(?:hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[bp]-|AKIA|ey[JI])[\w.-]{8,}"
+)
+"""Parts of a value that are secrets wherever they stand: in URLs, and tokens of well-known services."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     for section, values in report.items():
         print(section.replace("_", " "))
         for name, value in values.items():
-            print(f"  {name:<24}{value if not isinstance(value, dict) else _acceleration(value)}")
+            print(f"  {name:<24}{visible(str(value)) if not isinstance(value, dict) else _acceleration(value)}")
     if args.json:
         emit_json(report)
     return 0
@@ -178,7 +183,7 @@ def environment_variables(values: dict[str, str]) -> dict[str, str]:
     """The variables that steer a run, with what may be a secret left out."""
     chosen = {name: value for name, value in sorted(values.items()) if VARIABLES.fullmatch(name)}
     return {
-        name: "<redacted>" if SECRET.search(name) else URL_PASSWORD.sub(r"\1:<redacted>@", value)
+        name: "<redacted>" if SECRET.search(name) else _SECRET_PARTS.sub("<redacted>", value)
         for name, value in chosen.items()
     }
 

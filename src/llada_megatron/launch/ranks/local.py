@@ -176,7 +176,9 @@ class _Agent:
             nproc_per_node=self._ranks,
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
+            # A file and not a port: torch's store listens on all interfaces, and what lies in it is unpickled.
+            rdzv_endpoint=str(self._log_dir.with_name("rendezvous")),
+            rdzv_configs={"store_type": "file"},
             local_addr="127.0.0.1",
             max_restarts=0,
             monitor_interval=_POLL_SECONDS,
