@@ -104,12 +104,17 @@ _GROUPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     (
         "attention",
         "llada_moe/model/patterns.py",
-        "tests/llada_moe/model/test_attention.py tests/llada_moe/model/test_routing.py -k 'not ranks'",
+        "tests/llada_moe/model/test_attention.py",
         [
             ("min(length, -(-end // block) * block)", "min(length, end)"),
             ("first = start // span * span", "first = start"),
-            ("(starts.diff() + size - 1) // size", "starts.diff() // size"),
         ],
+    ),
+    (
+        "attention",
+        "llada_moe/model/patterns.py",
+        "tests/llada_moe/model/test_routing.py -k numbered",
+        [("(starts.diff() + size - 1) // size", "starts.diff() // size")],
     ),
     (
         "router",
@@ -133,10 +138,15 @@ _GROUPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     (
         "router",
         "llada_moe/model/transformer.py",
+        "tests/llada_moe/model/test_routing.py -k definition",
+        [('scaling_factor": moe.routed_scaling_factor', 'scaling_factor": 1.0')],
+    ),
+    (
+        "router",
+        "llada_moe/model/transformer.py",
         "tests/llada_moe/huggingface/test_formats.py -k logits",
         [
             ('pre_softmax": moe.score_function == "softmax"', 'pre_softmax": False'),
-            ('scaling_factor": moe.routed_scaling_factor', 'scaling_factor": 1.0'),
             ("int(layer >= moe.leading_dense_layers)", "int(layer > moe.leading_dense_layers)"),
         ],
     ),
@@ -146,9 +156,14 @@ _GROUPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
         "tests/llada_moe/model/test_experts.py",
         [
             ("torch.sum(d_scaled * product,", "torch.sum(d_scaled * active,"),
-            ("silu(gate).mul_(up).mul_(probs.unsqueeze(-1).to(x.dtype))", "silu(gate).mul_(up)"),
             ("if count else torch.zeros_like", "if count else torch.ones_like"),
         ],
+    ),
+    (
+        "router",
+        "llada_moe/model/experts.py",
+        "tests/llada_moe/model/test_layer.py -k softmax",
+        [("silu(gate).mul_(up).mul_(probs.unsqueeze(-1).to(x.dtype))", "silu(gate).mul_(up)")],
     ),
     (
         "optimizer",

@@ -107,3 +107,15 @@ def test_what_fits_still_fits_when_it_is_scaled(steps, warmup, decay, drop):
     assert [key for key in refused if not key.startswith("drops")] == []
     assert abs(after.warmup_steps - warmup * steps / 100) < 1
     assert after.decay_steps > 0 or decay == 0
+
+
+def test_a_decay_that_is_scaled_keeps_a_step_to_reach_its_end():
+    before = LearningRateConfig(peak=1.0, decay_steps=10, final=0.1)
+    assert scaled(before, 1000, 50).decay_steps == 1
+    assert scaled(LearningRateConfig(peak=1.0), 1000, 50).decay_steps == 0
+
+
+def test_a_drop_where_the_decay_begins_does_not_fit():
+    drop = LearningRateDropConfig(step=80, value=0.5)
+    assert not fits(LearningRateConfig(peak=1.0, decay_steps=20, drops=[drop]), 100)
+    assert fits(LearningRateConfig(peak=1.0, decay_steps=20, drops=[drop]), 101)
