@@ -64,7 +64,7 @@ def _of_lines(where: str, text: str) -> Iterator[Documented]:
 
 def _of_line(where: str, line: str) -> Iterator[Documented]:
     """The commands of one line: those between `|`, `&&` and `·`, each way of a synopsis, without what starts it."""
-    for part in re.split(r" \| (?![^(]*\))| && | · ", line.removeprefix("$ ")):
+    for part in re.split(r" \| (?![^(\[]*[)\]])| && | · ", line.removeprefix("$ ")):
         part = _STARTERS.sub("", part.strip())
         if _PROGRAM.match(part) and "NAME" not in part:
             for way in _ways(part):
@@ -78,5 +78,6 @@ def _ways(text: str) -> Iterator[str]:
         yield re.sub(r" ?…", "", text)
         return
     optional, grouped, words = match.groups()
-    for choice in ["", optional] if optional is not None else (grouped or words).split("|"):
+    choices = ["", *optional.split(" | ")] if optional is not None else (grouped or words).split("|")
+    for choice in choices:
         yield from _ways(f"{text[: match.start()]}{choice.strip()}{text[match.end() :]}".strip())
