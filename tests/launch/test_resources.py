@@ -9,7 +9,7 @@ import pytest
 
 from llada_megatron import cli
 from llada_megatron.launch import resources
-from llada_megatron.llada_moe.config import load_run
+from llada_megatron.llada_moe.config import dump_yaml, load_run
 from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.named import RUNS
@@ -143,3 +143,24 @@ def test_copies_of_another_run_are_not_gone_on_with(demo, tmp_path):
         resources.check_weights(run)
     (tmp_path / "mine/checkpoints/step-00000001").mkdir(parents=True)
     resources.check_weights(run)
+
+
+def test_a_configuration_written_by_hand_is_not_replaced_by_the_resolved_one(demo, tmp_path):
+    path = tmp_path / "config.yaml"
+    run = dataclasses.replace(demo, output_dir=str(tmp_path))
+    longer = dataclasses.replace(run, training=dataclasses.replace(run.training, steps=2000))
+    path.write_text(dump_yaml(run))
+    resources.check_inputs(str(path), longer)  # what an earlier start wrote may change its values
+    path.write_text("# mine\n" + dump_yaml(run))
+    resources.check_inputs(str(path), run)
+    with pytest.raises(ConfigError, match="over this file, which is its own input; give it another name"):
+        resources.check_inputs(str(path), longer)
+    path.rename(tmp_path / "mine.yaml")
+    resources.check_inputs(str(tmp_path / "mine.yaml"), longer)
+
+
+def test_a_run_does_not_write_into_a_checkpoint(demo, tmp_path):
+    for name in ("manifest.json", "metadata.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match="output_dir: .* lies in the checkpoint"):
+        resources.check_inputs("demo", dataclasses.replace(demo, output_dir=str(tmp_path / "run")))

@@ -164,3 +164,34 @@ def test_options_that_do_not_go_together(texts, tmp_path, capsys, arguments, mes
 def test_vocabulary_larger_than_the_corpus_supports(texts, tmp_path, capsys):
     assert prepare(texts, "--output", tmp_path / "set", "--train-tokenizer", "--vocab-size", 50_000) == 1
     assert "the largest it supports is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mine.json", "mine.tokenizer.json", "mine.bin"])
+def test_a_text_is_not_overwritten_by_its_own_set(texts, tmp_path, capsys, name):
+    """Also not in a folder, and not by the tokenizer's copy."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / name).write_text("a text of mine\n")
+    for source in (folder / name, folder):
+        assert prepare(texts, source, "--output", folder / "mine", *TRAIN, "--overwrite", "--workers", 1) == 2
+        assert "this command reads" in capsys.readouterr().err
+    assert (folder / name).read_text() == "a text of mine\n" and os.listdir(folder) == [name]
+
+
+def test_a_set_may_replace_its_tokenizer_by_its_copy_only(texts, tmp_path, capsys):
+    assert prepare(texts, "--output", tmp_path / "mine", *TRAIN, "--workers", 1) == 0
+    tokenizer, manifest = tmp_path / "mine.tokenizer.model", tmp_path / "mine.json"
+    before = tokenizer.read_bytes()
+    again = (texts, "--output", tmp_path / "mine", "--workers", 1)
+    assert prepare(*again, "--tokenizer", tokenizer, "--overwrite") == 0
+    assert tokenizer.read_bytes() == before
+    for path in tmp_path.glob("mine.*"):
+        if path != tokenizer:
+            path.unlink()
+    assert prepare(*again, *TRAIN) == 1  # a tokenizer of that name is there, and another one would replace it
+    assert "mine.tokenizer.model already there" in capsys.readouterr().err
+    assert prepare(*again, "--tokenizer", tokenizer) == 0
+    manifest.unlink()
+    tokenizer.rename(manifest)
+    assert prepare(*again, "--tokenizer", manifest, "--overwrite") == 2
+    assert manifest.read_bytes() == before

@@ -11,8 +11,10 @@ import psutil
 
 from llada_megatron.console import size_text
 from llada_megatron.launch.ranks.rank import available_cores
+from llada_megatron.llada_moe.config import dump_yaml, load_run
 from llada_megatron.llada_moe.errors import ConfigError, DataError, ResourceError
 from llada_megatron.llada_moe.model.parameters import count_parameters, rank_shares
+from llada_megatron.llada_moe.overwriting import refuse_inside_checkpoint
 from llada_megatron.parallel.checkpoint import manifest as checkpoint_manifest
 from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
 from llada_megatron.parallel.checkpoint.search import weights_to_start_from
@@ -29,6 +31,8 @@ _PROCESS_BYTES = 250 * 2**20
 """Memory of Python with torch and Megatron-Core, before the first tensor."""
 TRAINED_VOCABULARY = 3, 2
 """Ids of the mask and of the end of text in a vocabulary that `llada prepare` trains."""
+CONFIG_NAME = "config.yaml"
+"""The file of a run's folder that its resolved configuration is written to."""
 _DATA_SUFFIXES = (".bin", ".idx", ".json")
 
 
@@ -53,6 +57,31 @@ def _tokenizer_options(model: ModelConfig) -> str:
         return f"--train-tokenizer --vocab-size {model.vocab_size}"
     ids = f"whose mask token is {model.mask_token_id} and whose end of text is {model.eos_token_id}"
     return f"--tokenizer FILE (the model's own, {ids})"
+
+
+def check_inputs(config: str, run: RunConfig) -> None:
+    """Refuse a run that would write over the file it was read from, or into a checkpoint.
+
+    The resolved configuration goes to OUTPUT_DIR/config.yaml. A file there that an earlier start of the run wrote may
+    be given as CONFIG, with other values; one that somebody wrote by hand stays as it is.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    refuse_inside_checkpoint("output_dir", Path(run.output_dir) / CONFIG_NAME)
+    written = Path(run.output_dir) / CONFIG_NAME
+    if not (written.is_file() and Path(config).is_file() and written.samefile(config)):
+        return
+    try:
+        before = load_run(written)
+        same = before == run or written.read_text("utf-8") == dump_yaml(before)
+    except ConfigError:  # it is complete only with what the command line adds
+        same = False
+    if not same:
+        raise ConfigError(
+            f"{config}: the run would write its resolved configuration over this file, which is its own input; give it "
+            f"another name than {CONFIG_NAME}, or set another output_dir"
+        )
 
 
 def check_weights(run: RunConfig) -> None:

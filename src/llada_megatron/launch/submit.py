@@ -47,9 +47,11 @@ def run(args: argparse.Namespace) -> int:
     from llada_megatron.launch.cluster.config import load_cluster
     from llada_megatron.launch.cluster.fit import node_counts
     from llada_megatron.launch.cluster.script import render
+    from llada_megatron.launch.resources import check_inputs
     from llada_megatron.llada_moe.config import load_run
 
     run, cluster = load_run(args.config, args.overrides, message), load_cluster(args.cluster)
+    check_inputs(args.config, run)
     nodes = fit.nodes_needed(run, cluster, args.cluster)
     for warning in fit.layout_warnings(run, cluster):
         message(f"warning: {warning}")

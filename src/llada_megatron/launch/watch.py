@@ -15,11 +15,13 @@ from llada_megatron.launch.sampling.options import (
     add_method,
     add_model,
     add_prompt_options,
+    inputs_of,
     prompt_options_of,
     settings_of,
 )
 from llada_megatron.launch.sampling.prompt_sources import read_texts
 from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.llada_moe.overwriting import refuse_overwriting
 
 if TYPE_CHECKING:
     from llada_megatron.parallel.sampling.prompts import Prompt
@@ -61,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     prompt = _prompt(args)
     if args.html is not None and (Path(args.html).is_dir() or not Path(args.html).absolute().parent.is_dir()):
         raise ConfigError(f"--html {args.html}: give a file in a folder that there is")
+    if args.html is not None:
+        refuse_overwriting("--html", [args.html], inputs_of(args))
     with open_sampler(settings) as sampler:
         steps, result = _watch(sampler, prompt, args)
         checkpoint = str(sampler.session.loaded.path)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import emit_json, message
 from llada_megatron.llada_moe.errors import ConfigError, DataError, ResourceError
+from llada_megatron.llada_moe.overwriting import refuse_overwriting
 from llada_megatron.tools.split_options import (
     add_split_arguments,
     check_split_arguments,
@@ -39,7 +40,7 @@ An input is a text file, a folder (entered recursively), JSON lines (.jsonl, .nd
 python-stdlib: the source files of this Python's own standard library without its tests. A text file or a JSON line is
 one document. Written are PREFIX.bin and .idx (Megatron's format), PREFIX.bytes (text size of each document),
 PREFIX.tokenizer.model or .json, and PREFIX.json, which says what they hold. An interrupted run leaves no half set."""
-MANIFEST, TOKENS = ".json", (".bin", ".idx", ".bytes")
+MANIFEST, TOKENS, TOKENIZERS = ".json", (".bin", ".idx", ".bytes"), (".tokenizer.model", ".tokenizer.json")
 _PART = "set"
 """Name of the set inside the folder where it is written."""
 _EXAMPLES_SHOWN = 3
@@ -98,10 +99,11 @@ def prepare(args: argparse.Namespace, prefix: Path) -> tuple[SetManifest, Tokeni
     """Find, tokenise and write; the set appears under its name only when it is whole."""
     from llada_megatron.llada_moe.data.corpus import find_sources, total_size
 
-    _check_free(prefix, args.overwrite)
+    _check_free(prefix, args)
     sources = find_sources(args.inputs)
     if not sources:
         raise DataError(f"{', '.join(args.inputs)}: empty corpus: no file found")
+    _keep_inputs(args, prefix, [source.path for source in sources])
     _announce(args.inputs, sources)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{prefix.name}.", suffix=".partial", dir=prefix.parent))
@@ -263,7 +265,7 @@ def _publish(folder: Path, prefix: Path, manifest: SetManifest) -> None:
         descriptor = os.open(prefix_file(folder / _PART, ending), os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    for old in (MANIFEST, *TOKENS, REPEATS, ".tokenizer.model", ".tokenizer.json"):
+    for old in (MANIFEST, *TOKENS, REPEATS, *TOKENIZERS):
         prefix_file(prefix, old).unlink(missing_ok=True)
     for ending in endings:
         os.replace(prefix_file(folder / _PART, ending), prefix_file(prefix, ending))
@@ -292,15 +294,29 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError(f"--output {args.output}: name a prefix such as {Path(args.output) / 'corpus'}, not a folder")
 
 
-def _check_free(prefix: Path, overwrite: bool) -> None:
-    """Refuse to replace files that exist, unless that was asked for."""
-    from llada_megatron.llada_moe.data.set_manifest import prefix_file
+def _check_free(prefix: Path, args: argparse.Namespace) -> None:
+    """Refuse to replace files that exist, unless that was asked for, or the file is the given tokenizer."""
+    from llada_megatron.llada_moe.data.set_manifest import REPEATS, prefix_file
 
-    standing = [str(prefix_file(prefix, e)) for e in (*TOKENS, MANIFEST) if prefix_file(prefix, e).exists()]
-    if standing and not overwrite:
+    outputs = [prefix_file(prefix, ending) for ending in (*TOKENS, MANIFEST, REPEATS, *TOKENIZERS)]
+    given = Path(args.tokenizer) if args.tokenizer else None
+    standing = [each for each in outputs if each.exists() and not (given and given.exists() and each.samefile(given))]
+    if standing and not args.overwrite:
         raise DataError(
-            f"{', '.join(standing)} already there; give another --output, or --overwrite to replace the set"
+            f"{', '.join(map(str, standing))} already there; give another --output, or --overwrite to replace the set"
         )
+
+
+def _keep_inputs(args: argparse.Namespace, prefix: Path, sources: list[Path]) -> None:
+    """Refuse a set that would overwrite a file of the corpus, or the tokenizer by something else. Raises ConfigError.
+
+    PREFIX.tokenizer.model or .json may be the given tokenizer: it is replaced by its own copy.
+    """
+    from llada_megatron.llada_moe.data.set_manifest import REPEATS, prefix_file
+
+    outputs = [prefix_file(prefix, ending) for ending in (*TOKENS, MANIFEST, REPEATS)]
+    refuse_overwriting("--output", outputs, [args.tokenizer])
+    refuse_overwriting("--output", [*outputs, *(prefix_file(prefix, ending) for ending in TOKENIZERS)], sources)
 
 
 def _announce(inputs: list[str], sources: list[CorpusFile]) -> None:

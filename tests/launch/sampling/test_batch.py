@@ -289,3 +289,29 @@ def test_a_part_goes_on_behind_its_last_whole_line(tmp_path):
     assert [record for record, _ in records(path)] == [result(7).record()] * 3
     assert Result.of(result(7).record()) == result(7)
     assert os.path.getsize(path) == [offset for _, offset in records(path)][-1]
+
+
+@pytest.mark.parametrize("output", ["in.jsonl", "in", "link.jsonl"])
+def test_prompts_are_not_overwritten(dense, prompts, tmp_path, capsys, output):
+    """Not by the results, by a file beside them, nor through a link."""
+    (tmp_path / "link.jsonl").symlink_to(prompts)
+    source = prompts.rename(tmp_path / "in.run.json") if output == "in" else prompts
+    before = source.read_bytes()
+    command = ["--prompts", source, "--output", tmp_path / output, "--overwrite"]
+    code, _, err = run_cli(capsys, "sample", dense, *command, *METHOD)
+    assert code == 2
+    assert "this command reads; name another place" in err
+    assert source.read_bytes() == before
+
+
+def test_results_do_not_go_among_the_files_of_the_model(dense, prompts, capsys):
+    step, tokenizer = next((dense / "checkpoints").iterdir()), dense / "tokenizer/tokenizer.json"
+    before = tokenizer.read_bytes()
+    for output, why in (
+        (step / "out.jsonl", "lies in the checkpoint"),
+        (tokenizer, "is a file that this command reads"),
+    ):
+        options = ["--prompts", prompts, "--output", output, "--overwrite"]
+        code, _, err = run_cli(capsys, "sample", dense, *options, *METHOD)
+        assert code == 2 and why in err
+    assert tokenizer.read_bytes() == before and not list(step.glob("out*"))

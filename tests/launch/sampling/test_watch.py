@@ -149,3 +149,11 @@ def test_wrong_input(dense, capsys, arguments, text):
     assert code == 2
     assert text in err
     assert out == ""
+
+
+def test_the_page_does_not_replace_the_text(dense, tmp_path, capsys):
+    text = tmp_path / "text.html"
+    text.write_text("a text")
+    code, _, err = run_cli(capsys, "watch", dense, "--file", text, "--html", text)
+    assert code == 2 and "--html" in err and "this command reads" in err
+    assert text.read_text() == "a text"

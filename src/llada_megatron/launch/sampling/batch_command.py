@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import emit_json, message
 from llada_megatron.launch.sampling.batch_output import BatchOutput, run_description
+from llada_megatron.launch.sampling.options import inputs_of
 from llada_megatron.launch.sampling.prompt_batch import BatchOutcome, PromptBatch, rank_work, write_here, write_in_ranks
 from llada_megatron.launch.sampling.terminal_output import PromptCounts
 from llada_megatron.llada_moe.errors import ConfigError, LladaError
+from llada_megatron.llada_moe.overwriting import refuse_overwriting
 
 if TYPE_CHECKING:
     from llada_megatron.launch.ranks.rank_info import RankInfo
@@ -33,7 +35,7 @@ def run_batch(settings: Settings, source: PromptSource, args: argparse.Namespace
     rank_info = None if args.local else find_rank_info()
     if rank_info is not None:
         return _run_as_rank(settings, source, rank_info, args)
-    output = BatchOutput(Path(args.output))
+    output = _output(args)
     with output.locked():
         batch = _begin(output, settings, source, args.overwrite)
         outcome = None
@@ -48,6 +50,13 @@ def run_batch(settings: Settings, source: PromptSource, args: argparse.Namespace
                 message(f"failed: {_progress(output, batch)}")
             raise
         return _end(output, batch, outcome, source, args.json)
+
+
+def _output(args: argparse.Namespace) -> BatchOutput:
+    """The files of the batch. Raises ConfigError: one of them is read by this command, or `--output` is no file."""
+    output = BatchOutput(Path(args.output))
+    refuse_overwriting("--output", output.files, inputs_of(args))
+    return output
 
 
 def _progress(output: BatchOutput, batch: PromptBatch) -> str:
@@ -132,7 +141,7 @@ def _run_as_rank(settings: Settings, source: PromptSource, rank_info: RankInfo, 
 
     try:
         check_world(rank_info, settings.layout)
-        output = BatchOutput(Path(args.output))
+        output = _output(args)
         if args.prompts in (None, "-") and not args.prompt and not args.file:
             raise ConfigError("the ranks of a job cannot share standard input: give --prompts FILE, --prompt or --file")
     except LladaError as error:

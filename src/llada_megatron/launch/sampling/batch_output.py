@@ -115,6 +115,13 @@ class BatchOutput:
             raise ConfigError(f"--output {path}: this is no file; results go to a file of their own")
         self.path = path
         self._run_file = path.with_name(path.name + ".run.json")
+        self._lock_file = path.with_name(path.name + ".lock")
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that a batch writes or removes, as far as they can be known before it."""
+        written = [self.path, self._run_file]
+        return [*written, self._lock_file, *map(_temporary, written), part_path(self.path, 0), *part_paths(self.path)]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -124,7 +131,7 @@ class BatchOutput:
             DataError: another process holds the lock.
             ResourceError: the lock file cannot be written.
         """
-        lock_path = self.path.with_name(self.path.name + ".lock")
+        lock_path = self._lock_file
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock = lock_path.open("w")
@@ -237,9 +244,14 @@ def _acquire(lock: TextIO, path: Path) -> bool:
     return path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino
 
 
+def _temporary(path: Path) -> Path:
+    """The name under which a file is written before it takes its own."""
+    return path.with_name(path.name + ".tmp")
+
+
 def _replace(path: Path, text: str) -> None:
     """Replace a file atomically. Raises ResourceError."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path)
     try:
         with writing(path), temporary.open("w", encoding="utf-8") as stream:
             stream.write(text)

@@ -116,6 +116,19 @@ def settings_of(args: argparse.Namespace, default_tokens: int = 64) -> Settings:
     )
 
 
+def inputs_of(args: argparse.Namespace) -> list[str | Path | None]:
+    """The files and folders that the command line reads, which no output may overwrite.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+    """
+    from llada_megatron.parallel.checkpoint.search import find_checkpoints, tokenizer_folder
+
+    files = args.file if isinstance(args.file, list) else [args.file]
+    carried = tokenizer_folder(find_checkpoints(args.checkpoint)[0])
+    return [*files, getattr(args, "prompts", None), args.tokenizer, carried]
+
+
 def _schedule(args: argparse.Namespace) -> str | None:
     """The schedule's name. `--remasking` stands for one of the two schedules with fixed steps."""
     if args.remasking is None:

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from llada_megatron.console import message
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, LladaError, ResourceError
+from llada_megatron.llada_moe.overwriting import refuse_inside_checkpoint
 
 _LOCK = "lock"
 
@@ -24,8 +25,13 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def resolve(target: Path) -> Path:
-    """The directory that `target` names, with links followed. Raises ConfigError: it is a mount point."""
+    """The directory that `target` names, with links followed.
+
+    Raises:
+        ConfigError: it is a mount point, or lies in a checkpoint.
+    """
     resolved = Path(os.path.realpath(target))
+    refuse_inside_checkpoint("the target", resolved)
     if os.path.ismount(resolved):
         raise ConfigError(f"{resolved} is a mount point, which cannot be replaced: name a new directory in it")
     return resolved
