@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 def training_work(run: RunConfig) -> Work:
     """The work of a rank of `run`; RANK and WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from the environment.
 
-    Rank 0 holds the run locks of the output directory and of the directory for copies, and writes the resolved
-    configuration to OUTPUT_DIR/config.yaml.
+    Rank 0 holds the run locks of the output directory and of the directory for copies.
     """
-    from llada_megatron.llada_moe.config import dump_yaml
 
     def work(stop: StopRequest) -> dict[str, Any]:
         from llada_megatron.parallel import device
@@ -42,10 +40,7 @@ def training_work(run: RunConfig) -> Work:
         topology.join(rank, int(os.environ["WORLD_SIZE"]))
         with _hold_directories(run) as locks:
             topology.initialize(run.layout, run.training.seed)
-            trainer = Trainer(run)
-            if rank == 0:  # only now, so that a run that cannot continue what is there leaves the old file
-                (Path(run.output_dir) / "config.yaml").write_text(dump_yaml(run), "utf-8")
-            result = trainer.train(lambda: _must_stop(stop, locks))
+            result = Trainer(run).train(lambda: _must_stop(stop, locks))
         topology.leave()
         return result
 

@@ -14,7 +14,7 @@ from llada_megatron.parallel.checkpoint import manifest as manifests
 
 T = TypeVar("T")
 TOKENIZER = "tokenizer"
-"""Folder of an imported checkpoint's tokenizer files, beside `checkpoints`."""
+"""Folder of the tokenizer's files that a run or an import carries, beside `checkpoints`, and beside their copies."""
 
 
 def find_checkpoints(path: str | Path) -> list[Path]:
@@ -90,17 +90,26 @@ def require_model(path: Path, metadata: dict[str, Any], model: ModelConfig, weig
     manifests.require_model(path, {"model": view(found)}, view(model))
 
 
+def tokenizer_folder(step: Path) -> Path | None:
+    """The folder with the tokenizer that belongs to a step directory of a run, an import or copies, if there is one."""
+    step = step.absolute()
+    return next((each for each in (step.parent.parent / TOKENIZER, step.parent / TOKENIZER) if each.is_dir()), None)
+
+
 def tokenizer_place(step: Path, metadata: dict[str, Any]) -> Path | None:
     """Where the tokenizer of a step directory should be; None where its metadata names none.
 
-    An import keeps it in a folder beside the checkpoints, which is found even after a move; the metadata of a training
-    run has the path of the file that the run used.
+    A run and an import carry it in a folder beside the checkpoints, which is found even after a move. Where that is
+    not there (a step directory that was copied by itself, a run of an earlier version), it is the path in the metadata.
     """
-    folder = step.parent.parent / TOKENIZER
-    if folder.is_dir():
-        return folder
+    folder = tokenizer_folder(step)
     path = (metadata.get("tokenizer") or {}).get("path")
-    return Path(path) if path else None
+    if folder is None:
+        return Path(path) if path else None
+    if "imported" in metadata:
+        return folder
+    # of a run the file: what is missing beside it may be added, while a folder is taken as it is
+    return next((file for file in (folder / "tokenizer.json", folder / "tokenizer.model") if file.is_file()), folder)
 
 
 def run_of(path: Path) -> RunConfig:

@@ -94,16 +94,28 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path | str, tensorboard: bool = True, from_step: int = 0) -> None:
         self._path = Path(run_dir) / FILE_NAME
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._tensorboard = tensorboard
         self._pending: list[tuple[int, dict[str, Scalar]]] = []
         self._open(from_step)
 
     def _open(self, from_step: int) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         _drop_lines_from(self._path, from_step)
         self._file = self._path.open("ab", buffering=0)  # so that it is known how much of a line is on a full disk
         self._unwritten, self._told = b"", False
         self._board = TensorBoard(self._path.parent / "tensorboard", from_step) if self._tensorboard else None
+
+    @property
+    def name(self) -> str:
+        """The name of the metrics file."""
+        return self._path.name
+
+    def in_place(self) -> bool:
+        """Whether the file that lines are written to still has its name; removing a folder does not close its files."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except FileNotFoundError:
+            return False
 
     def go_back(self, from_step: int) -> None:
         """Drop what was written of `from_step` and later: these steps are run again, as after a resume."""

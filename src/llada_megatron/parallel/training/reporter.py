@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
+from llada_megatron.console import rate_text
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch, Samples
 from llada_megatron.llada_moe.evaluation.likelihood import Likelihood
@@ -55,10 +56,7 @@ class Reporter:
             supervised_share=self.objective.supervised_share,
         ).total
         self.throughput = Throughput(work)
-        if self.rank == 0:
-            self.progress.message(f"model FLOPs per token {work:.4g}")
-            if self._first_step == 0:  # a restart need not say it again
-                self.progress.message(FORMULA)
+        logging.getLogger(__name__).info("model FLOPs per token %.4g; %s", work, FORMULA)
 
     def _measured_peak(self, throughput: Throughput) -> float:
         """FLOP/s of all ranks, measured by all at once when the first utilisation is computed (collective)."""
@@ -69,7 +67,7 @@ class Reporter:
                 peak = torch.tensor(own, dtype=torch.float64, device=device.current())
                 torch.distributed.all_reduce(peak)
                 self._peak_flops = float(peak)
-            self.progress.message(f"measured peak {self._peak_flops:.4g} FLOP/s over all ranks")
+            logging.getLogger(__name__).info("measured peak %.4g FLOP/s over all ranks", self._peak_flops)
         return self._peak_flops
 
     def _keys_per_query(self, batches: list[Batch]) -> float:
@@ -123,7 +121,13 @@ class Reporter:
         self._waiting.clear()
         if self.writer is not None:
             self.writer.flush()
-        self.progress.update(last, _known(self.last_loss), figures.get("tokens_per_second"))
+        self.progress.update(last, _known(self.last_loss), figures.get("tokens_per_second"), self._utilization(figures))
+
+    def _utilization(self, figures: dict[str, float]) -> str | None:
+        """The share of the measured peak that the model's operations reach, for people."""
+        if self._peak_flops is None or "model_flops_utilization" not in figures:
+            return None
+        return f"{figures['model_flops_utilization']:.0%} of {rate_text(self._peak_flops)}"
 
     def go_back(self, step: int) -> None:
         """The steps after `step` are run again: what was written of them goes."""
@@ -133,6 +137,15 @@ class Reporter:
         self.expert_load.reset()
         if self.throughput is not None:
             self.throughput.restart()
+        if self.writer is not None:
+            self.writer.go_back(step + 1)
+
+    def missing(self) -> list[str]:
+        """On rank 0: the name of the metrics file, if what stands under it is not the file that is written to."""
+        return [] if self.writer is None or self.writer.in_place() else [self.writer.name]
+
+    def reopen(self, step: int) -> None:
+        """Write to new files from the step after `step` on: the folder of the old ones went away."""
         if self.writer is not None:
             self.writer.go_back(step + 1)
 

@@ -31,6 +31,10 @@ def open_store(run: RunConfig) -> CheckpointStore:
     )
 
 
+def _pause_text(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 0.1 else f"{seconds:.2f} s"
+
+
 class Saver:
     """The saves of one run. A failed one is reported, and tried again at the next interval."""
 
@@ -41,6 +45,8 @@ class Saver:
         self._settings, self._store, self._reporter = run.checkpoint, store, reporter
         self.saved_step = step
         """Steps done in the state that was saved, or gone on from, last."""
+        self.saved_path = resumed if resumed is not None and resumed.parent == store.directory else None
+        """The step directory that was saved, or gone on from, last; None where it is not one of the run's own."""
         self._saving = step
         self._seconds = 0.0
         self._failures = 0
@@ -81,7 +87,11 @@ class Saver:
 
     def went_back(self, step: int) -> None:
         """The run goes on from the checkpoint of `step`, which may be older than the newest."""
-        self.saved_step = step
+        self.saved_step, self.saved_path = step, None
+
+    def forget(self) -> None:
+        """What was saved is lost, and is to be saved again."""
+        self.saved_step, self.saved_path = -1, None
 
     def end(self, state: RunState, stop: Callable[[], bool]) -> None:
         """Save what is not saved yet, and let copies come to their end unless this rank's `stop`, or another's, is set.
@@ -124,9 +134,9 @@ class Saver:
             self._seconds += time.perf_counter() - began
 
     def _completed(self, path: Path) -> None:
-        self.saved_step, self._failures = self._saving, 0
+        self.saved_step, self.saved_path, self._failures = self._saving, path, 0
         self._reporter.note(SECONDS_LOST, self._seconds)
-        self._reporter.message(f"checkpoint of step {self._saving}: {self._seconds:.2f} s of training time")
+        self._reporter.message(f"saved step {self._saving}, training paused {_pause_text(self._seconds)}")
         if self._copies is not None:
             self._copies.add(path)
             self._protect_copied()

@@ -33,6 +33,7 @@ from llada_megatron.parallel.checkpoint.store import CheckpointStore
 from llada_megatron.parallel.sharded_state import load_model_state, model_state
 from llada_megatron.parallel.training.distributed_optimizer import load_optimizer_state, optimizer_state
 from llada_megatron.parallel.training.recovery.policy import History
+from llada_megatron.parallel.training.run_folder import tokenizer_facts
 
 FROZEN = (
     "training.global_batch_size",
@@ -135,7 +136,6 @@ class RunState:
         return {name: manifest.sha256 for name, manifest in zip(names, self.manifests, strict=False)}
 
     def _metadata(self) -> dict[str, Any]:
-        tokenizer = self.manifests[0].tokenizer
         return {
             "model": to_dict(self.run.model),
             "run": to_dict(self.run),
@@ -150,11 +150,7 @@ class RunState:
                 "megatron-core": version("megatron-core"),
             },
             "sets": {name: digest for name, digest in self._sets().items() if digest},
-            "tokenizer": {
-                "sha256": tokenizer.sha256,
-                "vocab_size": tokenizer.vocab_size,
-                "path": f"{self.run.data.sets[0].path}.tokenizer{tokenizer.suffix}",
-            },
+            "tokenizer": tokenizer_facts(self.run, self.manifests[0].tokenizer),
         }
 
 

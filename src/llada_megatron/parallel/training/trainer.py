@@ -23,6 +23,7 @@ from llada_megatron.parallel.training.recovery.attempt import StepAttempt
 from llada_megatron.parallel.training.recovery.policy import may_go_back
 from llada_megatron.parallel.training.recovery.repair import Recovery
 from llada_megatron.parallel.training.reporter import Reporter
+from llada_megatron.parallel.training.run_folder import RunFolder
 from llada_megatron.parallel.training.saving import Saver, open_store
 from llada_megatron.parallel.training.state import RunState, load_frozen
 from llada_megatron.parallel.training.step import TrainingStep
@@ -58,6 +59,9 @@ class Trainer:
         self.recovery.resume(resumed)
         self.new = resumed is None
         self.saver = Saver(run, self.store, self.reporter, resumed, self.state.step)
+        # only now, so that a run that cannot continue what is there leaves the old files
+        self.folder = RunFolder(run, self.data.manifests[0].tokenizer, given)
+        on_rank_0(lambda: self.folder.open(self.reporter.warning))
         self.bits_per_byte: float | None = None
         self.stopping = False
 
@@ -74,6 +78,8 @@ class Trainer:
             self.reporter.interval()
             self.heartbeat.beat(self.state.step, "save")
             self.saver.end(self.state, partial(self._in_a_hurry, stop))
+            if self._restores_folder():
+                self.saver.end(self.state, partial(self._in_a_hurry, stop))
         self.reporter.close()
         self.heartbeat.beat(self.state.step, "done")
         newest = self.store.latest(thorough=False)
@@ -126,8 +132,26 @@ class Trainer:
                 likelihood = validate(self.run, self.objective, self.models, self.held_out, number - 1, alive)
             self.bits_per_byte = self.reporter.validation(number, likelihood, self.held_out.bytes_per_token)
         self.reporter.step(number, attempt, rate, self.state.history.in_force(number))
-        if self._due(self.run.checkpoint.interval):
+        restored = self._due(self.run.logging.interval) and self._restores_folder()
+        if restored or self._due(self.run.checkpoint.interval):
             self._checkpoint()
+
+    def _restores_folder(self) -> bool:
+        """Notice that the run's folder went away, or a part of it, and make it anew; returns whether that was so.
+
+        What was saved counts as lost then, and is to be saved again (collective).
+        """
+        gone = on_rank_0(lambda: self.folder.missing(self.saver.saved_path) + self.reporter.missing())
+        if gone:
+            on_rank_0(self.folder.restore)
+            self.reporter.reopen(self.state.step)
+            self.saver.forget()
+            self.reporter.warning(
+                f"step {self.state.step}: {', '.join(gone)} went away from {self.run.output_dir} while the run was "
+                "writing there. The folder is made anew and a checkpoint saved; earlier metrics and checkpoints that "
+                "went with it are lost"
+            )
+        return bool(gone)
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and (self.state.step % interval == 0 or self.state.step == self.run.training.steps)
