@@ -41,6 +41,22 @@ def visible(text: str) -> str:
     return text.translate(_CONTROL)
 
 
+def count_text(count: float) -> str:
+    """A number of things as text for people: `3.03 M`, `2.3 T`, `512`."""
+    return _scaled(count, (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)), "")
+
+
+def rate_text(flops: float) -> str:
+    """Operations per second as text for people: `134 GFLOP/s`."""
+    return _scaled(flops, (("P", 10**15), ("T", 10**12), ("G", 10**9), ("M", 10**6)), "FLOP/s")
+
+
+def _scaled(value: float, prefixes: tuple[tuple[str, int], ...], unit: str) -> str:
+    """A value to three figures with the prefix that leaves it at least 1."""
+    prefix, size = next(((prefix, size) for prefix, size in prefixes if value >= size), ("", 1))
+    return f"{float(f'{value / size:.3g}'):g} {prefix}{unit}".rstrip()
+
+
 def size_text(count: float) -> str:
     """A number of bytes as text for people: `1.44 TB`, `9.57 GB`, `72 KB`."""
     for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):

@@ -54,7 +54,9 @@ def test_the_result_is_on_stdout_and_everything_else_elsewhere(folder):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["steps"], result["stopped"]) == (3, False)
-    assert "step 3/3" in done.stderr
+    assert done.stderr.startswith("result: ") and "2 processes" in done.stderr.splitlines()[0]
+    assert "step 3/3" in done.stderr and "% of " in done.stderr and "saved step 3, training paused" in done.stderr
+    assert "FLOPs" not in done.stderr and "FLOPs/token" in (folder / "result/logs/rank-0.log").read_text()
     assert "Warning" not in done.stderr
     assert (folder / "result/logs/rank-1.log").exists()
     assert load_run(folder / "result/config.yaml") == load_run(folder / "run.yaml", ["output_dir=result"])

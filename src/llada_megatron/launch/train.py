@@ -40,15 +40,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; returns the exit code (130 after Ctrl-C, 143 after SIGTERM)."""
     from llada_megatron.launch.ranks.rank_info import check_world, find_rank_info
-    from llada_megatron.launch.resources import check_data, check_space, check_weights
+    from llada_megatron.launch.resources import check_data, check_inputs, check_space, check_weights
     from llada_megatron.launch.run_lock import check_free
     from llada_megatron.llada_moe.config import load_run
 
     info = None if args.local else find_rank_info()
     if info is None:
-        return _train_here(load_run(args.config, args.overrides, message), args)
+        config = load_run(args.config, args.overrides, message)
+        check_inputs(args.config, config)
+        return _train_here(config, args)
     try:
         config = load_run(args.config, args.overrides, message if info.rank == 0 else lambda text: None)
+        check_inputs(args.config, config)
         check_world(info, config.layout)
         check_free(config.output_dir, os.environ.get("SLURM_JOB_ID"))
         check_data(config)
@@ -68,6 +71,7 @@ def start(run: RunConfig, oversubscribe: bool = False) -> LocalOutcome:
         LladaError: before any process starts, or the error of the rank that failed first.
         Stopped: a signal ended the run before a step could be finished.
     """
+    from llada_megatron.launch.announcement import announcement
     from llada_megatron.launch.data_verification import verify_data
     from llada_megatron.launch.ranks.local import python_program, run_local
     from llada_megatron.launch.resources import check_data, check_machine, check_space, check_weights
@@ -79,9 +83,9 @@ def start(run: RunConfig, oversubscribe: bool = False) -> LocalOutcome:
     check_weights(run)
     check_machine(run, oversubscribe)
     check_space(run)
+    logs = Path(run.output_dir) / "logs"
+    message(announcement(run))
     verify_data(run)
-    logs, ranks = Path(run.output_dir) / "logs", run.layout.world_size
-    message(f"starting {ranks} {'process' if ranks == 1 else 'processes'}; their logs: {logs}")
     with tempfile.TemporaryDirectory(prefix="llada-") as directory:
         resolved = Path(directory) / "run.yaml"
         resolved.write_text(dump_yaml(run), "utf-8")
@@ -101,6 +105,7 @@ def _train_here(config: RunConfig, args: argparse.Namespace) -> int:
 
 
 def _train_as_rank(config: RunConfig, info: RankInfo, args: argparse.Namespace) -> int:
+    from llada_megatron.launch.announcement import announcement
     from llada_megatron.launch.data_verification import verify_data
     from llada_megatron.launch.ranks.rank import run_joined_rank
     from llada_megatron.launch.ranks.training_rank import training_work
@@ -108,6 +113,8 @@ def _train_as_rank(config: RunConfig, info: RankInfo, args: argparse.Namespace) 
     os.environ.update(info.environment())
     os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
     logs = Path(config.output_dir) / "logs"
+    if info.rank == 0:
+        message(announcement(config, here=False))
     verify_data(config, info.rank, info.world_size)
     result, stopped = run_joined_rank(training_work(config), config.layout, logs, info.rank)
     if info.rank != 0:

@@ -129,7 +129,7 @@ def test_training_outlives_failed_saves_but_not_too_many_in_a_row(tmp_path, asyn
     assert "2 checkpoints in a row could not be saved" in error and "No space left on device" in error
     failed = [text for text in said if "failure 1 of 2 in a row" in text]
     assert len(failed) == 2 and "no checkpoint of step 2" in failed[0] and "no checkpoint of step 4" in failed[1]
-    assert [text for text in said if "s of training time" in text][-1].startswith("checkpoint of step 3: 0.")
+    assert [text for text in said if "training paused" in text][-1].startswith("saved step 3, training paused 0.")
     assert names(tmp_path / "run/checkpoints") == ["latest", "step-00000001", "step-00000003"]
 
 

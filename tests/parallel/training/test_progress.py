@@ -25,10 +25,10 @@ def plain_environment(monkeypatch):
 def test_a_pipe_gets_plain_lines_with_loss_speed_and_time_left():
     stream = io.StringIO()
     with TrainingProgress(4, stream=stream, line_seconds=0) as progress:
-        progress.update(2, loss=1.25, tokens_per_second=12345.6)
+        progress.update(2, loss=1.25, tokens_per_second=12345.6, utilization="41% of 134 GFLOP/s")
         progress.update(4, loss=1.0)
     first, last = stream.getvalue().splitlines()
-    assert first.startswith("step 2/4  loss 1.2500  12,346 tokens/s  ") and first.endswith(" left")
+    assert first.startswith("step 2/4  loss 1.2500  12,346 tokens/s  41% of 134 GFLOP/s  ") and first.endswith(" left")
     assert last.startswith("step 4/4") and "\x1b" not in stream.getvalue()
 
 

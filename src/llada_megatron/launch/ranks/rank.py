@@ -87,6 +87,7 @@ def quieten(rank: int, log_dir: Path) -> Callable[[], None]:
     sys.stdout = log
     sys.stderr = open(terminals[1], "w", buffering=1, errors="backslashreplace") if rank == 0 else log  # noqa: SIM115
     logging.basicConfig(stream=log, force=True, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("llada_megatron").setLevel(logging.INFO)  # of libraries, warnings only
     logging.captureWarnings(True)
     logging.raiseExceptions = False  # otherwise a full disk causes a stack trace for every line
     faulthandler.enable(log)

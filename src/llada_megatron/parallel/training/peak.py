@@ -21,24 +21,24 @@ _LARGEST_SIZE = {"cpu": 2048, "cuda": 8192}
 _SECONDS = 0.5  # time spent per ceiling; only the first, smallest measurement may take longer
 
 
-def matmul_peak(device: torch.device | str, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product with this process's threads: the best of several runs.
+def matmul_peak(device: torch.device | str, dtype: torch.dtype, seconds: float = _SECONDS) -> float:
+    """FLOP/s of a square matrix product with this process's threads: the best of several runs in about `seconds`.
 
-    The size doubles from 256 as long as the next one fits into half a second: a processor without instructions for
+    The size doubles from 256 as long as the next one fits into that time: a processor without instructions for
     `dtype` (bf16 on one with AVX2 only) is a thousand times slower than one with them, and must not be waited for.
 
     The ceiling that model-FLOPs utilisation is measured against. Where ranks share a CPU, let them measure at the
     same time: each then gets the share it will have in training.
     """
     device = torch.device(device)
-    best, size, deadline = 0.0, _FIRST_SIZE, time.perf_counter() + _SECONDS
+    best, size, deadline = 0.0, _FIRST_SIZE, time.perf_counter() + seconds
     while True:
         product = _product(size, device, dtype)
-        seconds = _seconds(product, device)
+        once = _seconds(product, device)
         larger = 2 * size <= _LARGEST_SIZE.get(device.type, _FIRST_SIZE)
-        if not (larger and time.perf_counter() + 2 * 8 * seconds < deadline):  # warm-up and one run of the next size
-            return max(best, 2.0 * size**3 / min(seconds, _best_seconds(product, device, deadline)))
-        best, size = max(best, 2.0 * size**3 / seconds), 2 * size
+        if not (larger and time.perf_counter() + 2 * 8 * once < deadline):  # warm-up and one run of the next size
+            return max(best, 2.0 * size**3 / min(once, _best_seconds(product, device, deadline)))
+        best, size = max(best, 2.0 * size**3 / once), 2 * size
 
 
 def copy_peak(device: torch.device | str) -> float:

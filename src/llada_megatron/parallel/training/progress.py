@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 
 
 class TrainingProgress:
-    """Shows step, loss, tokens/s and the time left. Only rank 0 shows anything.
+    """Shows step, loss, tokens/s, utilisation and the time left. Only rank 0 shows anything.
 
     On a terminal a live bar (NO_COLOR takes the colours away); otherwise a plain line per update, none closer than
     `line_seconds` to the one before, and always one for the last step.
@@ -40,10 +40,16 @@ class TrainingProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, step: int, loss: float | None = None, tokens_per_second: float | None = None) -> None:
-        """Shows that `step` steps are done."""
+    def update(
+        self,
+        step: int,
+        loss: float | None = None,
+        tokens_per_second: float | None = None,
+        utilization: str | None = None,
+    ) -> None:
+        """Shows that `step` steps are done; `utilization` in words, such as `41% of 134 GFLOP/s`."""
         self._step = step
-        facts = self._facts(loss, tokens_per_second)
+        facts = self._facts(loss, tokens_per_second, utilization)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, facts=facts)
             return
@@ -63,12 +69,14 @@ class TrainingProgress:
             return None
         return (time.perf_counter() - self._began) / done * (self._total - self._step)
 
-    def _facts(self, loss: float | None, tokens_per_second: float | None) -> str:
+    def _facts(self, loss: float | None, tokens_per_second: float | None, utilization: str | None) -> str:
         facts = []
         if loss is not None:
             facts.append(f"loss {loss:.4f}")
         if tokens_per_second is not None:
             facts.append(f"{tokens_per_second:,.0f} tokens/s")
+        if utilization is not None:
+            facts.append(utilization)
         left = self.seconds_left()
         if left is not None:
             facts.append(f"{format_seconds(left)} left")
