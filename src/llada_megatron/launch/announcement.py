@@ -17,8 +17,9 @@ from llada_megatron.parallel.training.metrics_file import last_metrics
 if TYPE_CHECKING:
     from llada_megatron.llada_moe.config.run import RunConfig
 
-ASSUMED_UTILIZATION = 0.4
-"""Share of the measured peak that the estimate before the first step assumes; the time says so."""
+ASSUMED_UTILIZATION = 0.25
+"""Share of the measured peak that the estimate before the first step assumes, and says so: what `make demo` reaches on
+two cores. Larger models reach more (docs/benchmarks.md), and take less time than is said."""
 
 _PEAK_SECONDS = 0.1
 

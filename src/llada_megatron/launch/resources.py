@@ -18,6 +18,7 @@ from llada_megatron.llada_moe.overwriting import refuse_inside_checkpoint
 from llada_megatron.parallel.checkpoint import manifest as checkpoint_manifest
 from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
 from llada_megatron.parallel.checkpoint.search import weights_to_start_from
+from llada_megatron.parallel.training.callbacks import find_callback
 from llada_megatron.parallel.training.recovery.policy import may_go_back
 
 if TYPE_CHECKING:
@@ -82,6 +83,12 @@ def check_inputs(config: str, run: RunConfig) -> None:
             f"{config}: the run would write its resolved configuration over this file, which is its own input; give it "
             f"another name than {CONFIG_NAME}, or set another output_dir"
         )
+
+
+def check_callbacks(run: RunConfig) -> None:
+    """Refuse a run whose `logging.callbacks` are not there. Raises ConfigError."""
+    for name in run.logging.callbacks:
+        find_callback(name)
 
 
 def check_weights(run: RunConfig) -> None:

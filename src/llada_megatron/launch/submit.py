@@ -117,9 +117,10 @@ def _checks(run: RunConfig, cluster: ClusterConfig) -> list[Callable[[], None]]:
     """The checks of what the job needs when it starts; each raises an LladaError where it fails."""
     from llada_megatron.launch import run_lock
     from llada_megatron.launch.cluster.fit import check_mounts
-    from llada_megatron.launch.resources import check_data, check_space, check_weights
+    from llada_megatron.launch.resources import check_callbacks, check_data, check_space, check_weights
 
     return [
+        lambda: check_callbacks(run),
         lambda: _check_no_live_job(run),
         lambda: run_lock.check_free(run.output_dir),
         lambda: check_data(run),

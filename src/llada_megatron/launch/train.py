@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; returns the exit code (130 after Ctrl-C, 143 after SIGTERM)."""
     from llada_megatron.launch.ranks.rank_info import check_world, find_rank_info
-    from llada_megatron.launch.resources import check_data, check_inputs, check_space, check_weights
+    from llada_megatron.launch.resources import check_callbacks, check_data, check_inputs, check_space, check_weights
     from llada_megatron.launch.run_lock import check_free
     from llada_megatron.llada_moe.config import load_run
 
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         check_inputs(args.config, config)
         check_world(info, config.layout)
         check_free(config.output_dir, os.environ.get("SLURM_JOB_ID"))
+        check_callbacks(config)
         check_data(config)
         check_weights(config)
         check_space(config)
@@ -74,11 +75,18 @@ def start(run: RunConfig, oversubscribe: bool = False) -> LocalOutcome:
     from llada_megatron.launch.announcement import announcement
     from llada_megatron.launch.data_verification import verify_data
     from llada_megatron.launch.ranks.local import python_program, run_local
-    from llada_megatron.launch.resources import check_data, check_machine, check_space, check_weights
+    from llada_megatron.launch.resources import (
+        check_callbacks,
+        check_data,
+        check_machine,
+        check_space,
+        check_weights,
+    )
     from llada_megatron.launch.run_lock import check_free
     from llada_megatron.llada_moe.config import dump_yaml
 
     check_free(run.output_dir, os.environ.get("SLURM_JOB_ID"))
+    check_callbacks(run)
     check_data(run)
     check_weights(run)
     check_machine(run, oversubscribe)

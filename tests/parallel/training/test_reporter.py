@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
@@ -12,6 +15,7 @@ from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.parallel.training.metrics_file import read_metrics
 from tests.corpora import model_for, prepared_set
+from tests.parallel.training.test_callbacks import Recorder
 from tests.ranks import RankFailure, run_ranks
 
 STEPS, FAILS_AFTER = 6, 5
@@ -55,7 +59,7 @@ def run(tmp_path_factory):
         layout=LayoutConfig(data_parallel=2, expert_parallel=2),
         checkpoint=CheckpointConfig(interval=4, keep_last=9),
         validation=ValidationConfig(interval=2, sequences=4),
-        logging=LoggingConfig(interval=2, tensorboard=True),
+        logging=LoggingConfig(interval=2, tensorboard=True, callbacks=[f"{Recorder.__module__}:Recorder"]),
         output_dir=str(root / "run"),
     )
 
@@ -67,6 +71,9 @@ def test_a_resumed_run_has_every_step_once_with_all_figures(run):
     run_ranks(train, 2, run, None)
     lines = read_metrics(run.output_dir)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    told = [json.loads(line) for line in (Path(run.output_dir) / "told.jsonl").read_text().splitlines()]
+    assert [what for what, _ in told] == ["start", 1, 2, 3, 4, "start", *range(5, STEPS + 1), "end"]
+    assert told[0][1] == 0 and told[5][1] == 4 and set(told[2][1]) == lines[1].keys() - {"schema", "step"}
     assert [line["consumed_sequences"] for line in lines] == [4 * step for step in range(1, STEPS + 1)]
     assert all(line.keys() >= EVERY_STEP for line in lines)
     with_figures = [line["step"] for line in lines if line.keys() >= EVERY_INTERVAL]

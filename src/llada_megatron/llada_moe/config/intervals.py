@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llada_megatron.llada_moe.config.parsing import Refuse, require_positive
@@ -42,6 +42,9 @@ class LoggingConfig:
 
     interval: int = 10
     tensorboard: bool = True
+    callbacks: list[str] = field(default_factory=list)
+    """Other places for the metrics: wandb, mlflow (each an extra to install), or module:Class, a subclass of
+    `llada_megatron.parallel.training.callbacks.MetricsCallback`, which runs in the process of rank 0."""
 
 
 def check_reporting(
@@ -62,6 +65,9 @@ def check_reporting(
     require_positive(at_least_one, refuse)
     if validation.interval < 0:
         refuse("validation.interval", f"{validation.interval} must not be negative; 0 means never")
+    for number, name in enumerate(logging.callbacks):
+        if name in logging.callbacks[:number]:
+            refuse(f"logging.callbacks.{number}", f"{name!r} is named twice; remove one")
     if not output_dir:
         refuse("output_dir", "empty; name the folder for checkpoints, metrics and logs")
     _check_checkpoint(checkpoint, output_dir, refuse)

@@ -17,7 +17,9 @@ from llada_megatron.llada_moe.evaluation.likelihood import Likelihood
 from llada_megatron.llada_moe.model.flops import FORMULA, flops_per_token
 from llada_megatron.llada_moe.objectives import Objective
 from llada_megatron.parallel import device
+from llada_megatron.parallel.collectives import on_rank_0
 from llada_megatron.parallel.expert_load import ExpertLoad, load_scalars
+from llada_megatron.parallel.training.callbacks import Callbacks
 from llada_megatron.parallel.training.metrics import MaskRatioLoss, Throughput
 from llada_megatron.parallel.training.metrics_writer import MetricsWriter
 from llada_megatron.parallel.training.peak import matmul_peak, peak_memory_gb
@@ -38,6 +40,7 @@ class Reporter:
         self.rank = torch.distributed.get_rank()
         directory = Path(run.output_dir)
         self.writer = MetricsWriter(directory, run.logging.tensorboard, first_step + 1) if self.rank == 0 else None
+        self.callbacks = Callbacks(run)
         self.progress = TrainingProgress(run.training.steps, first_step, rank=self.rank)
         self.expert_load = ExpertLoad(models)
         self.by_ratio = MaskRatioLoss(device=device.current())
@@ -48,7 +51,12 @@ class Reporter:
         self._notes: dict[str, float] = {}
 
     def start(self, batches: list[Batch]) -> None:
-        """Count the work per token, from the first step's batches (collective)."""
+        """Tell the callbacks, and count the work per token, from the first step's batches (collective).
+
+        Raises:
+            ResourceError: a callback cannot start.
+        """
+        on_rank_0(lambda: self.callbacks.start(self._first_step))
         work = flops_per_token(
             self.run.model,
             self.run.training.sequence_length,
@@ -120,7 +128,7 @@ class Reporter:
             self._write(number, line)
         self._waiting.clear()
         if self.writer is not None:
-            self.writer.flush()
+            self.callbacks.log(self.writer.flush())
         self.progress.update(last, _known(self.last_loss), figures.get("tokens_per_second"), self._utilization(figures))
 
     def _utilization(self, figures: dict[str, float]) -> str | None:
@@ -203,9 +211,10 @@ class Reporter:
             self.writer.write(number, line)
 
     def close(self) -> None:
-        """Close the files; what waits for its interval is left out, as on a crash."""
+        """Close the files and end the callbacks; what waits for its interval is left out, as on a crash."""
         if self.writer is not None:
             self.writer.close()
+            self.callbacks.end()
 
 
 def _known(loss: float) -> float | None:
