@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email.message
 import io
 import json
 import os
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llada_megatron import __version__, cli, console
+from llada_megatron import __version__, cli, console, report_address
 from llada_megatron.llada_moe.errors import ConfigError, DataError
 
 LLADA = [sys.executable, "-m", "llada_megatron.cli"]
@@ -78,7 +79,9 @@ def test_no_command_shows_help_on_stderr(capsys):
     assert out == "" and "commands:" in err
 
 
-@pytest.mark.parametrize(("word", "hint"), [("trian", "did you mean 'train'?"), ("xyz", "commands: prepare, train")])
+@pytest.mark.parametrize(
+    ("word", "hint"), [("trian", "did you mean 'train'?"), ("xyz", "commands: prepare, init, train")]
+)
 def test_an_unknown_command_names_the_nearest(capsys, word, hint):
     assert cli.main([word]) == 2
     out, err = capsys.readouterr()
@@ -194,3 +197,48 @@ def test_the_installed_program_is_this_one():
 def test_sizes_for_people():
     sizes = {12: "12 bytes", 1_500: "1.5 KB", 9_566_000_000: "9.57 GB", 999.9e9: "1000 GB", 5.757e12: "5.76 TB"}
     assert [console.size_text(count) for count in sizes] == list(sizes.values())
+
+
+@pytest.mark.parametrize("words", [["train"], ["convert", "import"], ["bench", "parity", "--only", "x"]])
+def test_every_command_has_its_version(capsys, words):
+    assert cli.main([*words, "--version"]) == 0
+    assert capsys.readouterr().out == f"llada {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("llada tra", {"train "}),
+        ("llada train dem", {"demo "}),
+        ("llada train demo training.st", {"training.steps="}),
+        ("llada convert exp", {"export "}),
+    ],
+)
+def test_the_shell_is_told_how_a_line_may_go_on(tmp_path, line, expected):
+    """A process each: argcomplete takes descriptors 8 and 9 for itself, as the shell's function opens them."""
+    variables = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+    variables["_ARGCOMPLETE_STDOUT_FILENAME"] = str(tmp_path / "answer")
+    subprocess.run(LLADA, cwd=tmp_path, env=os.environ | variables, capture_output=True, timeout=60, check=True)
+    assert set((tmp_path / "answer").read_text().splitlines()) == expected
+
+
+def _distribution(direct_url, *urls):
+    described = email.message.Message()
+    for url in urls:
+        described["Project-URL"] = url
+    return SimpleNamespace(metadata=described, read_text=lambda name: direct_url)
+
+
+def test_where_a_defect_is_reported(monkeypatch):
+    home, bugs = "Homepage, https://example.org/llada", "Issues, https://example.org/llada/issues"
+    vcs = '{"url": "https://example.org/fork", "vcs_info": {"vcs": "git"}}'
+    cases = {
+        (vcs, home, bugs): "at https://example.org/llada/issues,",
+        (None, home): "at https://example.org/llada,",
+        (vcs,): "at https://example.org/fork,",
+        ('{"url": "file:///home/me", "dir_info": {}}',): "to whoever gave you this copy",
+        ("not JSON",): "to whoever gave you this copy",
+    }
+    for case, expected in cases.items():
+        monkeypatch.setattr(report_address.metadata, "distribution", lambda name, case=case: _distribution(*case))
+        assert expected in report_address.how_to_report() and "llada env" in report_address.how_to_report()

@@ -71,6 +71,7 @@ def test_a_wheel_holds_what_the_package_reads(wheel):
     assert len({name for name in expected if "/modeling/" in name}) >= 6
     expected |= {f"llada_megatron/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert len({name for name in expected if name.endswith(".yaml")}) >= 20
+    expected.add("llada_megatron/py.typed")
     assert expected <= held, sorted(expected - held)
 
 

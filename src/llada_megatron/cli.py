@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The `llada` program: finds the subcommand, parses its arguments, and turns errors into one message and an exit code.
 
 A subcommand is a row of `COMMANDS` and a module with `add_arguments(parser)` and `run(args) -> int`; `EXAMPLES`, a text
@@ -17,12 +18,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from llada_megatron import __version__
+from llada_megatron import __version__, completion
 from llada_megatron.console import emit_json, error, message
 from llada_megatron.llada_moe.errors import LladaError
+from llada_megatron.report_address import how_to_report
 
 COMMANDS = {
     "prepare": ("llada_megatron.tools.prepare", "turn text, folders or JSONL into tokens for training"),
+    "init": ("llada_megatron.launch.init", "write a commented run file for a model and a machine"),
     "train": (
         "llada_megatron.launch.train",
         "train the run in a YAML file, with as many processes as its layout asks for",
@@ -47,10 +50,12 @@ COMMANDS = {
 }
 COMMON_OPTIONS = ("--json", "--traceback")
 """Options that are allowed anywhere after the command, also after the name of a benchmark."""
+VERSION_OPTION, VERSION = "--version", f"llada {__version__}"
 USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 EXAMPLES = """\
 examples:
   llada prepare my_texts/ --output data/mine --train-tokenizer --vocab-size 8192
+  llada init small-moe --data data/mine --output run.yaml
   llada inspect demo                        check a run (of configs/runs, or a YAML file) before anything starts
   llada train demo training.steps=50        any key of the YAML file can be given here
   llada sample --help                       each command explains itself
@@ -61,6 +66,8 @@ object) and --traceback. Exit codes: 0 done, 1 failed, 2 wrong command line or c
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `llada ARGUMENTS`; returns the exit code."""
+    if completion.is_asked():
+        completion.answer(_main_parser(), COMMANDS, _parser_named)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
     options = _main_parser().parse_args(arguments[:command])
@@ -75,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             + (f"; did you mean {near[0]!r}?" if near else f"; commands: {', '.join(COMMANDS)}")
         )
         return USAGE_ERROR
+    if VERSION_OPTION in rest:
+        print(VERSION)
+        return 0
     module = importlib.import_module(COMMANDS[name][0])
     args = _parse(command_parser(name, module), [argument for argument in rest if argument not in COMMON_OPTIONS])
     args.json |= "--json" in rest
@@ -93,7 +103,12 @@ def command_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
     module.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="end stdout with one JSON object")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
+    parser.add_argument(VERSION_OPTION, action="version", version=VERSION)
     return parser
+
+
+def _parser_named(name: str) -> argparse.ArgumentParser:
+    return command_parser(name, importlib.import_module(COMMANDS[name][0]))
 
 
 def _main_parser() -> argparse.ArgumentParser:
@@ -105,7 +120,7 @@ def _main_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"llada {__version__}")
+    parser.add_argument(VERSION_OPTION, action="version", version=VERSION)
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
     return parser
 
@@ -135,9 +150,7 @@ def guarded(command: Callable[[], int], args: argparse.Namespace) -> int:
         return _report(failure, args, getattr(failure, "exit_code", 1))
     except Exception as failure:
         args.traceback = True
-        return _report(
-            failure, args, 1, "this is a defect in llada; please report it with the trace above and `llada env`: "
-        )
+        return _report(failure, args, 1, f"this is a defect in llada; {how_to_report()}: ")
 
 
 def _reader_left() -> bool:

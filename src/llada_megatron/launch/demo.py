@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from llada_megatron import __version__
 from llada_megatron.console import coloured, error, message
 from llada_megatron.llada_moe.errors import ConfigError, DataError, LladaError
 
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--sequences", type=int, default=SEQUENCES, help="held-out windows to measure on")
     parser.add_argument("--require", action="store_true", help="exit with 1 where a required goal is missed")
+    parser.add_argument("--version", action="version", version=f"llada {__version__}")
     args = parser.parse_args(arguments)
     try:
         return run(args)
