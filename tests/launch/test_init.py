@@ -102,6 +102,16 @@ def test_weights_to_start_from(tmp_path, monkeypatch, capsys):
     assert made.checkpoint.load == "import" and made.model == run.model
 
 
+def test_what_is_read_is_not_written_over(tmp_path, capsys):
+    model = tmp_path / "model.yaml"
+    model.write_text("base: tiny-dense\n")
+    for words in (["--output", str(model)], ["--schema", str(model)]):
+        assert main(["init", str(model), *words, "--overwrite"]) == 2
+        assert "this command reads" in capsys.readouterr().err
+    assert main(["init", str(model), "--output", str(tmp_path / "a"), "--schema", str(tmp_path / "a")]) == 2
+    assert model.read_text() == "base: tiny-dense\n" and not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [

@@ -155,6 +155,8 @@ def test_a_configuration_written_by_hand_is_not_replaced_by_the_resolved_one(dem
     resources.check_inputs(str(path), run)
     with pytest.raises(ConfigError, match="over this file, which is its own input; give it another name"):
         resources.check_inputs(str(path), longer)
+    assert cli.main(["train", str(path), "training.steps=2000"]) == 2  # before anything is asked of the data
+    assert path.read_text().startswith("# mine")
     path.rename(tmp_path / "mine.yaml")
     resources.check_inputs(str(tmp_path / "mine.yaml"), longer)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import emit_json, message
 from llada_megatron.llada_moe.errors import ConfigError, DataError
+from llada_megatron.llada_moe.overwriting import refuse_overwriting
 
 if TYPE_CHECKING:
     from llada_megatron.launch.layout_choice import Machine
@@ -53,7 +54,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--nodes {args.nodes}: at least 1")
     if args.rank_memory is not None and not args.rank_memory > 0:
         raise ConfigError(f"--rank-memory {args.rank_memory}: greater than 0")
-    for path in filter(None, (args.output, args.schema)):
+    outputs = [path for path in (args.output, args.schema) if path]
+    if len({Path(path).resolve() for path in outputs}) < len(outputs):
+        raise ConfigError(f"--output and --schema are both {args.output}: give two names")
+    refuse_overwriting("--output, --schema", outputs, [args.model, args.cluster])
+    for path in outputs:
         if Path(path).exists() and not args.overwrite:
             raise ConfigError(f"{path} is there already; give another name, or --overwrite")
     text = None
@@ -100,7 +105,7 @@ def _model(name: str) -> tuple[ModelConfig, Any, str | None]:
     from llada_megatron.parallel.checkpoint.search import find_checkpoints, run_of
 
     folder = Path(name)
-    if not folder.is_dir():
+    if not folder.is_dir() or name in _model_names():  # a folder of that name is ./NAME
         return load_model(name), name, None
     model = run_of(find_checkpoints(folder)[0]).model
     if (folder / "model.yaml").is_file():
