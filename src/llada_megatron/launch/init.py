@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 examples:
   llada init small-moe --data data/mine --output run.yaml              for this machine
-  llada init llada2-mini --cluster dgx-h100 --nodes 4 > run.yaml       for 4 nodes of configs/clusters/dgx-h100.yaml
+  llada init llada2-mini --cluster dgx-h100 --nodes 4 --output run.yaml   for 4 nodes of configs/clusters/dgx-h100.yaml
   llada init imported/llada-8b --data data/mine --output run.yaml      train on from an import, or from a run
   llada init small-moe --output run.yaml --schema run.schema.json      and what an editor needs to check and complete it
 
