@@ -80,17 +80,17 @@ def test_fewer_steps_scale_the_schedule_of_the_file_and_say_so():
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["training.steps=640"], ["training.steps=2000"], ["training.steps=50", "optimizer.learning_rate={peak: 1}"]],
+    [[], ["training.steps=1460"], ["training.steps=4000"], ["training.steps=50", "optimizer.learning_rate={peak: 1}"]],
 )
 def test_a_schedule_that_fits_or_is_given_as_well_stays(overrides):
     said = []
     rate = load_run("demo", overrides, said.append).optimizer.learning_rate
-    assert said == [] and (rate.warmup_steps, rate.decay_steps) in ((60, 580), (0, 0))
+    assert said == [] and (rate.warmup_steps, rate.decay_steps) in ((60, 1400), (0, 0))
 
 
 def test_a_schedule_that_is_given_as_well_and_does_not_fit_is_refused():
-    with pytest.raises(ConfigError, match="warmup_steps 60 .* decay_steps 580 .* more than training.steps 50"):
-        load_run("demo", ["training.steps=50", "optimizer.learning_rate.decay_steps=580"])
+    with pytest.raises(ConfigError, match="warmup_steps 60 .* decay_steps 1400 .* more than training.steps 50"):
+        load_run("demo", ["training.steps=50", "optimizer.learning_rate.decay_steps=1400"])
 
 
 @given(steps=st.integers(1, 99), warmup=st.integers(0, 100), decay=st.integers(0, 100), drop=st.integers(0, 100))
