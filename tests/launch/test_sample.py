@@ -85,6 +85,7 @@ def test_the_demo_leaves_a_report(folder):
     ):
         assert report[key] > 0 or key == "infill_accuracy"
     assert report["validation_tokens"] == 12 * 32
+    assert report["near_duplicate_share"] == 0.0
     assert [sum(counts) for counts in report["expert_tokens"].values()] == [12 * 32 * 2] * 4
     assert len(report["examples"]) == 3
     assert set(report["seconds_by_phase"]) == {"prepare", "train", "evaluate"}

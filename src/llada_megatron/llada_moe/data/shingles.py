@@ -20,7 +20,7 @@ LENGTH = 10
 """Words of a shingle."""
 
 TABLE_LIMIT = 1 << 25
-"""Shingles that a table keeps at most (about 12 bytes each, and twice that while it is searched)."""
+"""Shingles that a table keeps at most (12 bytes each, and up to four times that while they are compared)."""
 
 _PIECE = 1 << 20
 """Characters of a text that are looked at together: a byte takes about 60 bytes of memory meanwhile."""
