@@ -39,7 +39,8 @@ examples:
 An input is a text file, a folder (entered recursively), JSON lines (.jsonl, .ndjson), any of these as .gz or .zst, or
 python-stdlib: the source files of this Python's own standard library without its tests. A text file or a JSON line is
 one document. Written are PREFIX.bin and .idx (Megatron's format), PREFIX.bytes (text size of each document),
-PREFIX.tokenizer.model or .json, and PREFIX.json, which says what they hold. An interrupted run leaves no half set."""
+PREFIX.repeats (documents that repeat too much of others to be held out), PREFIX.tokenizer.model or .json, and
+PREFIX.json, which says what they hold. An interrupted run leaves no half set."""
 MANIFEST, TOKENS, TOKENIZERS = ".json", (".bin", ".idx", ".bytes"), (".tokenizer.model", ".tokenizer.json")
 _PART = "set"
 """Name of the set inside the folder where it is written."""
