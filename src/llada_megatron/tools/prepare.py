@@ -117,6 +117,8 @@ def prepare(args: argparse.Namespace, prefix: Path) -> tuple[SetManifest, Tokeni
             message(f"{choice.path} has no mask token that text cannot produce: id {tokenizer.mask_id} is added for it")
         manifest = _write(args, sources, duplicates, choice, tokenizer, folder, prefix)
         _publish(folder, prefix, manifest)
+        if duplicates is not None:
+            message(duplicates.described())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return manifest, tokenizer

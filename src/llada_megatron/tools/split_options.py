@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from llada_megatron.console import message
 from llada_megatron.llada_moe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,11 +53,9 @@ def held_out_share(args: argparse.Namespace) -> float:
 def compare_documents(
     args: argparse.Namespace, sources: Sequence[CorpusFile], workers: int, advance: Callable[[int], None]
 ) -> NearDuplicates | None:
-    """Find near-duplicates and say how many there are; None where that was not wanted."""
+    """Find near-duplicates; None where that was not wanted."""
     from llada_megatron.llada_moe.data.near_duplicates import find_near_duplicates
 
     if args.no_near_duplicate_check:
         return None
-    found = find_near_duplicates(sources, args.jsonl_key, workers, args.deduplicate, advance)
-    message(found.described())
-    return found
+    return find_near_duplicates(sources, args.jsonl_key, workers, args.deduplicate, advance)
