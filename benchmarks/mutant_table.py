@@ -216,8 +216,13 @@ _GROUPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
             ("[: self.keep_last]", "[: self.keep_last + 1]"),
             ("step % self.keep_every == 0", "step % self.keep_every != 0"),
             ("if target.exists():\n                remove(path)", "if True:\n                remove(path)"),
-            ("if fault(path) is None]", "if True]"),
         ],
+    ),
+    (
+        "checkpoint",
+        "parallel/checkpoint/retention.py",
+        "tests/parallel/checkpoint/test_retention.py",
+        [("if fault(path) is None]", "if True]")],
     ),
     (
         "checkpoint",
@@ -234,6 +239,13 @@ _GROUPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
         "tests/parallel/checkpoint/test_earlier_versions.py",
         [
             ('self.step = int(metadata["step"])', 'self.step = int(metadata["step"]) + 1'),
+        ],
+    ),
+    (
+        "resume",
+        "parallel/training/state.py",
+        "tests/parallel/checkpoint/test_resume.py -k 'bit_for_bit and once'",
+        [
             ('load_optimizer_state(self.optimizer, state["optimizer"])', "pass"),
             ("load_model_state(self.chunks, state)\n        load_optimizer_state", "load_optimizer_state"),
         ],
@@ -253,7 +265,7 @@ _GROUPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     (
         "resume",
         "parallel/training/distributed_optimizer.py",
-        "tests/parallel/checkpoint/test_earlier_versions.py",
+        "tests/parallel/checkpoint/test_resume.py -k 'bit_for_bit and once'",
         [('group["step"] = state["updates"]', 'group["step"] = 0')],
     ),
     (

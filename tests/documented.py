@@ -16,6 +16,7 @@ from llada_megatron.cli import COMMANDS
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 _PROGRAM = re.compile(r"(llada|make|pip)( |$)|python -m benchmarks\.\w")
+_ANY = re.compile(r"bench(marks\.| )NAME")
 _STARTERS = re.compile(r"^(?:srun|torchrun)(?: --no-python| --[a-z-]+ \d+)* (?=llada )")
 
 
@@ -66,7 +67,7 @@ def _of_line(where: str, line: str) -> Iterator[Documented]:
     """The commands of one line: those between `|`, `&&` and `·`, each way of a synopsis, without what starts it."""
     for part in re.split(r" \| (?![^(\[]*[)\]])| && | · ", line.removeprefix("$ ")):
         part = _STARTERS.sub("", part.strip())
-        if _PROGRAM.match(part) and "NAME" not in part:
+        if _PROGRAM.match(part) and not _ANY.search(part):
             for way in _ways(part):
                 yield Documented(where, tuple(shlex.split(way)))
 
