@@ -6,6 +6,7 @@ for each, hours of ranks for mutants most of which mean nothing; these say what 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -237,9 +238,7 @@ _GROUPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
         "resume",
         "parallel/training/state.py",
         "tests/parallel/checkpoint/test_earlier_versions.py",
-        [
-            ('self.step = int(metadata["step"])', 'self.step = int(metadata["step"]) + 1'),
-        ],
+        [('self.step = int(metadata["step"])', 'self.step = int(metadata["step"]) + 1')],
     ),
     (
         "resume",
@@ -396,8 +395,6 @@ _GROUPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
 
 def mutants() -> Iterator[Mutant]:
     """All of them, area by area."""
-    import shlex
-
     for area, file, tests, changes in _GROUPS:
         for old, new in changes:
             yield Mutant(area, file, old, new, tuple(shlex.split(tests)))
