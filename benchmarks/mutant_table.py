@@ -203,7 +203,7 @@ _GROUPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
         [
             ("    if extra:\n", "    if False:\n"),
             ("if found.sha256 != stated.sha256:", "if False:"),
-            ('body.pop("sha256", None) != _self_digest(body)', 'body.pop("sha256", None) is None'),
+            ("is_whole = stated == _self_digest(body)", "is_whole = stated is not None"),
             ("if match and entry.is_dir()), reverse=True)", "if match and entry.is_dir()))"),
             ('or "/" in name or', "or"),
         ],
