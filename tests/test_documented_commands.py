@@ -143,6 +143,7 @@ def test_make_knows_it(each, monkeypatch):
 def test_a_benchmark_of_the_repository_takes_its_options(each):
     parser = argparse.ArgumentParser()
     importlib.import_module(each.words[2]).add_arguments(parser)
+    bench.add_require(parser)
     parser.parse_args(each.words[3:])
 
 

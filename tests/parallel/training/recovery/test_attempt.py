@@ -7,6 +7,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import distributed as dist
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
@@ -65,3 +66,23 @@ def test_all_ranks_have_the_loss_and_the_verdict_of_one_process(layout):
     first, second = run_ranks(_attempt, 2, LAYOUTS[layout])
     assert first == second
     assert first == pytest.approx(one_process(), rel=1e-5)
+
+
+def _norm_of_one_rank(layout):
+    """What the ranks agree on where one has an infinite gradient norm."""
+    from llada_megatron.parallel import topology
+    from llada_megatron.parallel.training.recovery.attempt import StepRunner
+
+    topology.initialize(layout, seed=1)
+    losses = SimpleNamespace(loss=torch.tensor(1.0))
+    runner = StepRunner(parity_run(SIGMOID, layout), None, None, None)
+    return [
+        runner._agreed(losses, math.inf if dist.get_rank() == 1 else 2.0, False),
+        runner._agreed(losses, 2.0, False),
+    ]
+
+
+def test_a_norm_that_is_not_finite_on_one_rank_is_so_on_all():
+    for spoilt, good in run_ranks(_norm_of_one_rank, 2, LayoutConfig(data_parallel=2)):
+        assert math.isnan(spoilt[1]) and spoilt[0] == 2.0 and not spoilt[2]
+        assert good == (2.0, 2.0, False)
