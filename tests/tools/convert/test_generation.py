@@ -154,7 +154,10 @@ def test_ends_of_text_can_come_last(pairs):
 
     def surest(tokens, left, ends):
         logits = peer(tokens).logits[0].index_fill(-1, mask, -torch.inf)
-        chosen, chances = logits.argmax(-1), logits.index_fill(-1, torch.tensor(ends), -torch.inf).softmax(-1)
+        chosen, chances = (
+            logits.argmax(-1),
+            logits.index_fill(-1, torch.tensor(ends, dtype=torch.int64), -torch.inf).softmax(-1),
+        )
         place = max(sorted(left), key=lambda at: float(chances[at, chosen[at]]))
         return place, int(chosen[place])
 
@@ -219,12 +222,12 @@ REFUSED = [
 def test_what_cannot_be_is_refused(pairs, case, attention, options, message):
     with pytest.raises(ValueError, match=message):
         load(pairs(case, attention)[1]).generate(PROMPT, **options)
-    with pytest.raises(TypeError, match="max_new_tokens"):
-        load(pairs(case, attention)[1]).generate(PROMPT, max_new_tokens=5)
 
 
 def test_a_model_that_fills_no_masks_says_so(pairs):
     peer = load(pairs("dense", "full")[1])
+    with pytest.raises(TypeError, match="max_new_tokens"):
+        peer.generate(PROMPT, max_new_tokens=5)
     peer.generation_config.attention_pattern = "causal"
     with pytest.raises(ValueError, match="trained autoregressively"):
         peer.generate(PROMPT, gen_length=4)
