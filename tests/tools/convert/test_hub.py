@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from llada_megatron.tools.convert import hub
 from tests.tools.convert.checkpoints import config_of, tensors_of, to_sharded, with_tokenizer, write
 
 package = pytest.importorskip("huggingface_hub")
+pytest.importorskip("huggingface_hub.errors")
 HASH = "0f3a" * 10
 NAME = "org/tiny"
 
@@ -121,13 +124,23 @@ def http(kind, status=404):
     return error
 
 
+def no_network(text):
+    """An error of the network package that the installed version uses, which is no OSError."""
+    base = package.errors.HfHubHTTPError.__bases__[0]
+    return type("ConnectError", (base,), {})(text)
+
+
 FAILURES = [
     (lambda: http(package.errors.RepositoryNotFoundError), "neither a directory here nor a repository on the hub"),
     (lambda: http(package.errors.GatedRepoError, 403), "access to the repository must be asked for"),
     (lambda: http(package.errors.RevisionNotFoundError), "no such revision"),
     (lambda: package.errors.LocalTokenNotFoundError("no token"), "`hf auth login`"),
     (lambda: http(package.errors.HfHubHTTPError, 500), "500 Client Error"),
-    (lambda: ConnectionError("no route\nto host"), "no route to host"),
+    (
+        lambda: ConnectionError("no route\nto host"),
+        "no such directory here, and the hub cannot be reached (no route to host",
+    ),
+    (lambda: no_network("no name"), "no such directory here, and the hub cannot be reached (no name)"),
 ]
 
 
@@ -146,7 +159,7 @@ def test_a_repository_without_weights(server, cache, tmp_path, capsys):
 
 
 def test_without_the_package(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     code, _, err = convert(capsys, "import", NAME, tmp_path / "out")
     assert code == 2 and "no such directory here" in err and "pip install 'llada-megatron[hub]'" in err
 
@@ -192,3 +205,9 @@ def test_a_hugging_face_directory_is_no_run(cache, tmp_path, capsys, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert cli.main(["sample", "GSAI-ML/LLaDA-8B-Base", "--prompt", "a"]) == 1
     assert "Hugging Face hub, `llada convert import GSAI-ML/LLaDA-8B-Base OUT` comes first" in capsys.readouterr().err
+
+
+def test_the_modules_that_are_used_are_imported():
+    """In a process where nothing else has imported them, the package has no such attributes."""
+    program = "from llada_megatron.tools.convert.hub import _package; p = _package('x'); p.errors, p.constants"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

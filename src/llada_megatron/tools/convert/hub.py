@@ -65,12 +65,9 @@ def download(source: str) -> Path:
             if not isinstance(hub.try_to_load_from_cache(repository, name, revision=info.sha), str)
         }
         cache = Path(hub.constants.HF_HUB_CACHE)
-        message(
-            f"{source} on the hub, revision {info.sha[:12]}: {len(sizes)} files, {size_text(sum(sizes.values()))}; "
-            + (f"{len(missing)} of them, {size_text(sum(missing.values()))}, are downloaded" if missing else "all")
-            + (" to " if missing else " are in ")
-            + str(cache)
-        )
+        what = f"{source} on the hub, revision {info.sha[:12]}: {len(sizes)} files, {size_text(sum(sizes.values()))}"
+        coming = f"{len(missing)} of them, {size_text(sum(missing.values()))}, are downloaded to {cache}"
+        message(f"{what}; {coming if missing else f'all are in {cache}'}")
         _require_space(cache, sum(missing.values()))
         return Path(hub.snapshot_download(repository, revision=info.sha, allow_patterns=sorted(sizes)))
 
@@ -113,6 +110,8 @@ def push(directory: Path, repository: str) -> str:
 def _package(what: str) -> ModuleType:
     try:
         import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors  # the package itself imports no module of its own before it is needed
     except ImportError:
         raise ConfigError(
             f"{what}: no such directory here, and a repository of the hub needs the package huggingface_hub: "
@@ -147,6 +146,7 @@ def _explained(hub: ModuleType, what: str, more: str = "") -> Iterator[None]:
     """Errors of the package as errors of ours, in one line; `more` is added to each."""
     errors = hub.errors
     end = f"; {more}" if more else ""
+    nowhere = "" if what.startswith("--") else "no such directory here, and "
     try:
         yield
     except LladaError:
@@ -170,12 +170,10 @@ def _explained(hub: ModuleType, what: str, more: str = "") -> Iterator[None]:
             f"{what}: {offline}the cache {hub.constants.HF_HUB_CACHE} does not hold it: download it where there is a "
             f"network (`hf download {what.replace('@', ' --revision ')}`) and copy the cache, or give a directory"
         ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ConnectionError) as error:
-        raise CheckpointError(f"{what}: {_line(error)}{end}") from error
-    except Exception as error:  # the network package of the installed version has a tree of its own
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests", "urllib3"):
-            raise
-        raise CheckpointError(f"{what}: the hub cannot be reached ({_line(error)}){end}") from error
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+        raise CheckpointError(f"{what}: {nowhere}the hub answers: {_line(error)}{end}") from error
+    except (*errors.HfHubHTTPError.__bases__, OSError) as error:  # with the base of the network package's errors
+        raise CheckpointError(f"{what}: {nowhere}the hub cannot be reached ({_line(error)}){end}") from error
 
 
 def _line(error: Exception) -> str:
