@@ -188,7 +188,7 @@ def test_an_export_is_pushed(server, cache, tmp_path, capsys, monkeypatch):
     words[2] = tmp_path / "second"
     monkeypatch.setattr(package.HfApi, "upload_folder", failing(ConnectionError("cut off")))
     code, _, err = convert(capsys, *words)
-    assert code == 1 and "cut off; the export in" in err and f"`hf upload me/mine {tmp_path}/second`" in err
+    assert code == 1 and "cut off); the export in" in err and f"`hf upload me/mine {tmp_path}/second`" in err
     monkeypatch.setattr(package.HfApi, "whoami", failing(package.errors.LocalTokenNotFoundError("none")))
     words[2] = tmp_path / "third"
     code, _, err = convert(capsys, *words)
