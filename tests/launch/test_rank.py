@@ -33,3 +33,15 @@ def test_a_request_to_stop_that_comes_after_the_work_does_not_kill_the_rank(tmp_
     assert done.returncode == 0
     assert "late" in (tmp_path / "logs/rank-0.log").read_text()
     assert read_result(tmp_path / "reports") == {"steps": 3}
+
+
+def test_a_thread_of_a_library_that_fails_is_in_the_log_and_not_on_the_terminal(tmp_path):
+    program = (
+        "import threading\nfrom pathlib import Path\nfrom llada_megatron.launch.ranks.rank import quieten\n"
+        "restore = quieten(0, Path('logs'))\n"
+        "thread = threading.Thread(target=lambda: open('nowhere/file'))\nthread.start()\nthread.join()\nrestore()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    log = (tmp_path / "logs/rank-0.log").read_text()
+    assert "a thread failed: [Errno 2]" in log and "Traceback" in log

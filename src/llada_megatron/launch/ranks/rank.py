@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -89,6 +90,7 @@ def quieten(rank: int, log_dir: Path) -> Callable[[], None]:
     logging.basicConfig(stream=log, force=True, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("llada_megatron").setLevel(logging.INFO)  # of libraries, warnings only
     logging.captureWarnings(True)
+    before, threading.excepthook = threading.excepthook, _log_thread_failure
     logging.raiseExceptions = False  # otherwise a full disk causes a stack trace for every line
     faulthandler.enable(log)
     show_stacks_on_request(log)
@@ -99,8 +101,14 @@ def quieten(rank: int, log_dir: Path) -> Callable[[], None]:
         for number, terminal in enumerate(terminals, start=1):
             os.dup2(terminal, number)
         sys.stdout, sys.stderr = streams
+        threading.excepthook = before
 
     return restore
+
+
+def _log_thread_failure(failure: threading.ExceptHookArgs) -> None:
+    """A thread of a library that fails, such as TensorBoard's where its folder went away, is for the log only."""
+    logging.getLogger(__name__).warning("a thread failed: %s", failure.exc_value, exc_info=failure.exc_value)
 
 
 def show_stacks_on_request(log: TextIO) -> None:
