@@ -242,3 +242,37 @@ def test_where_a_defect_is_reported(monkeypatch):
     for case, expected in cases.items():
         monkeypatch.setattr(report_address.metadata, "distribution", lambda name, case=case: _distribution(*case))
         assert expected in report_address.how_to_report() and "llada env" in report_address.how_to_report()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_the_program_lets_it_clean_up(capsys, number):
+    cleaned = []
+
+    def command():
+        try:
+            os.kill(os.getpid(), number)
+            return 0
+        finally:
+            cleaned.append(signal.getsignal(number))
+
+    assert cli.guarded(command, SimpleNamespace(json=False, traceback=False)) == 128 + number
+    assert capsys.readouterr().err == f"ended by {number.name}\n"
+    assert cleaned == [signal.SIG_DFL] and signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """As `nohup` wants it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert cli.guarded(lambda: os.kill(os.getpid(), signal.SIGHUP) or 0, SimpleNamespace(json=False)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_ctrl_c_while_a_command_is_imported(capsys, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupted)
+    assert cli.main(["env"]) == cli.INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\n"

@@ -9,14 +9,17 @@ that help appears at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import os
 import select
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType, ModuleType
 
 from llada_megatron import __version__, completion
 from llada_megatron.console import emit_json, error, message
@@ -85,7 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if VERSION_OPTION in rest:
         print(VERSION)
         return 0
-    module = importlib.import_module(COMMANDS[name][0])
+    try:
+        module = importlib.import_module(COMMANDS[name][0])
+    except KeyboardInterrupt:
+        message("interrupted")
+        return INTERRUPTED
     args = _parse(command_parser(name, module), [argument for argument in rest if argument not in COMMON_OPTIONS])
     args.json |= "--json" in rest
     args.traceback |= options.traceback or "--traceback" in rest or os.environ.get("LLADA_TRACEBACK") == "1"
@@ -138,9 +145,13 @@ def guarded(command: Callable[[], int], args: argparse.Namespace) -> int:
     Returns the exit code. `args` holds the values of the options `--json` and `--traceback`.
     """
     try:
-        code = command()
+        with _ended_by_signals():
+            code = command()
         sys.stdout.flush()
         return code
+    except _Ended as ended:
+        message(f"ended by {ended.signal.name}")
+        return 128 + ended.signal
     except KeyboardInterrupt:
         message("interrupted")
         return INTERRUPTED
@@ -151,6 +162,39 @@ def guarded(command: Callable[[], int], args: argparse.Namespace) -> int:
     except Exception as failure:
         args.traceback = True
         return _report(failure, args, 1, f"this is a defect in llada; {how_to_report()}: ")
+
+
+class _Ended(SystemExit):
+    """A signal asked this program to end; raised, so that temporary files are removed on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Inside the block SIGTERM and SIGHUP raise `_Ended`, where they would end the program at once; a second one does.
+
+    A command that handles them itself does so from its own start on.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise _Ended(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            if signal.getsignal(number) is end:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def _reader_left() -> bool:
