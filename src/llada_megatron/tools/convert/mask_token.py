@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from llada_megatron.llada_moe.data.tokenizer import Tokenizer
-from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.huggingface.tokenizer_names import CONFIG as TOKENIZER_CONFIG
 from llada_megatron.llada_moe.huggingface.tokenizer_names import parse
 from llada_megatron.tools.convert.huggingface_source import CONFIG, HuggingFaceSource, KeptTokenizer
@@ -14,10 +13,6 @@ def mask_notes(source: HuggingFaceSource, tokenizer: KeptTokenizer, chosen: int 
 
     Args:
         chosen: the id of --mask-token-id.
-
-    Raises:
-        ConfigError: the tokenizer names a token as its mask, the model has another id, and no option decides. A model
-            that is sampled from with the wrong one writes noise, and nothing else would tell.
     """
     known, mask = tokenizer.loaded, source.model.mask_token_id
     if known is None or known.mask_was_added or known.mask_id == mask:
@@ -27,12 +22,8 @@ def mask_notes(source: HuggingFaceSource, tokenizer: KeptTokenizer, chosen: int 
     name = next((f" {name!r}" for name, index in known.special_ids.items() if index == known.mask_id), "")
     fault = f"{origin} {mask}{_meaning(known, mask)}, and the tokenizer's mask token{name} has id {known.mask_id}"
     named = parse(source.directory / TOKENIZER_CONFIG, tokenizer.files.get(TOKENIZER_CONFIG, b"{}")).get("mask_token")
-    if chosen is None and named:
-        raise ConfigError(
-            f"{source.directory}: which token is the mask? {fault} (by {TOKENIZER_CONFIG}): give --mask-token-id with "
-            "the one that the weights were trained with"
-        )
-    return [f"{fault}: the model keeps {mask}; --mask-token-id {known.mask_id} would take the other one"]
+    by = f" (by {TOKENIZER_CONFIG})" if chosen is None and named else ""
+    return [f"{fault}{by}: the model keeps {mask}; --mask-token-id {known.mask_id} would take the other one"]
 
 
 def _meaning(tokenizer: Tokenizer, index: int) -> str:
