@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     """Prepare, train, evaluate, report."""
     from llada_megatron.llada_moe.config import load_run
 
-    config = load_run(args.config, args.overrides)
+    config = load_run(args.config, args.overrides, message)
     log = PhaseLog(Path(config.output_dir))
     prepare(config, args.corpus, log)
     stopped_by = train(config, log)
