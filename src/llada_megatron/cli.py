@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import io
 import os
 import select
 import signal
@@ -72,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if completion.is_asked():
         completion.answer(_main_parser(), COMMANDS, _parser_named)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be text, and stderr does so as well
     command = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
     options = _main_parser().parse_args(arguments[:command])
     if command == len(arguments):

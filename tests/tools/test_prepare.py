@@ -1,8 +1,12 @@
 """`llada prepare` from the command line: what it writes, says and refuses."""
 
 import errno
+import functools
+import gzip
+import io
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -79,10 +83,76 @@ def test_second_set_with_the_first_ones_tokenizer(texts, tmp_path, capsys):
     lines.write_text('{"body": "The fox"}\n')
     arguments = (lines, "--output", tmp_path / "b", "--tokenizer", tmp_path / "a.tokenizer.model", "--workers", 1)
     assert prepare(*arguments) == 1
-    assert "b.jsonl:1: no key 'text'; the line has 'body'" in capsys.readouterr().err
+    assert "b.jsonl:1: no key 'text'; the record has 'body'" in capsys.readouterr().err
     assert not list(tmp_path.glob("b.*")) or [p.name for p in tmp_path.glob("b.*")] == ["b.jsonl"]
     assert prepare(*arguments, "--jsonl-key", "body") == 0
     assert read_manifest(tmp_path / "a").tokenizer.sha256 == read_manifest(tmp_path / "b").tokenizer.sha256
+
+
+def test_broken_records_are_left_out_when_allowed(texts, tmp_path, monkeypatch, capsys):
+    from llada_megatron.llada_moe.data import corpus
+
+    monkeypatch.setattr(corpus, "_CHUNK", 100)
+    folder = tmp_path / "records"
+    folder.mkdir()
+    good = '{"text": "The fox"}\n' * 10
+    (folder / "a.jsonl").write_text(good + "{broken\n" + good + '{"text": null}\n' + good)
+    whole = gzip.compress((good * 1000).encode())
+    (folder / "b.jsonl.gz").write_bytes(whole[:-20])  # cut off: what cannot be read on is one broken record
+    assert prepare(texts, "--output", tmp_path / "t", *TRAIN, "--workers", 1) == 0
+    options = ("--output", tmp_path / "set", "--tokenizer", tmp_path / "t.tokenizer.model", "--workers", 1)
+    for allowed, message in ((0, "a.jsonl:11: not JSON"), (1, "a.jsonl:22: 'text' is NoneType"),
+                             (2, "cannot be read on: Compressed file ended")):  # fmt: skip
+        assert prepare(folder, *options, "--skip-broken", allowed) == 1
+        err = capsys.readouterr().err
+        assert message in err and (f"more than the {allowed} broken records" in err) == (allowed > 0)
+    assert prepare(folder, *options, "--skip-broken", 3) == 0
+    err = capsys.readouterr().err
+    assert "left out 3 broken records (--skip-broken): " in err and "a.jsonl:11" in err and "b.jsonl.gz:" in err
+    assert read_manifest(tmp_path / "set").documents >= 30
+    assert prepare(folder, *options, "--skip-broken", -1) == 2
+
+
+@pytest.mark.parametrize("options", [(), ("--deduplicate",)])
+def test_large_text_in_parts_is_the_same_document(texts, tmp_path, monkeypatch, options):
+    from llada_megatron.llada_moe.data import corpus, plain_text
+
+    (texts / "05.txt").write_text("".join(f"The fox {i} jumps\n" for i in range(99)))
+    (texts / "06.txt").write_bytes(b"long enough\n" * 300 + b"\xff")
+    (texts / "07.txt").write_text((texts / "05.txt").read_text() + "and one more line\n")
+    assert prepare(texts, "--output", tmp_path / "a" / "set", *TRAIN, "--workers", 1, *options) == 0
+    monkeypatch.setattr(corpus, "_LARGE_TEXT", 1000)
+    monkeypatch.setattr(corpus, "text_parts", functools.partial(plain_text.text_parts, limit=150))
+    (texts / "05.txt.gz").write_bytes(gzip.compress((texts / "05.txt").read_bytes()))
+    (texts / "05.txt").unlink()
+    assert prepare(texts, "--output", tmp_path / "b" / "set", *TRAIN, "--workers", 1, *options) == 0
+    assert content(tmp_path / "a" / "set") == content(tmp_path / "b" / "set")
+    copies = read_manifest(tmp_path / "a" / "set").near_duplicates
+    assert copies.dropped == bool(options) and copies.bytes == (texts / "07.txt").stat().st_size
+
+
+def test_standard_input_with_several_workers(texts, tmp_path, monkeypatch, capsys):
+    assert prepare(texts, "--output", tmp_path / "t", *TRAIN, "--workers", 1) == 0
+    packed = gzip.compress(b'{"text": "The fox"}\n' * 5)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(packed)))
+    options = ("--tokenizer", tmp_path / "t.tokenizer.model", "--workers", 2)
+    assert prepare("-", "--output", tmp_path / "set", *options) == 0
+    assert read_manifest(tmp_path / "set").documents == 5
+    assert "read as JSON lines, by what it holds: standard input" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".set*"))
+
+
+def test_names_that_are_not_utf8(texts, tmp_path, capsys):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/in\xe9")
+    os.rename(texts, folder)
+    os.rename(f"{folder}/image.png", os.fsdecode(os.fsencode(folder) + b"/\xff.png"))
+    prefix = os.fsdecode(os.fsencode(tmp_path) + b"/set\xe9")
+    assert prepare(folder, "--output", prefix, *TRAIN, "--workers", 1, "--json") == 0
+    out, err = capsys.readouterr()
+    assert "/in\\xe9/\\xff.png (not UTF-8 text" in err
+    assert json.loads(out.splitlines()[-1])["prefix"] == prefix
+    manifest = read_manifest(prefix)
+    assert manifest.sources[0].input == folder and tokenizer_of(prefix, manifest).vocab_size == 320
 
 
 def test_hugging_face_tokenizer_without_a_mask(texts, tmp_path, capsys):
@@ -118,7 +188,7 @@ def test_interrupted_run_leaves_nothing(texts, tmp_path, monkeypatch, capsys, fa
     assert prepare(texts, "--output", prefix, *TRAIN, "--workers", 1) == 0
     before = content(prefix)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise failure
 
     monkeypatch.setattr(TokenWriter, "add", fail)

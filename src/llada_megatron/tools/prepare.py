@@ -6,15 +6,17 @@ import argparse
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import emit_json, message
 from llada_megatron.llada_moe.errors import ConfigError, DataError, ResourceError
 from llada_megatron.llada_moe.overwriting import refuse_overwriting
+from llada_megatron.tools.reading_options import add_reading_arguments, reading_of, report_dropped, sources_of
 from llada_megatron.tools.split_options import (
     add_split_arguments,
     check_split_arguments,
@@ -23,33 +25,36 @@ from llada_megatron.tools.split_options import (
 )
 
 if TYPE_CHECKING:
-    from llada_megatron.llada_moe.data.corpus import Chunk, CorpusFile, Skipped
+    from llada_megatron.llada_moe.data.corpus import Chunk, Dropped
     from llada_megatron.llada_moe.data.encoding import Encoded, TokenizerChoice
+    from llada_megatron.llada_moe.data.formats import Reading
     from llada_megatron.llada_moe.data.near_duplicates import NearDuplicates
     from llada_megatron.llada_moe.data.set_manifest import SetManifest
+    from llada_megatron.llada_moe.data.sources import CorpusFile
     from llada_megatron.llada_moe.data.tokenizer import Tokenizer
 
 EXAMPLES = """\
 examples:
   llada prepare my_texts/ --output data/mine --train-tokenizer --vocab-size 8192
   llada prepare web.jsonl.zst code/ --output data/mix --tokenizer data/mine.tokenizer.model --jsonl-key content
+  zcat dump/*.gz | llada prepare - --output data/web --tokenizer data/mine.tokenizer.model
   llada prepare python-stdlib --output data/python --train-tokenizer --vocab-size 2048
   llada prepare --verify data/python
 
-An input is a text file, a folder (entered recursively), JSON lines (.jsonl, .ndjson), any of these as .gz or .zst, or
-python-stdlib: the source files of this Python's own standard library without its tests. A text file or a JSON line is
-one document. Written are PREFIX.bin and .idx (Megatron's format), PREFIX.bytes (text size of each document),
-PREFIX.repeats (documents that repeat too much of others to be held out), PREFIX.tokenizer.model or .json, and
-PREFIX.json, which says what they hold. An interrupted run leaves no half set."""
+An input is a text file, a folder (entered recursively), JSON lines or a JSON array of records, any of these compressed
+(gzip, zstd, bzip2, xz), Parquet, Arrow or a folder saved by `datasets` (with pyarrow), - for standard input, or
+python-stdlib: the source files of this Python's own standard library without its tests. What a file holds is told by
+its content. A text file, a record or a row is one document. Written are PREFIX.bin and .idx (Megatron's format),
+PREFIX.bytes (text size of each document), PREFIX.repeats (documents that repeat too much of others to be held out),
+PREFIX.tokenizer.model or .json, and PREFIX.json, which says what they hold. An interrupted run leaves no half set."""
 MANIFEST, TOKENS, TOKENIZERS = ".json", (".bin", ".idx", ".bytes"), (".tokenizer.model", ".tokenizer.json")
 _PART = "set"
 """Name of the set inside the folder where it is written."""
-_EXAMPLES_SHOWN = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `llada prepare`."""
-    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="text file, folder, JSON lines, or python-stdlib")
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="file, folder, - (stdin), or python-stdlib")
     parser.add_argument("--output", metavar="PREFIX", help="name of the set: PREFIX.bin, .idx, .json … are written")
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model or Hugging Face tokenizer.json")
@@ -63,9 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eos-token", metavar="NAME", help="the tokenizer's end-of-text token, where it is not found by itself"
     )
-    parser.add_argument(
-        "--jsonl-key", default="text", metavar="KEY", help="key of the text in JSON lines (default: text)"
-    )
+    add_reading_arguments(parser)
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes that tokenise (default: one per core, at most 16)"
     )
@@ -98,17 +101,15 @@ def run(args: argparse.Namespace) -> int:
 
 def prepare(args: argparse.Namespace, prefix: Path) -> tuple[SetManifest, Tokenizer]:
     """Find, tokenise and write; the set appears under its name only when it is whole."""
-    from llada_megatron.llada_moe.data.corpus import find_sources, total_size
+    from llada_megatron.llada_moe.data.sources import total_size
 
     _check_free(prefix, args)
-    sources = find_sources(args.inputs)
-    if not sources:
-        raise DataError(f"{', '.join(args.inputs)}: empty corpus: no file found")
-    _keep_inputs(args, prefix, [source.path for source in sources])
-    _announce(args.inputs, sources)
+    _keep_inputs(args, prefix, [])  # before the folder that pipes are written to is made
     prefix.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{prefix.name}.", suffix=".partial", dir=prefix.parent))
     try:
+        sources = sources_of(args, folder)
+        _keep_inputs(args, prefix, [source.path for source in sources])
         with _progress("comparing", total_size(sources)) as advance:
             duplicates = compare_documents(args, sources, _workers(args), advance)
         choice = _tokenizer(args, sources, duplicates, folder)
@@ -130,18 +131,21 @@ class _Tally:
 
     documents: list[int]
     bytes: list[int]
+    dropped: Dropped
     read: int = 0
-    """Documents with any text, those that were dropped included."""
+    """Documents with any text, near-duplicates that were dropped included."""
     empty: int = 0
-    skipped: list[Skipped] = field(default_factory=list)
 
-    def add(self, chunk: Chunk, encoded: Encoded) -> None:
-        """Count one chunk."""
+    def add(self, chunk: Chunk, encoded: Encoded, continues: bool, reading: Reading) -> None:
+        """Count one chunk; with `continues` its first document has been counted.
+
+        Raises DataError at one broken record too many.
+        """
         number = chunk.sources[0].input
-        self.documents[number] += len(encoded.lengths)
+        self.documents[number] += len(encoded.lengths) - continues
         self.bytes[number] += sum(encoded.sizes)
         self.empty += encoded.empty
-        self.skipped += encoded.skipped
+        self.dropped.add(encoded.dropped, reading)
 
 
 def _write(
@@ -154,26 +158,29 @@ def _write(
     prefix: Path,
 ) -> SetManifest:
     """Tokenise everything into the folder; returns the manifest."""
-    from llada_megatron.llada_moe.data.corpus import chunks, total_size
+    from llada_megatron.llada_moe.data.corpus import Dropped, chunks
     from llada_megatron.llada_moe.data.digests import digests_of
     from llada_megatron.llada_moe.data.encoding import encode_corpus
+    from llada_megatron.llada_moe.data.sources import total_size
     from llada_megatron.parallel import device
 
     device.install()  # before the first import of megatron.core in this process, as everywhere
     from llada_megatron.llada_moe.data.indexed import TokenWriter, token_dtype
     from llada_megatron.llada_moe.data.set_manifest import REPEATS, prefix_file
 
-    workers = _workers(args)
-    tally = _Tally([0] * len(args.inputs), [0] * len(args.inputs))
+    workers, reading = _workers(args), reading_of(args)
+    tally = _Tally([0] * len(args.inputs), [0] * len(args.inputs), Dropped())
     writer = TokenWriter(folder / _PART, token_dtype(tokenizer.vocab_size))
     try:
         with _progress("tokenising", total_size(sources)) as advance:
-            for chunk, encoded in encode_corpus(chunks(sources), choice, args.jsonl_key, workers):
-                first, tally.read = tally.read, tally.read + len(encoded.lengths)
+            for chunk, encoded in encode_corpus(chunks(sources, reading), choice, reading, workers):
+                first = tally.read - (not chunk.begins)
+                tally.read = first + len(encoded.lengths)
                 if duplicates is not None and args.deduplicate:
                     encoded = encoded.without(duplicates.copies_within(first, tally.read))
-                writer.add(encoded.tokens, encoded.lengths, encoded.sizes)
-                tally.add(chunk, encoded)
+                continues = not chunk.begins and bool(encoded.lengths)
+                writer.add(encoded.tokens, encoded.lengths, encoded.sizes, continues)
+                tally.add(chunk, encoded, continues, reading)
                 advance(chunk.size)
         if duplicates is not None and tally.read != duplicates.documents:
             raise DataError(
@@ -183,7 +190,7 @@ def _write(
     except BaseException:
         writer.abandon()
         raise
-    _report(tally)
+    report_dropped(tally.dropped, tally.empty)
     if writer.documents == 0:
         writer.abandon()
         raise DataError(f"{', '.join(args.inputs)}: empty corpus: no document holds any text")
@@ -218,8 +225,8 @@ def _manifest(
         mask_id=tokenizer.mask_id,
         eos_id=tokenizer.eos_id,
     )
-    passed_over = {skipped.path for skipped in tally.skipped}
-    files = [sum(s.input == i and s.path not in passed_over for s in sources) for i in range(len(args.inputs))]
+    found, passed_over = Counter(s.input for s in sources), Counter(s.input for s in tally.dropped.files)
+    files = [found[i] - passed_over[i] for i in range(len(args.inputs))]
     return SetManifest(
         tokenizer=facts,
         documents=sum(tally.documents),
@@ -250,7 +257,7 @@ def _tokenizer(
     def wanted(document: int) -> bool:
         return in_training_part(duplicates, document, fraction)
 
-    train_sentencepiece(sample_texts(sources, args.jsonl_key, wanted=wanted), args.vocab_size, path)
+    train_sentencepiece(sample_texts(sources, reading_of(args), wanted=wanted), args.vocab_size, path)
     return TokenizerChoice(str(path))
 
 
@@ -261,7 +268,8 @@ def _publish(folder: Path, prefix: Path, manifest: SetManifest) -> None:
     from llada_megatron.llada_moe.data.set_manifest import REPEATS, prefix_file, to_json
 
     text = json.dumps(to_json(manifest), indent=2, ensure_ascii=False)
-    prefix_file(folder / _PART, MANIFEST).write_text(text + "\n", encoding="utf-8")
+    # bytes of file names that are not UTF-8 become JSON escapes, which reading gives back as they were
+    prefix_file(folder / _PART, MANIFEST).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     repeats = [REPEATS] if manifest.near_duplicates else []
     endings = [*TOKENS, *repeats, f".tokenizer{manifest.tokenizer.suffix}", MANIFEST]
     for ending in endings:
@@ -291,6 +299,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if args.train_tokenizer and (args.mask_token or args.eos_token):
         raise ConfigError("--mask-token and --eos-token go with --tokenizer; a trained vocabulary has <mask> and </s>")
     check_split_arguments(args)
+    reading_of(args)
     if args.workers is not None and args.workers < 1:
         raise ConfigError(f"--workers {args.workers}: at least 1")
     if not Path(args.output).name or Path(args.output).is_dir():
@@ -320,26 +329,6 @@ def _keep_inputs(args: argparse.Namespace, prefix: Path, sources: list[Path]) ->
     outputs = [prefix_file(prefix, ending) for ending in (*TOKENS, MANIFEST, REPEATS)]
     refuse_overwriting("--output", outputs, [args.tokenizer])
     refuse_overwriting("--output", [*outputs, *(prefix_file(prefix, ending) for ending in TOKENIZERS)], sources)
-
-
-def _announce(inputs: list[str], sources: list[CorpusFile]) -> None:
-    """Say what `python-stdlib` stands for here."""
-    from llada_megatron.llada_moe.data.corpus import PYTHON_STDLIB, stdlib_folder
-
-    for number, name in enumerate(inputs):
-        if name == PYTHON_STDLIB:
-            count = sum(source.input == number for source in sources)
-            message(f"{name}: {count} .py files of {stdlib_folder()}, test suites and installed packages left out")
-
-
-def _report(tally: _Tally) -> None:
-    """Say what was passed over, in a line each."""
-    if tally.skipped:
-        shown = "; ".join(f"{s.path} ({s.reason})" for s in tally.skipped[:_EXAMPLES_SHOWN])
-        more = ", …" if len(tally.skipped) > _EXAMPLES_SHOWN else ""
-        message(f"passed over {len(tally.skipped)} files that cannot be read as text: {shown}{more}")
-    if tally.empty:
-        message(f"left out {tally.empty} empty documents")
 
 
 def _workers(args: argparse.Namespace) -> int:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.tools.reading_options import reading_of
 
 if TYPE_CHECKING:
-    from llada_megatron.llada_moe.data.corpus import CorpusFile
     from llada_megatron.llada_moe.data.near_duplicates import NearDuplicates
+    from llada_megatron.llada_moe.data.sources import CorpusFile
 
 
 def add_split_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,4 +59,4 @@ def compare_documents(
 
     if args.no_near_duplicate_check:
         return None
-    return find_near_duplicates(sources, args.jsonl_key, workers, args.deduplicate, advance)
+    return find_near_duplicates(sources, reading_of(args), workers, args.deduplicate, advance)

@@ -8,15 +8,17 @@ import pytest
 import zstandard
 
 from llada_megatron.llada_moe.data import corpus
-from llada_megatron.llada_moe.data.corpus import chunks, documents, find_sources
+from llada_megatron.llada_moe.data.corpus import Dropped, chunks, documents
+from llada_megatron.llada_moe.data.formats import Reading
+from llada_megatron.llada_moe.data.sources import PYTHON_STDLIB, find_sources, stdlib_folder, total_size
 from llada_megatron.llada_moe.errors import DataError
 
 
 def texts(*inputs, key="text"):
     """All documents, and the files passed over."""
-    skipped = []
-    sources = find_sources([str(i) for i in inputs])
-    return [t for c in chunks(sources) for t in documents(c, key, skipped)], skipped
+    reading, dropped = Reading(key), Dropped()
+    sources = find_sources([str(i) for i in inputs], reading)
+    return [t for c in chunks(sources, reading) for t in documents(c, reading, dropped)], dropped.files
 
 
 def lines(*records):
@@ -34,7 +36,7 @@ def test_folder_in_sorted_order(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     found, skipped = texts(tmp_path)
     assert found == ["B", "", "Z", "é"]
-    assert {s.path.name: s.reason for s in skipped} == {
+    assert {s.name.rpartition("/")[2]: s.reason for s in skipped} == {
         "image.png": "not UTF-8 text: byte 0x89 at offset 0",
         "latin.txt": "not UTF-8 text: byte 0xe9 at offset 3",
         "wide.txt": "not text: byte 0x00 at offset 1",
@@ -88,7 +90,7 @@ def test_json_lines(tmp_path):
         (b'{"text": "x"\n', "not JSON"),
         (b'{"text": "\xff"}\n', "not JSON"),
         (b'["x"]\n', "not list"),
-        (b'{"body": "x", "id": 1}\n', "no key 'text'; the line has 'body', 'id'"),
+        (b'{"body": "x", "id": 1}\n', "no key 'text'; the record has 'body', 'id'"),
         (b'{"text": 3}\n', "'text' is int, not text"),
         (b'{"text": "\\ud800"}\n', "surrogate"),
     ],
@@ -106,15 +108,15 @@ def test_chunks_account_for_every_byte(tmp_path, monkeypatch):
         (tmp_path / f"{i}.txt").write_text("x" * (i * 10))
     (tmp_path / "l.jsonl").write_bytes(lines(*[{"text": "abc"}] * 20))
     sources = find_sources([str(tmp_path), str(tmp_path / "3.txt")])
-    units = list(chunks(sources))
-    assert len(units) > 8 and sum(u.size for u in units) == corpus.total_size(sources)
+    units = list(chunks(sources, Reading()))
+    assert len(units) > 8 and sum(u.size for u in units) == total_size(sources)
     assert all(len({s.input for s in u.sources}) == 1 for u in units)
     assert len(texts(tmp_path)[0]) == 29
 
 
 def test_python_stdlib():
-    sources = find_sources([corpus.PYTHON_STDLIB])
-    names = {s.path.relative_to(corpus.stdlib_folder()).as_posix() for s in sources}
+    sources = find_sources([PYTHON_STDLIB])
+    names = {s.path.relative_to(stdlib_folder()).as_posix() for s in sources}
     assert {"argparse.py", "json/decoder.py"} <= names and len(names) > 300
     assert not any({"test", "tests", "site-packages"} & set(n.split("/")) or not n.endswith(".py") for n in names)
 
@@ -122,8 +124,8 @@ def test_python_stdlib():
 def test_sample_is_bounded_spread_and_the_same(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines(*({"text": f"{i:05d}" * 100} for i in range(1000))))
     sources = find_sources([str(tmp_path)])
-    assert sum(map(len, corpus.sample_texts(sources, "text"))) == 500_000
-    pieces = list(corpus.sample_texts(sources, "text", 50_000))
-    assert pieces == list(corpus.sample_texts(sources, "text", 50_000))
+    assert sum(map(len, corpus.sample_texts(sources, Reading()))) == 500_000
+    pieces = list(corpus.sample_texts(sources, Reading(), 50_000))
+    assert pieces == list(corpus.sample_texts(sources, Reading(), 50_000))
     assert 30_000 < sum(map(len, pieces)) < 70_000
     assert int(pieces[0][:5]) < 100 and int(pieces[-1][:5]) > 900

@@ -1,267 +1,234 @@
-"""Text on disk as a sequence of documents: files, folders, JSON lines, gzip and Zstandard, in one fixed order."""
+"""A corpus as a sequence of documents, cut into units of work in one fixed order."""
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
-import os
-import stat
-import sysconfig
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from dataclasses import dataclass, field
 
-import zstandard
-
+from llada_megatron.llada_moe.data import json_records
+from llada_megatron.llada_moe.data.formats import READABLE, Form, Reading
 from llada_megatron.llada_moe.data.packing import mix
+from llada_megatron.llada_moe.data.plain_text import NotText, check_text, read_text, text_parts
+from llada_megatron.llada_moe.data.sources import CorpusFile, size_on_disk, total_size
+from llada_megatron.llada_moe.data.streams import DAMAGED, open_stream
+from llada_megatron.llada_moe.data.tables import DamagedTable, table_texts
 from llada_megatron.llada_moe.errors import DataError
 
-PYTHON_STDLIB = "python-stdlib"
-"""An input that stands for the Python source files of the running interpreter's standard library."""
-
-_STDLIB_LEFT_OUT = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "_bundled"}
-)
-
-_COMPRESSED = {".gz", ".zst"}
-
-_LINES = {".jsonl", ".ndjson"}
-
 _CHUNK = 1 << 20
-"""Bytes on disk that make one unit of work."""
+"""Bytes that make one unit of work."""
 
 _CHUNK_FILES = 64
 
+_EXAMPLES = 3
+"""Messages about broken records that are kept."""
 
-class NotText(Exception):
-    """Bytes that are not UTF-8 text; the message says where."""
-
-
-@dataclass(frozen=True)
-class CorpusFile:
-    """One file of the corpus."""
-
-    path: Path
-    input: int
-    """Which of the inputs it came from."""
-    named: bool
-    """Given by name: what is wrong with it is an error; in a folder, a file that is not text is passed over."""
-
-    @property
-    def lines(self) -> bool:
-        """One JSON object per line (`.jsonl`, `.ndjson`, also compressed), each a document."""
-        return Path(self.path.stem if self.path.suffix in _COMPRESSED else self.path.name).suffix in _LINES
+_LARGE_TEXT = 8 << 20
+"""Bytes of a plain text file from which on it is read and encoded in parts, so that memory stays bounded."""
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """A unit of work, whatever the number of workers: whole text files, or a run of lines of one JSON lines file."""
+class Broken:
+    """A record that holds no text; the message says where and why."""
 
-    sources: tuple[CorpusFile, ...]
-    size: int
-    """Bytes on disk that it stands for."""
-    lines: tuple[bytes, ...] | None = None
-    first_line: int = 0
-    """Number of the first of `lines`, from 1."""
+    message: str
 
 
 @dataclass(frozen=True)
 class Skipped:
     """A file in a folder that was passed over."""
 
-    path: Path
+    name: str
+    input: int
     reason: str
 
 
-def find_sources(inputs: Iterable[str]) -> list[CorpusFile]:
-    """The files that inputs mean, folders entered in sorted order. Raises DataError for an input that does not exist.
+@dataclass(frozen=True)
+class Chunk:
+    """A unit of work, whatever the number of workers.
 
-    Hidden files and folders and `__pycache__` are left out; links to folders are not followed.
+    It is some whole text files, or some records of one file, or a part of one large text.
     """
-    sources: list[CorpusFile] = []
-    for number, name in enumerate(inputs):
-        path = Path(name)
-        if name == PYTHON_STDLIB:
-            sources += [CorpusFile(file, number, False) for file in _stdlib_files()]
-        elif path.is_dir():
-            sources += [CorpusFile(file, number, False) for file in _walk(path)]
-        elif path.exists():
-            sources.append(CorpusFile(path, number, True))
-        else:
-            raise DataError(f"{path}: no such file or folder")
-    return sources
+
+    sources: tuple[CorpusFile, ...]
+    size: int
+    """Bytes on disk that it stands for."""
+    records: tuple[bytes | str | Broken | Skipped, ...] | None = None
+    """Lines of JSON (bytes), texts, and what could not be read; None for whole text files."""
+    first_line: int = 0
+    """Number of the first line in `records`, from 1."""
+    begins: bool = True
+    """Its first document begins here; False for a later part of a large text."""
+    ends: bool = True
+    """Its last document ends here."""
 
 
-def chunks(sources: Iterable[CorpusFile]) -> Iterator[Chunk]:
-    """The corpus in units of work, in order. Small text files share one; a JSON lines file is cut between lines."""
+@dataclass
+class Dropped:
+    """What was met and is no document."""
+
+    files: list[Skipped] = field(default_factory=list)
+    broken: int = 0
+    """Broken records left out."""
+    first_broken: list[str] = field(default_factory=list)
+    """Messages of the first few."""
+
+    def add(self, other: Dropped, reading: Reading) -> None:
+        """Count what was met elsewhere as well. Raises DataError at one broken record too many."""
+        self.files += other.files
+        self.broken += other.broken
+        self.first_broken = (self.first_broken + other.first_broken)[:_EXAMPLES]
+        if self.broken > reading.skip_broken:
+            allowed = f" (more than the {reading.skip_broken} broken records of --skip-broken)"
+            raise DataError((other.first_broken or self.first_broken)[-1] + (allowed if reading.skip_broken else ""))
+
+    def add_broken(self, message: str, reading: Reading) -> None:
+        """Count a broken record. Raises DataError at one too many."""
+        self.add(Dropped(broken=1, first_broken=[message]), reading)
+
+
+def chunks(sources: Iterable[CorpusFile], reading: Reading) -> Iterator[Chunk]:
+    """The corpus in units of work, in order. Small text files share one; other files are cut between records."""
     group: list[CorpusFile] = []
     size = 0
     for source in sources:
-        if group and (source.lines or source.input != group[0].input or size >= _CHUNK or len(group) >= _CHUNK_FILES):
+        on_disk = size_on_disk(source.path)
+        alone = source.form is not Form.TEXT or source.compressed or on_disk >= _LARGE_TEXT
+        if group and (alone or source.input != group[0].input or size >= _CHUNK or len(group) >= _CHUNK_FILES):
             yield Chunk(tuple(group), size)
             group, size = [], 0
-        if source.lines:
-            yield from _line_chunks(source)
-        else:
+        if not alone:
             group.append(source)
-            size += _size(source.path)
+            size += on_disk
+        elif source.form is Form.TEXT:
+            yield from _text_chunks(source, on_disk)
+        else:
+            yield from _record_chunks(source, on_disk, reading.key)
     if group:
         yield Chunk(tuple(group), size)
 
 
-def documents(chunk: Chunk, key: str, skipped: list[Skipped]) -> Iterator[str]:
-    """The documents of a chunk; files passed over go to `skipped`. Raises DataError for what the user must mend."""
-    if chunk.lines is not None:
-        for number, line in enumerate(chunk.lines, chunk.first_line):
-            if line.strip():
-                yield _line_document(chunk.sources[0].path, number, line, key)
+def documents(chunk: Chunk, reading: Reading, dropped: Dropped) -> Iterator[str]:
+    """The documents of a chunk, or a part of one; what is none goes to `dropped`.
+
+    Raises:
+        DataError: a named file is not text, or there are more broken records than `reading` allows.
+    """
+    if chunk.records is None:
+        yield from _whole_texts(chunk.sources, dropped)
         return
-    for source in chunk.sources:
+    name = chunk.sources[0].name
+    for number, record in enumerate(chunk.records, chunk.first_line):
+        if isinstance(record, Skipped):
+            dropped.files.append(record)
+        elif isinstance(record, Broken):
+            dropped.add_broken(record.message, reading)
+        elif isinstance(record, str):
+            yield record
+        elif record.strip():
+            try:
+                text = json_records.line_text(f"{name}:{number}", record, reading.key)
+            except DataError as error:
+                hint = "; recognised as JSON lines, `--format text` reads it as plain text"
+                dropped.add_broken(f"{error}{hint if chunk.sources[0].by_content else ''}", reading)
+            else:
+                yield text
+
+
+def _whole_texts(sources: Iterable[CorpusFile], dropped: Dropped) -> Iterator[str]:
+    """The texts of small files."""
+    for source in sources:
         try:
             yield read_text(source.path)
-        except (NotText, OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            reason = str(error) or type(error).__name__
-            if source.named:
-                raise DataError(f"{source.path}: {reason}") from error
-            skipped.append(Skipped(source.path, reason))
+        except (NotText, *DAMAGED) as error:
+            dropped.files.append(_not_text(source, error))
 
 
-def read_text(path: Path) -> str:
-    """A file's text, decompressed, without a byte-order mark. Raises NotText with the offset of the first bad byte."""
-    with _open(path) as stream:
-        data = stream.read()
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    nul = data.find(b"\0")
+def _not_text(source: CorpusFile, error: Exception) -> Skipped:
+    """The entry of a file in a folder that is not text. Raises DataError for one that was named."""
+    reason = (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__
+    if source.named:
+        known = f"; what can be read: {READABLE}" if isinstance(error, NotText) else ""
+        raise DataError(f"{source.name}: {reason}{known}") from error
+    return Skipped(source.name, source.input, reason)
+
+
+def _text_chunks(source: CorpusFile, on_disk: int) -> Iterator[Chunk]:
+    """A large or compressed text in the parts in which it is encoded.
+
+    One in a folder is first read to its end: what is no text is to be passed over before anything of it is written.
+    """
+    begins, held = True, None
     try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        first = error.start if nul < 0 else min(nul, error.start)
-        raise NotText(f"not UTF-8 text: byte 0x{data[first]:02x} at offset {first}") from error
-    if nul >= 0:
-        raise NotText(f"not text: byte 0x00 at offset {nul}")
-    return text
+        if not source.named:
+            check_text(source.path)
+        for part in text_parts(source.path):
+            if held is not None:
+                size = min(len(held), on_disk)
+                yield Chunk((source,), size, (held,), begins=begins, ends=False)
+                begins, on_disk = False, on_disk - size
+            held = part
+    except (NotText, *DAMAGED) as error:
+        yield Chunk((source,), on_disk, (_not_text(source, error),))
+        return
+    yield Chunk((source,), on_disk, (held or "",), begins=begins)
 
 
-def total_size(sources: Iterable[CorpusFile]) -> int:
-    """Bytes on disk of all sources."""
-    return sum(_size(source.path) for source in sources)
-
-
-def stdlib_folder() -> Path:
-    """Where this interpreter keeps its standard library."""
-    return Path(sysconfig.get_path("stdlib"))
-
-
-def _stdlib_files() -> Iterator[Path]:
-    """Python files of the standard library, without its test suites and without installed packages."""
-    return (file for file in _walk(stdlib_folder(), _STDLIB_LEFT_OUT) if file.suffix == ".py")
-
-
-def _walk(root: Path, left_out: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Regular files below a folder, each folder's own before its subfolders', sorted by name."""
-    for folder, names, files in os.walk(root):
-        names[:] = sorted(n for n in names if not n.startswith(".") and n != "__pycache__" and n not in left_out)
-        for name in sorted(files):
-            path = Path(folder, name)
-            if not name.startswith(".") and path.exists() and stat.S_ISREG(path.stat().st_mode):
-                yield path
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file, 0 for one that cannot be asked."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
-
-
-def _open(path: Path) -> BinaryIO:
-    """A file's bytes, decompressed according to its name."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix == ".zst":
-        return io.BufferedReader(_ZstandardFrames(path.open("rb")), _CHUNK)  # type: ignore[return-value]
-    return path.open("rb")
-
-
-class _ZstandardFrames(io.RawIOBase):
-    """Frames of a .zst file, one after the other. The package's own reader ends quietly where a file was cut off."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._text = memoryview(b"")
-
-    def readable(self) -> bool:
-        """It is for reading."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill the buffer with the next text. Raises EOFError inside a frame that does not end."""
-        while not self._text:
-            rest = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            data = rest or self._raw.read(_CHUNK)
-            if self._frame is None or self._frame.eof:
-                if not data:
-                    return 0
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            elif not data:
-                raise EOFError("compressed file ended before the end of its last frame")
-            self._text = memoryview(self._frame.decompress(data))
-        count = min(len(buffer), len(self._text))
-        buffer[:count], self._text = self._text[:count], self._text[count:]
-        return count
-
-    def close(self) -> None:
-        """Close the file below as well."""
-        self._raw.close()
-        super().close()
-
-
-def _line_chunks(source: CorpusFile) -> Iterator[Chunk]:
-    """The lines of one JSON lines file in units of about a megabyte of text."""
-    held: list[bytes] = []
-    first, size, total = 1, 0, 0
-    packed = source.path.suffix in _COMPRESSED
-    try:
-        with _open(source.path) as stream:
-            for line in stream:
-                held.append(line)
-                size += len(line)
-                if size >= _CHUNK:
-                    yield Chunk((source,), 0 if packed else size, tuple(held), first)
-                    first, total = first + len(held), total + (0 if packed else size)
-                    held, size = [], 0
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise DataError(f"{source.path}:{first + len(held)}: cannot be read on: {error}") from error
+def _record_chunks(source: CorpusFile, on_disk: int, key: str) -> Iterator[Chunk]:
+    """The records of one file in units of about a megabyte of text."""
+    held: list[bytes | str | Broken] = []
+    first, size = 1, 0
+    for record in _records(source, key):
+        held.append(record)
+        size += len(record) if isinstance(record, bytes | str) else 0
+        if size >= _CHUNK:
+            done = 0 if source.compressed else min(size, on_disk)
+            yield Chunk((source,), done, tuple(held), first)
+            first, on_disk = first + len(held), on_disk - done
+            held, size = [], 0
     # The last chunk accounts for the rest of the file: all of it where compression hides the position.
-    yield Chunk((source,), max(0, _size(source.path) - total), tuple(held), first)
+    yield Chunk((source,), on_disk, tuple(held), first)
 
 
-def _line_document(path: Path, number: int, line: bytes, key: str) -> str:
-    """The text of one JSON line. Raises DataError with file and line."""
-    where = f"{path}:{number}"
+def _records(source: CorpusFile, key: str) -> Iterator[bytes | str | Broken]:
+    """The records of one file: lines as they are, of other files the texts. A file that ends early ends broken."""
+    number = 1
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: a line must be a JSON object with the key {key!r}, not {type(record).__name__}")
-    if key not in record:
-        raise DataError(f"{where}: no key {key!r}; the line has {', '.join(map(repr, record)) or 'none'} (--jsonl-key)")
-    text = record[key]
-    if not isinstance(text, str):
-        raise DataError(f"{where}: {key!r} is {type(text).__name__}, not text")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: {key!r} holds half a surrogate pair at character {error.start}: not Unicode text"
-        ) from error
-    return text
+        for record in _raw_records(source, key):
+            yield record
+            number += 1
+    except (DamagedTable, ValueError, *DAMAGED) as error:
+        between = ":" if source.form is Form.LINES else ": record "
+        yield Broken(f"{source.name}{between}{number}: cannot be read on: {error}")
+
+
+def _raw_records(source: CorpusFile, key: str) -> Iterator[bytes | str | Broken]:
+    """What `_records` gives, as far as the file can be read."""
+    if source.form is Form.TABLE:
+        for number, text in enumerate(table_texts(source.path, source.name, key), 1):
+            yield Broken(f"{source.name}: row {number}: no text in column {key!r}") if text is None else text
+        return
+    with open_stream(source.path) as stream:
+        if source.form is Form.LINES:
+            for number, line in enumerate(json_records.lines(stream), 1):
+                yield Broken(f"{source.name}:{number}: {json_records.TooLong()}") if line is None else line
+            return
+        name, whole = source.name, source.form is Form.OBJECT
+        records = [json_records.parse(stream.read())] if whole else json_records.array_elements(stream)
+        for number, record in enumerate(records, 1):
+            try:
+                yield json_records.record_text(f"{name}: record {number}", record, key)
+            except DataError as error:
+                yield Broken(str(error))
+
+
+def _numbered(sources: Iterable[CorpusFile], reading: Reading) -> Iterator[tuple[int, str]]:
+    """All texts with the number of their document, from 0 without empty ones; a large text comes in parts."""
+    document, dropped = -1, Dropped()
+    for chunk in chunks(sources, reading):
+        for text in documents(chunk, reading, dropped):
+            if text:
+                document += chunk.begins
+                yield document, text
 
 
 VOCABULARY_SAMPLE = 32 << 20
@@ -275,13 +242,13 @@ _EXPANSION = 4
 
 
 def text_size(sources: Iterable[CorpusFile]) -> int:
-    """Bytes of text in all sources, of compressed ones estimated."""
-    return sum(total_size([source]) * (_EXPANSION if source.path.suffix in _COMPRESSED else 1) for source in sources)
+    """Bytes of text in all sources, of compressed ones and of tables estimated."""
+    return sum(total_size([s]) * (_EXPANSION if s.compressed or s.form is Form.TABLE else 1) for s in sources)
 
 
 def sample_texts(
     sources: Sequence[CorpusFile],
-    key: str,
+    reading: Reading,
     budget: int = VOCABULARY_SAMPLE,
     wanted: Callable[[int], bool] = lambda number: True,
 ) -> Iterator[str]:
@@ -293,7 +260,7 @@ def sample_texts(
     size = text_size(sources)
     share = min(1.0, budget / size) if size else 1.0
     taken = number = 0
-    for document, text in enumerate(text for chunk in chunks(sources) for text in documents(chunk, key, []) if text):
+    for document, text in _numbered(sources, reading):
         if wanted(document):
             for start in range(0, len(text), _PIECE):
                 number += 1

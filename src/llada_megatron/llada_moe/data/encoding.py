@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llada_megatron.llada_moe.data.chunk_pool import map_chunks
-from llada_megatron.llada_moe.data.corpus import Chunk, Skipped, documents
+from llada_megatron.llada_moe.data.corpus import Chunk, Dropped, documents
+from llada_megatron.llada_moe.data.formats import Reading
 from llada_megatron.llada_moe.data.tokenizer import Tokenizer, encode_long
 from llada_megatron.llada_moe.data.tokenizer_files import load_directly, load_tokenizer
 from llada_megatron.llada_moe.errors import DataError
@@ -44,13 +45,14 @@ class Encoded:
     """The documents of one chunk as tokens."""
 
     tokens: NDArray[np.int32]
-    """All documents one after the other, each with its end-of-text token."""
+    """All documents one after the other, each with its end-of-text token if it ends in the chunk."""
     lengths: list[int]
+    """Tokens of each document, or of its part in the chunk."""
     sizes: list[int]
-    """UTF-8 bytes of each document's text."""
+    """UTF-8 bytes of each document's text, or of its part in the chunk."""
     empty: int
     """Documents without a character, left out."""
-    skipped: list[Skipped] = field(default_factory=list)
+    dropped: Dropped = field(default_factory=Dropped)
 
     def without(self, dropped: NDArray[np.int64]) -> Encoded:
         """The same without the documents of these numbers in it."""
@@ -58,54 +60,54 @@ class Encoded:
         kept[dropped] = False
         lengths, sizes = np.array(self.lengths, np.int64), np.array(self.sizes, np.int64)
         tokens = self.tokens[np.repeat(kept, lengths)]
-        return Encoded(tokens, lengths[kept].tolist(), sizes[kept].tolist(), self.empty, self.skipped)
+        return Encoded(tokens, lengths[kept].tolist(), sizes[kept].tolist(), self.empty, self.dropped)
 
 
 def encode_corpus(
-    work: Iterable[Chunk], choice: TokenizerChoice, key: str, workers: int
+    work: Iterable[Chunk], choice: TokenizerChoice, reading: Reading, workers: int
 ) -> Iterator[tuple[Chunk, Encoded]]:
     """Each chunk with its tokens, in order. Raises what a worker raises; ResourceError when one dies."""
     if workers <= 1:
         tokenizer = choice.load()
         for chunk in work:
-            yield chunk, encode_chunk(chunk, tokenizer, key)
+            yield chunk, encode_chunk(chunk, tokenizer, reading)
         return
-    yield from map_chunks(work, _encode_in_worker, workers, _start_worker, (choice, key))
+    yield from map_chunks(work, _encode_in_worker, workers, _start_worker, (choice, reading))
 
 
-def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, key: str) -> Encoded:
-    """Read and encode the documents of one chunk."""
-    skipped: list[Skipped] = []
+def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, reading: Reading) -> Encoded:
+    """Read and encode the documents of one chunk. A document that goes on in the next chunk gets its end there."""
+    dropped = Dropped()
     parts: list[NDArray[np.int32]] = []
     sizes: list[int] = []
     empty = 0
-    for text in documents(chunk, key, skipped):
+    for text in documents(chunk, reading, dropped):
         if not text:
             empty += 1
             continue
-        ids = encode_long(tokenizer, text)
+        ids = encode_long(tokenizer, text, continues=not chunk.begins)
         if tokenizer.mask_id in ids:
             raise DataError(
-                f"{tokenizer.path}: the tokenizer turns text of {chunk.sources[0].path} into its mask token"
+                f"{tokenizer.path}: the tokenizer turns text of {chunk.sources[0].name} into its mask token"
             )
-        parts.append(np.array([*ids, tokenizer.eos_id], np.int32))
+        parts.append(np.array([*ids, tokenizer.eos_id] if chunk.ends else ids, np.int32))
         sizes.append(len(text.encode("utf-8")))
     tokens = np.concatenate(parts) if parts else np.empty(0, np.int32)
-    return Encoded(tokens, [len(part) for part in parts], sizes, empty, skipped)
+    return Encoded(tokens, [len(part) for part in parts], sizes, empty, dropped)
 
 
-_worker: tuple[Tokenizer, str] | None = None
+_worker: tuple[Tokenizer, Reading] | None = None
 """Set once in each worker process."""
 
 
-def _start_worker(choice: TokenizerChoice, key: str) -> None:
+def _start_worker(choice: TokenizerChoice, reading: Reading) -> None:
     """Load the tokenizer in a worker; Ctrl-C is the parent's to handle."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a tokenizer's panic: its error is raised in the parent
     limit_memory(LIMITS.memory_bytes)
-    _worker = choice.load_directly(), key
+    _worker = choice.load_directly(), reading
 
 
 def _encode_in_worker(chunk: Chunk) -> Encoded:

@@ -5,6 +5,7 @@ Beside it stands `.bytes`, the UTF-8 bytes of each document's text (int64): bits
 
 from __future__ import annotations
 
+import os
 import struct
 from bisect import bisect_left
 from pathlib import Path
@@ -15,6 +16,9 @@ from numpy.typing import NDArray
 
 from llada_megatron.llada_moe.data.set_manifest import prefix_file
 from llada_megatron.llada_moe.errors import DataError
+
+_LONGEST_DOCUMENT = 2**31 - 1
+"""Tokens of the longest document: the format counts them in an int32."""
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
@@ -31,24 +35,40 @@ class TokenWriter:
         self._builder = IndexedDatasetBuilder(str(prefix_file(prefix, ".bin")), dtype=dtype)
         self._bytes = prefix_file(prefix, ".bytes").open("wb")
         self.tokens = 0
+        self._last_size = 0
 
     @property
     def documents(self) -> int:
         """Documents written so far."""
         return len(self._builder.sequence_lengths)
 
-    def add(self, tokens: NDArray[np.integer], lengths: list[int], sizes: list[int]) -> None:
+    def add(self, tokens: NDArray[np.integer], lengths: list[int], sizes: list[int], continues: bool = False) -> None:
         """Append documents of these lengths, concatenated (`add_document` would cost a call and a copy for each).
 
-        `sizes` are the UTF-8 bytes of their texts.
+        `sizes` are the UTF-8 bytes of their texts. With `continues` the first of them is the rest of the last document
+        so far. Raises DataError for a document with more tokens than the format can count.
         """
         builder = self._builder
+        if continues:
+            self._continue_document(lengths[0], sizes[0])
+            lengths, sizes = lengths[1:], sizes[1:]
+        self._last_size = sizes[-1] if sizes else self._last_size
         self._bytes.write(np.array(sizes, "<i8").tobytes())
         builder.data_file.write(tokens.astype(builder.dtype, copy=False).tobytes())
         first = len(builder.sequence_lengths)
         builder.sequence_lengths.extend(lengths)
         builder.document_indices.extend(range(first + 1, first + len(lengths) + 1))
         self.tokens += len(tokens)
+
+    def _continue_document(self, length: int, size: int) -> None:
+        """Count further tokens and bytes of text to the last document."""
+        lengths = self._builder.sequence_lengths
+        if lengths[-1] + length > _LONGEST_DOCUMENT:
+            raise DataError(f"a document of more than {_LONGEST_DOCUMENT:,} tokens: split its file into several")
+        lengths[-1] += length
+        self._last_size += size
+        self._bytes.seek(-8, os.SEEK_END)
+        self._bytes.write(np.array([self._last_size], "<i8").tobytes())
 
     def finish(self) -> None:
         """Close both and write PREFIX.idx."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llada_megatron.llada_moe.data.chunk_pool import map_chunks
-from llada_megatron.llada_moe.data.corpus import Chunk, CorpusFile, chunks, documents, text_size
+from llada_megatron.llada_moe.data.corpus import Chunk, Dropped, chunks, documents, text_size
+from llada_megatron.llada_moe.data.formats import Reading
 from llada_megatron.llada_moe.data.packing import held_out
 from llada_megatron.llada_moe.data.set_manifest import NearDuplicateFacts
 from llada_megatron.llada_moe.data.shingles import TABLE_LIMIT, ShingleTable, text_shingles
+from llada_megatron.llada_moe.data.sources import CorpusFile
 
 COPY_SHARE = 0.8
 """A document is a near-duplicate if at least this share of its shingles occurs in earlier documents that are none."""
@@ -87,12 +89,12 @@ def in_training_part(found: NearDuplicates | None, document: int, fraction: floa
 
 
 def find_near_duplicates(
-    sources: Sequence[CorpusFile], key: str, workers: int, drop: bool, advance: Callable[[int], None]
+    sources: Sequence[CorpusFile], reading: Reading, workers: int, drop: bool, advance: Callable[[int], None]
 ) -> NearDuplicates:
     """Read the corpus and compare all documents by their shingles, in bounded memory (`shingles.TABLE_LIMIT`).
 
     Args:
-        key: the key of the text in JSON lines.
+        reading: how the sources are read.
         drop: whether the set will be without the near-duplicates.
         advance: told the bytes on disk of each chunk that was read.
 
@@ -105,10 +107,17 @@ def find_near_duplicates(
         modulus *= 2
     table, sizes = ShingleTable(modulus), [np.empty(0, np.int64)]
     workers = 1 if size < _WORTH_A_PROCESS else workers
-    for chunk, (found, bytes_of_each) in _all_shingles(sources, key, workers, modulus):
-        table.add(found)
-        sizes.append(np.array(bytes_of_each, np.int64))
+    dropped, parts = Dropped(), list[_Shingled]()
+    for chunk, shingled in _all_shingles(sources, reading, workers, modulus):
+        dropped.add(shingled.dropped, reading)
         advance(chunk.size)
+        if not (chunk.begins and chunk.ends):
+            parts.append(shingled)
+            if not chunk.ends:
+                continue
+            shingled, parts = _joined(parts), []
+        table.add(shingled.found)
+        sizes.append(np.array(shingled.sizes, np.int64))
     shared, text = table.shared(), np.concatenate(sizes)
     copies = shared.copies(COPY_SHARE)
     repeated = shared.repeated(REPEATED_SHARE, without=copies if drop else copies[:0])
@@ -117,39 +126,52 @@ def find_near_duplicates(
     return NearDuplicates(len(text), drop, copies, int(text[copies].sum()), int(text.sum()), repeated)
 
 
-_Shingled = tuple[list[NDArray[np.uint64]], list[int]]
-"""The shingles of each document of a chunk, and the bytes of its text."""
+@dataclass
+class _Shingled:
+    """The documents of a chunk, or a part of one."""
+
+    found: list[NDArray[np.uint64]]
+    """The shingles of each."""
+    sizes: list[int]
+    """The bytes of its text."""
+    dropped: Dropped = field(default_factory=Dropped)
+
+
+def _joined(parts: list[_Shingled]) -> _Shingled:
+    """The one document that came in parts, without the few shingles that reach from one part into the next."""
+    found = np.unique(np.concatenate([found for part in parts for found in part.found]))
+    return _Shingled([found], [sum(size for part in parts for size in part.sizes)])
 
 
 def _all_shingles(
-    sources: Sequence[CorpusFile], key: str, workers: int, modulus: int
+    sources: Sequence[CorpusFile], reading: Reading, workers: int, modulus: int
 ) -> Iterator[tuple[Chunk, _Shingled]]:
     """Every chunk with its documents' shingles, in order."""
     if workers > 1:
-        yield from map_chunks(chunks(sources), _shingle_in_worker, workers, _start_worker, (key, modulus))
+        yield from map_chunks(chunks(sources, reading), _shingle_in_worker, workers, _start_worker, (reading, modulus))
         return
-    for chunk in chunks(sources):
-        yield chunk, _shingle(chunk, key, modulus)
+    for chunk in chunks(sources, reading):
+        yield chunk, _shingle(chunk, reading, modulus)
 
 
-def _shingle(chunk: Chunk, key: str, modulus: int) -> _Shingled:
-    found, sizes = [], []
-    for text in documents(chunk, key, []):
+def _shingle(chunk: Chunk, reading: Reading, modulus: int) -> _Shingled:
+    shingled = _Shingled([], [])
+    for text in documents(chunk, reading, shingled.dropped):
         if text:
-            found.append(text_shingles(text, modulus))
-            sizes.append(len(text.encode("utf-8")))
-    return found, sizes
+            shingled.found.append(text_shingles(text, modulus))
+            shingled.sizes.append(len(text.encode("utf-8")))
+    return shingled
 
 
-_settings: tuple[str, int] | None = None
+_settings: tuple[Reading, int] | None = None
 """Set once in each worker process."""
 
 
-def _start_worker(key: str, modulus: int) -> None:
+def _start_worker(reading: Reading, modulus: int) -> None:
     """Keep the settings; Ctrl-C is the parent's to handle."""
     global _settings
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _settings = key, modulus
+    _settings = reading, modulus
 
 
 def _shingle_in_worker(chunk: Chunk) -> _Shingled:
