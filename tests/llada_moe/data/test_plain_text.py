@@ -5,7 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada_megatron.llada_moe.data import plain_text, tokenizer
+from llada_megatron.llada_moe.data.corpus import Chunk
+from llada_megatron.llada_moe.data.encoding import encode_chunk
+from llada_megatron.llada_moe.data.formats import Reading
 from llada_megatron.llada_moe.data.plain_text import NotText, check_text, read_text, text_parts
+from llada_megatron.llada_moe.data.sources import CorpusFile
 
 
 class Recorder:
@@ -31,6 +35,24 @@ def test_parts_are_those_of_encode_long(tmp_path_factory, text, buffer, limit):
         tokenizer.encode_long(recorder, text, limit)
         assert list(text_parts(path, limit)) == (recorder.texts or [""])
         assert read_text(path) == text
+
+
+def test_parts_are_encoded_as_one_document(tmp_path):
+    class WithPrefix:
+        """Puts a space before each text, as many tokenizers do."""
+
+        path, mask_id, eos_id = "t", 1, 0
+
+        def encode(self, text):
+            return [32, *map(ord, text)] if text else []
+
+    source = CorpusFile(tmp_path / "a.txt", 0, True)
+    parts = [("one ", True, False), ("two", False, False), (" end", False, True)]
+    ids = []
+    for text, begins, ends in parts:
+        chunk = Chunk((source,), 0, (text,), begins=begins, ends=ends)
+        ids += encode_chunk(chunk, WithPrefix(), Reading()).tokens.tolist()
+    assert ids == [32, *map(ord, "one two end"), 0]
 
 
 @pytest.mark.parametrize(
