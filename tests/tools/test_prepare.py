@@ -122,6 +122,7 @@ def test_large_text_in_parts_is_the_same_document(texts, tmp_path, monkeypatch, 
     (texts / "07.txt").write_text((texts / "05.txt").read_text() + "and one more line\n")
     assert prepare(texts, "--output", tmp_path / "a" / "set", *TRAIN, "--workers", 1, *options) == 0
     monkeypatch.setattr(corpus, "_LARGE_TEXT", 1000)
+    monkeypatch.setattr(plain_text, "BUFFER", 500)
     monkeypatch.setattr(corpus, "text_parts", functools.partial(plain_text.text_parts, limit=150))
     (texts / "05.txt.gz").write_bytes(gzip.compress((texts / "05.txt").read_bytes()))
     (texts / "05.txt").unlink()
