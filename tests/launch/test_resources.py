@@ -148,14 +148,14 @@ def test_copies_of_another_run_are_not_gone_on_with(demo, tmp_path):
 def test_a_configuration_written_by_hand_is_not_replaced_by_the_resolved_one(demo, tmp_path):
     path = tmp_path / "config.yaml"
     run = dataclasses.replace(demo, output_dir=str(tmp_path))
-    longer = dataclasses.replace(run, training=dataclasses.replace(run.training, steps=2000))
+    longer = dataclasses.replace(run, training=dataclasses.replace(run.training, steps=4000))
     path.write_text(dump_yaml(run))
     resources.check_inputs(str(path), longer)  # what an earlier start wrote may change its values
     path.write_text("# mine\n" + dump_yaml(run))
     resources.check_inputs(str(path), run)
     with pytest.raises(ConfigError, match="over this file, which is its own input; give it another name"):
         resources.check_inputs(str(path), longer)
-    assert cli.main(["train", str(path), "training.steps=2000"]) == 2  # before anything is asked of the data
+    assert cli.main(["train", str(path), "training.steps=4000"]) == 2  # before anything is asked of the data
     assert path.read_text().startswith("# mine")
     path.rename(tmp_path / "mine.yaml")
     resources.check_inputs(str(tmp_path / "mine.yaml"), longer)

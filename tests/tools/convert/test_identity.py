@@ -168,7 +168,7 @@ def _train(run, root):
     built = distributed_optimizer.build_optimizer(run, models)
     distributed_optimizer.set_learning_rate(run, built, 1)
     TrainingStep(run, models, built, SyntheticData(run))(1)
-    data = SimpleNamespace(tokenizer=SimpleNamespace(sha256="0" * 64, vocab_size=256, suffix=".json"))
+    data = SimpleNamespace(sha256=None, tokenizer=SimpleNamespace(sha256="0" * 64, vocab_size=256, suffix=".json"))
     state = RunState(run, make_objective(run.objective), chunks, built, [data], step=1)
     state.save(CheckpointStore(root / "checkpoints"))
 

@@ -112,7 +112,7 @@ def _prepared(place, direction, model, part):
     words = ["import", str(source), "--layout", "pipeline_parallel=2,expert_parallel=2", "--workers", "2"]
     if direction == "export":
         to_sharded(source, place / "sharded", "tensor_parallel=2")
-        words = ["export", str(place / "sharded"), "--shard-size", f"{part}", "--workers", "2", "--without-tokenizer"]
+        words = ["export", str(place / "sharded"), "--shard-size", f"{part}", "--without-tokenizer", "--workers", "2"]
     conversion = Conversion(words, place / "again/out", part)
     code, events, seconds = conversion.run(target=place / "undisturbed/out")
     assert code == 0
