@@ -19,7 +19,6 @@ from llada_megatron.parallel.expert_load import ExpertLoad
 from llada_megatron.parallel.sampling.generator import SequenceGenerator
 
 if TYPE_CHECKING:
-    from llada_megatron.llada_moe.config.run import RunConfig
     from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
 
 _BATCH = 32
@@ -85,7 +84,7 @@ def assess(loaded: LoadedModel, tokenizer: Tokenizer, sequences: int, examples: 
     run = replace(
         loaded.run, training=replace(loaded.run.training, global_batch_size=sequences)
     )  # strata of t: all of them
-    held_out = TrainingData(run, "validation")
+    training, held_out = TrainingData(run), TrainingData(run, "validation")
     numbers = range(sequences)
     load = ExpertLoad([loaded.model], training=False)
     cost = likelihood.measure(loaded.loss, held_out, numbers, _BATCH)
@@ -95,10 +94,10 @@ def assess(loaded: LoadedModel, tokenizer: Tokenizer, sequences: int, examples: 
     return Assessment(
         bits_per_byte=cost.bits_per_byte(held_out.bytes_per_token),
         is_bound=make_objective(run.objective).fills_masks,
-        baselines=_baselines(run, held_out, numbers, tokenizer),
+        baselines=_baselines(training, held_out, numbers, run.model.vocab_size, tokenizer),
         infill_accuracy=filled.accuracy,
         majority_share=filled.majority_share,
-        near_duplicate_share=near_duplicate_share(TrainingData(loaded.run).sets, held_out.sets),
+        near_duplicate_share=near_duplicate_share(training.sets, held_out.sets),
         sequences=sequences,
         tokens=cost.tokens,
         expert_tokens=expert_tokens,
@@ -108,16 +107,17 @@ def assess(loaded: LoadedModel, tokenizer: Tokenizer, sequences: int, examples: 
     )
 
 
-def _baselines(run: RunConfig, held_out: TrainingData, numbers: range, tokenizer: Tokenizer) -> Baselines:
+def _baselines(
+    training: TrainingData, held_out: TrainingData, numbers: range, vocab_size: int, tokenizer: Tokenizer
+) -> Baselines:
     """What the same windows cost under counts of the training split, and compressed."""
-    training = TrainingData(run)
     sets, shares = training.sets, training.blend.shares
     windows = [row for batch in likelihood.batches(held_out, numbers, _BATCH) for row in batch.labels.numpy()]
 
     def weights() -> Iterable[float]:
         return baselines.training_weights(sets, shares)
 
-    counts = baselines.token_counts(baselines.training_windows(sets), weights(), run.model.vocab_size)
+    counts = baselines.token_counts(baselines.training_windows(sets), weights(), vocab_size)
     unigram = baselines.Unigram.fit(counts)
     bigram = baselines.Bigram.fit(unigram, baselines.training_windows(sets), weights())
     per_token = held_out.bytes_per_token
