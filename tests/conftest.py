@@ -25,8 +25,12 @@ def _is_worker(config):
     return hasattr(config, "workerinput")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """See `tests.workers`; in one process, tests run in the order in which they are collected."""
+    """See `tests.workers`; in one process, tests run in the order in which they are collected.
+
+    First of all, since pytest-xdist's own hook reads the groups.
+    """
     if _is_worker(config):
         items.sort(key=workers.rank_of)
         for item in items:

@@ -5,6 +5,8 @@ import threading
 import time
 from types import SimpleNamespace
 
+import pytest
+
 from tests import workers
 
 
@@ -59,3 +61,10 @@ def test_a_test_that_runs_alone_waits_for_the_others_and_keeps_new_ones_waiting(
     alone.join(60)
     late.join(60)
     assert order == ["together", "end", "alone", "late"]
+
+
+def test_pytest_xdist_sees_the_groups(request):
+    """It names the group after an `@`; without it the tests of one file are spread over all processes."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("one process runs all tests")
+    assert request.node.nodeid.endswith("@tests/test_workers.py")
