@@ -24,8 +24,6 @@ from typing import Any, Literal
 
 from llada_megatron.launch.files import make_once
 
-JOB_VARIABLE = "LLADA_JOB"
-"""Environment variable of every process of a job: the job's directory."""
 ATTEMPT_VARIABLE = "LLADA_ATTEMPT"
 RENDEZVOUS_VARIABLE = "LLADA_RENDEZVOUS"
 """HOST:PORT of the store on the first node, where the nodes find each other."""

@@ -47,7 +47,8 @@ class Named:
     def unknown(self, name: str, directory: Path = Path()) -> str:
         """The message for a name that stands for nothing: the most similar one, or all that come with the package."""
         near = closest(Path(name).stem, self.neighbours(name, directory))
-        return f"no {self.what} {name!r}" + (near or f"; known: {', '.join(self.names())}")
+        known = self.names()
+        return f"no {self.what} {name!r}" + (near or (f"; known: {', '.join(known)}" if known else ""))
 
     def neighbours(self, name: str, directory: Path = Path()) -> list[str]:
         """The names of all files in the folders in which a name is looked for."""
