@@ -72,33 +72,5 @@ def test_control_characters_of_variables_do_not_reach_the_terminal(capsys, monke
     assert capsys.readouterr().out == "e\n  LLADA_NOTE              ␛[2J\n"
 
 
-@pytest.mark.parametrize(
-    ("folders", "extension", "cuda", "active", "detail"),
-    [
-        ((), False, True, False, "not installed"),
-        (("apex",), False, True, False, "not NVIDIA's"),
-        (("apex", "apex/multi_tensor_apply"), False, True, False, "without its CUDA extensions"),
-        (("apex", "apex/multi_tensor_apply"), True, False, False, "needs CUDA"),
-        (("apex", "apex/multi_tensor_apply"), True, True, True, "fused norms"),
-    ],
-)
-def test_which_apex_it_is(tmp_path, monkeypatch, folders, extension, cuda, active, detail):
-    for folder in folders:
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "__init__.py").write_text("raise RuntimeError('must not be imported')")
-    if extension:
-        (tmp_path / "amp_C.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
-    state = environment.apex_state(cuda)
-    assert state["active"] is active and detail in state["detail"]
-
-
-def test_a_broken_extension_says_so(tmp_path, monkeypatch):
-    (tmp_path / "broken_extension.py").write_text("raise ImportError('undefined symbol: x')")
-    monkeypatch.syspath_prepend(tmp_path)
-    state = environment._importable("broken_extension", "broken_extension", True, "")
-    assert state == {"active": False, "detail": "installed, but does not load: ImportError: undefined symbol: x"}
-
-
 def test_a_source_outside_git_has_no_commit(tmp_path):
     assert environment.source_state(tmp_path) == {"commit": None, "local changes": None}

@@ -27,9 +27,9 @@ from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
+from llada_megatron.llada_moe.model.accelerations import transformer_engine_active
 from llada_megatron.llada_moe.model.initialization import initialize_weights
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
-from llada_megatron.llada_moe.model.spec import transformer_engine_active
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer, architecture_fields, build_model
 from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.parallel import device

@@ -1,9 +1,10 @@
 """The device a process computes on, and everything Megatron-Core needs in order to run without CUDA.
 
-`install()` must run before the first import of `megatron.core`. With CUDA it changes nothing. Without CUDA it gives the
-*name* `torch` inside the modules of megatron.core a stand-in whose CUDA calls answer for the CPU; torch itself stays as
-it is, except for two methods of Tensor while five named methods of Megatron run. File and line references are those of
-megatron-core 0.16.1; the same answers hold for 0.19.2.
+`install()` must run before the first import of `megatron.core`. It hides the optional libraries that this machine
+cannot use (`llada_moe.model.accelerations`). With CUDA it changes nothing else but two named patches. Without CUDA it
+gives the *name* `torch` inside the modules of megatron.core a stand-in whose CUDA calls answer for the CPU; torch itself
+stays as it is, except for two methods of Tensor while five named methods of Megatron run. File and line references are
+those of megatron-core 0.16.1; the same answers hold for 0.19.2.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from llada_megatron.llada_moe.model import accelerations
 
 MEGATRON_MODULES = (
     "megatron.core.dist_checkpointing.exchange_utils",
@@ -96,6 +99,7 @@ def install() -> None:
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        accelerations.settle(cuda_available())
         if cuda_available():
             importlib.import_module("megatron.core")
         else:
@@ -103,6 +107,7 @@ def install() -> None:
             _place_stand_in(_torch_stand_in())
             _patch_functions()
             _patch_cuda_type_names()
+        _patch_missing_gemm()
     _patch_torch_adam_resume()
     _installed = True
 
@@ -255,13 +260,10 @@ def _import_without_compiling() -> None:
 
 def _patch_functions() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
     # random.py:72-110 needs a CUDA generator; the CPU's default generator stands for it
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-    # moe_utils.py:1192 names a function that exists only with transformer-engine
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
 
     # moe_utils.py:1093 turns split sizes into arrays only for tensors that are on CUDA
     def split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -270,6 +272,14 @@ def _patch_functions() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = split_sizes
     _skip_sorting_in_order()
     _skip_groups_of_one()
+
+
+def _patch_missing_gemm() -> None:
+    """moe_utils.py:1192 names a function that exists only with transformer-engine, on a GPU as on a CPU."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def _skip_sorting_in_order() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -12,10 +11,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llada_megatron import __version__
 from llada_megatron.console import emit_json, visible
+
+if TYPE_CHECKING:
+    from llada_megatron.llada_moe.model.accelerations import Acceleration
 
 EXAMPLES = """\
 examples:
@@ -66,7 +68,7 @@ def collect() -> dict[str, dict[str, Any]]:
         "versions": versions(),
         "machine": machine(),
         "devices": devices(),
-        "accelerations": accelerations(),
+        "accelerations": active_accelerations(),
         "source": source_state(Path(__file__).resolve().parent),
         "environment": environment_variables(dict(os.environ)),
     }
@@ -115,10 +117,13 @@ def devices() -> dict[str, Any]:
     return found
 
 
-def accelerations() -> dict[str, dict[str, Any]]:
-    """Each acceleration: whether it is active, and the detail or the reason why not."""
+def active_accelerations() -> dict[str, dict[str, Any]]:
+    """Each acceleration: whether a run on this machine uses it, and the detail or the reason why not."""
     import torch
 
+    from llada_megatron.llada_moe.model import accelerations
+
+    engine = accelerations.transformer_engine()
     cuda = torch.cuda.is_available()
     nccl = cuda and torch.distributed.is_available() and torch.distributed.is_nccl_available()
     nccl_detail = (
@@ -128,26 +133,11 @@ def accelerations() -> dict[str, dict[str, Any]]:
     return {
         "NCCL": _state(nccl, nccl_detail),
         "gloo": _state(gloo, "communication between CPU ranks" if gloo else "not in this torch"),
-        "transformer-engine": _importable(
-            "transformer_engine_torch", "transformer_engine.pytorch", cuda, "pip install llada-megatron[gpu]"
-        ),
-        "apex": apex_state(cuda),
-        "flash-attn": _importable("flash_attn", "flash_attn", cuda, "pip install flash-attn"),
+        "transformer-engine": _library(engine),
+        "apex": _library(accelerations.apex()),
+        "flash-attn": _library(accelerations.decide_flash_attention(cuda, engine.active)),
         "megatron index helpers": index_helpers_state(),
     }
-
-
-def apex_state(cuda: bool) -> dict[str, Any]:
-    """Whether NVIDIA's Apex is there; the package named `apex` on the Python index is an unrelated one."""
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return _state(False, "not installed; Megatron's own norm and torch's AdamW are used")
-    folders = spec.submodule_search_locations or []
-    if not any((Path(folder) / "multi_tensor_apply").is_dir() for folder in folders):
-        return _state(False, "the installed package `apex` is not NVIDIA's; uninstall it, Megatron may mistake it")
-    if importlib.util.find_spec("amp_C") is None:
-        return _state(False, "NVIDIA's Apex is installed without its CUDA extensions (amp_C)")
-    return _state(cuda, "fused norms and optimizers" if cuda else "needs CUDA")
 
 
 def index_helpers_state() -> dict[str, Any]:
@@ -188,19 +178,8 @@ def environment_variables(values: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _importable(marker: str, module: str, usable: bool, remedy: str) -> dict[str, Any]:
-    try:
-        if importlib.util.find_spec(marker) is None:
-            return _state(False, f"not installed ({remedy})")
-        if not usable:
-            return _state(False, "installed, but needs CUDA")
-        importlib.import_module(module)
-    except Exception as error:  # a binary extension built for another torch can fail in any way
-        return _state(
-            False,
-            f"installed, but does not load: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-        )
-    return _state(True, "loaded")
+def _library(found: Acceleration) -> dict[str, Any]:
+    return _state(found.active, f"{found.version}: {found.detail}" if found.version else found.detail)
 
 
 def _state(active: bool, detail: str) -> dict[str, Any]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Any
 
-import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
@@ -24,6 +22,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from llada_megatron.llada_moe.config.model import MoEConfig
+from llada_megatron.llada_moe.model.accelerations import transformer_engine_active
 from llada_megatron.llada_moe.model.attention import PatternAttention
 from llada_megatron.llada_moe.model.experts import PermutedExperts
 from llada_megatron.llada_moe.model.layer import DirectAttention, DirectExperts, DirectLayer
@@ -59,11 +58,6 @@ class LocalProvider(LocalSpecProvider):
         if isinstance(built, functools.partial):
             return functools.partial(PermutedExperts, *built.args, **built.keywords)
         return PermutedExperts, built[1]
-
-
-def transformer_engine_active() -> bool:
-    """Whether Transformer Engine's modules are used: CUDA is there and its pytorch extension is installed."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine_torch") is not None
 
 
 def provider() -> Any:

@@ -1,0 +1,184 @@
+"""Which optional GPU libraries a run uses, decided once, by importing them as Megatron-Core does.
+
+Transformer Engine and NVIDIA's Apex replace Megatron's modules and optimizers as soon as they can be imported, also on
+a machine without a GPU, where their optimizers fail (Transformer Engine's FusedAdam makes a CUDA tensor, and so does
+Apex's). What a run cannot use is therefore hidden before Megatron is imported: `settle` does so, and everything else
+asks what was settled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from packaging.version import InvalidVersion, Version
+
+OLDEST_WHOLE_TRANSFORMER_ENGINE = Version("2.15")
+"""Before it Megatron finds no `multi_tensor_scale_tensor` and clips gradients one parameter after the other."""
+_ROOTS = {
+    "transformer_engine": ("transformer_engine", "transformer_engine_torch"),
+    "apex": ("apex", "amp_C", "fused_weight_gradient_mlp_cuda"),
+}
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """Whether an optional library is used, and what there is to say about it.
+
+    Attributes:
+        active: a run on this machine uses it.
+        detail: what it is used for, or why it is not.
+        version: of the installed distribution, None = not installed or not known.
+    """
+
+    active: bool
+    detail: str
+    version: str | None = None
+
+
+_settled: dict[str, Acceleration] = {}
+
+
+def transformer_engine_active() -> bool:
+    """Whether Transformer Engine's modules are used."""
+    return transformer_engine().active
+
+
+def transformer_engine() -> Acceleration:
+    """What was settled about Transformer Engine."""
+    settle(torch.cuda.is_available())
+    return _settled["transformer_engine"]
+
+
+def apex() -> Acceleration:
+    """What was settled about NVIDIA's Apex."""
+    settle(torch.cuda.is_available())
+    return _settled["apex"]
+
+
+def settle(cuda: bool) -> None:
+    """Decide what a run uses, and hide the rest from Megatron, whose modules must not be imported yet. Idempotent.
+
+    Args:
+        cuda: this process computes on CUDA.
+    """
+    if _settled:
+        return
+    decided = {"transformer_engine": decide_transformer_engine(cuda)}
+    decided["apex"] = decide_apex(cuda, decided["transformer_engine"].active)
+    _settled.update(decided)
+    engine = decided["transformer_engine"].active
+    if not engine:
+        hide("transformer_engine")
+    if not (cuda and (engine or decided["apex"].active)):
+        hide("apex")
+
+
+def decide_transformer_engine(cuda: bool) -> Acceleration:
+    """Whether Transformer Engine is used: CUDA is there, and what Megatron imports of it can be imported."""
+    if not present("transformer_engine"):
+        return Acceleration(False, "not installed (docs/cluster.md has the two commands)")
+    version = _version("transformer-engine")
+    if not cuda:
+        return Acceleration(False, "installed, hidden from Megatron: no usable GPU", version)
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+        fp8 = importlib.import_module("transformer_engine.pytorch.fp8")
+        for name in ("FP8GlobalStateManager", "fp8_autocast", "fp8_model_init"):  # extensions/transformer_engine.py:67
+            getattr(fp8, name)
+    except Exception as error:  # an extension built for another torch fails as ImportError, OSError or RuntimeError
+        why = f"{type(error).__name__}: {_first_line(error)}"
+        return Acceleration(
+            False,
+            f"installed, but its import fails: {why}; most likely it was built for another torch or CUDA than "
+            f"{torch.__version__} (build it again with --no-build-isolation, docs/cluster.md)",
+            version,
+        )
+    return Acceleration(True, _age(version), version)
+
+
+def decide_flash_attention(cuda: bool, transformer_engine: bool) -> Acceleration:
+    """Whether the flash-attn package can be chosen: nothing but Transformer Engine's attention calls it."""
+    if not present("flash_attn"):
+        return Acceleration(False, "not installed, not needed")
+    version = _version("flash-attn")
+    if not cuda:
+        return Acceleration(False, "installed, but there is no usable GPU", version)
+    if not transformer_engine:
+        return Acceleration(False, "installed, but only Transformer Engine's attention calls it", version)
+    try:
+        importlib.import_module("flash_attn")
+    except Exception as error:
+        return Acceleration(
+            False, f"installed, but its import fails: {type(error).__name__}: {_first_line(error)}", version
+        )
+    return Acceleration(True, "one of the kernels that Transformer Engine's attention chooses from", version)
+
+
+def decide_apex(cuda: bool, transformer_engine: bool) -> Acceleration:
+    """Whether Megatron takes NVIDIA's Apex; the package named `apex` on the Python index is an unrelated one."""
+    if not present("apex"):
+        return Acceleration(False, "not installed, not needed")
+    version = _version("apex")
+    spec = importlib.util.find_spec("apex")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    if not any((Path(folder) / "multi_tensor_apply").is_dir() for folder in folders):
+        return Acceleration(False, "the installed package `apex` is not NVIDIA's; uninstall it", version)
+    if not present("amp_C"):
+        return Acceleration(False, "NVIDIA's Apex is installed without its CUDA extensions (amp_C)", version)
+    if not cuda:
+        return Acceleration(False, "installed, hidden from Megatron: no usable GPU", version)
+    if transformer_engine:
+        return Acceleration(
+            False, "installed; Megatron takes Transformer Engine's optimizer and norms instead", version
+        )
+    return Acceleration(True, "Adam, and the norm and scaling of gradients", version)
+
+
+def present(module: str) -> bool:
+    """Whether a top-level module could be imported, without importing it; hidden ones count as absent."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # a module in sys.modules without a spec
+        return module in sys.modules
+
+
+def hide(library: str) -> None:
+    """Let every later import of the library and of its parts raise ImportError, if it is there."""
+    for root in _ROOTS[library]:
+        if not present(root):
+            continue
+        for name in [name for name in sys.modules if name.startswith(f"{root}.")]:
+            sys.modules[name] = None  # type: ignore[assignment]
+        sys.modules[root] = None  # type: ignore[assignment]
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _age(version: str | None) -> str:
+    used = "linear layers, norms, grouped experts, optimizer, fused kernels"
+    try:
+        old = version is not None and Version(version) < OLDEST_WHOLE_TRANSFORMER_ENGINE
+    except InvalidVersion:
+        old = False
+    if not old:
+        return used
+    return (
+        f"{used}; {version} is older than {OLDEST_WHOLE_TRANSFORMER_ENGINE} and has no fused clipping of gradients: "
+        "Megatron falls back to a loop over the parameters that waits for the GPU at each"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else ""

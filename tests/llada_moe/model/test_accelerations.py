@@ -1,0 +1,134 @@
+"""Which optional GPU libraries a run uses: decided by importing them, and hidden where a run cannot use them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+
+import pytest
+
+from llada_megatron.llada_moe.model import accelerations
+from llada_megatron.tools import environment
+from tests import te_stub
+
+
+@pytest.fixture
+def unsettled(monkeypatch):
+    """As in a new process: nothing is settled, and no part of the libraries is loaded or hidden."""
+    monkeypatch.setattr(accelerations, "_settled", {})
+    roots = {root for names in accelerations._ROOTS.values() for root in names}
+
+    def loaded():
+        return [name for name in sys.modules if name.split(".")[0] in roots]
+
+    before = {name: sys.modules.pop(name) for name in loaded()}
+    finders = list(sys.meta_path)
+    yield monkeypatch
+    sys.meta_path[:] = finders
+    for name in loaded():
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+def installed(monkeypatch, version):
+    real = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: version if name == "transformer-engine" else real(name)
+    )
+
+
+CASES = {
+    "not installed": (None, True, False, "not installed"),
+    "broken": (
+        {"broken": "te.so: undefined symbol: _ZN3c10"},
+        True,
+        False,
+        "undefined symbol: _ZN3c10; most likely it",
+    ),
+    "no GPU": ({}, False, False, "hidden from Megatron: no usable GPU"),
+    "too old": ({"version": "2.12.0"}, True, True, "2.12.0 is older than 2.15"),
+    "used": ({}, True, True, "grouped experts"),
+}
+
+
+@pytest.mark.parametrize(("stub", "cuda", "active", "detail"), CASES.values(), ids=CASES)
+def test_transformer_engine_is_what_env_says(unsettled, stub, cuda, active, detail):
+    if stub is not None:
+        te_stub.provide(**stub)
+        installed(unsettled, stub.get("version", "2.20.2"))
+    elif accelerations.present("transformer_engine"):
+        pytest.skip("Transformer Engine is installed here")
+    unsettled.setattr(accelerations.torch.cuda, "is_available", lambda: cuda)
+    said = environment.active_accelerations()["transformer-engine"]
+    assert said["active"] is active and detail in said["detail"]
+    assert accelerations.transformer_engine_active() is active
+    assert importable("transformer_engine.pytorch.optimizers") is active  # what Megatron would find
+    assert importable("transformer_engine") is active
+
+
+def importable(module):
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
+def test_what_was_imported_before_is_hidden_too(unsettled):
+    te_stub.provide()
+    import transformer_engine.pytorch.optimizers  # noqa: F401
+
+    accelerations.settle(cuda=False)
+    with pytest.raises(ImportError):
+        from transformer_engine.pytorch.optimizers import FusedAdam  # noqa: F401
+
+
+def test_a_decision_is_made_once(unsettled):
+    accelerations.settle(cuda=False)
+    first = accelerations.transformer_engine()
+    te_stub.provide()
+    accelerations.settle(cuda=True)
+    assert accelerations.transformer_engine() is first
+
+
+@pytest.mark.parametrize(
+    ("folders", "extension", "cuda", "engine", "active", "detail"),
+    [
+        ((), False, True, False, False, "not installed"),
+        (("apex",), False, True, False, False, "not NVIDIA's"),
+        (("apex", "apex/multi_tensor_apply"), False, True, False, False, "without its CUDA extensions"),
+        (("apex", "apex/multi_tensor_apply"), True, False, False, False, "hidden from Megatron"),
+        (("apex", "apex/multi_tensor_apply"), True, True, True, False, "Transformer Engine's optimizer"),
+        (("apex", "apex/multi_tensor_apply"), True, True, False, True, "Adam, and the norm"),
+    ],
+)
+def test_which_apex_it_is(tmp_path, unsettled, folders, extension, cuda, engine, active, detail):
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    if extension:
+        (tmp_path / "amp_C.py").write_text("")
+    unsettled.syspath_prepend(tmp_path)
+    state = accelerations.decide_apex(cuda, engine)
+    assert state.active is active and detail in state.detail
+    accelerations.settle(cuda=False)
+    assert not accelerations.present("apex")
+
+
+@pytest.mark.parametrize(
+    ("text", "cuda", "engine", "active", "detail"),
+    [
+        ("", True, True, True, "chooses from"),
+        ("", True, False, False, "only Transformer Engine's attention"),
+        ("", False, False, False, "no usable GPU"),
+        ("raise ImportError('undefined symbol: x')", True, True, False, "ImportError: undefined symbol: x"),
+    ],
+)
+def test_flash_attention(tmp_path, unsettled, text, cuda, engine, active, detail):
+    (tmp_path / "flash_attn.py").write_text(text)
+    unsettled.syspath_prepend(tmp_path)
+    unsettled.delitem(sys.modules, "flash_attn", raising=False)
+    state = accelerations.decide_flash_attention(cuda, engine)
+    sys.modules.pop("flash_attn", None)
+    assert state.active is active and detail in state.detail
