@@ -3,9 +3,9 @@
     python -m benchmarks.te_signatures TRANSFORMER_ENGINE VERSION MEGATRON_CORE... > tests/te_signatures.json
 
 TRANSFORMER_ENGINE is the folder `transformer_engine` of an unpacked wheel, MEGATRON_CORE a folder `megatron/core`.
-Files are read, nothing is imported, so neither CUDA nor the compiled parts are needed. The table holds, per module, each
-name that Megatron imports or reaches through `te.pytorch`: a class with the parameters of its constructor, a function
-with its own (null where they could not be read), or null for any other value.
+Files are read, nothing is imported, so neither CUDA nor the compiled parts are needed. The table holds, per module,
+each name that Megatron imports or reaches through `te.pytorch`: a class with the parameters of its constructor, a
+function with its own (null where they could not be read), or null for any other value.
 """
 
 from __future__ import annotations

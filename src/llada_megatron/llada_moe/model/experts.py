@@ -3,7 +3,8 @@
 Parameters, their names, their sharding and the checkpoint are SequentialMLP's own; only how the arithmetic is driven
 differs. Megatron runs a dozen autograd operations per expert, whose overhead on a CPU rivals the products of a small
 expert; here one operation walks over the experts, writes each product in its place, and keeps for the backward pass
-only the inputs and the products before the activation.
+only the inputs and the products before the activation. On a GPU in bfloat16 the walk gives way to grouped products
+(`model.grouped`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.nn.functional import silu
 
+from llada_megatron.llada_moe.model import grouped
 from llada_megatron.llada_moe.model.linear import unrecorded
 
 _silu_backward = torch.ops.aten.silu_backward
@@ -22,6 +24,11 @@ _silu_backward = torch.ops.aten.silu_backward
 
 class PermutedExperts(SequentialMLP):
     """SwiGLU experts over tokens that the dispatcher has sorted by expert."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if torch.cuda.is_available():
+            self.local_experts = grouped.RegisteredBackwards(list(self.local_experts))
 
     def forward(
         self,
@@ -39,12 +46,17 @@ class PermutedExperts(SequentialMLP):
         Returns:
             `[tokens, hidden]` (under expert-tensor parallelism this rank's summand), and no bias.
         """
+        x, probs = permuted_local_hidden_states, permuted_probs
+        first, second = expert_weights(self)
+        if grouped.usable(x, first):
+            ends = grouped.ends_of(tokens_per_expert, x.device)
+            if unrecorded(self):
+                return grouped.forward(x, probs, ends, grouped.stacked(first), grouped.stacked(second))[0], None
+            return grouped.GroupedExperts.apply(x, probs, ends, *first, *second), None
         counts = tokens_per_expert.tolist()
         if unrecorded(self):
-            return self._unrecorded(permuted_local_hidden_states, permuted_probs, counts), None
-        first = [expert.linear_fc1.weight for expert in self.local_experts]
-        second = [expert.linear_fc2.weight for expert in self.local_experts]
-        return _Experts.apply(permuted_local_hidden_states, permuted_probs, counts, *first, *second), None
+            return self._unrecorded(x, probs, counts), None
+        return _Experts.apply(x, probs, counts, *first, *second), None
 
     def _unrecorded(self, x: torch.Tensor, probs: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """The forward pass without a graph: the activation of all experts at once, the weights of those with tokens."""
@@ -58,6 +70,16 @@ class PermutedExperts(SequentialMLP):
         for e, (product_e, y_e) in _by_expert(counts, product, y):
             torch.mm(product_e, experts[e].linear_fc2.weight.t(), out=y_e)
         return y
+
+
+def expert_weights(experts: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """The first matrices `[2 * ffn, hidden]` and the second ones `[hidden, ffn]` of SequentialMLP or TEGroupedMLP."""
+    if isinstance(experts, SequentialMLP):
+        pairs = [(expert.linear_fc1.weight, expert.linear_fc2.weight) for expert in experts.local_experts]
+        return [first for first, _ in pairs], [second for _, second in pairs]
+    count = range(experts.num_local_experts)
+    first, second = experts.linear_fc1, experts.linear_fc2
+    return [getattr(first, f"weight{i}") for i in count], [getattr(second, f"weight{i}") for i in count]
 
 
 class _Experts(torch.autograd.Function):

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from llada_megatron.llada_moe.model import grouped
+from llada_megatron.llada_moe.model.experts import expert_weights
 from llada_megatron.llada_moe.model.linear import unrecorded
 
 
@@ -69,16 +72,42 @@ class DirectAttention(SelfAttention):
 class DirectExperts(MoELayer):
     """Routed experts, and the shared one, on a rank that holds them whole; with others, Megatron exchanges tokens."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if torch.cuda.is_available():
+            for weights in expert_weights(self.experts):
+                grouped.lay_out(weights)
+
     def forward(self, hidden_states: torch.Tensor, *args: Any, **arguments: Any) -> tuple[torch.Tensor, None]:
         """What Megatron's module computes; `hidden_states` `[seq, batch, hidden]`."""
         if not unrecorded(self) or self.token_dispatcher.tp_ep_group.size() > 1:
             return super().forward(hidden_states, *args, **arguments)
-        weights, chosen = (part.t() for part in self.router(hidden_states))
-        tokens = hidden_states.flatten(0, 1)
+        at_once = not self.config.fp8 and grouped.usable(hidden_states, expert_weights(self.experts)[0])
+        if not (at_once or isinstance(self.experts, SequentialMLP)):
+            return super().forward(hidden_states, *args, **arguments)
+        compute = self._computed_at_once if at_once else self._computed_by_expert
+        out = compute(hidden_states.flatten(0, 1), *self.router(hidden_states)).view_as(hidden_states)
+        return out if self.shared_experts is None else out.add_(self.shared_experts(hidden_states)), None
+
+    def _computed_by_expert(self, tokens: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """The experts one after the other; `weights` and `chosen` are `[tokens, experts]`."""
+        weights, chosen = weights.t(), chosen.t()
         token = chosen.nonzero()[:, 1]  # by expert, as the experts take them
         computed, _ = self.experts(tokens.index_select(0, token), chosen.sum(dim=1), weights[chosen])
-        out = torch.zeros_like(tokens).index_add_(0, token, computed).view_as(hidden_states)
-        return out if self.shared_experts is None else out.add_(self.shared_experts(hidden_states)), None
+        return torch.zeros_like(tokens).index_add_(0, token, computed)
+
+    def _computed_at_once(self, tokens: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """All experts at once, in shapes that do not depend on the choice and without waiting for it: every token has
+        as many experts."""
+        top_k = self.config.moe_router_topk
+        experts = chosen.to(torch.uint8).topk(top_k, dim=1).indices
+        order = experts.flatten().argsort(stable=True)  # by expert, as the experts take them
+        probs = weights.gather(1, experts).flatten()[order]
+        ends = grouped.ends_of(chosen.sum(dim=0), tokens.device)
+        first, second = (grouped.stacked(part) for part in expert_weights(self.experts))
+        computed, _ = grouped.forward(tokens.index_select(0, order // top_k), probs, ends, first, second)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        return computed.index_select(0, place).view(-1, top_k, tokens.size(-1)).sum(dim=1)
 
 
 def rotary_table(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,172 @@
+"""All experts of a rank in one product each, without the host knowing how many tokens each has.
+
+`torch.nn.functional.grouped_mm` multiplies every expert's rows with that expert's matrix; where the rows of one expert
+end is a tensor on the GPU, so nothing waits for it and a CUDA graph can hold it. It wants the matrices as one
+`[experts, out, in]`. Parameters stay one per expert, as checkpoints and optimizers know them; they are laid out so that
+this tensor is a view of them (`lay_out`, and `RegisteredBackwards` for Megatron's own buffers).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import silu
+
+_silu_backward = torch.ops.aten.silu_backward
+GROUPED_MM: Callable[..., torch.Tensor] | None = getattr(
+    torch.nn.functional, "grouped_mm", getattr(torch, "_grouped_mm", None)
+)
+"""torch's grouped product, public since 2.10; None = this torch has none."""
+ALIGNMENT = 8
+"""Rows must begin at multiples of 16 bytes: widths at multiples of 8 in bfloat16."""
+_everywhere = False
+
+
+def usable(x: torch.Tensor, first: Sequence[torch.Tensor]) -> bool:
+    """Whether experts with the first matrices `[2 * ffn, hidden]` compute `x` `[..., hidden]` in grouped products."""
+    if _everywhere:
+        return True
+    ffn, hidden = first[0].size(0) // 2, first[0].size(1)
+    plain = all(weight.dtype is x.dtype and not _quantized(weight) for weight in first)
+    return x.is_cuda and plain and _in_one_call(x.dtype, ffn, hidden)
+
+
+@contextlib.contextmanager
+def everywhere() -> Iterator[None]:
+    """Take grouped products on every device and in every precision: for tests of what a GPU runs."""
+    global _everywhere
+    before, _everywhere = _everywhere, True
+    try:
+        yield
+    finally:
+        _everywhere = before
+
+
+def ends_of(counts: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Where the rows of each expert end, int32 `[experts]`, from how many there are `[experts]`."""
+    return counts.to(device, non_blocking=True).cumsum(0, dtype=torch.int32)
+
+
+def grouped_product(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Group by group: rows of `a` `[rows, k]` times `b` `[groups, k, n]`, giving `[rows, n]`; or columns of `a`
+    `[m, rows]` times rows of `b` `[rows, n]`, giving `[groups, m, n]`, zero for a group without rows.
+
+    Args:
+        ends: int32 `[groups]`, where the rows of each group end; the last is their number.
+    """
+    if _in_one_call(a.dtype, *((a.size(0), b.size(1)) if b.dim() == 2 else b.shape[1:])):
+        return GROUPED_MM(a, b, offs=ends)  # type: ignore[misc]
+    rows = [slice(start, end) for start, end in zip([0, *ends.tolist()[:-1]], ends.tolist(), strict=True)]
+    if b.dim() == 2:
+        return torch.stack([a[:, part] @ b[part] for part in rows])
+    return torch.cat([a[part] @ matrix for part, matrix in zip(rows, b, strict=True)])
+
+
+def _in_one_call(dtype: torch.dtype, *widths: int) -> bool:
+    return GROUPED_MM is not None and dtype is torch.bfloat16 and all(width % ALIGNMENT == 0 for width in widths)
+
+
+def forward(
+    x: torch.Tensor, probs: torch.Tensor, ends: torch.Tensor, first: torch.Tensor, second: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y[e] = (silu(x[e] G_e^T) * (x[e] U_e^T) * p[e]) D_e^T for the rows of each expert e; first = [G; U].
+
+    Args:
+        x: `[tokens, hidden]`, sorted by expert.
+        probs: `[tokens]`.
+        first: `[experts, 2 * ffn, hidden]`.
+        second: `[experts, hidden, ffn]`.
+
+    Returns:
+        `[tokens, hidden]`, and the products before the activation `[tokens, 2 * ffn]`.
+    """
+    both = grouped_product(x, first.transpose(1, 2), ends)
+    gate, up = both.chunk(2, dim=-1)
+    product = silu(gate).mul_(up).mul_(probs.unsqueeze(-1).to(x.dtype))
+    return grouped_product(product, second.transpose(1, 2), ends), both
+
+
+class GroupedExperts(torch.autograd.Function):
+    """`forward`, and its gradients as grouped products too; the weights come one by one, first those of `first`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, probs: torch.Tensor, ends: torch.Tensor, *weights: torch.Tensor
+    ) -> torch.Tensor:
+        y, both = forward(x, probs, ends, *_halves(weights))
+        ctx.save_for_backward(x, probs, ends, both, *weights)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, probs, ends, both, *weights = ctx.saved_tensors
+        first, second = _halves(weights)
+        gate, up = both.chunk(2, dim=-1)
+        scale, dy = probs.unsqueeze(-1).to(x.dtype), dy.contiguous()
+        d_scaled = grouped_product(dy, second, ends)
+        active = silu(gate)
+        product = active * up
+        dprobs = torch.sum(d_scaled * product, dim=-1, dtype=probs.dtype)
+        d_second = grouped_product(dy.t(), product.mul_(scale), ends)
+        d_product = d_scaled.mul_(scale)
+        d_both = torch.cat([_silu_backward(d_product * up, gate), d_product.mul_(active)], dim=-1)
+        dx = grouped_product(d_both, first, ends)
+        d_first = grouped_product(d_both.t(), x, ends)
+        return dx, dprobs, None, *d_first.unbind(), *d_second.unbind()
+
+
+def _halves(weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    half = len(weights) // 2
+    return stacked(weights[:half]), stacked(weights[half:])
+
+
+# --- parameters in memory --------------------------------------------------------------------------------------------
+
+
+def stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Matrices `[out, in]` as one `[experts, out, in]`: a view where they lie at equal distances in one storage, else a
+    copy."""
+    first = weights[0].detach()
+    distance = weights[1].storage_offset() - first.storage_offset() if len(weights) > 1 else first.numel()
+    at_equal_distances = all(
+        weight.untyped_storage()._cdata == first.untyped_storage()._cdata
+        and weight.storage_offset() == first.storage_offset() + index * distance
+        and weight.is_contiguous()
+        for index, weight in enumerate(weights)
+    )
+    if not at_equal_distances or distance < first.numel():
+        return torch.stack([weight.detach() for weight in weights])
+    return first.as_strided((len(weights), *first.shape), (distance, *first.stride()))
+
+
+def lay_out(weights: Sequence[torch.nn.Parameter]) -> None:
+    """Move parameters of one shape into one storage, one behind the other; quantized ones stay where they are."""
+    if any(_quantized(weight) or weight.is_meta for weight in weights):
+        return
+    storage = torch.stack([weight.detach() for weight in weights])
+    for weight, place in zip(weights, storage, strict=True):
+        weight.data = place
+
+
+def _quantized(weight: torch.Tensor) -> bool:
+    """Whether it is one of Transformer Engine's tensors, which say that they are bfloat16 and hold bytes and scales."""
+    return type(weight).__module__.startswith("transformer_engine")
+
+
+class RegisteredBackwards(torch.nn.ModuleList):
+    """Modules in order, whose parameters are listed from the last module to the first.
+
+    Megatron's parameter buffer holds the parameters of a model in the reverse of the order in which they are listed
+    (param_and_grad_buffer.py: `params[::-1]`), so the experts of a layer lie there in order and at equal distances.
+    """
+
+    def __init__(self, modules: Sequence[torch.nn.Module]) -> None:
+        super().__init__()
+        for index, module in reversed(list(enumerate(modules))):
+            self.add_module(str(index), module)
+
+    def __iter__(self) -> Iterator[torch.nn.Module]:
+        return iter([self[index] for index in range(len(self))])

@@ -1,0 +1,137 @@
+"""Experts in grouped products: values, gradients and memory of the experts one by one, without the host's counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from llada_megatron.parallel import device
+
+device.install()
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
+
+from llada_megatron.llada_moe.config.layout import LayoutConfig  # noqa: E402
+from llada_megatron.llada_moe.model import grouped  # noqa: E402
+from llada_megatron.llada_moe.model.experts import PermutedExperts, expert_weights  # noqa: E402
+from llada_megatron.llada_moe.model.transformer import build_model  # noqa: E402
+from llada_megatron.parallel.build import transformer_config  # noqa: E402
+from tests.llada_moe.model.test_experts import MODEL, make, one_rank, outcome  # noqa: E402, F401
+
+COUNTS = [[3, 5, 1, 7], [0, 9, 0, 2], [4, 0, 0, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_equals_the_experts_one_by_one(counts, dtype, tolerance):
+    theirs = outcome(make(PermutedExperts), counts, dtype)
+    with grouped.everywhere():
+        ours = outcome(make(PermutedExperts), counts, dtype)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        scale = float(value.float().abs().max()) if value.numel() else 1.0
+        assert ours[name].dtype == value.dtype
+        torch.testing.assert_close(ours[name], value, atol=tolerance * max(scale, 1e-6), rtol=0)
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_torchs_grouped_product_is_the_product_of_each_group(monkeypatch, counts):
+    """What runs on a GPU, where this torch has it for the CPU as well: bfloat16, also of groups without rows."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(sum(counts), 32, generator=generator).bfloat16()
+    weights = torch.randn(4, 16, 32, generator=generator).bfloat16()
+    dy = torch.randn(sum(counts), 16, generator=generator).bfloat16()
+    ends = grouped.ends_of(torch.tensor(counts), x.device)
+    cases = [(x, weights.transpose(1, 2)), (dy, weights), (dy.t(), x)]
+    in_one_call = [grouped.grouped_product(a, b, ends) for a, b in cases]
+    assert grouped.GROUPED_MM is not None
+    monkeypatch.setattr(grouped, "GROUPED_MM", None)
+    for got, (a, b) in zip(in_one_call, cases, strict=True):
+        torch.testing.assert_close(got, grouped.grouped_product(a, b, ends), atol=0.1, rtol=2e-2)
+
+
+def test_a_gpu_would_be_given_what_its_grouped_product_takes():
+    """Shapes, strides and types of the three products in both directions, by torch's own checks for the meta device."""
+    weights = [
+        torch.nn.Parameter(torch.empty(4, *shape, dtype=torch.bfloat16, device="meta"))
+        for shape in ((48, 32), (32, 24))
+    ]
+    first, second = ([part.detach()[i].requires_grad_() for i in range(4)] for part in weights)
+    x = torch.empty(11, 32, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    probs = torch.empty(11, device="meta", requires_grad=True)
+    ends = torch.empty(4, dtype=torch.int32, device="meta")
+    y = grouped.GroupedExperts.apply(x, probs, ends, *first, *second)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape and first[0].grad.shape == (48, 32) and second[3].grad.shape == (32, 24)
+
+
+def evaluation_layer(dtype=torch.float32):
+    torch.manual_seed(0)
+    config = transformer_config(MODEL, LayoutConfig())
+    config.params_dtype = dtype
+    layer = build_model(MODEL, config).decoder.layers[0].mlp.eval()
+    return layer, torch.randn(7, 2, MODEL.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def test_a_pass_equals_the_experts_one_by_one():
+    layer, x = evaluation_layer()
+    with torch.inference_mode():
+        one_by_one = layer(x)[0]
+        with grouped.everywhere():
+            at_once = layer(x)[0]
+    torch.testing.assert_close(at_once, one_by_one, atol=1e-6 * float(one_by_one.abs().max()), rtol=0)
+
+
+def test_a_pass_waits_for_nothing():
+    """`FakeTensorMode` refuses every value that the host would have to read."""
+    with FakeTensorMode(), grouped.everywhere(), torch.no_grad():
+        layer, x = evaluation_layer(torch.bfloat16)
+        assert layer(x)[0].shape == x.shape
+
+
+def test_parameters_are_one_tensor_in_memory_and_again_in_megatrons_buffer():
+    experts = make(PermutedExperts)
+    assert not shares_memory(experts)
+    for weights in expert_weights(experts):
+        grouped.lay_out(weights)
+    assert shares_memory(experts)
+    experts.local_experts = grouped.RegisteredBackwards(list(experts.local_experts))
+    assert next(name for name, _ in experts.named_parameters()).startswith("local_experts.3.")
+    assert [expert for expert in experts.local_experts] == [experts.local_experts[i] for i in range(4)]
+    before = [weight.detach().clone() for part in expert_weights(experts) for weight in part]
+    reduction = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    DistributedDataParallel(experts.config, reduction, experts)
+    assert shares_memory(experts)
+    stacks = [matrix for part in expert_weights(experts) for matrix in grouped.stacked(part)]
+    assert all(torch.equal(a, b) for a, b in zip(stacks, before, strict=True))
+
+
+def shares_memory(experts) -> bool:
+    return all(
+        grouped.stacked(part).untyped_storage()._cdata == part[0].untyped_storage()._cdata
+        for part in expert_weights(experts)
+    )
+
+
+def test_a_gpu_takes_grouped_products_where_they_fit():
+    def usable(dtype, ffn, cuda=True, quantized=False):
+        with FakeTensorMode():
+            x = torch.empty(3, 32, dtype=dtype)
+            first = [torch.nn.Parameter(torch.empty(2 * ffn, 32, dtype=dtype))]
+            if quantized:
+                first[0].__class__ = type("Float8Tensor", (FakeTensor,), {"__module__": "transformer_engine.pytorch"})
+        return grouped.usable(_OnCuda(x) if cuda else x, first)
+
+    assert usable(torch.bfloat16, 24)
+    assert not usable(torch.bfloat16, 24, cuda=False)
+    assert not usable(torch.bfloat16, 20)
+    assert not usable(torch.float32, 24)
+    assert not usable(torch.bfloat16, 24, quantized=True)
+
+
+class _OnCuda:
+    """A tensor that says it is on a GPU."""
+
+    def __init__(self, tensor):
+        self.is_cuda, self.dtype = True, tensor.dtype
