@@ -55,25 +55,32 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             raise ImportError(self._broken)
         if module.__name__ == ROOT:
             module.__version__ = self._version
-            importlib.import_module(f"{ROOT}.common")
-            if not self._broken:
-                importlib.import_module(f"{ROOT}.pytorch")
-        for name, entry in TABLE["modules"].get(module.__name__, {}).items():
-            setattr(module, name, _value(module.__name__, name, entry))
+            for part in [f"{ROOT}.common", *([] if self._broken else TABLE["modules"])]:
+                importlib.import_module(part)
+        for name in TABLE["modules"].get(module.__name__, {}):
+            setattr(module, name, _value(module.__name__, name))
 
 
-def _value(module: str, name: str, entry: dict[str, str | None] | None) -> Any:
+def signature(module: str, name: str) -> inspect.Signature | None:
+    """Of a function or constructor of the real package; None = not known."""
+    parameters = next(iter(TABLE["modules"][module][name].values()))
+    return inspect.signature(eval(f"lambda {parameters}: None")) if parameters is not None else None
+
+
+def _value(module: str, name: str) -> Any:
+    entry = TABLE["modules"][module][name]
     if entry is None:
         return None
-    kind, parameters = next(iter(entry.items()))
-    signature = inspect.signature(eval(f"lambda {parameters}: None")) if parameters is not None else None
-    if kind == "class":
-        return _class(module, name, signature)
+    if "class" in entry:
+        return make_class(module, name)
+    parameters = signature(module, name)
     if name in ("fp8_autocast", "fp8_model_init", "quantized_model_init"):
-        return lambda *args, **kwargs: (signature.bind(*args, **kwargs), contextlib.nullcontext())[1]
+        return lambda *args, **kwargs: (parameters.bind(*args, **kwargs), contextlib.nullcontext())[1]
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        signature.bind(*args, **kwargs)
+        parameters.bind(*args, **kwargs)
+        if name == "get_cpu_offload_context":
+            return contextlib.nullcontext(), lambda tensor: tensor
         raise NotImplementedError(f"{module}.{name} of the stub computes nothing")
 
     return function
@@ -102,7 +109,7 @@ class StubModule(torch.nn.Module):
     def make_weights(self, given: dict[str, Any]) -> None:
         """Register the parameters; none by default."""
 
-    def weight(self, name: str, *shape: int) -> None:
+    def add_weight(self, name: str, *shape: int) -> None:
         given = self.arguments
         dtype = given.get("params_dtype") or given.get("dtype") or torch.get_default_dtype()
         self.register_parameter(name, torch.nn.Parameter(torch.empty(*shape, dtype=dtype, device=given["device"])))
@@ -120,34 +127,36 @@ class StubLinear(StubModule):
         rows //= self.tp_size if self.parallel_mode == "column" else 1
         columns //= self.tp_size if self.parallel_mode == "row" else 1
         for index in range(self.num_gemms):
-            self.weight(f"weight{index}" if "num_gemms" in given else "weight", rows, columns)
+            self.add_weight(f"weight{index}" if "num_gemms" in given else "weight", rows, columns)
 
 
 class StubNorm(StubModule):
     """`weight` `[hidden]`."""
 
     def make_weights(self, given: dict[str, Any]) -> None:
-        self.weight("weight", given["normalized_shape"])
+        self.add_weight("weight", given.get("normalized_shape") or given["hidden_size"])
         self.weight.sequence_parallel = given.get("sequence_parallel", False)
 
 
 _BASES = {"Linear": StubLinear, "GroupedLinear": StubLinear, "RMSNorm": StubNorm, "DotProductAttention": StubModule}
 
 
-def _class(module: str, name: str, signature: inspect.Signature | None) -> type:
+def make_class(module: str, name: str) -> type:
+    """A class of the stub."""
+    parameters = signature(module, name)
     if name == "FP8GlobalStateManager":
         return _StateOfFP8(name, (), {})
     if module == f"{ROOT}.pytorch" and name in _BASES:
-        return type(name, (_BASES[name],), {"signature": signature})
+        return type(name, (_BASES[name],), {"signature": parameters, "__module__": module})
     if name == "Format":
         return enum.Enum(name, ["E4M3", "E5M2", "HYBRID"])
     if name in ("FusedAdam", "FusedSGD"):
         return type(name, (), {"__init__": _without_gpu})
-    if signature is None:
+    if parameters is None:
         return type(name, (), {})
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        signature.bind(self, *args, **kwargs)
+        parameters.bind(self, *args, **kwargs)
         if isinstance(self, torch.nn.Module):
             torch.nn.Module.__init__(self)
         self.arguments = kwargs

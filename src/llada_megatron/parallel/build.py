@@ -27,23 +27,13 @@ from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
-from llada_megatron.llada_moe.model.accelerations import transformer_engine_active
 from llada_megatron.llada_moe.model.initialization import initialize_weights
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer, architecture_fields, build_model
 from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.parallel import device
+from llada_megatron.parallel.fusions import fusion_fields
 from llada_megatron.parallel.sharded_state import apply_factories_copy
-
-_FUSIONS = (
-    "gradient_accumulation_fusion",
-    "bias_activation_fusion",
-    "bias_dropout_fusion",
-    "masked_softmax_fusion",
-    "apply_rope_fusion",
-    "persist_layer_norm",
-)
-"""Kernels that exist with Transformer Engine or Apex only."""
 
 
 def transformer_config(
@@ -58,7 +48,7 @@ def transformer_config(
         "bf16": dtype is torch.bfloat16,
         "use_cpu_initialization": not torch.cuda.is_available(),
         "calculate_per_token_loss": True,
-        **dict.fromkeys(_FUSIONS, False),
+        **fusion_fields(model, training=training is not None),
         **_layout_fields(layout),
         **(_expert_layout_fields(model.moe, layout) if model.moe else {}),
     }
@@ -94,8 +84,6 @@ def _expert_layout_fields(moe: MoEConfig, layout: LayoutConfig) -> dict[str, Any
         "moe_aux_loss_coeff": moe.aux_loss_coefficient * scale,
         "moe_z_loss_coeff": moe.z_loss_coefficient * scale or None,
         "moe_token_dispatcher_type": layout.expert_dispatcher,
-        "moe_permute_fusion": False,
-        "moe_grouped_gemm": transformer_engine_active(),
     }
 
 

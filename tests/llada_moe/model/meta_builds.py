@@ -47,6 +47,12 @@ def join(layout: LayoutConfig, rank: int) -> None:
     model_parallel_cuda_manual_seed(0)
 
 
+def leave() -> None:
+    """Undo `join`."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
 def parts_of_rank(model: ModelConfig, layout: LayoutConfig) -> Iterator[DiffusionTransformer]:
     """This rank's chunks, built on the meta device."""
     stage, last = parallel_state.get_pipeline_model_parallel_rank(), layout.pipeline_parallel - 1
@@ -82,8 +88,7 @@ def main() -> None:
         layout = LayoutConfig(**case["layout"])
         join(layout, case["rank"])
         results.append(count(load_model(case["model"], case["overrides"]), layout))
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        leave()
     print(json.dumps(results))
 
 

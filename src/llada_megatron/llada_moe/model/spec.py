@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -11,7 +12,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_bac
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -69,7 +69,7 @@ def provider() -> Any:
     class TransformerEngineProvider(TESpecProvider):
         """Transformer Engine's linear layers, norms and grouped experts, with our attention."""
 
-        layer, attention, mixture = TransformerLayer, SelfAttention, MoELayer
+        layer, attention, mixture = TransformerLayer, SelfAttention, DirectExperts
 
         def core_attention(self) -> type:
             return PatternAttention
@@ -78,6 +78,19 @@ def provider() -> Any:
             return False  # our layers keep their norms apart, under the names that local modules save
 
     return TransformerEngineProvider()
+
+
+@functools.cache
+def _accumulating(layer: type[TransformerLayer]) -> type[TransformerLayer]:
+    """The layer, whose products add their weight gradients to the gradient buffer although its block's do not."""
+
+    class AccumulatingLayer(layer):  # type: ignore[misc, valid-type]
+        def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+            own = copy.copy(config)
+            own.gradient_accumulation_fusion = True
+            super().__init__(own, *args, **kwargs)
+
+    return AccumulatingLayer
 
 
 def _layer(config: TransformerConfig, backend: Any, moe: bool) -> ModuleSpec:
@@ -138,6 +151,9 @@ def block_spec(
     moe = _layer(config, backend, moe=True) if config.num_moe_experts else dense
     if routing is not None and routing.expert_capacity > 0:
         _route_by_blocks(moe, routing)
+    if config.gradient_accumulation_fusion:
+        for spec in (dense,) if moe is dense else (dense, moe):
+            spec.module = _accumulating(spec.module)
     kinds = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
     layers = [moe if kind else dense for kind in kinds]
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -115,10 +116,15 @@ def build_model(
     """Build one pipeline stage (and interleaved chunk) of the model on the current device.
 
     `config` is Megatron's, with the fields of `architecture_fields`; the process groups must exist. Attention begins
-    with `pattern`.
+    with `pattern`. The output layer is Megatron's own also beside Transformer Engine, and could add its gradient to the
+    buffer only with Apex's kernel: the model is given a configuration without, and its layers keep theirs.
     """
+    whole = config
+    if config.gradient_accumulation_fusion:
+        whole = copy.copy(config)
+        whole.gradient_accumulation_fusion = False
     return DiffusionTransformer(
-        config,
+        whole,
         block_spec(config, model.moe, vp_stage),
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_sequence_length,

@@ -1,0 +1,100 @@
+"""A program that builds models from Transformer Engine's modules on the meta device, and reports what they are made of.
+
+Call `built(cases)`, which runs it in a process of its own: Megatron must be imported after Transformer Engine, which is
+the real one where it is installed and else the stub with the real one's signatures (`tests.te_stub`). A case is
+
+    {"model": name or file, "overrides": [...], "layout": {...}, "training": {...} or None (no training), "rank": 0}
+
+and a result has, for the chunks of that rank, `config` (the layers' TransformerConfig, its plain values),
+`modules` (class of each Transformer Engine module → its numbers by `fuse_wgrad_accumulation`, "fused" or "plain"),
+`output_layer` (whether its gradient is fused; None = not on this stage), `parameters` and `devices`; or `error`, what
+building raised.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def built(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One result per case."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.te_builds"], input=json.dumps(cases), capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def prepare() -> None:
+    """Megatron with Transformer Engine, as on a machine with a GPU, for modules without storage."""
+    import torch
+
+    from llada_megatron.llada_moe.model import accelerations
+    from llada_megatron.parallel import device
+    from tests import te_stub
+
+    if not accelerations.present(te_stub.ROOT):
+        te_stub.provide()
+    accelerations.settle(cuda=True)
+    device.install()
+    torch.cuda.is_available = lambda: True
+
+
+def result(case: dict[str, Any]) -> dict[str, Any]:
+    from llada_megatron.llada_moe.config import load_model
+    from llada_megatron.llada_moe.config.layout import LayoutConfig
+    from llada_megatron.llada_moe.config.training import TrainingConfig
+    from llada_megatron.llada_moe.model.patterns import FULL
+    from llada_megatron.parallel import build, device
+    from tests.llada_moe.model.meta_builds import join, leave
+
+    layout = LayoutConfig(**case["layout"])
+    size = {"steps": 1, "sequence_length": 64, "global_batch_size": 8}
+    training = None if case.get("training") is None else TrainingConfig(**size, **case["training"])
+    join(layout, case.get("rank", 0))
+    try:
+        model = load_model(case["model"], case.get("overrides", []))
+        config = build.transformer_config(model, layout, training)
+        with device.on_meta():
+            return summary(build.build_chunks(model, layout, config, FULL))
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        leave()
+
+
+def summary(chunks: list[Any]) -> dict[str, Any]:
+    modules: dict[str, Counter[str]] = {}
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        if any(base.__module__.startswith("transformer_engine") for base in type(module).__mro__):
+            fused = "fused" if getattr(module, "fuse_wgrad_accumulation", False) else "plain"
+            modules.setdefault(type(module).__name__, Counter())[fused] += 1
+    config = chunks[0].decoder.layers[0].config
+    head = getattr(chunks[-1], "output_layer", None)
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    return {
+        "config": {
+            field.name: value
+            for field in fields(config)
+            if isinstance(value := getattr(config, field.name), bool | int | float | str | None)
+        },
+        "modules": modules,
+        "output_layer": None if head is None else head.gradient_accumulation_fusion,
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "devices": sorted({str(parameter.device) for parameter in parameters}),
+    }
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    prepare()
+    print(json.dumps([result(case) for case in json.load(sys.stdin)]))
