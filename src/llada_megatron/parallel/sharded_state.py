@@ -12,9 +12,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
 
-OPTIMIZER_FORMAT = "fully_reshardable"
-"""Of Megatron's optimizer formats, the one that loads under any layout."""
-
 
 def apply_factories_copy(chunk: DiffusionTransformer) -> dict[str, Any]:
     """The chunk's sharded state, in which fused matrices (gate and up) are separate views of the parameter."""
@@ -27,9 +24,6 @@ def state_metadata() -> dict[str, Any]:
     """The metadata for Megatron's `sharded_state_dict` functions, the same for saving and loading."""
     return {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        "distrib_optim_sharding_type": OPTIMIZER_FORMAT,
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-        "chained_optim_avoid_prefix": True,  # else the names say how many optimizers the layout has
         "non_homogeneous_layers": True,  # else dense models stack the layers of a weight under one name
     }
 

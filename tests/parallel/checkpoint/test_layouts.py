@@ -98,7 +98,7 @@ def _go_on(run, root):
     store = CheckpointStore(root)
     state, metadata = store.load(store.latest(), _sharded(chunks, step, True), to_dict(run.model))
     sharded_state.load_model_state(chunks, state)
-    load_optimizer_state(step.optimizer, state["optimizer"])
+    load_optimizer_state(step.optimizer, sharded_state.model_state(chunks), state["optimizer"])
     return _train(run, step, range(metadata["step"], LAST))
 
 

@@ -14,7 +14,7 @@ from megatron.core.optimizer import optimizer as megatron
 from llada_megatron.llada_moe.config.optimizer import learning_rate
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.parallel import device
-from llada_megatron.parallel.sharded_state import OPTIMIZER_FORMAT, state_metadata
+from llada_megatron.parallel.training import optimizer_shards
 
 
 def build_optimizer(run: RunConfig, models: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -35,7 +35,7 @@ def build_optimizer(run: RunConfig, models: list[DistributedDataParallel]) -> Me
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
         ),
         models,
-        use_gloo_process_groups=True,
+        use_gloo_process_groups=False,
     )
     _set_weight_decay(optimizer, settings.weight_decay)
     _fuse_torch_adam(optimizer)
@@ -86,23 +86,22 @@ def optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any], loading
     is the layout's.
     """
     _fill_fresh_adam(optimizer, loading)
-    state = model["model"] if set(model) == {"model"} else model
-    whole = optimizer.sharded_state_dict(state, is_loading=loading, metadata=state_metadata())
-    parts = [whole] if len(_parts(optimizer)) == 1 else [whole[index] for index in range(len(whole))]
+    parts = _parts(optimizer)
+    state = optimizer_shards.empty_state if loading else optimizer_shards.saved_state
     return {
-        "updates": _updates(parts),
-        "parts": {str(index): {"param_state": part["param_state"]} for index, part in enumerate(parts)},
+        "updates": _updates([part.state_dict() for part in parts]),
+        "shards": {str(index): state(part, model) for index, part in enumerate(parts)},
     }
 
 
-def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Put loaded state into the optimizer, whatever layout it was saved under."""
+def load_optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any], state: dict[str, Any]) -> None:
+    """Put loaded state into the optimizer, whatever layout it was saved under; `model` as for `optimizer_state`."""
     for index, part in enumerate(_parts(optimizer)):
         own = part.state_dict()
         for group in own["optimizer"]["param_groups"]:
             group["step"] = state["updates"]
-        tensors = state["parts"][str(index)]["param_state"]
-        part.load_state_dict(own | {"param_state": tensors, "param_state_sharding_type": OPTIMIZER_FORMAT})
+        part.load_state_dict(own)
+        optimizer_shards.load_state(part, model, state["shards"][str(index)])
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
@@ -118,7 +117,7 @@ def _updates(parts: list[dict[str, Any]]) -> int:
 def _fill_fresh_adam(optimizer: MegatronOptimizer, loading: bool) -> None:
     """Adam makes its state at the first step; a template to load into and a checkpoint of step 0 need it before.
 
-    torch's AdamW is filled here for both (distrib_optimizer.py:642); for others Megatron does it when loading.
+    torch's AdamW is filled here (distrib_optimizer.py:642); for others Megatron does it.
     """
     for part in _parts(optimizer):
         adam = part.optimizer
@@ -126,6 +125,8 @@ def _fill_fresh_adam(optimizer: MegatronOptimizer, loading: bool) -> None:
             _fill_torch_adam(adam)
         elif adam is not None and not loading:
             part.init_state_fn(adam, part.config)
+        if loading:
+            part.load_state_dict(part.state_dict())
 
 
 def _fill_torch_adam(adam: torch.optim.Optimizer) -> None:

@@ -94,7 +94,7 @@ class RunState:
         template = model | {"optimizer": optimizer_state(self.optimizer, model, loading=True)}
         state, metadata = store.load(path, template)
         load_model_state(self.chunks, state)
-        load_optimizer_state(self.optimizer, state["optimizer"])
+        load_optimizer_state(self.optimizer, model_state(self.chunks), state["optimizer"])
         self.step = int(metadata["step"])
         self.objective.load_state(metadata.get("objective", {}))
         known, self.history = self.history.decisions, from_dict(History, metadata.get("recovery", {}))
