@@ -68,8 +68,12 @@ def current() -> torch.device:
 
 
 def communication_backend() -> str:
-    """Backend of torch.distributed: NCCL with CUDA (gloo beside it for host tensors), else gloo."""
-    return "cpu:gloo,cuda:nccl" if cuda_available() else "gloo"
+    """Backend of torch.distributed: NCCL with CUDA, else gloo.
+
+    Every group inherits it. Gloo beside NCCL would connect all ranks of each of them, for tensors on the host that have
+    groups of their own (`host_group`).
+    """
+    return "nccl" if cuda_available() else "gloo"
 
 
 @contextlib.contextmanager

@@ -1,4 +1,8 @@
-"""What the fork server of `parallel.ranks` imports once for all its ranks."""
+"""What every rank of `parallel.ranks` begins with: where ranks are forked, their server imports it once for all.
+
+`device.install` asks CUDA, and a process that has done so cannot fork ranks that use a GPU; hence they are forked only
+where there is none.
+"""
 
 import warnings
 

@@ -1,13 +1,14 @@
-"""Running a function on N ranks over gloo: forked from a server that has the imports done, with a hard time limit.
+"""Running a function on N ranks of this machine, one per GPU or on the CPU, with a hard time limit.
 
-For the parity benchmark and the tests. The server (multiprocessing's fork server) runs no computation of its own, so a
-fork of it is safe whatever this process did before; the imports are paid once. Rendezvous is a file: no port is needed.
+For the benchmarks and the tests. Without a GPU, ranks are forked from a server that has the imports done
+(multiprocessing's fork server): it runs no computation of its own, so a fork of it is safe whatever this process did
+before, and the imports are paid once. With GPUs each rank is a new process: a fork of one that has asked CUDA anything
+cannot use it. Rendezvous is a file: no port is needed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import multiprocessing
 import os
 import pickle
@@ -22,6 +23,8 @@ from typing import Any
 
 import psutil
 
+from llada_megatron.llada_moe.errors import ResourceError
+
 DEFAULT_TIMEOUT_S = 180.0
 _GRACE_S = 5.0
 """What the other ranks get to fail by themselves after the first failure."""
@@ -34,15 +37,16 @@ class RankFailure(AssertionError):
 def run_ranks(
     function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = DEFAULT_TIMEOUT_S
 ) -> list[Any]:
-    """Call `function(*arguments)` on every rank of a gloo world, and return what each rank returned, in rank order.
+    """Call `function(*arguments)` on every rank of a world, and return what each rank returned, in rank order.
 
     `function` must be a top-level function of an importable module; arguments and results are pickled. The world
     process group is initialised before the call and destroyed after it.
 
     Raises:
+        ResourceError: there are GPUs, and fewer than ranks.
         RankFailure: a rank raised, died, or the time ran out. No process is left behind.
     """
-    context = _server()
+    context = _context(world_size)
     with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
         pipes, processes = [], []
         for rank in range(world_size):
@@ -57,6 +61,23 @@ def run_ranks(
             return _collect(pipes, processes, timeout)
         finally:
             _end(processes)
+
+
+def _context(world_size: int) -> Any:
+    """How processes are started: new ones where there are GPUs, else forks of a server."""
+    from llada_megatron.parallel import device
+
+    if not device.cuda_available():
+        return _server()
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if world_size > gpus:
+        raise ResourceError(
+            f"{world_size} ranks need a GPU each, and this machine shows {gpus}: take a smaller layout, or hide the "
+            'GPUs (CUDA_VISIBLE_DEVICES="") to run all ranks on the CPU'
+        )
+    return multiprocessing.get_context("spawn")
 
 
 def _server() -> Any:
@@ -75,18 +96,16 @@ def _server() -> Any:
 
 def _rank(payload: bytes, rank: int, world_size: int, directory: str, timeout: float, results: Connection) -> None:
     try:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
         import torch
 
-        torch.set_num_threads(1)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-        function, arguments = pickle.loads(payload)
-        torch.distributed.init_process_group(
-            "gloo",
-            store=torch.distributed.FileStore(f"{directory}/store", world_size),
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=timeout),
+        from llada_megatron.parallel import (
+            preload,  # noqa: F401  (a fork of the server has it already)
+            topology,
         )
+
+        function, arguments = pickle.loads(payload)
+        topology.join(rank, world_size, f"file://{directory}/store", timeout)
         value = function(*arguments)
         results.send_bytes(pickle.dumps((time.time(), True, value)))
         if torch.distributed.is_initialized():

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import datetime
 import os
+import platform
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
-from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.parallel import device
+from llada_megatron.llada_moe.errors import ConfigError, ResourceError
+from llada_megatron.parallel import device, host_group, machine
 from llada_megatron.parallel.coordinates import RankCoordinates
-
-TIME_LIMIT_S = 600.0
-"""A collective that takes longer fails: a rank is gone or hangs."""
+from llada_megatron.parallel.host_group import TIME_LIMIT_S
 
 
 def join(rank: int, world_size: int, init_method: str = "env://", timeout_s: float = TIME_LIMIT_S) -> None:
-    """Join the world process group: NCCL on this process's GPU, or gloo."""
-    if device.cuda_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
+    """Join the world process group: NCCL on this process's GPU, or gloo.
+
+    Raises:
+        ResourceError: the machine has no GPU for this rank.
+    """
+    machine.prepare()
+    cuda = device.cuda_available()
+    if cuda:
+        torch.cuda.set_device(own_gpu(rank, torch.cuda.device_count()))
     torch.distributed.init_process_group(
         device.communication_backend(),
         init_method=init_method,
@@ -29,6 +34,31 @@ def join(rank: int, world_size: int, init_method: str = "env://", timeout_s: flo
         world_size=world_size,
         timeout=datetime.timedelta(seconds=timeout_s),
     )
+    if cuda:
+        # A network that does not work fails here and not inside the first step. The argument `device_id` of
+        # init_process_group does this as well, but then every later group is split off the world's communicator, also
+        # by ranks outside of it: a gloo group of some ranks hangs (pytorch#153960), and Megatron makes 2,179 groups at
+        # 512 ranks, of which a rank uses a dozen.
+        torch.distributed.all_reduce(torch.zeros(1, device=device.current()))
+        torch.cuda.synchronize()
+
+
+def own_gpu(rank: int, gpus: int) -> int:
+    """The number of this rank's GPU among the `gpus` that it can see.
+
+    Raises:
+        ResourceError: there are fewer GPUs than ranks on this machine.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return rank % gpus
+    local = int(os.environ["LOCAL_RANK"])
+    if local >= gpus:
+        raise ResourceError(
+            f"rank {rank} is number {local + 1} on {platform.node()}, which has {gpus} "
+            f"{'GPU' if gpus == 1 else 'GPUs'} for its processes, one for each: start fewer ranks there, and let each "
+            "of them see all GPUs of its machine (CUDA_VISIBLE_DEVICES)"
+        )
+    return local
 
 
 def initialize(layout: LayoutConfig, seed: int) -> None:
@@ -54,8 +84,9 @@ def initialize(layout: LayoutConfig, seed: int) -> None:
         context_parallel_size=layout.context_parallel,
         expert_model_parallel_size=layout.expert_parallel,
         expert_tensor_parallel_size=layout.expert_tensor_parallel,
-        create_gloo_process_groups=True,
+        create_gloo_process_groups=False,  # tensors on the host are reduced by host_group
     )
+    host_group.data_parallel()
     model_parallel_cuda_manual_seed(seed)
 
 

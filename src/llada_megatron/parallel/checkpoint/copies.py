@@ -21,6 +21,7 @@ import torch
 from torch import distributed as dist
 
 from llada_megatron.llada_moe.errors import LladaError, ResourceError
+from llada_megatron.parallel import host_group
 from llada_megatron.parallel.checkpoint import manifest as manifests
 from llada_megatron.parallel.checkpoint.retention import Retention, fault, remove
 from llada_megatron.parallel.collectives import agree, explain, on_rank_0
@@ -73,7 +74,7 @@ class Copies:
         if self._order is None:
             return
         done = torch.tensor(int(self._copier is None or self._copier.poll() is not None))
-        dist.all_reduce(done, op=dist.ReduceOp.MIN)
+        host_group.world().all_reduce(done, dist.ReduceOp.MIN)
         if done:
             self._end_current()
             self._start_next()
@@ -83,7 +84,7 @@ class Copies:
         reported = False
         while self._order is not None:
             stop_requested = torch.tensor(int(stop()))
-            dist.all_reduce(stop_requested)
+            host_group.world().all_reduce(stop_requested)
             if stop_requested:
                 self._abandon(self._order)
                 return

@@ -24,6 +24,7 @@ from megatron.core import dist_checkpointing
 from torch import distributed as dist
 
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, LladaError, ResourceError
+from llada_megatron.parallel import host_group
 from llada_megatron.parallel.checkpoint import manifest as manifests
 from llada_megatron.parallel.checkpoint import rank_writer, safety
 from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError, Manifest
@@ -138,7 +139,7 @@ class CheckpointStore:
         if self._pending is None or self._pending.process is None:
             return None
         done = torch.tensor(int(self._pending.process.done()))
-        dist.all_reduce(done, op=dist.ReduceOp.MIN)
+        host_group.world().all_reduce(done, dist.ReduceOp.MIN)
         return self.finish() if done else None
 
     def finish(self) -> Path | None:
@@ -164,7 +165,7 @@ class CheckpointStore:
     def _require_space(self, size: int) -> None:
         """Refuse a save that cannot fit, before its first byte."""
         total = torch.tensor(size, dtype=torch.int64)
-        dist.all_reduce(total)
+        host_group.world().all_reduce(total)
 
         def check() -> None:
             free, needed = shutil.disk_usage(self.directory).free, int(int(total) * _HEADROOM)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from llada_megatron.parallel import device, topology
+from llada_megatron.parallel import device, host_group
 
 
 class SentMessages:
@@ -111,7 +111,7 @@ def _host_group(world: Any) -> Any:
     """
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     across, rank = world.size() // stages, world.rank()  # stages are the slowest axis of the ranks
-    limit = datetime.timedelta(seconds=topology.TIME_LIMIT_S)
+    limit = datetime.timedelta(seconds=host_group.TIME_LIMIT_S)
     groups = [
         torch.distributed.new_group(list(range(first, world.size(), across)), timeout=limit, backend="gloo")
         for first in range(across)
@@ -138,6 +138,5 @@ class Replicas:
         if not self.share_experts:
             return has_work
         flag = torch.tensor([int(has_work)])
-        group = parallel_state.get_data_parallel_group_gloo()
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=group)
+        host_group.data_parallel().all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return bool(flag.item())

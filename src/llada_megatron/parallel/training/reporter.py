@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 
 from llada_megatron.console import rate_text
 from llada_megatron.llada_moe.config.run import RunConfig
@@ -16,7 +15,7 @@ from llada_megatron.llada_moe.data.batch import Batch, Samples
 from llada_megatron.llada_moe.evaluation.likelihood import Likelihood
 from llada_megatron.llada_moe.model.flops import FORMULA, flops_per_token
 from llada_megatron.llada_moe.objectives import Objective
-from llada_megatron.parallel import device
+from llada_megatron.parallel import device, host_group
 from llada_megatron.parallel.collectives import on_rank_0
 from llada_megatron.parallel.expert_load import ExpertLoad, load_scalars
 from llada_megatron.parallel.training.callbacks import Callbacks
@@ -84,7 +83,7 @@ class Reporter:
         pattern = self.objective.pattern(self._first_step)
         seen = sum(length * pattern.keys_per_query(length) for length in lengths if length)
         sums = torch.tensor([seen, sum(lengths)], dtype=torch.float64)
-        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group_gloo())
+        host_group.data_parallel().all_reduce(sums)
         return float(sums[0] / sums[1])
 
     def step(self, number: int, attempt: StepAttempt | None, rate: float, decisions: int = 0) -> None:

@@ -18,7 +18,7 @@ from llada_megatron.llada_moe.data.batch import Batch, Samples
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.objectives import Objective, make_objective
 from llada_megatron.llada_moe.objectives.normalization import TokenCounts, count
-from llada_megatron.parallel import device
+from llada_megatron.parallel import device, host_group
 from llada_megatron.parallel.training.distributed_optimizer import clip_gradients
 
 Norm = float | torch.Tensor
@@ -85,7 +85,7 @@ def global_counts(batches: list[Batch]) -> TokenCounts:
     """Counts of the whole global batch: this rank's micro-batches summed over data-parallel ranks, on the host."""
     mine = sum((count(batch) for batch in batches), TokenCounts())
     totals = torch.tensor([getattr(mine, field.name) for field in fields(TokenCounts)], dtype=torch.int64)
-    torch.distributed.all_reduce(totals, group=parallel_state.get_data_parallel_group_gloo())
+    host_group.data_parallel().all_reduce(totals)
     return TokenCounts(*totals.tolist())
 
 

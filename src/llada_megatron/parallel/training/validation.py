@@ -12,7 +12,7 @@ from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch, Samples
 from llada_megatron.llada_moe.evaluation.likelihood import Likelihood
 from llada_megatron.llada_moe.objectives import Objective
-from llada_megatron.parallel import device
+from llada_megatron.parallel import device, host_group
 from llada_megatron.parallel.training.step import prepare, run_pipeline
 
 
@@ -30,7 +30,7 @@ def validate(
     """
     batches = list(_batches(run, data))
     tokens = torch.tensor(sum(int(batch.untruncated.sum()) for batch in batches))
-    torch.distributed.all_reduce(tokens, group=parallel_state.get_data_parallel_group_gloo())
+    host_group.data_parallel().all_reduce(tokens)
     for model in models:
         model.eval()
     watch = models[0].register_forward_pre_hook(lambda *_: alive())

@@ -86,7 +86,7 @@ class Gradients:
 
 
 def measure(run: RunConfig, timeout: float = 180.0) -> Gradients:
-    """Loss and gradients of step 0 of `run`, over as many forked ranks as its layout has."""
+    """Loss and gradients of step 0 of `run`, over as many ranks as its layout has."""
     from llada_megatron.parallel.ranks import run_ranks
 
     parts = run_ranks(rank_gradients, run.layout.world_size, run, timeout=timeout)
@@ -171,7 +171,7 @@ def gradient_parts(chunks: Sequence[Any]) -> list[tuple[str, Sequence[int], Sequ
         for shard in nested_values(sharded_state.apply_factories_copy(chunk)):
             if isinstance(shard, ShardedTensor) and "expert_bias" not in shard.key:
                 values = shard.data.detach().reshape((1,) * shard.prepend_axis_num + tuple(shard.data.shape))
-                parts.append((shard.key, shard.global_shape, shard.global_offset, values.float().numpy().copy()))
+                parts.append((shard.key, shard.global_shape, shard.global_offset, values.float().cpu().numpy().copy()))
         for name, parameter in named.items():
             parameter.data = kept[name]
     return parts

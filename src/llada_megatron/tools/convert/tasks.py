@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import signal
 import sys
 import threading
@@ -17,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from llada_megatron.console import message
+from llada_megatron.parallel.machine import raise_open_files
 from llada_megatron.tools.convert.workspace import Workspace
 
 _OTHERS = 64  # open files of libraries, streams and the journal
@@ -31,20 +31,15 @@ def workers_for_files(workers: int, files_each: int, files: int) -> int:
     """
     fixed = files + _OTHERS
     wanted = fixed + workers * files_each
-    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit != resource.RLIM_INFINITY and limit < wanted:
-        raised = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
-        with contextlib.suppress(OSError, ValueError):  # refused where the system has a lower limit of its own
-            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, most))
-            limit = raised
-        if limit < wanted:
-            fewer = max(1, (limit - fixed) // files_each)
-            message(
-                f"{fewer} workers instead of {workers}: each may write {files_each} files at a time, and this process "
-                f"may open {limit} (raise the hard limit, `ulimit -Hn`, for more)"
-            )
-            return min(fewer, workers)
-    return workers
+    limit = raise_open_files(wanted)
+    if limit is None or limit >= wanted:
+        return workers
+    fewer = max(1, (limit - fixed) // files_each)
+    message(
+        f"{fewer} workers instead of {workers}: each may write {files_each} files at a time, and this process "
+        f"may open {limit} (raise the hard limit, `ulimit -Hn`, for more)"
+    )
+    return min(fewer, workers)
 
 
 MOST_WORKERS = 8

@@ -1,0 +1,75 @@
+"""What a rank needs of its machine before it connects with the others: open files, and the network that gloo takes."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import resource
+import socket
+
+import psutil
+
+INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
+
+
+def prepare() -> None:
+    """Raise the limit of open files as far as allowed, and choose the network of gloo where nobody has."""
+    raise_open_files()
+    choose_gloo_interface(os.environ.get("MASTER_ADDR"))
+
+
+def raise_open_files(wanted: int | None = None) -> int | None:
+    """Raise this process's limit of open files to `wanted`, or as far as it may; returns it (None = there is none).
+
+    Sockets are open files, and 1024, the usual limit, is soon reached by the connections of a rank, the files of its
+    data sets, and shared memory.
+
+    Args:
+        wanted: None = as many as the hard limit allows.
+    """
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most if wanted is None else wanted
+    if limit == resource.RLIM_INFINITY or (wanted != resource.RLIM_INFINITY and limit >= wanted):
+        return None if limit == resource.RLIM_INFINITY else limit
+    raised = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+    with contextlib.suppress(OSError, ValueError):  # refused where the system has a lower limit of its own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, most))
+        limit = raised
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def choose_gloo_interface(master: str | None) -> None:
+    """Set `GLOO_SOCKET_IFNAME` where gloo would listen on a loopback address that other machines cannot reach.
+
+    Without it gloo takes the address that the host's name stands for, which on Debian and Ubuntu often is 127.0.1.1.
+    Then the interface is taken through which this machine reaches `master`, the machine that the ranks meet on (None:
+    they meet in a file). Nothing is set where that is this machine itself, or where the user has set the variable.
+    """
+    if master is None or INTERFACE_VARIABLE in os.environ or not _name_is_loopback():
+        return
+    name = _interface_towards(master)
+    if name is not None:
+        os.environ[INTERFACE_VARIABLE] = name
+
+
+def _name_is_loopback() -> bool:
+    try:
+        found = socket.getaddrinfo(socket.gethostname(), None, family=socket.AF_INET)
+    except OSError:
+        return True  # gloo falls back to loopback
+    return bool(ipaddress.ip_address(found[0][4][0]).is_loopback)
+
+
+def _interface_towards(host: str) -> str | None:
+    """The name of the interface that reaches `host`; None where it is this machine, or cannot be found."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # chooses a route; a datagram socket sends nothing for it
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    if ipaddress.ip_address(own).is_loopback:
+        return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, addresses in interfaces if own in {each.address for each in addresses}), None)
