@@ -42,6 +42,9 @@ class PreflightConfig:
     """Free host memory on each node; 0 = not checked."""
     min_matmul_tflops: float = 0.0
     """Speed of a large matrix product on each GPU (or on the node's CPU); 0 = measured and reported only."""
+    min_all_reduce_gb_s: float = 0.0
+    """Bus bandwidth (10^9 bytes a second) of an all-reduce over all GPUs of a node, and of all nodes; 0 = measured and
+    reported only."""
     max_clock_skew_s: float = 5.0
     """How far a node's clock may be from the others'."""
 
@@ -146,6 +149,7 @@ def _check_sizes(cluster: ClusterConfig, refuse: Refuse) -> None:
         "preflight.min_free_disk_gb": cluster.preflight.min_free_disk_gb,
         "preflight.min_memory_gb": cluster.preflight.min_memory_gb,
         "preflight.min_matmul_tflops": cluster.preflight.min_matmul_tflops,
+        "preflight.min_all_reduce_gb_s": cluster.preflight.min_all_reduce_gb_s,
     }
     for key, value in positive.items():
         if value is not None and value <= 0:

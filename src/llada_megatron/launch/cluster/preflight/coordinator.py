@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from llada_megatron.launch.cluster.preflight.verdict import (
     judge,
     pairs_of,
     skews_from_median,
+    slowest,
     unreachable,
 )
 
@@ -32,7 +33,8 @@ _POLL_S = 0.05
 
 _GOODBYE_S = 10.0
 
-_END = "end"
+_END, _ALL, _ALONE = "end", "all", "alone"
+"""Names of rounds: the last one, one all-reduce over all nodes, and one in each node by itself."""
 
 
 class PreflightCoordinator:
@@ -77,7 +79,7 @@ class PreflightCoordinator:
         for finding in found:
             self._node.say(f"fault on {finding}")
         verdict = judge(found, differences(list(reports.values())), names)
-        return verdict or (self._all_reduce(names) if len(names) > 1 else None)
+        return verdict or self._all_reduce_in_each(names) or (self._all_reduce(names) if len(names) > 1 else None)
 
     def _no_answer(self) -> str:
         return f"no answer within {self._cluster.preflight.timeout_s} s"
@@ -94,10 +96,21 @@ class PreflightCoordinator:
             time.sleep(_POLL_S)
         return reports, skews_from_median(skews)
 
+    def _all_reduce_in_each(self, names: Sequence[str]) -> Verdict | None:
+        """Run an all-reduce over the GPUs of each node by itself, where they have several: it needs no network."""
+        if self._cluster.gpus < 2:
+            return None
+        errors = self._all_reduce_in_groups(_ALONE, [(index,) for index in range(self._node.count)])
+        found = [
+            Finding(names[index], "devices", f"an all-reduce over its GPUs: {error}")
+            for index, error in sorted(errors.items())
+        ]
+        return judge(found, [], names)
+
     def _all_reduce(self, names: Sequence[str]) -> Verdict | None:
         """Run an all-reduce over all nodes; where it fails, all-reduces of pairs show which node is the cause."""
         size = self._node.count
-        errors = self._all_reduce_in_groups("all", [tuple(range(size))])
+        errors = self._all_reduce_in_groups(_ALL, [tuple(range(size))])
         if not errors:
             return None
         said = "; ".join(f"{names[index]}: {error}" for index, error in sorted(errors.items()))
@@ -132,16 +145,19 @@ class PreflightCoordinator:
                 if self._store.check([f"{name}/{index}"]):
                     results[index] = json.loads(self._store.get(f"{name}/{index}"))
             time.sleep(_POLL_S)
-        slowest: dict[str, float] = {}
-        for result in results.values():
-            for backend, seconds in result.get("seconds", {}).items():
-                slowest[backend] = max(seconds, slowest.get(backend, 0.0))
-        errors = {index: results.get(index, {"error": "no answer"}).get("error") for index in waiting}
+        errors = {index: self._fault(results.get(index, {"error": "no answer"})) for index in waiting}
         errors = {index: error for index, error in errors.items() if error}
-        if not errors and name == "all":
-            times = ", ".join(f"{backend} {seconds:g} s" for backend, seconds in slowest.items())
-            self._node.say(f"all-reduce over {len(waiting)} nodes, with its connections: {times}")
+        if not errors and name in (_ALL, _ALONE):
+            where = f"over {len(waiting)} nodes" if name == _ALL else "over the GPUs of each node"
+            self._node.say(f"all-reduce {where}, with its connections: {slowest(list(results.values()))}")
         return errors
+
+    def _fault(self, result: Mapping[str, Any]) -> str | None:
+        """Why a node's all-reduce is not good enough, or None."""
+        least = self._cluster.preflight.min_all_reduce_gb_s
+        if "error" not in result and result.get("gb_s", least) < least:
+            return f"{result['gb_s']:g} GB/s, expected {least:g} (preflight.min_all_reduce_gb_s)"
+        return result.get("error")
 
     def _release_nodes(self) -> None:
         """Serve the store until the other nodes have left; then its port is free for the agents."""

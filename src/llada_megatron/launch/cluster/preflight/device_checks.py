@@ -1,8 +1,7 @@
-"""The checks that the device process runs with torch: matrix products on all devices, and an all-reduce among nodes."""
+"""What the device process looks at with torch: the memory and a matrix product of each device, and the versions."""
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
 import platform
 import time
@@ -73,38 +72,3 @@ def look() -> dict[str, Any]:
     gpus = [gpu(index) for index in range(torch.cuda.device_count())]
     cpu = None if gpus else matmul(torch.device("cpu"))
     return {"gpus": gpus, "cpu": cpu, "versions": versions()}
-
-
-_NUMBERS = 2**22
-
-
-def all_reduce(host: str, port: int, name: str, rank: int, size: int, limit_s: float) -> dict[str, float]:
-    """Add up a tensor of 16 MiB over nodes; returns the seconds it took, with making the connections, by backend.
-
-    Args:
-        host, port: address of the store that the nodes share.
-        name: prefix of the keys in the store; each all-reduce needs another.
-        rank, size: which of how many nodes this one is.
-        limit_s: seconds after which it fails.
-
-    Raises:
-        RuntimeError: torch reports an error, or the sum is wrong.
-    """
-    limit = datetime.timedelta(seconds=limit_s)
-    store = torch.distributed.TCPStore(host, port, is_master=False, timeout=limit)
-    backends = ["gloo", "nccl"] if torch.cuda.is_available() else ["gloo"]
-    return {
-        backend: _timed(backend, torch.distributed.PrefixStore(f"{name}/{backend}", store), rank, size, limit)
-        for backend in backends
-    }
-
-
-def _timed(backend: str, store: torch.distributed.Store, rank: int, size: int, limit: datetime.timedelta) -> float:
-    began = time.perf_counter()
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-    values = torch.full((_NUMBERS,), float(rank + 1), device="cuda:0" if backend == "nccl" else "cpu")
-    torch.distributed.all_reduce(values)
-    if not bool((values == size * (size + 1) / 2).all()):
-        raise RuntimeError(f"the sum over {size} nodes by {backend} is wrong")
-    torch.distributed.destroy_process_group()
-    return round(time.perf_counter() - began, 2)

@@ -1,7 +1,8 @@
 """The process of the preflight that uses the devices: a driver that hangs blocks only this process, and its memory is
 freed at its end.
 
-It reads requests, one JSON list per line, and answers each with a line of JSON: `["look"]`, or `["all_reduce", …]`.
+It reads requests, one JSON list per line, and answers each with a line of JSON: `["look"]`, `["all_reduce", …]`, or
+`["add_up", …]`, which the process of a node asks of one process for each of its GPUs.
 """
 
 from __future__ import annotations
@@ -62,12 +63,13 @@ def serve() -> None:
     """The program of the process: answer requests until the caller is gone."""
     die_with_parent()
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not be taken for an answer
-    from llada_megatron.launch.cluster.preflight import device_checks
+    from llada_megatron.launch.cluster.preflight import device_checks, network_check
 
+    actions = {"look": device_checks.look, "all_reduce": network_check.all_reduce, "add_up": network_check.add_up}
     for line in sys.stdin:
         what, *arguments = json.loads(line)
         try:
-            result = device_checks.look() if what == "look" else {"seconds": device_checks.all_reduce(*arguments)}
+            result = actions[what](*arguments)
         except Exception as error:  # any error of a driver or of the network is a result of the check
             result = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
         print(json.dumps(result), file=answers, flush=True)

@@ -133,6 +133,17 @@ def pairs_of(size: int) -> list[list[tuple[int, int]]]:
     return [*rounds, [ring[-1]]] if size % 2 else rounds
 
 
+def slowest(results: Sequence[Mapping[str, Any]]) -> str:
+    """The longest time of an all-reduce by each backend, and the least bandwidth, as part of a line."""
+    times: dict[str, float] = {}
+    for result in results:
+        for backend, seconds in result.get("seconds", {}).items():
+            times[backend] = max(seconds, times.get(backend, 0.0))
+    speeds = [result["gb_s"] for result in results if "gb_s" in result]
+    texts = [f"{backend} {seconds:g} s" for backend, seconds in times.items()]
+    return ", ".join([*texts, *([f"then {min(speeds):g} GB/s"] if speeds else [])])
+
+
 def describe(report: NodeReport, skew_s: float) -> str:
     """One line that describes a node."""
     if report.gpus and all("tflops" in gpu for gpu in report.gpus):
