@@ -178,17 +178,23 @@ def _nearest(path: Path) -> Path:
 
 
 def check_machine(run: RunConfig, oversubscribe: bool = False) -> None:
-    """Refuse a layout with more ranks than this machine has GPUs, or cores and memory where it has no GPU.
+    """Refuse a layout with more ranks than this machine has GPUs, or cores and memory where it has no GPU; also GPUs
+    that torch cannot use because of their driver.
 
     Raises:
         ResourceError: with the arithmetic and what to change.
     """
     import torch
 
+    from llada_megatron.parallel.machine import driver_fault
+
     ranks = run.layout.world_size
     if torch.cuda.is_available():
         check_gpus(ranks, torch.cuda.device_count())
         return
+    fault = driver_fault()
+    if fault:
+        raise ResourceError(fault)
     check_cores(ranks, available_cores(), oversubscribe)
     check_memory(needed_bytes(run), psutil.virtual_memory().available, ranks)
 

@@ -263,6 +263,7 @@ def _import_without_compiling() -> None:
 
 
 def _patch_functions() -> None:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import token_dispatcher
 
@@ -274,6 +275,9 @@ def _patch_functions() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = split_sizes
+    # exchange_utils.py:98,106 make the tensor that a rank receives with init_data("cuda")
+    init_data = ShardedTensor.init_data
+    ShardedTensor.init_data = lambda self, where, *args, **named: init_data(self, _here(where), *args, **named)
     _skip_sorting_in_order()
     _skip_groups_of_one()
 
@@ -346,13 +350,14 @@ def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _patch_cuda_type_names() -> None:
     """optimizer.py:671, distrib_optimizer.py:361, clip_grads.py:167 compare type names; language_module.py:244 and
-    distrib_optimizer.py:1089 call Tensor.cuda()."""
+    exchange_utils.py:499 call Tensor.cuda()."""
+    from megatron.core.dist_checkpointing import exchange_utils
     from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.optimizer import distrib_optimizer, optimizer
 
     for owner, name in (
         (distrib_optimizer.DistributedOptimizer, "__init__"),
-        (distrib_optimizer.DistributedOptimizer, "get_parameter_state_dp_zero"),
+        (exchange_utils, "exchange_loaded_tensors_broadcast"),
         (optimizer.Float16OptimizerWithFloat16Params, "__init__"),
         (LanguageModule, "setup_embeddings_and_output_layer"),
         (optimizer, "clip_grad_by_total_norm_fp32"),

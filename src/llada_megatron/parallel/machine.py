@@ -1,4 +1,5 @@
-"""What a rank needs of its machine before it connects with the others: open files, and the network that gloo takes."""
+"""What a rank needs of its machine before it connects with the others: open files, the network that gloo takes, a
+driver that works, and the cores that are near its GPU."""
 
 from __future__ import annotations
 
@@ -7,10 +8,13 @@ import ipaddress
 import os
 import resource
 import socket
+from pathlib import Path
 
 import psutil
 
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
+
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def prepare() -> None:
@@ -51,6 +55,58 @@ def choose_gloo_interface(master: str | None) -> None:
     name = _interface_towards(master)
     if name is not None:
         os.environ[INTERFACE_VARIABLE] = name
+
+
+def driver_fault() -> str | None:
+    """Why torch cannot use the GPUs of this machine though it has a driver for them, in one line; None if it can.
+
+    torch itself only warns, and a run would go on on the CPU. GPUs that are hidden on purpose (CUDA_VISIBLE_DEVICES="")
+    are no fault.
+    """
+    import torch
+
+    from llada_megatron.parallel import device
+
+    if torch.version.cuda is None or device.cuda_available() or not _DRIVER.exists():
+        return None
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        said = str(error).splitlines()[0].split(". ")[0]
+    else:
+        return None
+    if said.startswith(("No CUDA GPUs", "Found no NVIDIA driver")):
+        return None
+    return (
+        f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot use the GPUs: {said}; update the "
+        'driver, install a torch built for a CUDA that it knows, or set CUDA_VISIBLE_DEVICES="" to run on the CPU'
+    )
+
+
+def bind_to_gpu(uuid: str, root: Path = Path("/")) -> None:
+    """Keep this process on the cores of the socket that its GPU is attached to, where the system tells which these are.
+
+    A launcher that has bound the process already is respected: only cores that it may run on are taken.
+
+    Args:
+        uuid: of the GPU, as torch gives it: `01234567-…`.
+        root: where /proc and /sys are.
+    """
+    try:
+        for described in root.glob("proc/driver/nvidia/gpus/*/information"):
+            if uuid in described.read_text():
+                device = root / "sys/bus/pci/devices" / described.parent.name.lower()
+                cores = _numbers((device / "local_cpulist").read_text()) & os.sched_getaffinity(0)
+                if cores:
+                    os.sched_setaffinity(0, cores)
+    except (OSError, ValueError, AttributeError):  # another system, or a container that hides it: all cores stay
+        return
+
+
+def _numbers(text: str) -> set[int]:
+    """The numbers in a list of the kernel, such as `0-55,112-167`."""
+    ends = (part.split("-") for part in text.strip().split(",") if part)
+    return {number for pair in ends for number in range(int(pair[0]), int(pair[-1]) + 1)}
 
 
 def _name_is_loopback() -> bool:

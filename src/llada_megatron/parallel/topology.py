@@ -21,12 +21,15 @@ def join(rank: int, world_size: int, init_method: str = "env://", timeout_s: flo
     """Join the world process group: NCCL on this process's GPU, or gloo.
 
     Raises:
-        ResourceError: the machine has no GPU for this rank.
+        ResourceError: the machine has no GPU for this rank, or one that its driver keeps torch from.
     """
     machine.prepare()
+    fault = machine.driver_fault()
+    if fault:
+        raise ResourceError(f"rank {rank} on {platform.node()}: {fault}")
     cuda = device.cuda_available()
     if cuda:
-        torch.cuda.set_device(own_gpu(rank, torch.cuda.device_count()))
+        _take_gpu(rank)
     torch.distributed.init_process_group(
         device.communication_backend(),
         init_method=init_method,
@@ -41,6 +44,12 @@ def join(rank: int, world_size: int, init_method: str = "env://", timeout_s: flo
         # 512 ranks, of which a rank uses a dozen.
         torch.distributed.all_reduce(torch.zeros(1, device=device.current()))
         torch.cuda.synchronize()
+
+
+def _take_gpu(rank: int) -> None:
+    number = own_gpu(rank, torch.cuda.device_count())
+    torch.cuda.set_device(number)
+    machine.bind_to_gpu(str(torch.cuda.get_device_properties(number).uuid))
 
 
 def own_gpu(rank: int, gpus: int) -> int:

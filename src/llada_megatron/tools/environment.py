@@ -106,8 +106,10 @@ def devices() -> dict[str, Any]:
     import torch
 
     if not torch.cuda.is_available():
+        from llada_megatron.parallel.machine import driver_fault
+
         built = torch.version.cuda or torch.version.hip
-        reason = "no usable GPU or driver" if built else "this torch is built without CUDA"
+        reason = driver_fault() or ("no usable GPU or driver" if built else "this torch is built without CUDA")
         return {"device": "cpu", "why not CUDA": reason, "threads": torch.get_num_threads()}
     found: dict[str, Any] = {"device": "cuda", "CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}
     for index in range(torch.cuda.device_count()):

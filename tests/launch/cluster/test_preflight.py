@@ -100,31 +100,47 @@ class FakeDeviceProcess:
         return {"error": "RuntimeError: timed out"} if self._fails else {"seconds": {"gloo": 0.1}}
 
 
-def preflight(tmp_path, monkeypatch, nodes: int, there: range, timeout_s: int) -> Verdict | None:
+class SlowLinks:
+    """An all-reduce over the GPUs of node 1 alone is slow; all others are as they should be."""
+
+    def start(self, what: str, host: str, port: int, name: str, *rest: object) -> None:
+        self._speed = 90.0 if name == "alone-1" else 400.0
+
+    def answer(self, limit_s: float) -> dict[str, object]:
+        return {"seconds": {"nccl": 2.0}, "gb_s": self._speed}
+
+
+def preflight(
+    tmp_path, monkeypatch, nodes: int, there: range, timeout_s: int, devices=FakeDeviceProcess, **limits
+) -> Verdict | None:
     """The verdict of a job of `nodes` nodes, those in `there` present, as threads of this process."""
+    from llada_megatron.launch.cluster import rendezvous
     from llada_megatron.launch.cluster.preflight.coordinator import PreflightCoordinator, answer_coordinator
     from llada_megatron.launch.cluster.rendezvous import open_store
 
+    raised: list[bool] = []
+    monkeypatch.setattr(rendezvous, "raise_open_files", lambda: raised.append(True))
     monkeypatch.setenv("SLURM_STEP_NODELIST", f"n[0-{nodes - 1}]")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     job = JobDirectory(tmp_path)
-    cluster = replace(CLUSTER, preflight=PreflightConfig(timeout_s=timeout_s))
+    cluster = replace(CLUSTER, preflight=PreflightConfig(timeout_s=timeout_s, **limits))
 
     def take_part(index: int) -> None:
         node = Node(job, "17", 0, index, nodes, f"n{index}", "127.0.0.1", port)
         report, store = replace(WELL, node=node.name), open_store(node, 30)
         if node.first:
-            PreflightCoordinator(node, cluster, store, FakeDeviceProcess(), time.monotonic() + timeout_s).run(report)
+            PreflightCoordinator(node, cluster, store, devices(), time.monotonic() + timeout_s).run(report)
         else:
-            answer_coordinator(node, store, FakeDeviceProcess(), report)
+            answer_coordinator(node, store, devices(), report)
 
     threads = [threading.Thread(target=take_part, args=(index,)) for index in there]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
+    assert len(raised) == len(there)  # a store of many ranks holds more connections than the usual limit
     return job.read_verdict(0)
 
 
@@ -137,6 +153,47 @@ def test_a_silent_node_and_one_without_a_network_are_left_out(tmp_path, monkeypa
     network = preflight(tmp_path / "network", monkeypatch, 3, range(3), 20)
     assert network is not None and (network.status, network.nodes) == ("exclude", ("n2",)), network
     assert "timed out" in network.reason
+
+
+def test_a_node_with_a_slow_link_between_its_gpus_is_left_out(tmp_path, monkeypatch, capsys):
+    found = preflight(tmp_path, monkeypatch, 3, range(3), 20, SlowLinks, min_all_reduce_gb_s=300.0)
+    assert found is not None and (found.status, found.nodes) == ("exclude", ("n1",)), found
+    assert "over its GPUs: 90 GB/s, expected 300 (preflight.min_all_reduce_gb_s)" in found.reason
+    (tmp_path / "measured").mkdir()
+    assert preflight(tmp_path / "measured", monkeypatch, 3, range(3), 20, SlowLinks) is None
+    said = capsys.readouterr().err
+    assert "all-reduce over the GPUs of each node, with its connections: nccl 2 s, then 90 GB/s" in said
+    assert "all-reduce over 3 nodes, with its connections: nccl 2 s, then 400 GB/s" in said
+
+
+def test_every_gpu_of_a_node_takes_part_with_a_process_of_its_own(monkeypatch):
+    """Node 1 of 4, with 8 GPUs, is ranks 8 to 15 of 32; what is told is the slowest of them."""
+    from llada_megatron.launch.cluster.preflight import network_check
+
+    asked, ended, faults = [], [], {}
+
+    class OfOneGpu:
+        def start(self, *request):
+            self.gpu = request[-1]
+            asked.append(request)
+
+        def answer(self, limit_s):
+            return faults.get(self.gpu, {"seconds": 2.0 + self.gpu, "gb_s": 300.0 - self.gpu})
+
+        def end(self):
+            ended.append(self.gpu)
+
+    monkeypatch.setattr(network_check, "DeviceProcess", OfOneGpu)
+    monkeypatch.setattr(network_check.torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(network_check, "add_up", lambda *request: {"seconds": 0.5, "gb_s": 1.0})
+    found = network_check.all_reduce("host", 7, "all-0", 1, 4, 60.0)
+    assert found == {"seconds": {"gloo": 0.5, "nccl": 9.0}, "gb_s": 293.0}
+    assert asked == [("add_up", "nccl", "host", 7, "all-0/gpus", 8 + gpu, 32, 60.0, gpu) for gpu in range(8)]
+    assert network_check.all_reduce("host", 7, "alone-1", 0, 1, 60.0)["seconds"] == {"nccl": 9.0}
+    faults[5] = {"error": "RuntimeError: NCCL error"}
+    with pytest.raises(RuntimeError, match="GPU 5: RuntimeError: NCCL error"):
+        network_check.all_reduce("host", 7, "again-0", 1, 4, 60.0)
+    assert sorted(ended) == sorted([*range(8)] * 3)
 
 
 @pytest.mark.timeout(900)

@@ -16,6 +16,7 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
 from llada_megatron.llada_moe.errors import ResourceError
+from llada_megatron.parallel.machine import raise_open_files
 
 if TYPE_CHECKING:
     from llada_megatron.launch.cluster.node import Node
@@ -39,6 +40,7 @@ def open_store(node: Node, timeout_s: float, stopped: Callable[[], bool] = lambd
     Raises:
         ResourceError: the first node cannot be reached in time, the port is taken, or the job is to stop.
     """
+    raise_open_files()  # it holds connections of all ranks, as does the one that this agent may serve to them
     deadline = time.monotonic() + timeout_s
     while not node.first:
         with contextlib.suppress(OSError), socket.create_connection((node.host, node.port), 5):

@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from torch import distributed as dist
 
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, LladaError, ResourceError
 from llada_megatron.parallel import host_group
 from llada_megatron.parallel.checkpoint import manifest as manifests
-from llada_megatron.parallel.checkpoint import rank_writer, safety
+from llada_megatron.parallel.checkpoint import rank_reader, rank_writer, safety
 from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError, Manifest
 from llada_megatron.parallel.checkpoint.retention import Retention, remove
 from llada_megatron.parallel.collectives import agree, as_error, explain, on_rank_0, try_together
@@ -287,7 +286,7 @@ class CheckpointStore:
 
         def read() -> dict[str, Any]:
             with safety.guarded(path, manifest.files):
-                return dist_checkpointing.load(sharded_state, str(path))
+                return rank_reader.read(sharded_state, path)
 
         return try_together(f"loading {path}", read), manifest.metadata
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from llada_megatron.parallel.machine import driver_fault
+
 _GPU_SIZE, _CPU_SIZE = 8192, 1024
 
 _MEASURE_S = 0.3
@@ -68,7 +70,14 @@ def _installed(name: str) -> str:
 
 
 def look() -> dict[str, Any]:
-    """This node's devices and the versions of their software: the `gpus`, `cpu` and `versions` of a `NodeReport`."""
+    """This node's devices and the versions of their software: the `gpus`, `cpu` and `versions` of a `NodeReport`.
+
+    Raises:
+        RuntimeError: there are GPUs, and torch cannot use their driver.
+    """
+    fault = driver_fault()
+    if fault:
+        raise RuntimeError(fault)
     gpus = [gpu(index) for index in range(torch.cuda.device_count())]
     cpu = None if gpus else matmul(torch.device("cpu"))
     return {"gpus": gpus, "cpu": cpu, "versions": versions()}

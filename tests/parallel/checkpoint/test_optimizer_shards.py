@@ -1,0 +1,77 @@
+"""Optimizer state is written and read by each rank as it holds it, in boxes of the weights."""
+
+from __future__ import annotations
+
+import math
+
+import hypothesis
+import torch
+from hypothesis import strategies as st
+from torch import distributed as dist
+
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.parallel.training.optimizer_shards import boxes
+from llada_megatron.tools.bench.layouts import DENSE, SIGMOID, parity_run
+from tests.ranks import run_ranks
+
+
+@st.composite
+def ranges(draw):
+    shape = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
+    ends = draw(st.lists(st.integers(0, math.prod(shape)), min_size=2, max_size=2))
+    return shape, min(ends), max(ends)
+
+
+@hypothesis.given(ranges())
+def test_boxes_are_the_elements_of_a_range_in_their_order(drawn):
+    shape, start, stop = drawn
+    whole = torch.arange(math.prod(shape)).view(shape)
+    found = [
+        whole[tuple(slice(a, a + n) for a, n in zip(offset, sizes, strict=True))].flatten()
+        for offset, sizes in boxes(shape, start, stop)
+    ]
+    joined = torch.cat(found) if found else whole.new_zeros(0)
+    assert torch.equal(joined, torch.arange(start, stop))
+    assert len(found) <= max(1, 2 * len(shape) - 1)
+
+
+def moved_and_held(run):
+    """(bytes that a rank received while its optimizer state was made ready to save, bytes of what it holds, keys)."""
+    from llada_megatron.parallel import build, sharded_state, topology
+    from llada_megatron.parallel.training import distributed_optimizer
+
+    topology.initialize(run.layout, run.training.seed)
+    chunks = build.build_run_chunks(run)
+    optimizer = distributed_optimizer.build_optimizer(run, build.wrap(run, chunks))
+    received = []
+
+    def counted(collective):
+        def wrapped(*arguments, **given):
+            tensors = [each for each in [*arguments, *given.values()] if torch.is_tensor(each)]
+            received.append(sum(each.nbytes for each in tensors))
+            return collective(*arguments, **given)
+
+        return wrapped
+
+    for name in ("gather", "all_gather", "all_gather_into_tensor", "all_to_all_single", "broadcast", "all_reduce"):
+        setattr(dist, name, counted(getattr(dist, name)))
+    model = sharded_state.model_state(chunks)
+    saved = distributed_optimizer.optimizer_state(optimizer, model, loading=False)
+    template = distributed_optimizer.optimizer_state(optimizer, model, loading=True)
+    held = sum(each.data.nbytes for part in saved["shards"].values() for each in part.values())
+    read = sum(each.data.nbytes for part in template["shards"].values() for each in part.values())
+    return sum(received), held, read
+
+
+def test_no_rank_gathers_or_reads_more_than_it_holds():
+    """Megatron's own format gathered all of it on data rank 0, and read all of it on every rank."""
+    for model, layout in (
+        (DENSE, LayoutConfig(data_parallel=2)),
+        (SIGMOID, LayoutConfig(data_parallel=2, expert_parallel=2)),
+    ):
+        found = run_ranks(moved_and_held, 2, parity_run(model, layout))
+        (moved, held, read), (moved_too, held_too, _) = found
+        assert moved == moved_too == 0
+        assert read == held
+        whole = held + held_too
+        assert 0.4 * whole < held < 0.6 * whole
