@@ -60,7 +60,8 @@ def test_gloo_leaves_a_loopback_address_unless_the_user_has_chosen(monkeypatch, 
     monkeypatch.setattr(socket, "socket", Probe)
     interfaces = {"lo": [SimpleNamespace(address="127.0.0.1")], "eth1": [SimpleNamespace(address="192.0.2.5")]}
     monkeypatch.setattr(machine.psutil, "net_if_addrs", lambda: interfaces)
-    monkeypatch.delenv(machine.INTERFACE_VARIABLE, raising=False)
+    monkeypatch.setenv(machine.INTERFACE_VARIABLE, "")  # so that the end of the test removes what is set
+    monkeypatch.delenv(machine.INTERFACE_VARIABLE)
     if given:
         monkeypatch.setenv(machine.INTERFACE_VARIABLE, given)
     machine.choose_gloo_interface(master)

@@ -19,6 +19,9 @@ _GPU_NUMBERS, _CPU_NUMBERS = 2**26, 2**22  # 256 MiB, 16 MiB
 
 _REPEATS = 3
 
+_of_gpus: list[DeviceProcess] = []
+"""The process of each GPU, which has torch imported after the first all-reduce; they end with this one."""
+
 _ANSWER_SHARE = 1.6
 """How many times the limit of an all-reduce a node may take for all of them; the coordinator waits for twice of it."""
 
@@ -57,17 +60,15 @@ def _over_gpus(
     host: str, port: int, name: str, node: int, nodes: int, gpus: int, limit_s: float, deadline: float
 ) -> dict[str, float]:
     """An all-reduce in which each GPU of each node takes part, with a process of its own; the slowest of this node."""
-    processes = [DeviceProcess() for _ in range(gpus)]
-    try:
-        for gpu, process in enumerate(processes):
-            process.start("add_up", "nccl", host, port, name, node * gpus + gpu, nodes * gpus, limit_s, gpu)
-        answers = [process.answer(max(1.0, deadline - time.monotonic())) for process in processes]
-    finally:
-        for process in processes:
-            process.end()
-    failed = [f"GPU {gpu}: {answer['error']}" for gpu, answer in enumerate(answers) if "error" in answer]
+    _of_gpus.extend(DeviceProcess() for _ in range(gpus - len(_of_gpus)))
+    for gpu, process in enumerate(_of_gpus):
+        process.start("add_up", "nccl", host, port, name, node * gpus + gpu, nodes * gpus, limit_s, gpu)
+    answers = [process.answer(max(1.0, deadline - time.monotonic())) for process in _of_gpus]
+    failed = {gpu: answer["error"] for gpu, answer in enumerate(answers) if "error" in answer}
+    for gpu in failed:
+        _of_gpus[gpu].end()  # its communicator may be in any state
     if failed:
-        raise RuntimeError("; ".join(failed))
+        raise RuntimeError("; ".join(f"GPU {gpu}: {error}" for gpu, error in failed.items()))
     return {
         "seconds": max(answer["seconds"] for answer in answers),
         "gb_s": min(answer["gb_s"] for answer in answers),
@@ -90,16 +91,18 @@ def add_up(
     torch.distributed.init_process_group(
         backend, store=torch.distributed.PrefixStore(name, store), rank=rank, world_size=size, timeout=limit
     )
-    device, numbers = ("cpu", _CPU_NUMBERS) if gpu is None else (f"cuda:{gpu}", _GPU_NUMBERS)
-    values = torch.full((numbers,), float(rank + 1), device=device)
-    torch.distributed.all_reduce(values)
-    if not bool((values == size * (size + 1) / 2).all()):
-        raise RuntimeError(f"the sum over {size} ranks by {backend} is wrong")
-    connected = time.perf_counter()
-    for _ in range(_REPEATS):
+    try:
+        device, numbers = ("cpu", _CPU_NUMBERS) if gpu is None else (f"cuda:{gpu}", _GPU_NUMBERS)
+        values = torch.full((numbers,), float(rank + 1), device=device)
         torch.distributed.all_reduce(values)
-    values[0].item()  # waits for a GPU
-    once = (time.perf_counter() - connected) / _REPEATS
-    torch.distributed.destroy_process_group()
+        if not bool((values == size * (size + 1) / 2).all()):
+            raise RuntimeError(f"the sum over {size} ranks by {backend} is wrong")
+        connected = time.perf_counter()
+        for _ in range(_REPEATS):
+            torch.distributed.all_reduce(values)
+        values[0].item()  # waits for a GPU
+        once = (time.perf_counter() - connected) / _REPEATS
+    finally:
+        torch.distributed.destroy_process_group()  # the next round makes another
     moved = 2 * (size - 1) / size * values.nbytes
     return {"seconds": round(connected - began, 2), "gb_s": round(moved / once / 1e9, 3)}
