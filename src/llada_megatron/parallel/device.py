@@ -198,7 +198,7 @@ def _torch_stand_in() -> types.ModuleType:
         manual_seed=torch.manual_seed,
         **cpu_random,
     )
-    names = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn")
+    names = ("zeros", "ones", "empty", "empty_like", "full", "tensor", "arange", "rand", "randn")
     return _Overlay(
         torch,
         cuda=cuda,

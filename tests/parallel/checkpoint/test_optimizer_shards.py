@@ -75,3 +75,40 @@ def test_no_rank_gathers_or_reads_more_than_it_holds():
         assert read == held
         whole = held + held_too
         assert 0.4 * whole < held < 0.6 * whole
+
+
+def weights_read(run, root):
+    """(elements of weights that a rank reads from a checkpoint, those that it holds, whether they come out the same)."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    from llada_megatron.parallel import build, sharded_state, topology
+    from llada_megatron.parallel.checkpoint.store import CheckpointStore
+
+    topology.initialize(run.layout, run.training.seed)
+    chunks = build.build_run_chunks(run)
+    store = CheckpointStore(root)
+    store.save(1, sharded_state.model_state(chunks), {"step": 1})
+    before = [parameter.detach().clone() for parameter in chunks[0].parameters()]
+    for parameter in chunks[0].parameters():
+        parameter.data.zero_()
+    read = []
+    read_data = FileSystemReader.read_data
+
+    def counted(self, plan, planner):
+        read.extend(math.prod(item.lengths) for item in plan.items)
+        return read_data(self, plan, planner)
+
+    FileSystemReader.read_data = counted
+    state, _ = store.load(store.latest(), sharded_state.model_state(chunks))
+    sharded_state.load_model_state(chunks, state)
+    held = sum(parameter.numel() for parameter in before)
+    same = all(torch.equal(a, b) for a, b in zip(before, chunks[0].parameters(), strict=True))
+    return sum(read), held, same
+
+
+def test_each_weight_is_read_by_one_of_the_ranks_that_hold_it(tmp_path):
+    (read, held, same), (read_too, held_too, same_too) = run_ranks(
+        weights_read, 2, parity_run(DENSE, LayoutConfig(data_parallel=2)), tmp_path
+    )
+    assert same and same_too and held == held_too
+    assert read + read_too == held and min(read, read_too) > 0.3 * held
