@@ -78,7 +78,7 @@ def test_no_rank_gathers_or_reads_more_than_it_holds():
 
 
 def weights_read(run, root):
-    """(elements of weights that a rank reads from a checkpoint, those that it holds, whether they come out the same)."""
+    """(elements of weights that a rank reads of a checkpoint, those that it holds, whether they come out the same)."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     from llada_megatron.parallel import build, sharded_state, topology
