@@ -37,6 +37,9 @@ def test_the_limit_of_open_files_becomes_the_hard_one(monkeypatch):
         ("127.0.1.1", "127.0.0.1", None, None),  # all ranks are on this machine
         ("127.0.1.1", None, None, None),
         ("127.0.1.1", "203.0.113.7", "ib0", "ib0"),
+        ("127.0.1.1", "node-1", None, "eth1"),  # this machine, by its name
+        ("127.0.1.1", "localhost", None, None),
+        ("127.0.1.1", "no-such-node", None, None),
     ],
 )
 def test_gloo_leaves_a_loopback_address_unless_the_user_has_chosen(monkeypatch, address, master, given, expected):
@@ -51,7 +54,9 @@ def test_gloo_leaves_a_loopback_address_unless_the_user_has_chosen(monkeypatch, 
             pass
 
         def connect(self, target):
-            self.own = "127.0.0.1" if target[0].startswith("127.") else "192.0.2.5"
+            if target[0] == "no-such-node":
+                raise OSError("Name or service not known")
+            self.own = "127.0.0.1" if target[0].startswith(("127.", "node-1", "localhost")) else "192.0.2.5"
 
         def getsockname(self):
             return self.own, 40000

@@ -14,6 +14,9 @@ import psutil
 
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 
+_ELSEWHERE = "192.0.2.1"
+"""An address that no machine has (RFC 5737): what is sent there would take the default route."""
+
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -48,7 +51,8 @@ def choose_gloo_interface(master: str | None) -> None:
 
     Without it gloo takes the address that the host's name stands for, which on Debian and Ubuntu often is 127.0.1.1.
     Then the interface is taken through which this machine reaches `master`, the machine that the ranks meet on (None:
-    they meet in a file). Nothing is set where that is this machine itself, or where the user has set the variable.
+    they meet in a file); on that machine, the one of its default route. Nothing is set where all ranks meet at a
+    loopback address, or where the user has set the variable.
     """
     if master is None or INTERFACE_VARIABLE in os.environ or not _name_is_loopback():
         return
@@ -114,18 +118,31 @@ def _name_is_loopback() -> bool:
         found = socket.getaddrinfo(socket.gethostname(), None, family=socket.AF_INET)
     except OSError:
         return True  # gloo falls back to loopback
-    return bool(ipaddress.ip_address(found[0][4][0]).is_loopback)
+    return _is_loopback(str(found[0][4][0]))
 
 
 def _interface_towards(host: str) -> str | None:
-    """The name of the interface that reaches `host`; None where it is this machine, or cannot be found."""
+    """The name of the interface that reaches `host`; None where it is this machine alone, or cannot be found."""
+    own = _address_towards(host)
+    if _is_loopback(own) and not (host == "localhost" or _is_loopback(host)):
+        own = _address_towards(_ELSEWHERE)  # the name of this machine, which the others reach otherwise
+    interfaces = psutil.net_if_addrs().items()
+    found = (name for name, addresses in interfaces if own in {each.address for each in addresses})
+    return None if _is_loopback(own) else next(found, None)
+
+
+def _address_towards(host: str) -> str | None:
+    """This machine's address on the way to `host`."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, 9))  # chooses a route; a datagram socket sends nothing for it
-            own = probe.getsockname()[0]
+            return str(probe.getsockname()[0])
     except OSError:
         return None
-    if ipaddress.ip_address(own).is_loopback:
-        return None
-    interfaces = psutil.net_if_addrs().items()
-    return next((name for name, addresses in interfaces if own in {each.address for each in addresses}), None)
+
+
+def _is_loopback(address: str | None) -> bool:
+    try:
+        return address is not None and ipaddress.ip_address(address).is_loopback
+    except ValueError:  # a name
+        return False
