@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.model import ModelConfig
-from llada_megatron.llada_moe.model.attention import PatternAttention
+from llada_megatron.llada_moe.model.attention.pattern_attention import PatternAttention
 from llada_megatron.llada_moe.model.patterns import CAUSAL, FULL, AttentionPattern, bands, segments, whole_sequences
 from llada_megatron.parallel import topology
 from tests.ranks import run_ranks

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from llada_megatron.llada_moe.model.attention import PatternAttention
+from llada_megatron.llada_moe.model.attention.pattern_attention import PatternAttention
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.model.windows import KeyValues, Window, Windows
 

@@ -35,6 +35,10 @@ class AttentionPattern:
         """Keys that a query of a segment of `length` positions sees on average."""
         return block_causal_keys(length, self.block or length)
 
+    def keys_seen(self, stop: int, length: int) -> int:
+        """How many keys, from the start of a segment of `length` positions on, its queries [0, stop) see together."""
+        return length if self.block is None else min(length, -(-stop // self.block) * self.block)
+
 
 FULL, CAUSAL = AttentionPattern(None), AttentionPattern(1)
 

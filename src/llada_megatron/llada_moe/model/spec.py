@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from llada_megatron.llada_moe.config.model import MoEConfig
 from llada_megatron.llada_moe.model.accelerations import transformer_engine_active
-from llada_megatron.llada_moe.model.attention import PatternAttention
+from llada_megatron.llada_moe.model.attention.pattern_attention import PatternAttention
 from llada_megatron.llada_moe.model.experts import PermutedExperts
 from llada_megatron.llada_moe.model.layer import DirectAttention, DirectExperts, DirectLayer
 from llada_megatron.llada_moe.model.linear import ColumnLinear, RowLinear
@@ -66,13 +66,15 @@ def provider() -> Any:
         return LocalProvider()
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
+    from llada_megatron.llada_moe.model.attention.engine_attention import EnginePatternAttention
+
     class TransformerEngineProvider(TESpecProvider):
         """Transformer Engine's linear layers, norms and grouped experts, with our attention."""
 
         layer, attention, mixture = TransformerLayer, SelfAttention, DirectExperts
 
         def core_attention(self) -> type:
-            return PatternAttention
+            return EnginePatternAttention
 
         def fuse_layernorm_and_linear(self) -> bool:
             return False  # our layers keep their norms apart, under the names that local modules save

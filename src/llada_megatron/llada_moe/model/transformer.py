@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
+from llada_megatron.llada_moe.model.attention.packed_documents import PackedBatches
 from llada_megatron.llada_moe.model.head import selected_logits, supervised_loss
 from llada_megatron.llada_moe.model.patterns import FULL, AttentionPattern
 from llada_megatron.llada_moe.model.spec import block_spec
@@ -46,6 +47,9 @@ class DiffusionTransformer(GPTModel):
     ) -> None:
         super().__init__(config, *args, **kwargs)
         self.use_pattern(pattern)
+        packed_batches = PackedBatches()
+        for layer in self.decoder.layers:
+            layer.self_attention.core_attention.packed_batches = packed_batches
         self.logits_chunk_elements = logits_chunk_mb * 2**20 // 4
         rotary = self.rotary_pos_emb
         self.rotary_pos_emb = ContiguousRotary(

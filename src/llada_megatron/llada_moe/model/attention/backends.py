@@ -1,0 +1,118 @@
+"""How attention is computed here, and why so: the one place that chooses.
+
+`attention_backend` answers without computing anything, for a run, for `llada env` and for benchmarks alike.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib.util
+import inspect
+import logging
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from llada_megatron.llada_moe.model.attention import varlen
+from llada_megatron.llada_moe.model.patterns import AttentionPattern
+
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+_VARLEN_HEAD_DIM = 256  # the widest head of the flash attention in torch
+
+
+class Backend(enum.Enum):
+    """A way to compute attention over packed documents."""
+
+    PER_DOCUMENT = "scaled_dot_product_attention, document by document"
+    ENGINE = "Transformer Engine, all documents in one call"
+    VARLEN = "torch.nn.attention.varlen, all documents in one call"
+    FLEX = "FlexAttention, all documents in one call"
+
+
+class Choice(NamedTuple):
+    """A backend and the reason for it."""
+
+    backend: Backend
+    reason: str
+
+
+@cache
+def attention_backend(
+    pattern: AttentionPattern,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    head_dim: int = 128,
+    engine: bool = False,
+    split: bool = False,
+) -> Choice:
+    """The backend for attention over whole sequences.
+
+    Args:
+        pattern: who sees whom inside a document.
+        device: type of the device, "cuda" or another.
+        dtype: of queries, keys and values.
+        head_dim: features of a head.
+        engine: whether the model is built from Transformer Engine's modules.
+        split: whether a rank holds the queries of a part of a sequence (context parallelism).
+    """
+    if device != "cuda":
+        return Choice(Backend.PER_DOCUMENT, f"the fastest on {device}")
+    if dtype not in _KERNEL_DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        return Choice(Backend.PER_DOCUMENT, f"kernels for packed documents take bfloat16 and float16, not {name}")
+    missing = []
+    for backend, obstacle in (
+        (Backend.ENGINE, _against_engine(pattern, engine, split)),
+        (Backend.VARLEN, _against_varlen(pattern, head_dim)),
+        (Backend.FLEX, _against_flex()),
+    ):
+        if obstacle is None:
+            return Choice(backend, "; ".join(missing) or "serves this pattern")
+        missing.append(obstacle)
+    return Choice(Backend.PER_DOCUMENT, "; ".join(missing))
+
+
+def _against_engine(pattern: AttentionPattern, engine: bool, split: bool) -> str | None:
+    if not engine:
+        return "the model is not built from Transformer Engine"
+    if pattern.block not in (None, 1):
+        return "Transformer Engine has no mask of causal blocks"
+    if split and pattern.block == 1:
+        return "Megatron's mask types for Transformer Engine have none for a causal document split over context ranks"
+    return None
+
+
+def _against_varlen(pattern: AttentionPattern, head_dim: int) -> str | None:
+    if pattern.block not in (None, 1):
+        return "torch.nn.attention.varlen has no mask of causal blocks"
+    if varlen.operation() is None:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen (2.10 and later have)"
+    if head_dim > _VARLEN_HEAD_DIM:
+        return f"torch.nn.attention.varlen takes heads of up to {_VARLEN_HEAD_DIM} features, not {head_dim}"
+    capability = _capability()
+    if capability is not None and capability < (8, 0):
+        return f"torch.nn.attention.varlen needs compute capability 8.0, and this GPU has {'.'.join(map(str, capability))}"
+    return None
+
+
+def _against_flex() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "FlexAttention is compiled with Triton, which is not installed"
+    from torch.nn.attention.flex_attention import BlockMask
+
+    if "seq_lengths" not in inspect.signature(BlockMask.from_kv_blocks).parameters:
+        return f"FlexAttention of torch {torch.__version__} takes no lengths that its tiles do not divide"
+    return None
+
+
+def _capability() -> tuple[int, int] | None:
+    """Of the current GPU; None where there is none to ask (tensors without data on a machine without a GPU)."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+@cache
+def told(chosen: Choice) -> None:
+    """Say a choice in the log, once a process."""
+    logging.getLogger(__name__).info("attention: %s (%s)", chosen.backend.value, chosen.reason)

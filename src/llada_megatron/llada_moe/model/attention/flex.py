@@ -1,0 +1,95 @@
+"""FlexAttention: a compiled kernel that skips what a mask hides tile by tile. Serves every pattern, in one call.
+
+The tiles are found on the host, from the first and last key that each query sees, once a batch: torch's own
+`create_block_mask` evaluates the mask for every pair of positions on the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llada_megatron.llada_moe.model.attention.packed_documents import PackedDocuments, on_device
+
+TILE = 128
+"""Queries and keys of a tile: what FlexAttention's kernels skip or compute as a whole."""
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedDocuments, scale: float | None
+) -> torch.Tensor:
+    """Attend to all documents in one call; arguments and result as in `per_document.attend`."""
+    q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    out = _operation(query.device.type)(
+        q, k, v, block_mask=packed.once(block_mask, query.device), scale=scale, enable_gqa=q.size(1) != k.size(1)
+    )
+    return out.permute(2, 0, 1, 3).flatten(2)
+
+
+@functools.cache
+def _operation(device: str) -> Callable[..., Any]:
+    """Compiled on a GPU: without, it computes all scores. On a CPU it has no backward pass, and is for tests."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+
+
+def block_mask(packed: PackedDocuments, device: torch.device) -> Any:
+    """torch's BlockMask of these documents."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    begins, ends = packed.key_ranges()
+    some, whole = tiles(begins, ends, packed.positions)
+    counts, indices = _ordered(some & ~whole, device)
+    whole_counts, whole_indices = _ordered(whole, device)
+    return BlockMask.from_kv_blocks(
+        counts,
+        indices,
+        whole_counts,
+        whole_indices,
+        BLOCK_SIZE=TILE,
+        mask_mod=_sees(on_device(begins, device), on_device(ends, device)),
+        seq_lengths=(begins.shape[1], packed.positions),
+    )
+
+
+def _sees(begins: torch.Tensor, ends: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Whether query `q` of sequence `b` sees key `k`, from the ranges `[batch, queries]` of keys."""
+
+    def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (begins[b, q] <= k) & (k < ends[b, q])
+
+    return sees
+
+
+def tiles(
+    begins: NDArray[np.int32], ends: NDArray[np.int32], keys: int
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which tiles `[batch, tiles of queries, tiles of keys]` have a pair that sees each other, and which only such pairs.
+
+    A tile that reaches beyond the last query or key is never whole.
+    """
+    edges = np.arange(0, keys, TILE)
+    begins, ends = begins[..., None], ends[..., None]
+    some = (begins < edges + TILE) & (ends > edges)
+    whole = (begins <= edges) & (ends >= edges + TILE)
+    return _of_query_tiles(some).any(axis=2), _of_query_tiles(whole).all(axis=2)
+
+
+def _of_query_tiles(of_queries: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """`[batch, queries, tiles of keys]` as `[batch, tiles of queries, TILE, tiles of keys]`."""
+    batch, queries, columns = of_queries.shape
+    filled = np.pad(of_queries, ((0, 0), (0, -queries % TILE), (0, 0)))
+    return filled.reshape(batch, -1, TILE, columns)
+
+
+def _ordered(chosen: NDArray[np.bool_], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many tiles of keys are chosen for each tile of queries, and which, those first: `[batch, 1, rows, …]` int32."""
+    order = np.argsort(~chosen, axis=-1, kind="stable")
+    counts = chosen.sum(axis=-1)
+    return on_device(counts[:, None].astype(np.int32), device), on_device(order[:, None].astype(np.int32), device)

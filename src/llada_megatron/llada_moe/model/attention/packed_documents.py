@@ -1,0 +1,167 @@
+"""The documents of a batch as attention needs them: cut for one context rank, made once for all layers of a batch.
+
+Segment boundaries stay on the host. What a backend needs on the device (cumulative lengths, a block mask) is made from
+them there, and copied without waiting.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llada_megatron.llada_moe.model.patterns import AttentionPattern, segments, whole_sequences
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class DocumentPart:
+    """The part of a document whose queries this context rank holds."""
+
+    before: int
+    """Positions of the document before the first of these queries."""
+    queries: int
+    keys: int
+    """So many keys from the start of the document on are seen, by the last query at least."""
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One sequence of the batch: its local queries in order, and the positions whose keys they see together."""
+
+    first_key: int
+    parts: tuple[DocumentPart, ...]
+
+    @property
+    def keys(self) -> slice:
+        """Positions of the sequence: those of the parts one after another, without a gap."""
+        return slice(self.first_key, self.first_key + sum(part.keys for part in self.parts))
+
+
+@dataclass(frozen=True)
+class PackedDocuments:
+    """Who sees whom in a batch, for the queries of one context rank."""
+
+    rows: tuple[PackedRow, ...]
+    pattern: AttentionPattern
+    positions: int
+    """Keys of a whole sequence."""
+    _made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, make: Callable[[PackedDocuments, torch.device], Made], device: torch.device) -> Made:
+        """`make(self, device)`, made by the first layer that asks for it."""
+        if (make, device) not in self._made:
+            self._made[make, device] = make(self, device)
+        return self._made[make, device]
+
+    @cached_property
+    def parts(self) -> list[DocumentPart]:
+        """The parts of all rows, one row after the other."""
+        return [part for row in self.rows for part in row.parts]
+
+    @property
+    def cumulative_queries(self) -> list[int]:
+        """Where the queries of each part begin in the flattened `[batch * seq]`, and where the last ones end."""
+        return list(accumulate((part.queries for part in self.parts), initial=0))
+
+    @property
+    def cumulative_keys(self) -> list[int]:
+        """The same for the keys of the parts, taken one after another."""
+        return list(accumulate((part.keys for part in self.parts), initial=0))
+
+    @property
+    def cut(self) -> bool:
+        """Whether a document's queries lie on several ranks, so that some part sees more keys than it has queries."""
+        return any(part.queries != part.keys for part in self.parts)
+
+    def key_ranges(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """First key that each query sees and the one after the last, positions in its sequence: `[batch, queries]`."""
+        begins, ends = zip(*(_ranges_of_row(row, self.pattern.block) for row in self.rows), strict=True)
+        return np.stack(begins), np.stack(ends)
+
+
+def _ranges_of_row(row: PackedRow, block: int | None) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    begins, ends, start = [], [], row.first_key
+    for part in row.parts:
+        seen = np.full(part.queries, part.keys)
+        if block is not None:
+            own = np.arange(part.before, part.before + part.queries) // block
+            seen = np.minimum(seen, (own + 1) * block)
+        begins.append(np.full(part.queries, start))
+        ends.append(start + seen)
+        start += part.keys
+    return np.concatenate(begins).astype(np.int32), np.concatenate(ends).astype(np.int32)
+
+
+def pack(
+    boundaries: torch.Tensor, pattern: AttentionPattern, positions: int, first: int, queries: int
+) -> PackedDocuments:
+    """Cut the segments of whole sequences for a rank that holds the queries [first, first + queries) of each.
+
+    Args:
+        boundaries: of the segments (see `patterns`), on the host.
+        pattern: who sees whom inside a segment.
+        positions: of a whole sequence, keys and values of all of which are at hand.
+        first: of the rank's queries.
+        queries: how many of each sequence it holds.
+    """
+    rows: list[list[DocumentPart]] = [[] for _ in range(int(boundaries[-1]) // positions)]
+    first_keys = [0] * len(rows)
+    for segment in segments(boundaries, positions):
+        start, stop = max(segment.start, first), min(segment.stop, first + queries)
+        if start >= stop:
+            continue
+        if not rows[segment.row]:
+            first_keys[segment.row] = segment.start
+        keys = pattern.keys_seen(stop - segment.start, segment.stop - segment.start)
+        rows[segment.row].append(DocumentPart(start - segment.start, stop - start, keys))
+    return PackedDocuments(
+        tuple(PackedRow(key, tuple(row)) for key, row in zip(first_keys, rows, strict=True)), pattern, positions
+    )
+
+
+class PackedBatches:
+    """The packed documents of the last batches, by their boundaries, so that all layers share what one has made.
+
+    A pipeline stage has several batches under way, and runs layers of an earlier one again where activations are
+    recomputed; megatron gives a layer nothing but tensors then, which is why boundaries are what identifies a batch.
+    """
+
+    def __init__(self, kept: int = 64) -> None:
+        self._kept = kept
+        self._packed: OrderedDict[tuple[Any, ...], PackedDocuments] = OrderedDict()
+
+    def of(
+        self,
+        boundaries: torch.Tensor | None,
+        pattern: AttentionPattern,
+        *,
+        batch: int,
+        positions: int,
+        first: int,
+        queries: int,
+    ) -> PackedDocuments:
+        """The packed documents of a batch; see `pack`. `boundaries` None = every sequence is one segment."""
+        content = None if boundaries is None else boundaries.numpy().tobytes()
+        key = (content, pattern, batch, positions, first, queries)
+        if key not in self._packed:
+            if len(self._packed) == self._kept:
+                self._packed.popitem(last=False)
+            whole = whole_sequences(batch, positions) if boundaries is None else boundaries
+            self._packed[key] = pack(whole, pattern, positions, first, queries)
+        self._packed.move_to_end(key)
+        return self._packed[key]
+
+
+def on_device(values: list[int] | NDArray[np.int32], device: torch.device) -> torch.Tensor:
+    """An int32 tensor of host values, copied without waiting for the device."""
+    host = torch.as_tensor(values, dtype=torch.int32, device="cpu")
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

@@ -1,0 +1,49 @@
+"""The arguments that calls over packed documents have in common: flattened tensors and cumulative lengths (`thd`)."""
+
+from __future__ import annotations
+
+import torch
+
+from llada_megatron.llada_moe.model.attention.packed_documents import PackedDocuments, on_device
+
+
+def packed_keys(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedDocuments
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, and the keys and values that they see, of all documents one after another.
+
+    Args:
+        query: `[seq, batch, heads, head_dim]`, the positions of this rank.
+        key: `[positions, batch, kv_heads, head_dim]`, the whole sequences; `value` the same.
+        packed: who sees whom.
+
+    Returns:
+        `[batch * seq, heads, head_dim]` and twice `[keys, kv_heads, head_dim]`; views where one sequence is whole.
+    """
+    return query.transpose(0, 1).flatten(0, 1), _seen(key, packed), _seen(value, packed)
+
+
+def _seen(tensor: torch.Tensor, packed: PackedDocuments) -> torch.Tensor:
+    whole = slice(0, packed.positions)
+    if all(row.keys == whole for row in packed.rows):
+        return tensor.transpose(0, 1).flatten(0, 1)
+    return torch.cat([part[row.keys] for part, row in zip(tensor.unbind(1), packed.rows, strict=True)])
+
+
+def cumulative_lengths(packed: PackedDocuments, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each document's queries and keys begin in what `packed_keys` returns: int32 `[documents + 1]` each."""
+    return on_device(packed.cumulative_queries, device), on_device(packed.cumulative_keys, device)
+
+
+def longest(packed: PackedDocuments) -> tuple[int, int]:
+    """Most queries and most keys of a document, rounded up to a power of two, but to no more than a sequence has: kernels
+    are chosen, and some are built, for each pair of these, so that there should be few of them."""
+    queries = sum(part.queries for part in packed.rows[0].parts)
+    return (
+        min(queries, _power_of_two(max(part.queries for part in packed.parts))),
+        min(packed.positions, _power_of_two(max(part.keys for part in packed.parts))),
+    )
+
+
+def _power_of_two(length: int) -> int:
+    return 1 << (length - 1).bit_length()
