@@ -21,6 +21,7 @@ BENCHMARKS = {
     "train": "tokens/s and model-FLOPs utilisation of a training step, against transformers",
     "convert": "memory and speed of conversion from and to Hugging Face, against a plain copy of the files",
     "loss": "memory and time of the output layer and loss at a large vocabulary",
+    "attention": "bytes written and time of attention over packed documents, against a loop over slices",
     "sample": "time, forward passes and quality of every sampling preset, against the paper's sampler",
 }
 """Name (a module of this package) and what it measures. A module exposes add_arguments(parser), run(args) -> claims."""

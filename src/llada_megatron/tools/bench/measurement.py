@@ -99,6 +99,25 @@ def peak_bytes(work: Callable[[], object]) -> int:
     return peak
 
 
+def written_bytes(work: Callable[[], object]) -> int:
+    """Bytes that the operators of `work` write: the sizes of what each of them returns, views apart."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            returned = operator(*args, **(kwargs or {}))
+            if not operator.is_view:
+                tensors = returned if isinstance(returned, (tuple, list)) else (returned,)
+                self.total += sum(getattr(tensor, "nbytes", 0) for tensor in tensors)
+            return returned
+
+    with Count() as count:
+        work()
+    return count.total
+
+
 PYTHON = "Python and idle"
 
 OPTIMIZER = "optimizer"

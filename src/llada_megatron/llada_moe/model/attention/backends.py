@@ -93,7 +93,7 @@ def _against_varlen(pattern: AttentionPattern, head_dim: int) -> str | None:
         return f"torch.nn.attention.varlen takes heads of up to {_VARLEN_HEAD_DIM} features, not {head_dim}"
     capability = _capability()
     if capability is not None and capability < (8, 0):
-        return f"torch.nn.attention.varlen needs compute capability 8.0, and this GPU has {'.'.join(map(str, capability))}"
+        return f"torch.nn.attention.varlen needs compute capability 8.0; this GPU has {capability[0]}.{capability[1]}"
     return None
 
 

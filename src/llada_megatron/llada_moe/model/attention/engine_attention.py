@@ -38,9 +38,7 @@ def engine_class() -> type[torch.nn.Module]:
         def __init__(self, config: TransformerConfig, layer: int, scale: float | None, groups: Any) -> None:
             alone = copy.copy(config)
             alone.context_parallel_size = 1
-            super().__init__(
-                alone, layer, AttnMaskType.padding, "self", softmax_scale=scale, pg_collection=groups
-            )
+            super().__init__(alone, layer, AttnMaskType.padding, "self", softmax_scale=scale, pg_collection=groups)
 
         def attend(
             self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedDocuments
@@ -52,10 +50,8 @@ def engine_class() -> type[torch.nn.Module]:
     return EngineAttention
 
 
-def arguments(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedDocuments
-) -> dict[str, Any]:
-    """What Megatron's TEDotProductAttention takes for these documents; its own tensors are `[tokens, heads, head_dim]`."""
+def arguments(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedDocuments) -> dict[str, Any]:
+    """What Megatron's TEDotProductAttention takes for these documents."""
     query, key, value = packed_keys(query, key, value, packed)
     queries, keys = packed.once(cumulative_lengths, query.device)
     most_queries, most_keys = longest(packed)

@@ -67,10 +67,8 @@ def _sees(begins: torch.Tensor, ends: torch.Tensor) -> Callable[..., torch.Tenso
     return sees
 
 
-def tiles(
-    begins: NDArray[np.int32], ends: NDArray[np.int32], keys: int
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which tiles `[batch, tiles of queries, tiles of keys]` have a pair that sees each other, and which only such pairs.
+def tiles(begins: NDArray[np.int32], ends: NDArray[np.int32], keys: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which tiles `[batch, tiles of queries, tiles of keys]` have a pair that sees each other, and which no others.
 
     A tile that reaches beyond the last query or key is never whole.
     """
@@ -89,7 +87,7 @@ def _of_query_tiles(of_queries: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _ordered(chosen: NDArray[np.bool_], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many tiles of keys are chosen for each tile of queries, and which, those first: `[batch, 1, rows, …]` int32."""
+    """How many tiles of keys each tile of queries has, and which, those first: int32, `[batch, 1, rows, …]`."""
     order = np.argsort(~chosen, axis=-1, kind="stable")
     counts = chosen.sum(axis=-1)
     return on_device(counts[:, None].astype(np.int32), device), on_device(order[:, None].astype(np.int32), device)

@@ -36,8 +36,10 @@ def cumulative_lengths(packed: PackedDocuments, device: torch.device) -> tuple[t
 
 
 def longest(packed: PackedDocuments) -> tuple[int, int]:
-    """Most queries and most keys of a document, rounded up to a power of two, but to no more than a sequence has: kernels
-    are chosen, and some are built, for each pair of these, so that there should be few of them."""
+    """Most queries and most keys of a document, rounded up to a power of two, but to no more than a sequence has.
+
+    Kernels are chosen, and some are built, for each pair of these, so that there should be few of them.
+    """
     queries = sum(part.queries for part in packed.rows[0].parts)
     return (
         min(queries, _power_of_two(max(part.queries for part in packed.parts))),

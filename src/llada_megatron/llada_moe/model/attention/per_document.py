@@ -87,9 +87,7 @@ def attend_part(
     return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
 
-def product(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, **pattern: Any
-) -> torch.Tensor:
+def product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, **pattern: Any) -> torch.Tensor:
     """torch's scaled_dot_product_attention, for fewer heads of keys than of queries as well."""
     return torch.nn.functional.scaled_dot_product_attention(
         q, k, v, scale=scale, enable_gqa=q.size(1) != k.size(1), **pattern

@@ -1,4 +1,4 @@
-"""Attention of a pass over windows: each window with the keys of its sequence, of which some are kept between passes."""
+"""Attention of a pass over windows: each with the keys of its sequence, some of them kept from earlier passes."""
 
 from __future__ import annotations
 

@@ -1,0 +1,132 @@
+"""Attention written down directly, in float64, and drawn batches of packed documents for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from hypothesis import strategies as st
+
+from llada_megatron.llada_moe.model.attention.packed_documents import PackedDocuments, pack
+from llada_megatron.llada_moe.model.patterns import AttentionPattern
+
+SIZE = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """Documents of `batch` sequences, a pattern, and the queries of one of the ranks that hold a sequence together."""
+
+    positions: int
+    lengths: tuple[tuple[int, ...], ...]
+    block: int | None
+    rank: int
+    ranks: int
+    heads: int
+    kv_heads: int
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def queries(self) -> slice:
+        count = self.positions // self.ranks
+        return slice(self.rank * count, (self.rank + 1) * count)
+
+    @property
+    def boundaries(self) -> torch.Tensor:
+        """As a batch has them."""
+        return torch.tensor([0, *(length for row in self.lengths for length in row)], dtype=torch.int32).cumsum(
+            0, dtype=torch.int32
+        )
+
+    def packed(self) -> PackedDocuments:
+        own = self.queries
+        return pack(self.boundaries, AttentionPattern(self.block), self.positions, own.start, own.stop - own.start)
+
+    def seen(self) -> torch.Tensor:
+        """Who sees whom, position by position: bool `[batch, positions, positions]`."""
+        seen = torch.zeros(self.batch, self.positions, self.positions, dtype=torch.bool)
+        for row, lengths in enumerate(self.lengths):
+            start = 0
+            for length in lengths:
+                for query in range(length):
+                    last = length if self.block is None else (query // self.block + 1) * self.block
+                    seen[row, start + query, start : start + min(length, last)] = True
+                start += length
+        return seen
+
+    def inputs(self) -> list[torch.Tensor]:
+        """This rank's queries, all keys and values, and a gradient of the result; float32."""
+        generator = torch.Generator().manual_seed(0)
+        heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
+        query, key, value, upstream = (
+            torch.randn(self.positions, self.batch, count, SIZE, generator=generator) for count in heads
+        )
+        return [query[self.queries].clone(), key, value, upstream[self.queries].flatten(2)]
+
+
+@st.composite
+def cases(draw, blocks=(None, 1, 3, 8, 64), ranks=(1, 2, 3)):
+    """Sequences of one or many documents, up to ones of one token, on one rank or a part of one."""
+    count = draw(st.sampled_from(ranks))
+    positions = count * draw(st.integers(1, 30))
+    batch = draw(st.integers(1, 3))
+    lengths = []
+    for _ in range(batch):
+        cuts = sorted(draw(st.sets(st.integers(1, max(1, positions - 1)), max_size=6)))
+        edges = [0, *(cut for cut in cuts if cut < positions), positions]
+        lengths.append(tuple(b - a for a, b in pairwise(edges)))
+    heads, kv_heads = draw(st.sampled_from([(1, 1), (4, 2), (4, 4), (6, 1)]))
+    block = draw(st.sampled_from(blocks))
+    return Case(positions, tuple(lengths), block, draw(st.integers(0, count - 1)), count, heads, kv_heads)
+
+
+def softmax_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """`[queries, batch, heads * size]` from `[positions, batch, heads, size]` and bool `[batch, queries, keys]`."""
+    key, value = (part.repeat_interleave(query.size(2) // part.size(2), dim=2) for part in (key, value))
+    scores = torch.einsum("qbhd,kbhd->bhqk", query, key) * query.size(3) ** -0.5
+    weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+    return torch.einsum("bhqk,kbhd->qbhd", weights, value).flatten(2)
+
+
+def expected(case: Case) -> list[torch.Tensor]:
+    """Output and gradients of queries, keys and values, in float64."""
+    seen = case.seen()[:, case.queries]
+    return evaluated(lambda q, k, v: softmax_attention(q, k, v, seen), case, torch.float64)
+
+
+def evaluated(attend: Callable[..., torch.Tensor], case: Case, dtype: torch.dtype = torch.float32) -> list:
+    """Output of `attend(query, key, value)` and the gradients of the three."""
+    *parts, upstream = (part.to(dtype) for part in case.inputs())
+    parts = [part.requires_grad_() for part in parts]
+    out = attend(*parts)
+    out.backward(upstream)
+    return [out.detach(), *(part.grad for part in parts)]
+
+
+def largest_error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    """Largest difference of a pair of tensors, relative to the largest entry of the second."""
+    return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-3)) for a, b in zip(found, wanted, strict=True))
+
+
+def attention_over_lengths(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_starts: list[int],
+    key_starts: list[int],
+    causal: bool,
+) -> torch.Tensor:
+    """What calls over packed documents compute, `[tokens, heads * size]`: causal ones align the last query and key."""
+    found = []
+    for (a, b), (c, d) in zip(pairwise(query_starts), pairwise(key_starts), strict=True):
+        seen = torch.ones(1, b - a, d - c, dtype=torch.bool)
+        if causal:
+            seen = seen.tril((d - c) - (b - a))
+        q, k, v = query[a:b, None], key[c:d, None], value[c:d, None]
+        found.append(softmax_attention(q, k, v, seen)[:, 0])
+    return torch.cat(found)

@@ -1,0 +1,175 @@
+"""Which backend is chosen and why; that a batch's documents are packed once; what the backward pass writes."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.model import ModelConfig
+from llada_megatron.llada_moe.model.attention import backends, packed_documents, varlen
+from llada_megatron.llada_moe.model.attention.backends import Backend, attention_backend
+from llada_megatron.llada_moe.model.attention.packed_documents import PackedBatches
+from llada_megatron.llada_moe.model.patterns import CAUSAL, FULL, AttentionPattern
+from llada_megatron.parallel import device
+from llada_megatron.tools.bench.attention import attention_module, document_boundaries
+from llada_megatron.tools.bench.measurement import written_bytes
+from tests.ranks import run_ranks
+
+BLOCKS = AttentionPattern(32)
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    attention_backend.cache_clear()
+    backends.told.cache_clear()
+    yield
+    attention_backend.cache_clear()
+
+
+@pytest.fixture
+def everything(monkeypatch):
+    """A machine with all that some backend asks for."""
+    monkeypatch.setattr(varlen, "operation", lambda: print)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "given", "backend", "reason"),
+    [
+        (FULL, BF16, {"engine": True}, Backend.ENGINE, "serves this pattern"),
+        (CAUSAL, BF16, {"engine": True}, Backend.ENGINE, "serves this pattern"),
+        (CAUSAL, BF16, {"engine": True, "split": True}, Backend.VARLEN, "split over context ranks"),
+        (FULL, BF16, {}, Backend.VARLEN, "not built from Transformer Engine"),
+        (FULL, BF16, {"head_dim": 512}, Backend.FLEX, "heads of up to 256 features, not 512"),
+        (BLOCKS, BF16, {"engine": True}, Backend.FLEX, "no mask of causal blocks"),
+        (FULL, FP32, {"engine": True}, Backend.PER_DOCUMENT, "bfloat16 and float16, not float32"),
+    ],
+)
+def test_the_backend_on_a_gpu_and_its_reason(everything, pattern, dtype, given, backend, reason):
+    chosen = attention_backend(pattern, "cuda", dtype, **given)
+    assert chosen.backend is backend and reason in chosen.reason
+
+
+@pytest.mark.parametrize("pattern", [FULL, BLOCKS])
+def test_what_is_missing_is_named_and_the_next_one_serves(everything, monkeypatch, pattern):
+    monkeypatch.setattr(varlen, "operation", lambda: None)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    chosen = attention_backend(pattern, "cuda", BF16)
+    assert chosen.backend is Backend.PER_DOCUMENT and "Triton, which is not installed" in chosen.reason
+    assert ("2.10 and later have" if pattern is FULL else "varlen has no mask of causal blocks") in chosen.reason
+
+
+def test_an_old_gpu_has_no_varlen(everything, monkeypatch):
+    monkeypatch.setattr(backends, "_capability", lambda: (7, 5))
+    chosen = attention_backend(FULL, "cuda", BF16)
+    assert chosen.backend is Backend.FLEX and "needs compute capability 8.0; this GPU has 7.5" in chosen.reason
+
+
+def test_a_cpu_computes_document_by_document():
+    for pattern in (FULL, CAUSAL, BLOCKS):
+        assert attention_backend(pattern, "cpu", FP32).backend is Backend.PER_DOCUMENT
+
+
+def test_the_log_says_a_choice_once(caplog):
+    module, boundaries = attention_module(heads=1, head_dim=8, pattern=FULL), document_boundaries(16, 2)
+    tensors = [torch.randn(16, 1, 1, 8) for _ in range(3)]
+    with caplog.at_level(logging.INFO, logger=backends.__name__):
+        module(*tensors, boundaries)
+        module(*tensors, boundaries)
+    assert [record.message for record in caplog.records] == [
+        "attention: scaled_dot_product_attention, document by document (the fastest on cpu)"
+    ]
+
+
+def test_each_backend_is_called_with_the_batchs_documents(monkeypatch):
+    called = []
+    chosen = SimpleNamespace(backend=Backend.ENGINE, reason="")
+    monkeypatch.setattr(
+        "llada_megatron.llada_moe.model.attention.pattern_attention.attention_backend", lambda *_, **__: chosen
+    )
+    monkeypatch.setattr("llada_megatron.llada_moe.model.attention.pattern_attention.told", lambda _: None)
+    module, tensors = attention_module(heads=1, head_dim=8, pattern=FULL), [torch.randn(16, 1, 1, 8) for _ in range(3)]
+    module.engine = SimpleNamespace(attend=lambda *given: called.append(given))
+    module(*tensors, document_boundaries(16, 2))
+    (given,) = called
+    assert all(a is b for a, b in zip(given[:3], tensors, strict=True))
+    assert [part.queries for part in given[3].parts] == [8, 8]
+
+
+def test_cudnn_is_not_taken_for_attention_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(device, "_installed", False)
+    monkeypatch.setattr(device, "sys", SimpleNamespace(modules={}))
+    monkeypatch.setattr(device, "cuda_available", lambda: True)
+    monkeypatch.setattr(device, "_patch_torch_adam_resume", lambda: None)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        device.install()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.parametrize("pattern", [FULL, CAUSAL, AttentionPattern(8)])
+def test_what_the_backward_pass_writes_does_not_grow_with_the_documents(pattern):
+    module = attention_module(heads=1, head_dim=8, pattern=pattern)
+
+    def written(documents: int) -> int:
+        tensors = [torch.randn(4096, 1, 1, 8, requires_grad=True) for _ in range(3)]
+        out = module(*tensors, document_boundaries(4096, documents))
+        return written_bytes(lambda: out.backward(torch.ones_like(out)))
+
+    one = written(1)
+    assert one >= 3 * 4096 * 8 * 4
+    assert written(512) <= 1.2 * one
+
+
+def test_a_band_writes_no_gradient_as_large_as_the_document():
+    """16 bands of 256 queries: each writes the gradients of the keys it sees twice, and slices would write 4 times."""
+    module = attention_module(heads=1, head_dim=8, pattern=AttentionPattern(32))
+    tensors = [torch.randn(4096, 1, 1, 8, requires_grad=True) for _ in range(3)]
+    out = module(*tensors, document_boundaries(4096, 1))
+    seen = sum(range(256, 4096 + 1, 256))
+    assert written_bytes(lambda: out.backward(torch.ones_like(out))) < (2 * 2 * seen + 8 * 4096) * 8 * 4
+
+
+def test_documents_are_packed_once_for_all_layers_and_again_for_another_batch():
+    assert run_ranks(_packings, 1) == [[1, 1, 2]]
+
+
+def _packings() -> list[int]:
+    from llada_megatron.llada_moe.model.transformer import build_model
+    from llada_megatron.parallel import topology
+    from llada_megatron.parallel.build import transformer_config
+
+    topology.initialize(LayoutConfig(), seed=1)
+    fields = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64}
+    model = ModelConfig(
+        family="llada", num_layers=3, hidden_size=16, ffn_hidden_size=32, max_sequence_length=16,
+        mask_token_id=63, eos_token_id=62, **fields,
+    )  # fmt: skip
+    built = build_model(model, transformer_config(model, LayoutConfig()))
+    counts, made, pack = [], [], packed_documents.pack
+    packed_documents.pack = lambda *given: made.append(given) or pack(*given)
+    for documents in (2, 2, 4):
+        built(torch.arange(16)[None], document_boundaries(16, documents), rows=torch.ones(1, 16, dtype=torch.bool))
+        counts.append(len(made))
+    packed_documents.pack = pack
+    return counts
+
+
+def test_only_the_last_batches_are_kept():
+    batches, facts = PackedBatches(kept=2), {"batch": 1, "positions": 16, "first": 0, "queries": 16}
+    first = batches.of(document_boundaries(16, 2), FULL, **facts)
+    assert batches.of(document_boundaries(16, 2), FULL, **facts) is first
+    assert batches.of(document_boundaries(16, 2), CAUSAL, **facts) is not first
+    assert batches.of(document_boundaries(16, 2), FULL, **facts) is first  # now the newer one of two
+    batches.of(None, FULL, **facts)
+    assert batches.of(document_boundaries(16, 2), FULL, **facts) is first
+    batches.of(document_boundaries(16, 4), FULL, **facts), batches.of(None, FULL, **facts)
+    assert batches.of(document_boundaries(16, 2), FULL, **facts) is not first
