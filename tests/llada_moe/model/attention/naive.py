@@ -109,8 +109,8 @@ def evaluated(attend: Callable[..., torch.Tensor], case: Case, dtype: torch.dtyp
 
 
 def largest_error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
-    """Largest difference of a pair of tensors, relative to the largest entry of the second."""
-    return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-3)) for a, b in zip(found, wanted, strict=True))
+    """Largest difference of a pair of tensors, relative to the second's largest entry, or to 1, the size of inputs."""
+    return max(float((a - b).abs().max() / b.abs().max().clamp_min(1.0)) for a, b in zip(found, wanted, strict=True))
 
 
 def attention_over_lengths(

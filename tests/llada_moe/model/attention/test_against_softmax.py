@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,6 @@ DOT_PRODUCT_ATTENTION = {
     "pad_between_seqs",
     "num_splits",
 }
-",
-    "num_splits",
-}
 """Arguments of `transformer_engine.pytorch.DotProductAttention.forward` in 2.20.2 that Megatron may name."""
 
 
@@ -79,7 +77,7 @@ def most(starts: torch.Tensor) -> int:
     return int(starts.diff().max())
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(derandomize=True, deadline=None, max_examples=60)
 @given(cases(blocks=(None, 1)))
 def test_what_torchs_varlen_is_given_means_the_pattern(case):
     packed = case.packed()
@@ -113,6 +111,7 @@ def test_the_first_varlen_takes_a_flag_and_no_scale():
         varlen.arguments(query, key, value, case.packed(), 0.5, varlen_of_torch_2_10)
 
 
+@cache
 def megatrons_arguments() -> list[str]:
     """Of the installed Megatron's TEDotProductAttention.forward, read from its file: without Transformer Engine the
     class is none."""
@@ -127,7 +126,7 @@ def megatrons_arguments() -> list[str]:
     return [argument.arg for argument in found.args.args]
 
 
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(derandomize=True, deadline=None, max_examples=60)
 @given(cases(blocks=(None, 1)).filter(lambda case: case.block is None or case.ranks == 1))
 def test_what_transformer_engine_is_given_means_the_pattern(case):
     packed = case.packed()
@@ -155,10 +154,10 @@ def test_what_transformer_engine_is_given_means_the_pattern(case):
 def test_the_table_of_arguments_is_that_of_the_installed_transformer_engine():
     from transformer_engine.pytorch import DotProductAttention
 
-    assert DOT_PRODUCT_ATTENTION <= set(inspect.signature(DotProductAttention.forward).parameters)
+    assert set(inspect.signature(DotProductAttention.forward).parameters) >= DOT_PRODUCT_ATTENTION
 
 
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(derandomize=True, deadline=None, max_examples=30)
 @given(cases())
 def test_flex_attention(case):
     packed = case.packed()
