@@ -82,7 +82,7 @@ def test_the_log_says_a_choice_once(caplog):
         module(*tensors, boundaries)
         module(*tensors, boundaries)
     assert [record.message for record in caplog.records] == [
-        "attention: scaled_dot_product_attention, document by document (the fastest on cpu)"
+        "attention: scaled_dot_product_attention, document by document (kernels for packed documents need CUDA)"
     ]
 
 

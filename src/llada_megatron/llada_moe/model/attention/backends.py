@@ -58,7 +58,7 @@ def attention_backend(
         split: whether a rank holds the queries of a part of a sequence (context parallelism).
     """
     if device != "cuda":
-        return Choice(Backend.PER_DOCUMENT, f"the fastest on {device}")
+        return Choice(Backend.PER_DOCUMENT, "kernels for packed documents need CUDA")
     if dtype not in _KERNEL_DTYPES:
         name = str(dtype).removeprefix("torch.")
         return Choice(Backend.PER_DOCUMENT, f"kernels for packed documents take bfloat16 and float16, not {name}")
