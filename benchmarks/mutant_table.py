@@ -90,17 +90,80 @@ _GROUPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ),
     (
         "attention",
-        "llada_moe/model/attention.py",
-        "tests/llada_moe/model/test_attention.py tests/llada_moe/model/test_windows.py",
+        "llada_moe/model/attention/per_document.py",
+        "tests/llada_moe/model/test_attention.py tests/llada_moe/model/attention",
         [
             ("columns[None, :] > rows[:, None]", "columns[None, :] >= rows[:, None]"),
-            ("first = self.context_group.rank() * query.size(0)", "first = 0"),
             ("if block == 1 and q.size(2) == k.size(2):", "if block == 1:"),
-            ("row = slice(part.row, part.row + 1)", "row = slice(0, 1)"),
-            ("offset, span = q_start - k_start,", "offset, span = q_start,"),
-            ("seen[own, window.shadow_first + own] = False", "seen[own, own] = False"),
-            ("scale=self.softmax_scale,", "scale=1.0,"),
+            (
+                "zip(columns, packed.rows, strict=True)]",
+                "zip(columns, packed.rows[:1] * len(packed.rows), strict=True)]",
+            ),
+            ("of_whole[:, :, : ctx.keys].add_(of_prefix)", "pass"),
+            ("q, k, v, scale=scale,", "q, k, v, scale=1.0,"),
+            (
+                "_Prefix.apply(whole, keys) if whole.requires_grad else (whole[:, :, :keys], whole)",
+                "whole[:, :, :keys], whole",
+            ),
         ],
+    ),
+    (
+        "attention",
+        "llada_moe/model/attention/pattern_attention.py",
+        "tests/llada_moe/model/test_attention.py",
+        [("first=self.context_group.rank() * query.size(0),", "first=0,")],
+    ),
+    (
+        "attention",
+        "llada_moe/model/attention/window_attention.py",
+        "tests/llada_moe/model/test_windows.py",
+        [("seen[own, window.shadow_first + own] = False", "seen[own, own] = False")],
+    ),
+    (
+        "attention",
+        "llada_moe/model/attention/packed_documents.py",
+        "tests/llada_moe/model/attention",
+        [
+            ("np.arange(part.before, part.before + part.queries) // block", "np.arange(part.queries) // block"),
+            ("keys = pattern.keys_seen(stop - segment.start,", "keys = pattern.keys_seen(stop - start,"),
+            ("first_keys[segment.row] = segment.start", "first_keys[segment.row] = 0"),
+            (
+                "key = (content, pattern, batch, positions, first, queries)",
+                "key = (content, batch, positions, first, queries)",
+            ),
+            ("if len(self._packed) == self._kept:", "if False:"),
+        ],
+    ),
+    (
+        "attention",
+        "llada_moe/model/attention/flex.py",
+        "tests/llada_moe/model/attention",
+        [
+            ("(ends >= edges + TILE)", "(ends >= edges)"),
+            ("(begins[b, q] <= k) & (k < ends[b, q])", "k < ends[b, q]"),
+            ("_ordered(some & ~whole, device)", "_ordered(some, device)"),
+        ],
+    ),
+    (
+        "attention",
+        "llada_moe/model/attention/varlen.py",
+        "tests/llada_moe/model/attention",
+        [("if packed.pattern.block == 1:", "if False:")],
+    ),
+    (
+        "attention",
+        "llada_moe/model/attention/engine_attention.py",
+        "tests/llada_moe/model/attention",
+        [
+            ("alone.context_parallel_size = 1", "pass"),
+            ("AttnMaskType.padding if packed.pattern.block is None", "AttnMaskType.padding if True"),
+        ],
+    ),
+    (
+        "attention",
+        "llada_moe/model/attention/packed_keys.py",
+        "tests/llada_moe/model/attention",
+        [("max(part.keys for part in packed.parts)", "max(part.queries for part in packed.parts)")],
     ),
     (
         "attention",

@@ -111,9 +111,7 @@ def evaluated(attend: Callable[..., torch.Tensor], case: Case, dtype: torch.dtyp
 def largest_error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
     """Largest norm of the difference of a pair of tensors, relative to the norm of the second, or to that of as many
     ones where it is smaller: gradients of scores vanish where a query sees one key."""
-    return max(
-        float((a - b).norm() / b.norm().clamp_min(b.numel() ** 0.5)) for a, b in zip(found, wanted, strict=True)
-    )
+    return max(float((a - b).norm() / b.norm().clamp_min(b.numel() ** 0.5)) for a, b in zip(found, wanted, strict=True))
 
 
 def attention_over_lengths(

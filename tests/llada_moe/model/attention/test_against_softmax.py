@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import inspect
 from functools import cache
 from pathlib import Path
@@ -148,16 +147,7 @@ def test_what_transformer_engine_is_given_means_the_pattern(case):
     assert largest_error(evaluated(attend, case, torch.float64), expected(case)) < EXACT
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
-)
-def test_the_table_of_arguments_is_that_of_the_installed_transformer_engine():
-    from transformer_engine.pytorch import DotProductAttention
-
-    assert set(inspect.signature(DotProductAttention.forward).parameters) >= DOT_PRODUCT_ATTENTION
-
-
-@settings(derandomize=True, deadline=None, max_examples=30)
+@settings(derandomize=True, deadline=None, max_examples=20)
 @given(cases())
 def test_flex_attention(case):
     packed = case.packed()

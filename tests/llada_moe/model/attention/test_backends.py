@@ -14,10 +14,11 @@ from llada_megatron.llada_moe.model.attention import backends, packed_documents,
 from llada_megatron.llada_moe.model.attention.backends import Backend, attention_backend
 from llada_megatron.llada_moe.model.attention.packed_documents import PackedBatches
 from llada_megatron.llada_moe.model.patterns import CAUSAL, FULL, AttentionPattern
+from llada_megatron.llada_moe.model.transformer import build_model
 from llada_megatron.parallel import device
+from llada_megatron.parallel.build import transformer_config
 from llada_megatron.tools.bench.attention import attention_module, document_boundaries
-from llada_megatron.tools.bench.measurement import written_bytes
-from tests.ranks import run_ranks
+from llada_megatron.tools.bench.measurement import single_process, written_bytes
 
 BLOCKS = AttentionPattern(32)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -47,6 +48,8 @@ def everything(monkeypatch):
         (FULL, BF16, {}, Backend.VARLEN, "not built from Transformer Engine"),
         (FULL, BF16, {"head_dim": 512}, Backend.FLEX, "heads of up to 256 features, not 512"),
         (BLOCKS, BF16, {"engine": True}, Backend.FLEX, "no mask of causal blocks"),
+        (FULL, BF16, {"head_dim": 20}, Backend.FLEX, "a multiple of 8 features, not 20"),
+        (BLOCKS, BF16, {"head_dim": 8}, Backend.PER_DOCUMENT, "heads of 16 features or more, not 8"),
         (FULL, FP32, {"engine": True}, Backend.PER_DOCUMENT, "bfloat16 and float16, not float32"),
     ],
 )
@@ -86,21 +89,6 @@ def test_the_log_says_a_choice_once(caplog):
     ]
 
 
-def test_each_backend_is_called_with_the_batchs_documents(monkeypatch):
-    called = []
-    chosen = SimpleNamespace(backend=Backend.ENGINE, reason="")
-    monkeypatch.setattr(
-        "llada_megatron.llada_moe.model.attention.pattern_attention.attention_backend", lambda *_, **__: chosen
-    )
-    monkeypatch.setattr("llada_megatron.llada_moe.model.attention.pattern_attention.told", lambda _: None)
-    module, tensors = attention_module(heads=1, head_dim=8, pattern=FULL), [torch.randn(16, 1, 1, 8) for _ in range(3)]
-    module.engine = SimpleNamespace(attend=lambda *given: called.append(given))
-    module(*tensors, document_boundaries(16, 2))
-    (given,) = called
-    assert all(a is b for a, b in zip(given[:3], tensors, strict=True))
-    assert [part.queries for part in given[3].parts] == [8, 8]
-
-
 def test_cudnn_is_not_taken_for_attention_on_a_gpu(monkeypatch):
     monkeypatch.setattr(device, "_installed", False)
     monkeypatch.setattr(device, "sys", SimpleNamespace(modules={}))
@@ -138,29 +126,26 @@ def test_a_band_writes_no_gradient_as_large_as_the_document():
     assert written_bytes(lambda: out.backward(torch.ones_like(out))) < (2 * 2 * seen + 8 * 4096) * 8 * 4
 
 
-def test_documents_are_packed_once_for_all_layers_and_again_for_another_batch():
-    assert run_ranks(_packings, 1) == [[1, 1, 2]]
-
-
-def _packings() -> list[int]:
-    from llada_megatron.llada_moe.model.transformer import build_model
-    from llada_megatron.parallel import topology
-    from llada_megatron.parallel.build import transformer_config
-
-    topology.initialize(LayoutConfig(), seed=1)
+def test_documents_are_packed_once_for_all_layers_and_again_for_another_batch(monkeypatch):
     fields = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64}
     model = ModelConfig(
-        family="llada", num_layers=3, hidden_size=16, ffn_hidden_size=32, max_sequence_length=16,
-        mask_token_id=63, eos_token_id=62, **fields,
-    )  # fmt: skip
-    built = build_model(model, transformer_config(model, LayoutConfig()))
+        family="llada",
+        num_layers=3,
+        hidden_size=16,
+        ffn_hidden_size=32,
+        max_sequence_length=16,
+        mask_token_id=63,
+        eos_token_id=62,
+        **fields,
+    )
     counts, made, pack = [], [], packed_documents.pack
-    packed_documents.pack = lambda *given: made.append(given) or pack(*given)
-    for documents in (2, 2, 4):
-        built(torch.arange(16)[None], document_boundaries(16, documents), rows=torch.ones(1, 16, dtype=torch.bool))
-        counts.append(len(made))
-    packed_documents.pack = pack
-    return counts
+    monkeypatch.setattr(packed_documents, "pack", lambda *given: made.append(given) or pack(*given))
+    with single_process():
+        built = build_model(model, transformer_config(model, LayoutConfig()))
+        for documents in (2, 2, 4):
+            built(torch.arange(16)[None], document_boundaries(16, documents), rows=torch.ones(1, 16, dtype=torch.bool))
+            counts.append(len(made))
+    assert counts == [1, 1, 2]
 
 
 def test_only_the_last_batches_are_kept():

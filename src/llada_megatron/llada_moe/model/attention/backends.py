@@ -19,6 +19,7 @@ from llada_megatron.llada_moe.model.patterns import AttentionPattern
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 _VARLEN_HEAD_DIM = 256  # the widest head of the flash attention in torch
+_FLEX_HEAD_DIM = 16  # the narrowest that its kernels tile
 
 
 class Backend(enum.Enum):
@@ -66,7 +67,7 @@ def attention_backend(
     for backend, obstacle in (
         (Backend.ENGINE, _against_engine(pattern, engine, split)),
         (Backend.VARLEN, _against_varlen(pattern, head_dim)),
-        (Backend.FLEX, _against_flex()),
+        (Backend.FLEX, _against_flex(head_dim)),
     ):
         if obstacle is None:
             return Choice(backend, "; ".join(missing) or "serves this pattern")
@@ -91,13 +92,17 @@ def _against_varlen(pattern: AttentionPattern, head_dim: int) -> str | None:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen (2.10 and later have)"
     if head_dim > _VARLEN_HEAD_DIM:
         return f"torch.nn.attention.varlen takes heads of up to {_VARLEN_HEAD_DIM} features, not {head_dim}"
+    if head_dim % 8:
+        return f"torch.nn.attention.varlen takes heads of a multiple of 8 features, not {head_dim}"
     capability = _capability()
     if capability is not None and capability < (8, 0):
         return f"torch.nn.attention.varlen needs compute capability 8.0; this GPU has {capability[0]}.{capability[1]}"
     return None
 
 
-def _against_flex() -> str | None:
+def _against_flex(head_dim: int) -> str | None:
+    if head_dim < _FLEX_HEAD_DIM:
+        return f"FlexAttention takes heads of {_FLEX_HEAD_DIM} features or more, not {head_dim}"
     if importlib.util.find_spec("triton") is None:
         return "FlexAttention is compiled with Triton, which is not installed"
     from torch.nn.attention.flex_attention import BlockMask

@@ -45,7 +45,7 @@ def engine_class() -> type[torch.nn.Module]:
         ) -> torch.Tensor:
             """Attend to all documents in one call; arguments and result as in `per_document.attend`."""
             out = self(**arguments(query, key, value, packed))
-            return out.view(query.size(1), query.size(0), -1).transpose(0, 1)
+            return out.view(query.size(1), query.size(0), -1).transpose(0, 1).contiguous()
 
     return EngineAttention
 

@@ -25,9 +25,6 @@ class PatternAttention(MegatronModule):
     group (their gradients reduce-scattered), so that any pattern is exact.
     """
 
-    engine: Any = None
-    """Transformer Engine's attention, in a model that is built from its modules (see `engine_attention`)."""
-
     def __init__(
         self,
         config: TransformerConfig,
@@ -47,6 +44,8 @@ class PatternAttention(MegatronModule):
         self.context_group = pg_collection.cp
         self.softmax_scale = softmax_scale
         self.packed_batches = PackedBatches()
+        self.engine: Any = None
+        """Transformer Engine's attention, in a model that is built from its modules (see `engine_attention`)."""
 
     def forward(
         self,

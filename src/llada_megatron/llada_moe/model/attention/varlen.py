@@ -29,7 +29,7 @@ def attend(
     """Attend to all documents in one call; arguments and result as in `per_document.attend`."""
     given = arguments(query, key, value, packed, scale, operation())
     seq, batch = query.shape[:2]
-    return operation()(**given).view(batch, seq, -1).transpose(0, 1)
+    return operation()(**given).view(batch, seq, -1).transpose(0, 1).contiguous()
 
 
 def arguments(
