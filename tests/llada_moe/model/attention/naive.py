@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from llada_megatron.llada_moe.model.attention.packed_documents import PackedDocuments, pack
-from llada_megatron.llada_moe.model.patterns import AttentionPattern
+from llada_megatron.llada_moe.model.patterns import AttentionPattern, segments
 
 SIZE = 8
 
@@ -45,7 +45,8 @@ class Case:
 
     def packed(self) -> PackedDocuments:
         own = self.queries
-        return pack(self.boundaries, AttentionPattern(self.block), self.positions, own.start, own.stop - own.start)
+        documents = segments(self.boundaries, self.positions)
+        return pack(documents, AttentionPattern(self.block), self.positions, own.start, own.stop - own.start)
 
     def seen(self) -> torch.Tensor:
         """Who sees whom, position by position: bool `[batch, positions, positions]`."""

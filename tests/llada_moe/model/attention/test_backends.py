@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.model import ModelConfig
-from llada_megatron.llada_moe.model.attention import backends, packed_documents, varlen
+from llada_megatron.llada_moe.model.attention import backends, packed_documents, per_document, varlen
 from llada_megatron.llada_moe.model.attention.backends import Backend, attention_backend
 from llada_megatron.llada_moe.model.attention.packed_documents import PackedBatches
 from llada_megatron.llada_moe.model.patterns import CAUSAL, FULL, AttentionPattern
@@ -19,6 +20,7 @@ from llada_megatron.parallel import device
 from llada_megatron.parallel.build import transformer_config
 from llada_megatron.tools.bench.attention import attention_module, document_boundaries
 from llada_megatron.tools.bench.measurement import single_process, written_bytes
+from tests.llada_moe.model.attention.naive import Case
 
 BLOCKS = AttentionPattern(32)
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -146,6 +148,18 @@ def test_documents_are_packed_once_for_all_layers_and_again_for_another_batch(mo
             built(torch.arange(16)[None], document_boundaries(16, documents), rows=torch.ones(1, 16, dtype=torch.bool))
             counts.append(len(made))
     assert counts == [1, 1, 2]
+
+
+@pytest.mark.parametrize("attend", [per_document.attend, varlen.attend])
+@pytest.mark.parametrize("block", [None, 1])
+def test_no_value_of_a_tensor_is_asked_for(attend, block):
+    """Under FakeTensorMode tensors have no values; torch's own operator checks the arguments of the call as well."""
+    packed = Case(32, ((5, 20, 7), (32,)), block, 0, 1, 4, 2).packed()
+    with FakeTensorMode():
+        tensors = [torch.randn(32, 2, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+        out = attend(*tensors, packed, None)
+        out.backward(torch.ones_like(out))
+    assert out.shape == (32, 2, 32) and all(tensor.grad.shape == tensor.shape for tensor in tensors)
 
 
 def test_only_the_last_batches_are_kept():

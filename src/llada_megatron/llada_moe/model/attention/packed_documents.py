@@ -7,7 +7,7 @@ them there, and copied without waiting.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llada_megatron.llada_moe.model.patterns import AttentionPattern, segments, whole_sequences
+from llada_megatron.llada_moe.model.patterns import AttentionPattern, Segment, segments
 
 Made = TypeVar("Made")
 
@@ -102,20 +102,20 @@ def _ranges_of_row(row: PackedRow, block: int | None) -> tuple[NDArray[np.int32]
 
 
 def pack(
-    boundaries: torch.Tensor, pattern: AttentionPattern, positions: int, first: int, queries: int
+    documents: Sequence[Segment], pattern: AttentionPattern, positions: int, first: int, queries: int
 ) -> PackedDocuments:
     """Cut the segments of whole sequences for a rank that holds the queries [first, first + queries) of each.
 
     Args:
-        boundaries: of the segments (see `patterns`), on the host.
+        documents: all segments of all sequences, in order.
         pattern: who sees whom inside a segment.
         positions: of a whole sequence, keys and values of all of which are at hand.
         first: of the rank's queries.
         queries: how many of each sequence it holds.
     """
-    rows: list[list[DocumentPart]] = [[] for _ in range(int(boundaries[-1]) // positions)]
+    rows: list[list[DocumentPart]] = [[] for _ in range(documents[-1].row + 1)]
     first_keys = [0] * len(rows)
-    for segment in segments(boundaries, positions):
+    for segment in documents:
         start, stop = max(segment.start, first), min(segment.stop, first + queries)
         if start >= stop:
             continue
@@ -155,13 +155,14 @@ class PackedBatches:
         if key not in self._packed:
             if len(self._packed) == self._kept:
                 self._packed.popitem(last=False)
-            whole = whole_sequences(batch, positions) if boundaries is None else boundaries
-            self._packed[key] = pack(whole, pattern, positions, first, queries)
+            whole = [Segment(row, 0, positions) for row in range(batch)]
+            documents = whole if boundaries is None else segments(boundaries, positions)
+            self._packed[key] = pack(documents, pattern, positions, first, queries)
         self._packed.move_to_end(key)
         return self._packed[key]
 
 
 def on_device(values: list[int] | NDArray[np.int32], device: torch.device) -> torch.Tensor:
     """An int32 tensor of host values, copied without waiting for the device."""
-    host = torch.as_tensor(values, dtype=torch.int32, device="cpu")
+    host = torch.as_tensor(values, dtype=torch.int32)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
