@@ -1,10 +1,10 @@
 """The device a process computes on, and everything Megatron-Core needs in order to run without CUDA.
 
 `install()` must run before the first import of `megatron.core`. It hides the optional libraries that this machine
-cannot use (`llada_moe.model.accelerations`). With CUDA it changes nothing else but two named patches and keeps torch from taking cuDNN for attention. Without CUDA it
-gives the *name* `torch` inside the modules of megatron.core a stand-in whose CUDA calls answer for the CPU; torch
-itself stays as it is, except for two methods of Tensor while five named methods of Megatron run. File and line
-references are those of megatron-core 0.16.1; the same answers hold for 0.19.2.
+cannot use (`llada_moe.model.accelerations`). With CUDA it changes nothing else but two named patches and keeps torch
+from taking cuDNN for attention. Without CUDA it gives the *name* `torch` inside the modules of megatron.core a stand-in
+whose CUDA calls answer for the CPU; torch itself stays as it is, except for two methods of Tensor while five named
+methods of Megatron run. File and line references are those of megatron-core 0.16.1; the same answers hold for 0.19.2.
 """
 
 from __future__ import annotations
