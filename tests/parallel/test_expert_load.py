@@ -15,6 +15,7 @@ from llada_megatron.llada_moe.config.model import (  # noqa: E402
     MoEConfig,
 )
 from llada_megatron.llada_moe.config.training import TrainingConfig  # noqa: E402
+from llada_megatron.llada_moe.model.head import Targets  # noqa: E402
 from llada_megatron.llada_moe.model.transformer import build_model  # noqa: E402
 from llada_megatron.parallel import topology  # noqa: E402
 from llada_megatron.parallel.build import transformer_config  # noqa: E402
@@ -43,7 +44,7 @@ def make_model(recompute="none"):
 
 def loss_of(model):
     ids = torch.randint(4, 64, (2, 16), generator=torch.Generator().manual_seed(0))
-    return model(ids, labels=ids, weights=torch.ones(2, 16)).sum()
+    return model(ids, targets=Targets.of(ids, torch.ones(2, 16))).sum()
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])

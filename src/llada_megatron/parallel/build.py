@@ -66,6 +66,8 @@ def _layout_fields(layout: LayoutConfig) -> dict[str, Any]:
         "expert_model_parallel_size": layout.expert_parallel,
         "expert_tensor_parallel_size": layout.expert_tensor_parallel,
         "variable_seq_lengths": False,
+        # the host waits for the device after every exchange between stages, against an error of torch before 2.0
+        "batch_p2p_sync": False,
     }
     if layout.pipeline_chunks_per_rank > 1:
         fields |= {

@@ -67,6 +67,12 @@ def current() -> torch.device:
     )
 
 
+def use(where: torch.device) -> None:
+    """Make `where` the device of the calling thread: a new thread begins with the first GPU of the machine."""
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+
+
 def communication_backend() -> str:
     """Backend of torch.distributed: NCCL with CUDA, else gloo.
 

@@ -6,6 +6,7 @@ their logits exist for one chunk of rows at a time, sharded over the tensor rank
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from llada_megatron.llada_moe.model.linear import plain, product
+from llada_megatron.llada_moe.model.transfer import pinned, to_device
 
 
 @dataclass(frozen=True)
@@ -30,73 +32,122 @@ class SupervisedRows:
     real: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What the output layer predicts in one micro-batch.
+
+    Made on the host: how many rows there are decides the shapes of the tensors, and a device could say it only to a
+    host that waits for it. `rows` are those of this rank, `all_rows` those of all slices of the sequence (see
+    `SupervisedRows`).
+    """
+
+    index: torch.Tensor
+    """`[rows]` int64: rows of this rank's flattened hidden states `[seq * batch]`."""
+    labels: torch.Tensor
+    """`[all_rows]` int64."""
+    weights: torch.Tensor
+    """`[all_rows]` float32; 0 for padding."""
+    sequence: torch.Tensor
+    """`[all_rows]` int64: the sequence of the micro-batch that a row belongs to."""
+    batch: int
+    """Sequences of the micro-batch."""
+
+    @classmethod
+    def of(cls, labels: torch.Tensor, weights: torch.Tensor, tensor_rank: int = 0, tensor_shards: int = 1) -> Targets:
+        """The supervised rows of `labels` `[batch, seq]` with `weights` `[batch, seq]` float32 (0 = not supervised).
+
+        Args:
+            labels: on the host, as `weights`.
+            tensor_rank: this rank's slice of the sequence.
+            tensor_shards: slices of the sequence (1 without sequence parallelism).
+        """
+        rows = select_rows((weights != 0).t(), tensor_rank, tensor_shards)
+        return cls(
+            index=rows.index,
+            labels=labels.t().flatten()[rows.position],
+            weights=weights.t().flatten()[rows.position] * rows.real,
+            sequence=rows.position % labels.size(0),
+            batch=labels.size(0),
+        )
+
+    @property
+    def shards(self) -> int:
+        """Slices of the sequence whose rows the output layer returns together."""
+        return self.labels.numel() // self.index.numel()
+
+    def pinned(self) -> Targets:
+        """The same in page-locked memory, where there is CUDA."""
+        return self._each(pinned)
+
+    def to(self, device: torch.device) -> Targets:
+        """The same on the device; the host does not wait."""
+        return self._each(lambda tensor: to_device(tensor, device))
+
+    def _each(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Targets:
+        return Targets(move(self.index), move(self.labels), move(self.weights), move(self.sequence), self.batch)
+
+
 def select_rows(selected: torch.Tensor, tensor_rank: int, tensor_shards: int) -> SupervisedRows:
     """Which rows run.
 
     Args:
-        selected: bool `[seq, batch]`, equal on all tensor ranks.
+        selected: bool `[seq, batch]`, equal on all tensor ranks; on the host.
         tensor_rank: this rank's slice of the sequence.
         tensor_shards: slices of the sequence (1 without sequence parallelism).
     """
     parts = [part.flatten().nonzero().flatten() for part in selected.chunk(tensor_shards)]
     longest = max(1, *(part.numel() for part in parts))
     padded = [torch.nn.functional.pad(part, (0, longest - part.numel())) for part in parts]
-    real = [torch.arange(longest, device=selected.device) < part.numel() for part in parts]
+    real = [torch.arange(longest) < part.numel() for part in parts]
     per_part = selected.numel() // tensor_shards
     position = torch.cat([part + shard * per_part for shard, part in enumerate(padded)])
     return SupervisedRows(padded[tensor_rank], position, torch.cat(real))
 
 
-def supervised_loss(
-    model: Any, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, chunk_elements: int
-) -> torch.Tensor:
+def supervised_loss(model: Any, hidden: torch.Tensor, targets: Targets, chunk_elements: int) -> torch.Tensor:
     """Weighted cross-entropy of each sequence: sum_i weights_i * -log p(labels_i).
 
     Args:
         model: owner of `output_layer` (a ColumnParallelLinear) and of the tensor-parallel group.
         hidden: `[seq, batch, hidden]`, or this tensor rank's slice of the sequence under sequence parallelism.
-        labels: `[batch, seq]`.
-        weights: `[batch, seq]` float32; 0 = not supervised.
+        targets: on the device of `hidden`.
         chunk_elements: logits that may exist at a time on one rank.
 
     Returns:
         `[batch]` float32.
     """
-    rows = _rows(model, (weights != 0).t())
-    label = labels.t().flatten()[rows.position]
-    weight = weights.t().flatten()[rows.position] * rows.real
-    sequence = rows.position % labels.size(0)
-    shards = rows.position.numel() // rows.index.numel()
-    step = max(1, chunk_elements // (model.output_layer.output_size_per_partition * shards))
-    if step >= rows.index.numel():
-        losses = _chunk_loss(model, _flat(hidden), rows.index, label)
+    step = max(1, chunk_elements // (model.output_layer.output_size_per_partition * targets.shards))
+    if step >= targets.index.numel():
+        losses = _chunk_loss(model, _flat(hidden), targets.index, targets.labels)
     else:
-        losses = _chunked_loss(model, _flat(hidden), rows.index, label, step, shards)
-    return torch.zeros(labels.size(0), device=losses.device).index_add(0, sequence, losses * weight)
+        losses = _chunked_loss(model, _flat(hidden), targets, step)
+    total = torch.zeros(targets.batch, device=losses.device)
+    return total.index_add(0, targets.sequence, losses * targets.weights)
 
 
 def selected_logits(model: Any, hidden: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
     """Logits of the selected rows, in order of (sequence, position).
 
     Args:
-        selected: bool `[batch, seq]`.
+        selected: bool `[batch, seq]`, on the host.
 
     Returns:
         `[rows, vocab / tensor_parallel]`.
     """
+    batch, seq = selected.shape
     if not model.config.sequence_parallel:
-        return _logits(model, hidden.transpose(0, 1)[selected])
-    rows = _rows(model, selected.t())
-    logits = _logits(model, _flat(hidden).index_select(0, rows.index))
-    position = rows.position[rows.real]
-    order = (position % selected.size(0) * selected.size(1) + position // selected.size(0)).argsort()
-    return logits[rows.real][order]
-
-
-def _rows(model: Any, selected: torch.Tensor) -> SupervisedRows:
+        index = selected.flatten().nonzero().flatten()
+        return _logits(model, _rows(hidden, index % seq * batch + index // seq))
     group = model.pg_collection.tp
-    shards = group.size() if model.config.sequence_parallel else 1
-    return select_rows(selected, group.rank() if shards > 1 else 0, shards)
+    rows = select_rows(selected.t(), group.rank(), group.size())
+    logits = _logits(model, _rows(hidden, rows.index))
+    order = (rows.position % batch * seq + rows.position // batch)[rows.real].argsort()
+    return logits.index_select(0, to_device(rows.real.nonzero().flatten()[order], logits.device))
+
+
+def _rows(hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of `[seq, batch, hidden]`, flattened, by their `index` on the host."""
+    return _flat(hidden).index_select(0, to_device(index, hidden.device))
 
 
 def _flat(hidden: torch.Tensor) -> torch.Tensor:
@@ -116,15 +167,13 @@ def _chunk_loss(model: Any, hidden: torch.Tensor, index: torch.Tensor, label: to
     return vocab_parallel_cross_entropy(logits.float().unsqueeze(1), label.unsqueeze(1)).squeeze(1)
 
 
-def _chunked_loss(
-    model: Any, hidden: torch.Tensor, index: torch.Tensor, label: torch.Tensor, step: int, shards: int
-) -> torch.Tensor:
+def _chunked_loss(model: Any, hidden: torch.Tensor, targets: Targets, step: int) -> torch.Tensor:
     """`_chunk_loss` over `step` rows of every shard at a time; the backward pass computes a chunk's logits again."""
-    label = label.view(shards, -1)
+    index, labels = targets.index, targets.labels.view(targets.shards, -1)
     losses = [
         checkpoint(
-            _chunk_loss, model, hidden, index[i : i + step], label[:, i : i + step].flatten(), use_reentrant=False
-        ).view(shards, -1)
+            _chunk_loss, model, hidden, index[i : i + step], labels[:, i : i + step].flatten(), use_reentrant=False
+        ).view(targets.shards, -1)
         for i in range(0, index.numel(), step)
     ]
     return torch.cat(losses, dim=1).flatten()

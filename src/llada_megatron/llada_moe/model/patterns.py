@@ -79,9 +79,11 @@ def block_numbers(boundaries: torch.Tensor, size: int, positions: torch.Tensor) 
     blocks = (starts.diff() + size - 1) // size
     import torch
 
+    from llada_megatron.llada_moe.model.transfer import to_device
+
     first = torch.cat([blocks.new_zeros(1), blocks.cumsum(0)])
     total = int(first[-1])
-    starts, first = starts.to(positions.device), first.to(positions.device)
+    starts, first = to_device(starts, positions.device), to_device(first, positions.device)
     segment = torch.searchsorted(starts, positions, right=True) - 1
     return first[segment] + (positions - starts[segment]) // size, total
 

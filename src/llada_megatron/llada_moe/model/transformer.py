@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
 from llada_megatron.llada_moe.model.attention.packed_documents import PackedBatches
-from llada_megatron.llada_moe.model.head import selected_logits, supervised_loss
+from llada_megatron.llada_moe.model.head import Targets, selected_logits, supervised_loss
 from llada_megatron.llada_moe.model.patterns import FULL, AttentionPattern
 from llada_megatron.llada_moe.model.spec import block_spec
 from llada_megatron.llada_moe.model.windows import Windows
@@ -71,8 +71,7 @@ class DiffusionTransformer(GPTModel):
         self,
         inputs: torch.Tensor,
         boundaries: torch.Tensor | Windows | None = None,
-        labels: torch.Tensor | None = None,
-        weights: torch.Tensor | None = None,
+        targets: Targets | None = None,
         rows: torch.Tensor | None = None,
         pattern: AttentionPattern | None = None,
     ) -> torch.Tensor:
@@ -82,9 +81,8 @@ class DiffusionTransformer(GPTModel):
             inputs: token ids `[batch, seq]` (read by the first stage).
             boundaries: segment boundaries (see `patterns`); None = every sequence is one segment. Or the windows of a
                 pass, whose `inputs` are `[1, total]`.
-            labels: `[batch, seq]`, with `weights`: return the loss of each sequence.
-            weights: `[batch, seq]` float32; 0 = not supervised.
-            rows: bool `[batch, seq]`: return the logits of these rows instead.
+            targets: return the loss of each sequence; read by the last stage, on its device.
+            rows: bool `[batch, seq]` on the host: return the logits of these rows instead.
             pattern: who attends to whom from this step on; None = as before.
 
         Returns:
@@ -92,18 +90,15 @@ class DiffusionTransformer(GPTModel):
         """
         if pattern is not None and pattern != self.pattern:
             self.use_pattern(pattern)
-        selector = weights if labels is not None else rows
         self.rotary_pos_emb.windows = boundaries if isinstance(boundaries, Windows) else None
-        return super().forward(inputs, None, boundaries, labels=labels, loss_mask=selector)
+        return super().forward(inputs, None, boundaries, loss_mask=rows if targets is None else targets)
 
-    def _postprocess(
-        self, hidden_states: torch.Tensor, *_: Any, labels: torch.Tensor | None = None, loss_mask: Any = None, **__: Any
-    ) -> torch.Tensor:
+    def _postprocess(self, hidden_states: torch.Tensor, *_: Any, loss_mask: Any = None, **__: Any) -> torch.Tensor:
         if not self.post_process:
             return hidden_states
-        if labels is None:
-            return selected_logits(self, hidden_states, loss_mask)
-        return supervised_loss(self, hidden_states, labels, loss_mask, self.logits_chunk_elements)
+        if isinstance(loss_mask, Targets):
+            return supervised_loss(self, hidden_states, loss_mask, self.logits_chunk_elements)
+        return selected_logits(self, hidden_states, loss_mask)
 
 
 def build_model(

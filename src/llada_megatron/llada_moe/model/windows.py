@@ -12,6 +12,8 @@ from functools import cached_property
 
 import torch
 
+from llada_megatron.llada_moe.model.transfer import to_device
+
 
 @dataclass(frozen=True)
 class Window:
@@ -130,7 +132,8 @@ class Windows:
         keys = torch.tensor([_keys_of_block(window, block) for window in windows])
         most = int(keys.max())
         seen = torch.arange(most) < keys[:, None, None, None]
-        return Run(windows, self.offsets[first], most, None if bool(seen.all()) else seen.to(self.positions.device))
+        mask = None if bool(seen.all()) else to_device(seen, self.positions.device)
+        return Run(windows, self.offsets[first], most, mask)
 
     def _stretches(self, block: int | None) -> list[tuple[int, int]]:
         """(first, count) of consecutive windows that are alike."""
@@ -149,8 +152,8 @@ class Windows:
         where = self.positions.device
         slot = torch.cat([torch.full((window.width,), window.slot) for window in self.windows])
         index = torch.cat([at + torch.arange(w.width) for at, w in zip(self.offsets, self.windows, strict=False)])
-        index = index.to(where)
-        return slot.to(where), self.positions[index], index
+        index = to_device(index, where)
+        return to_device(slot, where), self.positions[index], index
 
     def block_numbers(self, size: int) -> tuple[torch.Tensor, int]:
         """Number the blocks of `size` positions, counted from the start of each sequence; shadows have their own.
@@ -175,7 +178,7 @@ class Windows:
                 if part.numel():
                     numbers.append(part - part[0] + count)
                     count += int(part[-1] - part[0]) + 1
-        return torch.cat(numbers).to(self.positions.device), count
+        return to_device(torch.cat(numbers), self.positions.device), count
 
 
 def _alike(one: Window, other: Window, block: int | None) -> bool:

@@ -24,7 +24,7 @@ def uniform(seed: int, purpose: int, *counters: Tensor) -> Tensor:
 
     The mixing is that of splitmix64 (Steele, Lea, Flood 2014), applied once per counter; int64 arithmetic wraps.
     """
-    state = torch.tensor(seed & (1 << 63) - 1, dtype=torch.int64, device=counters[0].device)
+    state = torch.full((), seed & (1 << 63) - 1, dtype=torch.int64, device=counters[0].device)
     for counter in (torch.full_like(state, purpose), *counters):
         state = _mix((state ^ _mix(counter.to(torch.int64))) + _GOLDEN)
     return (_shift(state, 11).to(torch.float64) + 0.5) * 2.0**-53

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from llada_megatron.llada_moe.model.transfer import to_device
 from llada_megatron.llada_moe.sampling import draws
 from llada_megatron.llada_moe.sampling.step_cache import Credit, CreditAccount, StepCache
 from llada_megatron.llada_moe.sampling.token_buffer import LogitRows
@@ -164,7 +165,7 @@ class Reader:
         """Logits with -inf at those `ids` of the processor that this shard holds."""
         if ids not in self._columns:  # found once, and kept on the device
             own = [i - self._first for i in getattr(self.processor, ids) if 0 <= i - self._first < logits.shape[1]]
-            self._columns[ids] = torch.tensor(own, dtype=torch.int64, device=logits.device)
+            self._columns[ids] = to_device(torch.tensor(own, dtype=torch.int64), logits.device)
         columns = self._columns[ids]
         return logits.index_fill(1, columns, -torch.inf) if columns.numel() else logits
 
@@ -187,7 +188,7 @@ class Reader:
         if "entropy" in self.processor.needs:
             packet += [(weights * (logits - shift[:, None]).clamp(min=_FAR)).sum(-1)]
         if "current" in self.processor.needs:
-            own = rows.current.to(logits.device) - self._first
+            own = to_device(rows.current, logits.device) - self._first
             inside = (own >= 0) & (own < logits.shape[1])
             logit = logits.gather(1, own.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
             packet += [logit.masked_fill(~inside, -torch.inf)]
@@ -211,7 +212,7 @@ class Reader:
     def _drawn(self, logits: Tensor, rows: LogitRows) -> list[Tensor]:
         """Gumbel-max sampling: drawn token, its perturbed score (a float64 as a sum of two float32), and its logit."""
         ids = torch.arange(self._first, self._first + logits.shape[1], device=logits.device)
-        names = [n.to(logits.device)[:, None] for n in (rows.stream, rows.step, rows.position)]
+        names = [to_device(n, logits.device)[:, None] for n in (rows.stream, rows.step, rows.position)]
         count = max(1, DRAWS_AT_ONCE // logits.shape[1])
         parts = [
             self._best_drawn(*some, ids=ids) for some in zip(*(x.split(count) for x in (logits, *names)), strict=True)

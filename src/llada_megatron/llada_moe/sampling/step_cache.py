@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llada_megatron.llada_moe.model.transfer import to_device
 from llada_megatron.llada_moe.sampling.token_buffer import LogitRows
 
 
@@ -40,7 +41,7 @@ class StepCache:
         before = self._order[nearest]
         found = (self._keys[nearest] == key) & (self._stream[before] == rows.stream)
         found &= self._step[before] + 1 == rows.step
-        return found, [value[before.to(value.device)] for value in self._values]
+        return found, [value[to_device(before, value.device)] for value in self._values]
 
 
 def _keys(rows: LogitRows) -> Tensor:
@@ -87,7 +88,7 @@ class CreditAccount:
         tokens, credits = token[:, None], (probability**self._settings.gamma)[:, None]
         found, earlier = self._step_cache.recall(rows)
         if earlier:
-            old = (earlier[1] * self._settings.beta).masked_fill(~found.to(logits.device)[:, None], 0.0)
+            old = (earlier[1] * self._settings.beta).masked_fill(~to_device(found, logits.device)[:, None], 0.0)
             again = (earlier[0] == tokens) & (old > 0)
             once = again.any(1, keepdim=True)
             credits = torch.cat([old + credits.where(again, 0.0), credits.masked_fill(once, 0.0)], 1)

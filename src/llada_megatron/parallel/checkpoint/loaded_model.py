@@ -21,6 +21,7 @@ from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch
+from llada_megatron.llada_moe.model.head import Targets
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
 from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.parallel import build, device, sharded_state, topology
@@ -49,14 +50,14 @@ class LoadedModel:
         (`parallel.sampling`). Collective: every rank gives the same arguments.
 
         Args:
-            rows: `[batch, seq]` bool, true for the selected positions.
+            rows: `[batch, seq]` bool on the host, true for the selected positions.
             boundaries: cumulative lengths of the documents, int32.
         """
         count = int(rows.sum())
         if count == 0:
             return torch.zeros(0, self.run.model.vocab_size)
         where = device.current()
-        shard = self._last_stage_output(tokens.to(where), rows.to(where), boundaries)
+        shard = self._last_stage_output(tokens.to(where), rows, boundaries)
         if torch.distributed.get_world_size() == 1:
             return shard.float().cpu()
         return _equal_everywhere(shard, count, self.run.model.vocab_size).cpu()
@@ -85,8 +86,8 @@ class LoadedModel:
     def loss(self, batch: Batch) -> torch.Tensor:
         """Weighted cross-entropy of each sequence `[batch]`, in nats; in a world of one process."""
         where = device.current()
-        labels, weights = batch.labels.to(where), batch.weights.to(where)
-        return self.model(batch.inputs.to(where), batch.boundaries, labels, weights).cpu()
+        targets = Targets.of(batch.labels, batch.weights).to(where)
+        return self.model(batch.inputs.to(where), batch.boundaries, targets=targets).cpu()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core import parallel_state
 
+from llada_megatron.llada_moe.model.transfer import to_device
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
 from llada_megatron.llada_moe.model.windows import KeyValues, Windows
 from llada_megatron.llada_moe.sampling.loop import Method
@@ -128,10 +129,10 @@ class StageRunner:
     @torch.inference_mode()
     def _forward(self, work: Pass, hidden: torch.Tensor | None, memory: KeyValues | None) -> torch.Tensor:
         own_device = device.current()
-        windows = Windows(work.windows, memory, work.positions.to(own_device), self._seq)
+        windows = Windows(work.windows, memory, to_device(work.positions, own_device), self._seq)
         if hidden is not None:
             self._model.set_input_tensor(hidden)
-        return self._model(work.tokens[None].to(own_device), windows, rows=work.output_mask[None].to(own_device))
+        return self._model(to_device(work.tokens[None], own_device), windows, rows=work.output_mask[None])
 
 
 def gather_over_tensor_ranks(packet: torch.Tensor) -> torch.Tensor:

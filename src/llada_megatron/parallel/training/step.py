@@ -1,9 +1,9 @@
-"""One training step under any layout: micro-batches, forward and backward through the pipeline, the update."""
+"""One training step under any layout: forward and backward of its micro-batches through the pipeline, the update."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,35 +15,14 @@ from megatron.core.utils import get_model_config
 
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch, Samples
-from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.objectives import Objective, make_objective
-from llada_megatron.llada_moe.objectives.normalization import TokenCounts, count
-from llada_megatron.parallel import device, host_group
-from llada_megatron.parallel.training.distributed_optimizer import clip_gradients
+from llada_megatron.parallel import device
+from llada_megatron.parallel.training.batches_ahead import BatchesAhead
+from llada_megatron.parallel.training.distributed_optimizer import clip_gradients, gradient_norm
+from llada_megatron.parallel.training.microbatches import Microbatch, StagedBatch, local_numbers, prepare, stage
 
 Norm = float | torch.Tensor
 """Norm of all gradients; newer Megatron versions leave it on the GPU."""
-
-
-@dataclass
-class Microbatch:
-    """What one forward pass reads on this rank: its context slice of the sequences, on the device."""
-
-    inputs: torch.Tensor
-    """`[batch, seq / context_parallel]`."""
-    labels: torch.Tensor
-    weights: torch.Tensor
-    boundaries: torch.Tensor
-    """Segments of the whole sequences, on the host (see `llada_moe.model.patterns`)."""
-    factor: torch.Tensor
-    """`[batch]`: normalisation of each sequence (see `llada_moe.objectives.normalization`)."""
-    mask_ratio: torch.Tensor
-    """`[batch]`."""
-    pattern: AttentionPattern
-    """Who attends to whom in this step."""
-    objective: Objective
-    frozen: dict[str, torch.Tensor] = field(default_factory=dict)
-    """By name what each frozen model of the objective makes of these sequences, `[batch]`; on the last stage."""
 
 
 @dataclass
@@ -67,68 +46,19 @@ class StepResult:
     grad_norm: float
 
 
-def local_numbers(run: RunConfig, step: int, data_rank: int) -> list[list[int]]:
-    """Numbers of the samples that a data-parallel rank runs in `step`, one list a micro-batch.
-
-    Sample i of the step is number step * global_batch_size + i; micro-batch m of rank r takes the (m * ranks + r)-th
-    run of micro_batch_size of them, so that every layout covers the same samples.
-    """
-    size, ranks = run.training.micro_batch_size, run.layout.data_parallel
-    first = step * run.training.global_batch_size
-    return [
-        list(range(start, start + size))
-        for start in range(first + data_rank * size, first + run.training.global_batch_size, ranks * size)
-    ]
-
-
-def global_counts(batches: list[Batch]) -> TokenCounts:
-    """Counts of the whole global batch: this rank's micro-batches summed over data-parallel ranks, on the host."""
-    mine = sum((count(batch) for batch in batches), TokenCounts())
-    totals = torch.tensor([getattr(mine, field.name) for field in fields(TokenCounts)], dtype=torch.int64)
-    host_group.data_parallel().all_reduce(totals)
-    return TokenCounts(*totals.tolist())
-
-
-def prepare(objective: Objective, batches: list[Batch], step: int) -> list[Microbatch]:
-    """Normalise over the global batch of `step`, slice for context parallelism, and move to the device."""
-    totals = global_counts(batches)
-    shard, shards = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
-    where = device.current()
-
-    def mine(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.chunk(shards, dim=1)[shard].contiguous().to(where, non_blocking=True)
-
-    return [
-        Microbatch(
-            inputs=mine(batch.inputs),
-            labels=mine(batch.labels),
-            weights=mine(batch.weights),
-            boundaries=batch.boundaries,
-            factor=objective.factors(totals, batch).to(where),
-            mask_ratio=batch.mask_ratio.to(where),
-            pattern=objective.pattern(step),
-            objective=objective,
-        )
-        for batch in batches
-    ]
-
-
 def _forward_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
     batch = next(data)
-    output = model(batch.inputs, batch.boundaries, batch.labels, batch.weights, pattern=batch.pattern)
+    output = model(batch.inputs, batch.boundaries, targets=batch.targets, pattern=batch.pattern)
 
     def loss_function(weighted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        # Megatron divides the sum over all ranks and micro-batches by the sum of these counts: all tokens of the global
-        # batch
-        tokens = torch.tensor(batch.inputs.numel(), dtype=torch.int, device=weighted.device)
         loss = batch.objective.loss(weighted, batch.factor, batch.frozen)
         facts = {
             "weighted": weighted.detach(),
             "mask_ratio": batch.mask_ratio,
-            "supervised": (batch.weights != 0).sum(dim=1),
+            "supervised": batch.supervised,
             "loss": loss.detach(),
         }
-        return loss, tokens, facts
+        return loss, batch.tokens, facts
 
     return output, loss_function
 
@@ -177,11 +107,17 @@ class TrainingStep:
         data: Samples,
         objective: Objective | None = None,
         frozen: dict[str, list[torch.nn.Module]] | None = None,
+        ahead: bool = False,
     ) -> None:
-        """`objective`: None = a new one of the run; `frozen`: the chunks of each of its frozen models by name."""
+        """`data` is a function of the sample numbers where batches are made `ahead` of their step.
+
+        `objective`: None = a new one of the run; `frozen`: the chunks of each of its frozen models by name.
+        """
         self.run, self.models, self.optimizer, self.data = run, models, optimizer, data
         self.objective = make_objective(run.objective) if objective is None else objective
         self.frozen = frozen or {}
+        self._device = device.current()
+        self._ahead = BatchesAhead(self._stage, run.training.steps) if ahead else None
         config = get_model_config(models[0])
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = optimizer.scale_loss
@@ -191,12 +127,21 @@ class TrainingStep:
         rank = parallel_state.get_data_parallel_rank()
         return [self.data.batch(numbers) for numbers in local_numbers(self.run, step, rank)]
 
+    def _stage(self, step: int) -> list[StagedBatch]:
+        device.use(self._device)  # in a thread, where batches are made ahead
+        return [stage(self.run.layout, batch) for batch in self.batches(step)]
+
+    def close(self) -> None:
+        """End what runs beside the steps."""
+        if self._ahead is not None:
+            self._ahead.close()
+
     def gradients(self, step: int) -> Losses:
         """Forward and backward of `step`; reduced gradients stay in the buffers."""
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        microbatches = prepare(self.objective, self.batches(step), step)
+        microbatches = prepare(self.objective, (self._ahead or self._stage)(step), step)
         answers = {name: ask_frozen(self.run, models, microbatches) for name, models in self.frozen.items()}
         for number, batch in enumerate(microbatches):
             batch.frozen = {name: found[number] for name, found in answers.items() if found}
@@ -205,7 +150,7 @@ class TrainingStep:
     def norm(self) -> Norm:
         """Norm of the gradients over all ranks; they are then ready for `update`."""
         self.optimizer.prepare_grads()
-        return self.optimizer.get_grad_norm()
+        return gradient_norm(self.optimizer)
 
     def update(self, norm: Norm) -> None:
         """Clip the gradients, whose norm is given, and update the weights."""

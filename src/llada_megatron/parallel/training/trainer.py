@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class Trainer:
         self.store = open_store(run)
         self.heartbeat.beat(0, "load")
         frozen = {name: load_frozen(run, self.store, path) for name, path in self.objective.frozen_models().items()}
-        self.step = TrainingStep(run, self.models, self.state.optimizer, self.data, self.objective, frozen)
+        self.step = TrainingStep(run, self.models, self.state.optimizer, self.data, self.objective, frozen, ahead=True)
         resumed = self.state.resume(self.store)
         given = on_rank_0(lambda: weights_to_start_from(run)) if resumed is None else None
         if given is not None:
@@ -68,7 +69,7 @@ class Trainer:
     def train(self, stop: Callable[[], bool]) -> dict[str, Any]:
         """Run to the last step, or until a rank's `stop` says so; then save. Returns what the command reports."""
         began, first = time.perf_counter(), self.state.step
-        with self.reporter.progress:
+        with self.reporter.progress, closing(self.step):
             if first < self.run.training.steps:
                 self.reporter.start(self.step.batches(first))
             if self.new and may_go_back(self.run.recovery):

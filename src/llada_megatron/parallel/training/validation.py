@@ -13,7 +13,8 @@ from llada_megatron.llada_moe.data.batch import Batch, Samples
 from llada_megatron.llada_moe.evaluation.likelihood import Likelihood
 from llada_megatron.llada_moe.objectives import Objective
 from llada_megatron.parallel import device, host_group
-from llada_megatron.parallel.training.step import prepare, run_pipeline
+from llada_megatron.parallel.training.microbatches import prepare, stage
+from llada_megatron.parallel.training.step import run_pipeline
 
 
 def validate(
@@ -34,7 +35,8 @@ def validate(
     for model in models:
         model.eval()
     watch = models[0].register_forward_pre_hook(lambda *_: alive())
-    losses = run_pipeline(run, models, prepare(objective, batches, step), forward_only=True)
+    staged = [stage(run.layout, batch) for batch in batches]
+    losses = run_pipeline(run, models, prepare(objective, staged, step), forward_only=True)
     watch.remove()
     for model in models:
         model.train()

@@ -21,6 +21,8 @@ from llada_megatron.tools.bench import Claim, at_most, reported
 if TYPE_CHECKING:
     import torch
 
+    from llada_megatron.llada_moe.model.head import Targets
+
 MEMORY_GOAL = 0.5  # half of the rows are masked: what leaving out the others alone would give
 EXACT_GOAL = 1e-5
 
@@ -43,13 +45,15 @@ class Problem:
     hidden: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
+    targets: Targets
+    """The same labels and weights, of the masked rows alone."""
     chunk_elements: int
 
     def chunked(self) -> torch.Tensor:
         """What training runs."""
         from llada_megatron.llada_moe.model.head import supervised_loss
 
-        return supervised_loss(self.model, self.hidden, self.labels, self.weights, self.chunk_elements)
+        return supervised_loss(self.model, self.hidden, self.targets, self.chunk_elements)
 
     def all_logits(self) -> torch.Tensor:
         """The logits of every row, then the same cross-entropy and weights."""
@@ -117,6 +121,7 @@ def _problem(args: argparse.Namespace) -> Problem:
 
     from llada_megatron.llada_moe.config.layout import LayoutConfig
     from llada_megatron.llada_moe.config.model import ModelConfig
+    from llada_megatron.llada_moe.model.head import Targets
     from llada_megatron.llada_moe.model.transformer import build_model
     from llada_megatron.parallel.build import transformer_config
 
@@ -138,13 +143,11 @@ def _problem(args: argparse.Namespace) -> Problem:
     sequences, length = 2, args.tokens // 2
     masked = torch.rand(sequences, length, generator=generator).argsort(dim=1) < length // 2
     device = built.output_layer.weight.device
-    return Problem(
-        built,
-        torch.randn(length, sequences, args.hidden, generator=generator).to(device).requires_grad_(),
-        torch.randint(args.vocab, (sequences, length), generator=generator).to(device),
-        (masked * 2.0 / args.tokens).to(device),
-        args.chunk_mb * 2**20 // 4,
-    )
+    hidden = torch.randn(length, sequences, args.hidden, generator=generator).to(device).requires_grad_()
+    labels = torch.randint(args.vocab, (sequences, length), generator=generator)
+    weights = masked * 2.0 / args.tokens
+    targets = Targets.of(labels, weights).to(device)
+    return Problem(built, hidden, labels.to(device), weights.to(device), targets, args.chunk_mb * 2**20 // 4)
 
 
 def _difference(problem: Problem) -> float:

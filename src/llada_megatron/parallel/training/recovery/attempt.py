@@ -96,7 +96,9 @@ class StepRunner:
         One small reduction a step, and one wait for the device. A sum that is reduced comes out equal on all ranks,
         hence so does the verdict.
         """
-        measured = torch.as_tensor(norm, dtype=torch.float64, device=device.current()).reshape(())
+        here = {"dtype": torch.float64, "device": device.current()}
+        # a number is filled in; made into a tensor by a copy, it would be waited for
+        measured = norm.to(**here).reshape(()) if torch.is_tensor(norm) else torch.full((), norm, **here)
         stop_requested = torch.full_like(measured, stop)
         values = torch.stack([losses.loss.to(measured), (~measured.isfinite()).to(measured), stop_requested])
         torch.distributed.all_reduce(values)

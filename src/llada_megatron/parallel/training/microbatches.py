@@ -1,0 +1,127 @@
+"""From samples to what the forward passes of a step read: on the host first, then on the device.
+
+`stage` does what can be done on the host, as a function of the samples alone, so that it can be done ahead of the step
+(`batches_ahead`). `prepare` does what belongs to the step: the counts of the global batch, and the copy to the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+import torch
+from megatron.core import parallel_state
+
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.data.batch import Batch
+from llada_megatron.llada_moe.model.head import Targets
+from llada_megatron.llada_moe.model.patterns import AttentionPattern
+from llada_megatron.llada_moe.model.transfer import pinned, to_device
+from llada_megatron.llada_moe.objectives import Objective
+from llada_megatron.llada_moe.objectives.normalization import TokenCounts, count
+from llada_megatron.parallel import device, host_group
+
+
+@dataclass(frozen=True)
+class StagedBatch:
+    """A micro-batch on the host, in pinned memory where there is CUDA."""
+
+    batch: Batch
+    """The whole sequences."""
+    inputs: torch.Tensor
+    """`[batch, seq / context_parallel]`: this rank's context slice."""
+    targets: Targets | None
+    """Of this rank's context slice; None before the last pipeline stage."""
+    supervised: torch.Tensor
+    """`[batch]` int64: supervised positions in this rank's context slice."""
+    counts: TokenCounts
+
+
+@dataclass
+class Microbatch:
+    """What one forward pass reads on this rank: its context slice of the sequences, on the device."""
+
+    inputs: torch.Tensor
+    """`[batch, seq / context_parallel]`."""
+    targets: Targets | None
+    """None before the last pipeline stage."""
+    boundaries: torch.Tensor
+    """Segments of the whole sequences, on the host (see `llada_moe.model.patterns`)."""
+    factor: torch.Tensor
+    """`[batch]`: normalisation of each sequence (see `llada_moe.objectives.normalization`)."""
+    mask_ratio: torch.Tensor
+    """`[batch]`."""
+    supervised: torch.Tensor
+    """`[batch]` int64: supervised positions in this rank's context slice."""
+    tokens: torch.Tensor
+    """Scalar int32: positions of the slice, by whose sum over micro-batches and ranks Megatron divides gradients."""
+    pattern: AttentionPattern
+    """Who attends to whom in this step."""
+    objective: Objective
+    frozen: dict[str, torch.Tensor] = field(default_factory=dict)
+    """By name what each frozen model of the objective makes of these sequences, `[batch]`; on the last stage."""
+
+
+def local_numbers(run: RunConfig, step: int, data_rank: int) -> list[list[int]]:
+    """Numbers of the samples that a data-parallel rank runs in `step`, one list a micro-batch.
+
+    Sample i of the step is number step * global_batch_size + i; micro-batch m of rank r takes the (m * ranks + r)-th
+    run of micro_batch_size of them, so that every layout covers the same samples.
+    """
+    size, ranks = run.training.micro_batch_size, run.layout.data_parallel
+    first = step * run.training.global_batch_size
+    return [
+        list(range(start, start + size))
+        for start in range(first + data_rank * size, first + run.training.global_batch_size, ranks * size)
+    ]
+
+
+def stage(layout: LayoutConfig, batch: Batch) -> StagedBatch:
+    """What this rank takes from a batch, ready to be copied to the device."""
+    shard, shards = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    inputs, labels, weights = (
+        tensor.chunk(shards, dim=1)[shard] for tensor in (batch.inputs, batch.labels, batch.weights)
+    )
+    targets = None
+    if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        slices = layout.tensor_parallel if layout.sequence_parallel else 1
+        rank = parallel_state.get_tensor_model_parallel_rank() if slices > 1 else 0
+        targets = Targets.of(labels, weights, rank, slices).pinned()
+    return StagedBatch(batch, pinned(inputs.contiguous()), targets, (weights != 0).sum(dim=1), count(batch))
+
+
+def prepare(objective: Objective, staged: list[StagedBatch], step: int) -> list[Microbatch]:
+    """Normalise over the global batch of `step`, and copy to the device (collective over the data-parallel ranks)."""
+    totals = _global_counts(staged)
+    where = device.current()
+    factors, mask_ratios, supervised = (
+        to_device(torch.stack(values), where).unbind()
+        for values in (
+            [objective.factors(totals, one.batch) for one in staged],
+            [one.batch.mask_ratio for one in staged],
+            [one.supervised for one in staged],
+        )
+    )
+    tokens = torch.full((), staged[0].inputs.numel(), dtype=torch.int32, device=where)
+    return [
+        Microbatch(
+            inputs=to_device(one.inputs, where),
+            targets=None if one.targets is None else one.targets.to(where),
+            boundaries=one.batch.boundaries,
+            factor=factor,
+            mask_ratio=mask_ratio,
+            supervised=positions,
+            tokens=tokens,
+            pattern=objective.pattern(step),
+            objective=objective,
+        )
+        for one, factor, mask_ratio, positions in zip(staged, factors, mask_ratios, supervised, strict=True)
+    ]
+
+
+def _global_counts(staged: list[StagedBatch]) -> TokenCounts:
+    """Counts of the whole global batch: this rank's micro-batches summed over data-parallel ranks, on the host."""
+    mine = sum((one.counts for one in staged), TokenCounts())
+    totals = torch.tensor([getattr(mine, field.name) for field in fields(TokenCounts)], dtype=torch.int64)
+    host_group.data_parallel().all_reduce(totals)
+    return TokenCounts(*totals.tolist())
