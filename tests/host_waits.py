@@ -58,8 +58,8 @@ class HostWaits:
         self._device: dict[int, torch.UntypedStorage] = {}  # kept, so that no other storage takes its address
         self._paused = False
         for model in models:
-            buffers = [buffer for module in model.modules() for buffer in module._buffers.values()]
-            self.mark(*model.parameters(), *filter(torch.is_tensor, buffers))
+            kept = [value for module in model.modules() for value in (vars(module) | module._buffers).values()]
+            self.mark(*model.parameters(), *filter(torch.is_tensor, kept))
             self.mark(*(p.main_grad for p in model.parameters() if hasattr(p, "main_grad")))
 
     def mark(self, *tensors: torch.Tensor) -> None:
@@ -101,8 +101,8 @@ class HostWaits:
         stand_in = sys.modules["megatron.core.pipeline_parallel.p2p_communication"].torch.cuda
         synchronize = mock.Mock(side_effect=lambda *_: self.record("torch.cuda.synchronize"))
         self._stack.enter_context(mock.patch.object(stand_in, "synchronize", synchronize))
-        event = mock.patch.object(device._Nothing, "synchronize", lambda _: self.record("Event.synchronize"), create=True)
-        self._stack.enter_context(event)
+        event = mock.Mock(side_effect=lambda: self.record("Event.synchronize"))
+        self._stack.enter_context(mock.patch.object(device._Nothing, "synchronize", event, create=True))
         self._stack.enter_context(mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", self._moved))
         self._stack.enter_context(_Operators(self))
         self._stack.enter_context(_Calls(self))
@@ -176,6 +176,8 @@ class _Calls(TorchFunctionMode):
             with self._waits.paused():
                 out = func(*args, **kwargs)
                 return out.clone() if torch.is_tensor(out) else out  # on the host from here
+        if name in ("tensor", "as_tensor") and any(map(self._waits.marked, tree_leaves(subject))):
+            self._waits.record(f"{name}(of tensors)")
         named = kwargs.get("device") is not None or (name == "to" and _names_device(args[1:]))
         if not named and name != "cuda":
             return func(*args, **kwargs)

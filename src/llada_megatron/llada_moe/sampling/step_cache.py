@@ -93,8 +93,8 @@ class CreditAccount:
             once = again.any(1, keepdim=True)
             credits = torch.cat([old + credits.where(again, 0.0), credits.masked_fill(once, 0.0)], 1)
             tokens = torch.cat([earlier[0], tokens], 1)
-            used = credits.any(0)
-            tokens, credits = tokens[:, used], credits[:, used]
+            used = credits.any(0).nonzero().flatten()  # waits for the device: how many tokens are kept decides a shape
+            tokens, credits = tokens.index_select(1, used), credits.index_select(1, used)
         self._step_cache.remember(rows, tokens, credits)
         gain = self._settings.alpha * credits.log1p()
         own = tokens - first_id
