@@ -24,9 +24,9 @@ from tests.ranks import run_ranks
 
 CORE = [
     *(("dense", name) for name in ("TP2.SP", "PP2 interleaved", "CP2", "DP2")),
-    ("tied", "TP2.SP.PP2"),
+    *(("tied", name) for name in ("TP2.SP.PP2", "PP2 uneven")),
     *(("softmax", name) for name in ("EP2", "TP2.SP.EP2", "CP2")),
-    *(("sigmoid", name) for name in ("TP2.SP", "EP2.ETP2", "TP2.SP.PP2.EP2")),
+    *(("sigmoid", name) for name in ("TP2.SP", "EP2.ETP2", "TP2.SP.PP2.EP2", "PP2.EP2 uneven")),
     *(("blocks", name) for name in ("TP2.SP", "EP2", "PP2", "CP2")),
 ]
 """The fast part of the layouts; `llada bench parity` runs all."""
@@ -52,6 +52,65 @@ def test_block_causal_layout_equals_one_process(name):
     assert error <= parity.GOAL, where
 
 
+RECOMPUTED = ["core_attn", "mlp", "moe", "moe_act", "shared_experts"]
+
+
+@pytest.mark.parametrize(
+    ("model", "modules"),
+    [
+        ("dense", ["core_attn", "mlp"]),
+        ("sigmoid", ["moe"]),
+        ("sigmoid", ["core_attn", "mlp", "moe_act", "shared_experts"]),
+        ("blocks", ["moe", "core_attn"]),
+    ],
+    ids=str,
+)
+def test_parts_that_run_again_change_nothing(model, modules):
+    run = parity_run(MODELS[model], LayoutConfig(), recompute="selective", recompute_modules=modules)
+    error, where = parity.compare(one_process(model), parity.measure(run))
+    assert error == 0, where
+
+
+def test_parts_run_again_are_those_that_are_named():
+    assert run_ranks(calls_of_a_step, 1, parity_run(MODELS["sigmoid"], LayoutConfig())) == [CALLS]
+    for module, changed in {
+        "core_attn": {"PatternAttention": 8},
+        "mlp": {"MLP": 2},
+        "moe": {"TopKRouter": 6, "PermutedExperts": 6, "SharedExpertMLP": 6},
+        "shared_experts": {"SharedExpertMLP": 6},
+        "moe_act": {},  # our own experts never keep their activations
+    }.items():
+        run = parity_run(MODELS["sigmoid"], LayoutConfig(), recompute="selective", recompute_modules=[module])
+        assert run_ranks(calls_of_a_step, 1, run) == [CALLS | changed], module
+
+
+CALLS = {"PatternAttention": 4, "MLP": 1, "TopKRouter": 3, "PermutedExperts": 3, "SharedExpertMLP": 3}
+"""Calls in the forward and backward pass of one batch through one dense and three MoE layers."""
+
+
+def calls_of_a_step(run: RunConfig) -> dict[str, int]:
+    from llada_megatron.parallel import build, topology
+    from llada_megatron.parallel.training import distributed_optimizer
+    from llada_megatron.parallel.training.step import TrainingStep
+
+    topology.initialize(run.layout, run.training.seed)
+    run = dataclasses.replace(run, training=dataclasses.replace(run.training, micro_batch_size=8))
+    models = build.wrap(run, build.build_run_chunks(run))
+    calls = dict.fromkeys(CALLS, 0)
+    for module in models[0].modules():
+        if (name := type(module).__name__) in CALLS:
+            module.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    adam = distributed_optimizer.build_optimizer(run, models)
+    TrainingStep(run, models, adam, parity.SyntheticData(run)).gradients(0)
+    return calls
+
+
+def test_shared_experts_beside_the_messages_change_nothing():
+    layout = dataclasses.replace(MOE_LAYOUTS["TP2.SP.EP2"], overlap_shared_experts=True)
+    error, where = parity.compare(one_process("sigmoid"), parity.measure(parity_run(MODELS["sigmoid"], layout)))
+    assert error <= parity.GOAL, where
+
+
 @strategies.composite
 def drawn_runs(draw) -> tuple[str, RunConfig, tuple[tuple[str, object], ...]]:
     """A valid run over two or four ranks, with everything drawn that must not matter."""
@@ -69,11 +128,19 @@ def drawn_runs(draw) -> tuple[str, RunConfig, tuple[tuple[str, object], ...]]:
         "expert_tensor_parallel": draw(power([1, 2])) if MODELS[model].moe else 1,
         "expert_dispatcher": draw(power(["alltoall", "allgather"])),
     }
+    if sizes["pipeline_parallel"] == 2 and sizes["pipeline_chunks_per_rank"] == 1:
+        sizes["pipeline_layers"] = draw(power([None, [1, 3], [3, 1]]))
+    if MODELS[model].moe and MODELS[model].moe.shared_expert_ffn_hidden_size:
+        sizes["overlap_shared_experts"] = draw(strategies.booleans())
+    sizes["overlap_grad_reduce"] = draw(strategies.booleans())
     layout = LayoutConfig(**sizes)
     hypothesis.assume(layout.world_size in (2, 4))
+    recompute = draw(power(["none", "full", "selective"]))
+    modules = draw(strategies.lists(power(RECOMPUTED), min_size=1, max_size=3)) if recompute == "selective" else []
     changes = (
         ("seed", draw(strategies.integers(0, 3))),
-        ("recompute", draw(power(["none", "full"]))),
+        ("recompute", recompute),
+        ("recompute_modules", modules),
         ("block_size", draw(power([None, 1, parity.BLOCK_SIZE]))),
         ("replace_ratio", draw(power([0.0, 0.3]))),
     )
@@ -91,7 +158,8 @@ def drawn_runs(draw) -> tuple[str, RunConfig, tuple[tuple[str, object], ...]]:
 @hypothesis.given(drawn_runs())
 def test_drawn_layout_equals_one_process(drawn):
     _, run, _ = drawn
-    reference = parity.measure(dataclasses.replace(run, layout=LayoutConfig()))
+    whole = dataclasses.replace(run.training, recompute="none", recompute_modules=[])
+    reference = parity.measure(dataclasses.replace(run, layout=LayoutConfig(), training=whole))
     error, where = parity.compare(reference, parity.measure(run))
     assert error <= parity.GOAL, (where, run.layout, run.objective.normalization)
 

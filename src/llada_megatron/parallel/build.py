@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.package_info import __version__ as megatron_version
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.transformer_config import TransformerConfig
 from packaging.version import Version
 
@@ -27,12 +28,14 @@ from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
+from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.model.initialization import initialize_weights
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer, architecture_fields, build_model
 from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.parallel import device
 from llada_megatron.parallel.fusions import fusion_fields
+from llada_megatron.parallel.overlap import connect
 from llada_megatron.parallel.sharded_state import apply_factories_copy
 
 
@@ -52,9 +55,24 @@ def transformer_config(
         **_layout_fields(layout),
         **(_expert_layout_fields(model.moe, layout) if model.moe else {}),
     }
-    if training is not None and training.recompute == "full":
-        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if training is not None:
+        fields |= _recompute_fields(training)
     return TransformerConfig(**fields)
+
+
+def _recompute_fields(training: TrainingConfig) -> dict[str, Any]:
+    """What is run again in the backward pass. Our own experts never keep their activations, so that `moe_act` is for
+    Transformer Engine's only (Megatron refuses it for others)."""
+    if training.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    engine = transformer_engine_active()
+    if "layernorm" in training.recompute_modules and not engine:
+        raise ConfigError(
+            "training.recompute_modules: layernorm needs Transformer Engine (Megatron asks it about FP8 before it runs "
+            "a norm again), which this process does not use; leave it out"
+        )
+    modules = [part for part in training.recompute_modules if part != "moe_act" or engine]
+    return {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
 
 
 def _layout_fields(layout: LayoutConfig) -> dict[str, Any]:
@@ -77,16 +95,40 @@ def _layout_fields(layout: LayoutConfig) -> dict[str, Any]:
             "overlap_p2p_comm": True,
             "batch_p2p_comm": False,
         }
+    if layout.pipeline_layers is not None:
+        chunks = [["decoder"] * count for count in layout.pipeline_layers]
+        chunks[0].insert(0, "embedding")
+        chunks[-1].append("loss")
+        fields["pipeline_model_parallel_layout"] = chunks
     return fields
 
 
 def _expert_layout_fields(moe: MoEConfig, layout: LayoutConfig) -> dict[str, Any]:
     scale = _router_loss_scale(layout)
+    if layout.expert_dispatcher == "flex":
+        _require_flex(layout.flex_backend)
     return {
         "moe_aux_loss_coeff": moe.aux_loss_coefficient * scale,
         "moe_z_loss_coeff": moe.z_loss_coefficient * scale or None,
         "moe_token_dispatcher_type": layout.expert_dispatcher,
+        "moe_flex_dispatcher_backend": layout.flex_backend,
+        "moe_shared_expert_overlap": layout.overlap_shared_experts,
     }
+
+
+def _require_flex(backend: str) -> None:
+    """Refuse the flex dispatcher where its kernels are missing. Raises ConfigError."""
+    if not device.cuda_available():
+        raise ConfigError(
+            "layout.expert_dispatcher: flex needs GPUs (its kernels write into their memory); use alltoall"
+        )
+    found = {"deepep": fused_a2a.HAVE_DEEP_EP, "hybridep": fused_a2a.HAVE_HYBRIDEP}
+    if not found[backend]:
+        wanted = "deep_ep" if backend == "deepep" else "deep_ep with HybridEPBuffer (its branch hybrid-ep)"
+        raise ConfigError(
+            f"layout.expert_dispatcher: flex with flex_backend {backend} needs the Python package {wanted}, which "
+            "cannot be imported here; install it (https://github.com/deepseek-ai/DeepEP), or use alltoall"
+        )
 
 
 def _router_loss_scale(layout: LayoutConfig) -> int:
@@ -96,14 +138,23 @@ def _router_loss_scale(layout: LayoutConfig) -> int:
     return 1 if fixed else layout.tensor_parallel * layout.context_parallel
 
 
+def default_logits_chunk_mb() -> int:
+    """Memory of the fp32 logits that exist at a time. A GPU is busy with thousands of rows only, and each chunk reads
+    and writes the gradient of the whole output layer once."""
+    return 2048 if device.cuda_available() else 256
+
+
 def build_chunks(
     model: ModelConfig,
     layout: LayoutConfig,
     config: TransformerConfig,
     pattern: AttentionPattern,
-    logits_chunk_mb: int = 256,
+    logits_chunk_mb: int | None = None,
 ) -> list[DiffusionTransformer]:
-    """The interleaved chunks of this rank's pipeline stage (one without interleaving), on the device, uninitialised."""
+    """The interleaved chunks of this rank's pipeline stage (one without interleaving), on the device, uninitialised.
+
+    `logits_chunk_mb`: None = as many as suit the device.
+    """
     count = layout.pipeline_chunks_per_rank
     chunks = []
     for chunk in range(count):
@@ -113,7 +164,7 @@ def build_chunks(
             model,
             config,
             pattern=pattern,
-            logits_chunk_mb=logits_chunk_mb,
+            logits_chunk_mb=default_logits_chunk_mb() if logits_chunk_mb is None else logits_chunk_mb,
             pre_process=parallel_state.is_pipeline_first_stage(**place),
             post_process=parallel_state.is_pipeline_last_stage(**place),
             vp_stage=stage,
@@ -179,11 +230,14 @@ def wrap(run: RunConfig, chunks: list[DiffusionTransformer]) -> list[Distributed
     modules = [Float16Module(config, chunk) for chunk in chunks] if run.training.precision == "bf16" else chunks
     reduction = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        grad_reduce_in_fp32=run.optimizer.main_grads_dtype == "fp32",
+        overlap_grad_reduce=run.layout.overlap_grad_reduce,
+        overlap_param_gather=run.layout.overlap_param_gather,
         check_for_nan_in_grad=False,
     )
-    return [
+    wrapped = [
         DistributedDataParallel(config, reduction, module, disable_bucketing=index > 0)
         for index, module in enumerate(modules)
     ]
+    connect(wrapped)
+    return wrapped

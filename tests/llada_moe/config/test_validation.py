@@ -111,6 +111,58 @@ REFUSED = {
         "layout.pipeline_chunks_per_rank=3",
         "2 x 3 chunks = 6 does not divide num_layers 4; use one of 1, 2",
     ),
+    "uneven alone": ("tiny-dense", "layout.pipeline_layers=[4]", "[4] needs pipeline_parallel > 1"),
+    "uneven count": (
+        "tiny-dense layout.pipeline_parallel=2",
+        "layout.pipeline_layers=[1,2,1]",
+        "[1, 2, 1] has 3 numbers, but pipeline_parallel 2 x pipeline_chunks_per_rank 1 = 2",
+    ),
+    "uneven sum": (
+        "tiny-dense layout.pipeline_parallel=2",
+        "layout.pipeline_layers=[3,2]",
+        "[3, 2] are 5 layers, but num_layers is 4",
+    ),
+    "uneven empty": (
+        "tiny-dense layout.pipeline_parallel=2",
+        "layout.pipeline_layers=[4,0]",
+        "[4, 0]: every stage holds at least 1 layer",
+    ),
+    "shared overlap": (
+        "tiny-moe-softmax",
+        "layout.overlap_shared_experts=true",
+        "true, but the model has no shared expert",
+    ),
+    "shared overlap of others": (
+        "tiny-moe layout.expert_dispatcher=allgather",
+        "layout.overlap_shared_experts=true",
+        "works with expert_dispatcher alltoall only, not with allgather",
+    ),
+    "gather alone": ("tiny-dense", "layout.overlap_param_gather=true", "true needs overlap_grad_reduce: true"),
+    "flex alone": ("tiny-moe", "layout.expert_dispatcher=flex", "tensor_parallel x expert_parallel is 1"),
+    "recompute nothing": ("tiny-moe", "training.recompute=selective", "selective needs the modules in"),
+    "recompute unnamed": ("tiny-moe", "training.recompute_modules=[moe]", "moe needs recompute: selective"),
+    **{
+        f"recompute {name}": (f"{run} training.recompute=selective", f"training.recompute_modules={modules}", message)
+        for name, run, modules, message in (
+            ("twice", "tiny-moe", "[moe,moe]", "moe: named twice"),
+            ("dense", "tiny-dense", "[moe_act]", "moe_act: the model has no experts"),
+            ("mlp", "tiny-moe-softmax", "[mlp]", "mlp: every layer of the model is MoE"),
+            ("inside", "tiny-moe", "[moe,moe_act]", "moe_act: moe runs it again already"),
+            ("shared", "tiny-moe-softmax", "[shared_experts]", "shared_experts: the model has no shared expert"),
+            (
+                "overlapped",
+                "tiny-moe layout.overlap_shared_experts=true",
+                "[shared_experts]",
+                "does not go together with layout.overlap_shared_experts",
+            ),
+            (
+                "blocks",
+                "llada2.2-mini training.sequence_length=64 layout.pipeline_parallel=2",
+                "[moe]",
+                "moe: with model.moe.expert_capacity and pipeline stages",
+            ),
+        )
+    },
     "chunks alone": ("tiny-dense", "layout.pipeline_chunks_per_rank=2", "2 needs pipeline_parallel > 1"),
     "chunks micro-batches": (
         "tiny-dense layout.pipeline_parallel=2 layout.pipeline_chunks_per_rank=2",

@@ -24,6 +24,12 @@ LAYOUTS = [
     ("tiny-dense", [], {}),
     ("tiny-dense", [], {"tensor_parallel": 4, "sequence_parallel": True}),  # more ranks than key/value heads
     ("tiny-dense", [], {"pipeline_parallel": 2, "pipeline_chunks_per_rank": 2}),
+    ("tiny-dense", [], {"pipeline_parallel": 2, "pipeline_layers": [3, 1]}),
+    (
+        "tiny-dense",
+        ["num_layers=6"],
+        {"pipeline_parallel": 2, "pipeline_chunks_per_rank": 2, "pipeline_layers": [1, 2, 2, 1]},
+    ),
     ("tiny-dense", ["tie_embeddings=true"], {}),
     ("tiny-dense", ["tie_embeddings=true"], {**TENSOR2, "pipeline_parallel": 2}),
     ("tiny-moe", [], {**TENSOR2, "pipeline_parallel": 2, "expert_parallel": 2}),

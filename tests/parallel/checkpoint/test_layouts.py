@@ -17,6 +17,7 @@ LAYOUTS = {
     "one": LayoutConfig(),
     "TP2.SP": LayoutConfig(tensor_parallel=2, sequence_parallel=True),
     "PP2": LayoutConfig(pipeline_parallel=2),
+    "PP2 uneven": LayoutConfig(pipeline_parallel=2, pipeline_layers=[3, 1]),
     "PP2 interleaved": LayoutConfig(pipeline_parallel=2, pipeline_chunks_per_rank=2),
     "CP2": LayoutConfig(context_parallel=2),
     "DP2": LayoutConfig(data_parallel=2),
@@ -123,6 +124,8 @@ def directory(tmp_path_factory):
         (SIGMOID, "one", "EP2"),
         (SIGMOID, "one", "CP2"),
         (SIGMOID, "EP2", "TP2.SP"),
+        (SIGMOID, "EP2", "PP2 uneven"),
+        (DENSE, "PP2 uneven", "PP2"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.family,
 )

@@ -102,6 +102,7 @@ EXPERTS_BOTH_WAYS = LayoutConfig(
 @hypothesis.settings(max_examples=25)
 @hypothesis.example(("tiny-moe", [], EXPERTS_BOTH_WAYS), 7)
 @hypothesis.example(("tiny-dense", [], LayoutConfig(pipeline_parallel=2, pipeline_chunks_per_rank=2)), 50)
+@hypothesis.example(("tiny-dense", [], LayoutConfig(pipeline_parallel=2, pipeline_layers=[3, 1])), 50)
 @hypothesis.given(cases(), st.integers(1, 100))
 def test_every_rank_finds_in_its_files_what_it_asks_for(asked, case, block):
     name, overrides, layout = case

@@ -115,6 +115,12 @@ def test_any_number_of_groups_writes_the_same():
         assert finished == one_process()["dense drawn"]
 
 
+def test_uneven_stages_write_the_same():
+    layout = LayoutConfig(pipeline_parallel=2, pipeline_layers=[2, 1])
+    case = Case("three layers", CAUSAL, requests(4, GRID))
+    assert write_on_ranks([case], layout)[0][0] == write_on_ranks([case], LayoutConfig())[0][0]
+
+
 def test_statistics_go_round_more_than_two_stages():
     cases = [Case("three layers", CAUSAL, requests(6, GRID), groups=groups) for groups in (1, 3)]
     (expected, _), _ = write_on_ranks(cases, LayoutConfig())

@@ -19,16 +19,35 @@ class LayoutConfig:
     pipeline_parallel: int = 1
     pipeline_chunks_per_rank: int = 1
     """More than 1 = interleaved schedule."""
+    pipeline_layers: list[int] | None = None
+    """Layers of each pipeline stage, or with chunks of each chunk, in the order of the layers; null = equally many. The
+    last stage also computes the output layer and the loss: with fewer layers there the others wait less."""
     context_parallel: int = 1
     data_parallel: int = 1
     expert_parallel: int = 1
     expert_tensor_parallel: int = 1
-    expert_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    expert_dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    """flex = the kernels of `flex_backend` send each token once to each rank that needs it (CUDA and DeepEP only)."""
+    flex_backend: Literal["deepep", "hybridep"] = "deepep"
+    """Package whose kernels `expert_dispatcher: flex` uses: DeepEP, or the HybridEP that is a branch of it."""
+    overlap_shared_experts: bool = False
+    """Compute the shared expert while the tokens of the routed experts travel (expert_dispatcher alltoall)."""
+    overlap_grad_reduce: bool = False
+    """Reduce the gradients of a bucket of weights over data-parallel ranks while the last backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated weights bucket by bucket while the next forward pass goes on; needs overlap_grad_reduce."""
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
+
+    def chunk_layers(self, num_layers: int) -> list[int]:
+        """How many layers each pipeline stage holds, or each interleaved chunk, in the order of the layers."""
+        if self.pipeline_layers is not None:
+            return self.pipeline_layers
+        chunks = self.pipeline_parallel * self.pipeline_chunks_per_rank
+        return [num_layers // chunks] * chunks
 
 
 def divisors(number: int) -> list[int]:
@@ -44,7 +63,7 @@ def data_parallel_for_experts(tensor: int, expert: int, expert_tensor: int) -> i
 
 def check_layout(model: ModelConfig, layout: LayoutConfig, refuse: Refuse) -> None:
     """Every axis of the layout against the model."""
-    sizes = [name for name in vars(layout) if isinstance(getattr(layout, name), int) and name != "sequence_parallel"]
+    sizes = [name for name, value in vars(layout).items() if isinstance(value, int) and not isinstance(value, bool)]
     wrong = [name for name in sizes if getattr(layout, name) < 1]
     for name in wrong:
         refuse(f"layout.{name}", f"{getattr(layout, name)} must be at least 1")
@@ -53,6 +72,7 @@ def check_layout(model: ModelConfig, layout: LayoutConfig, refuse: Refuse) -> No
     check_tensor(model, layout, refuse)
     check_pipeline(model.num_layers, layout, refuse)
     check_experts(model, layout, refuse)
+    check_overlap(model, layout, refuse)
 
 
 def tensor_obstacle(model: ModelConfig, size: int) -> str | None:
@@ -97,15 +117,59 @@ def check_pipeline(layers: int, layout: LayoutConfig, refuse: Refuse) -> None:
     if chunks > 1 and stages == 1:
         refuse("layout.pipeline_chunks_per_rank", f"{chunks} needs pipeline_parallel > 1")
         return
-    if layers % stages:
+    if layout.pipeline_layers is not None:
+        _check_pipeline_layers(layers, layout, layout.pipeline_layers, refuse)
+    elif layers % stages:
         usable = ", ".join(map(str, divisors(layers)))
-        refuse("layout.pipeline_parallel", f"{stages} does not divide num_layers {layers}; use one of {usable}")
+        refuse(
+            "layout.pipeline_parallel",
+            f"{stages} does not divide num_layers {layers}; use one of {usable}, or say the layers of each stage in "
+            "layout.pipeline_layers",
+        )
     elif layers % (stages * chunks):
         usable = ", ".join(map(str, divisors(layers // stages)))
         refuse(
             "layout.pipeline_chunks_per_rank",
             f"pipeline_parallel {stages} x {chunks} chunks = {stages * chunks} does not divide num_layers "
             f"{layers}; use one of {usable}",
+        )
+
+
+def _check_pipeline_layers(layers: int, layout: LayoutConfig, parts: list[int], refuse: Refuse) -> None:
+    """As many numbers as stages times chunks, each at least 1, together all layers."""
+    stages, chunks = layout.pipeline_parallel, layout.pipeline_chunks_per_rank
+    if stages == 1:
+        refuse("layout.pipeline_layers", f"{parts} needs pipeline_parallel > 1")
+    elif len(parts) != stages * chunks:
+        refuse(
+            "layout.pipeline_layers",
+            f"{parts} has {len(parts)} numbers, but pipeline_parallel {stages} x pipeline_chunks_per_rank {chunks} = "
+            f"{stages * chunks}",
+        )
+    elif min(parts) < 1:
+        refuse("layout.pipeline_layers", f"{parts}: every stage holds at least 1 layer")
+    elif sum(parts) != layers:
+        refuse("layout.pipeline_layers", f"{parts} are {sum(parts)} layers, but num_layers is {layers}")
+
+
+def check_overlap(model: ModelConfig, layout: LayoutConfig, refuse: Refuse) -> None:
+    """What is computed while something else is sent."""
+    shared = model.moe.shared_expert_ffn_hidden_size if model.moe else 0
+    if layout.overlap_shared_experts and not shared:
+        refuse("layout.overlap_shared_experts", "true, but the model has no shared expert")
+    elif layout.overlap_shared_experts and layout.expert_dispatcher != "alltoall":
+        refuse(
+            "layout.overlap_shared_experts",
+            f"true works with expert_dispatcher alltoall only, not with {layout.expert_dispatcher}",
+        )
+    if layout.overlap_param_gather and not layout.overlap_grad_reduce:
+        refuse(
+            "layout.overlap_param_gather",
+            "true needs overlap_grad_reduce: true (only then are there several buckets to gather)",
+        )
+    if layout.expert_dispatcher == "flex" and layout.tensor_parallel * layout.expert_parallel == 1:
+        refuse(
+            "layout.expert_dispatcher", "flex sends tokens to other ranks, but tensor_parallel x expert_parallel is 1"
         )
 
 

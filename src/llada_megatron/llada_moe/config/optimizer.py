@@ -49,6 +49,19 @@ class OptimizerConfig:
     """P8B; of matrices: the weights of norms do not decay."""
     clip_grad_norm: float = 1.0
     """SMDM, PV2; 0 = no clipping."""
+    main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which gradients are summed over micro-batches and ranks. Here and in the next two, what is not fp32 needs
+    Transformer Engine's FusedAdam (a GPU) and training.precision bf16."""
+    exp_avg_dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """Type of the running mean of the gradients; fp8 and bf16 keep a checkpoint readable by a run with fp32."""
+    exp_avg_sq_dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """Type of the running mean of their squares."""
+
+    @property
+    def low_precision(self) -> list[str]:
+        """Which of Adam's tensors are not in fp32: `KEY: TYPE`, in the order of the keys."""
+        keys = ("main_grads_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+        return [f"{key}: {getattr(self, key)}" for key in keys if getattr(self, key) != "fp32"]
 
 
 def check_optimizer(optimizer: OptimizerConfig, steps: int, refuse: Refuse) -> None:

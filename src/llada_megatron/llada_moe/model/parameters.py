@@ -5,6 +5,7 @@ The tests build the same models on the meta device and find the same numbers.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -110,10 +111,10 @@ def rank_shares(model: ModelConfig, layout: LayoutConfig) -> list[RankShare]:
 
 def stage_layers(model: ModelConfig, layout: LayoutConfig, pipeline: int) -> list[int]:
     """Layers (from 0) of one pipeline stage; interleaved, chunk c of every stage comes before chunk c + 1 of any."""
-    chunks = layout.pipeline_chunks_per_rank
-    size = model.num_layers // (layout.pipeline_parallel * chunks)
-    starts = [(chunk * layout.pipeline_parallel + pipeline) * size for chunk in range(chunks)]
-    return [layer for start in starts for layer in range(start, start + size)]
+    sizes = layout.chunk_layers(model.num_layers)
+    ends = list(itertools.accumulate(sizes))
+    mine = range(pipeline, len(sizes), layout.pipeline_parallel)
+    return [layer for chunk in mine for layer in range(ends[chunk] - sizes[chunk], ends[chunk])]
 
 
 def _share(model: ModelConfig, layout: LayoutConfig, ranks: list[int], pipeline: int, expert: int) -> RankShare:

@@ -6,7 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,8 @@ def _load_first(candidates: list[Path], layout: LayoutConfig, store: CheckpointS
 
 def _load(path: Path, layout: LayoutConfig, store: CheckpointStore) -> LoadedModel:
     run = run_of(path)
-    config = build.transformer_config(run.model, layout, run.training)
+    training = replace(run.training, recompute="none", recompute_modules=[])
+    config = build.transformer_config(run.model, layout, training)
     objective = make_objective(run.objective)
     saved = store.metadata(path)
     if "step" not in saved:

@@ -11,8 +11,10 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import optimizer as megatron
 
-from llada_megatron.llada_moe.config.optimizer import learning_rate
+from llada_megatron.llada_moe.config.optimizer import OptimizerConfig, learning_rate
 from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.llada_moe.model.spec import transformer_engine_active
 from llada_megatron.parallel import device
 from llada_megatron.parallel.training import optimizer_shards
 
@@ -21,6 +23,8 @@ def build_optimizer(run: RunConfig, models: list[DistributedDataParallel]) -> Me
     """AdamW with clipping, fp32 main weights for bf16, sharded over data-parallel ranks; only matrices decay."""
     settings = run.optimizer
     bf16 = run.training.precision == "bf16"
+    if settings.low_precision:
+        _require_fused_adam(settings.low_precision, bf16)
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -33,6 +37,8 @@ def build_optimizer(run: RunConfig, models: list[DistributedDataParallel]) -> Me
             use_distributed_optimizer=True,
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            overlap_param_gather=run.layout.overlap_param_gather,
+            **_state_types(settings),
         ),
         models,
         use_gloo_process_groups=False,
@@ -40,6 +46,32 @@ def build_optimizer(run: RunConfig, models: list[DistributedDataParallel]) -> Me
     _set_weight_decay(optimizer, settings.weight_decay)
     _fuse_torch_adam(optimizer)
     return optimizer
+
+
+def _state_types(settings: OptimizerConfig) -> dict[str, Any]:
+    """Megatron's fields for gradients and moments that are not in fp32. Main weights stay in fp32, whole: their lower
+    halves alone (`store_param_remainders`) could not be loaded by a run of another kind."""
+    if not settings.low_precision:
+        return {}
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
+    return {
+        "use_precision_aware_optimizer": True,
+        "store_param_remainders": False,
+        "main_grads_dtype": types[settings.main_grads_dtype],
+        "exp_avg_dtype": types[settings.exp_avg_dtype],
+        "exp_avg_sq_dtype": types[settings.exp_avg_sq_dtype],
+    }
+
+
+def _require_fused_adam(wanted: list[str], bf16: bool) -> None:
+    """Refuse what torch's AdamW cannot hold. Raises ConfigError."""
+    if not bf16:
+        raise ConfigError(f"optimizer.{wanted[0]} needs training.precision bf16; use fp32")
+    if not transformer_engine_active():
+        raise ConfigError(
+            f"optimizer.{wanted[0]} needs FusedAdam of Transformer Engine on a GPU, which this process does not have "
+            "(`llada env` says why); use fp32"
+        )
 
 
 def _set_weight_decay(optimizer: MegatronOptimizer, weight_decay: float) -> None:
@@ -90,7 +122,13 @@ def clip_gradients(optimizer: MegatronOptimizer, norm: float | torch.Tensor) -> 
     for part in _parts(optimizer):
         parameters = part.get_parameters()
         if parameters:
-            megatron.clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+            megatron.clip_grad_by_total_norm_fp32(
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=norm,
+                # where Adam's tensors have types of their own, the gradients stand beside the weights, not in `.grad`
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
 
 
 def optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any], loading: bool) -> dict[str, Any]:

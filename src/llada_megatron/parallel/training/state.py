@@ -30,6 +30,7 @@ from llada_megatron.parallel.build import build_chunks, transformer_config
 from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
 from llada_megatron.parallel.checkpoint.search import described, find_checkpoints, first_whole, require_model
 from llada_megatron.parallel.checkpoint.store import CheckpointStore
+from llada_megatron.parallel.overlap import complete_weights
 from llada_megatron.parallel.sharded_state import load_model_state, model_state
 from llada_megatron.parallel.training.distributed_optimizer import load_optimizer_state, optimizer_state
 from llada_megatron.parallel.training.recovery.policy import History
@@ -62,6 +63,7 @@ class RunState:
 
     def save(self, store: CheckpointStore) -> None:
         """Write a checkpoint of this step (collective)."""
+        complete_weights(self.optimizer.model_chunks)
         model = model_state(self.chunks)
         store.save(
             self.step, model | {"optimizer": optimizer_state(self.optimizer, model, loading=False)}, self._metadata()

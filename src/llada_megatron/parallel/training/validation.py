@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch, Samples
 from llada_megatron.llada_moe.evaluation.likelihood import Likelihood
 from llada_megatron.llada_moe.objectives import Objective
 from llada_megatron.parallel import device, host_group
+from llada_megatron.parallel.overlap import complete_weights
 from llada_megatron.parallel.training.microbatches import prepare, stage
 from llada_megatron.parallel.training.step import run_pipeline
 
@@ -20,7 +22,7 @@ from llada_megatron.parallel.training.step import run_pipeline
 def validate(
     run: RunConfig,
     objective: Objective,
-    models: list[torch.nn.Module],
+    models: list[DistributedDataParallel],
     data: Samples,
     step: int,
     alive: Callable[[], None] = lambda: None,
@@ -32,6 +34,7 @@ def validate(
     batches = list(_batches(run, data))
     tokens = torch.tensor(sum(int(batch.untruncated.sum()) for batch in batches))
     host_group.data_parallel().all_reduce(tokens)
+    complete_weights(models)
     for model in models:
         model.eval()
     watch = models[0].register_forward_pre_hook(lambda *_: alive())

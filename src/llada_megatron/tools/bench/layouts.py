@@ -75,6 +75,7 @@ DENSE_LAYOUTS = {
     "PP2": _layout(pipeline_parallel=2),
     "PP4": _layout(pipeline_parallel=4),
     "PP2 interleaved": _layout(pipeline_parallel=2, pipeline_chunks_per_rank=2),
+    "PP2 uneven": _layout(pipeline_parallel=2, pipeline_layers=[3, 1]),
     "CP2": _layout(context_parallel=2),
     "CP4": _layout(context_parallel=4),
     "DP2": _layout(data_parallel=2),
@@ -110,6 +111,7 @@ MOE_LAYOUTS = {
     "CP2": _layout(context_parallel=2),
     "CP2.EP2": _layout(context_parallel=2, expert_parallel=2),
     "PP2.EP2": _layout(pipeline_parallel=2, data_parallel=2, expert_parallel=2),
+    "PP2.EP2 uneven": _layout(pipeline_parallel=2, pipeline_layers=[3, 1], data_parallel=2, expert_parallel=2),
     "TP2.SP.PP2.EP2": _layout(tensor_parallel=2, sequence_parallel=True, pipeline_parallel=2, expert_parallel=2),
 }
 

@@ -59,7 +59,7 @@ def cases() -> Iterator[tuple[str, RunConfig]]:
     """Every layout over the models it fits."""
     for name, layout in DENSE_LAYOUTS.items():
         yield f"dense {name}", parity_run(MODELS["dense"], layout)
-    for name in ("PP2", "TP2.SP.PP2", "TP2.DP2"):
+    for name in ("PP2", "PP2 uneven", "TP2.SP.PP2", "TP2.DP2"):
         yield f"tied {name}", parity_run(MODELS["tied"], DENSE_LAYOUTS[name])
     for model, (name, layout) in itertools.product(("softmax", "sigmoid"), MOE_LAYOUTS.items()):
         yield f"{model} {name}", parity_run(MODELS[model], layout)
