@@ -29,6 +29,7 @@ from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.llada_moe.model.accelerations import transformer_engine_active
 from llada_megatron.llada_moe.model.initialization import initialize_weights
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer, architecture_fields, build_model
