@@ -91,7 +91,7 @@ _GROUPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     (
         "attention",
         "llada_moe/model/attention/per_document.py",
-        "tests/llada_moe/model/test_attention.py tests/llada_moe/model/attention",
+        "tests/llada_moe/model/test_attention.py tests/llada_moe/model/attention/test_backends.py",
         [
             ("columns[None, :] > rows[:, None]", "columns[None, :] >= rows[:, None]"),
             ("if block == 1 and q.size(2) == k.size(2):", "if block == 1:"),
@@ -122,7 +122,7 @@ _GROUPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     (
         "attention",
         "llada_moe/model/attention/packed_documents.py",
-        "tests/llada_moe/model/attention",
+        "tests/llada_moe/model/attention/test_against_softmax.py tests/llada_moe/model/attention/test_backends.py",
         [
             ("np.arange(part.before, part.before + part.queries) // block", "np.arange(part.queries) // block"),
             ("keys = pattern.keys_seen(stop - segment.start,", "keys = pattern.keys_seen(stop - start,"),
@@ -137,7 +137,7 @@ _GROUPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     (
         "attention",
         "llada_moe/model/attention/flex.py",
-        "tests/llada_moe/model/attention",
+        "tests/llada_moe/model/attention/test_against_softmax.py",
         [
             ("(ends >= edges + TILE)", "(ends >= edges)"),
             ("(begins[b, q] <= k) & (k < ends[b, q])", "k < ends[b, q]"),
@@ -147,13 +147,13 @@ _GROUPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     (
         "attention",
         "llada_moe/model/attention/varlen.py",
-        "tests/llada_moe/model/attention",
+        "tests/llada_moe/model/attention/test_against_softmax.py",
         [("if packed.pattern.block == 1:", "if False:")],
     ),
     (
         "attention",
         "llada_moe/model/attention/engine_attention.py",
-        "tests/llada_moe/model/attention",
+        "tests/llada_moe/model/attention/test_engine_attention.py",
         [
             ("alone.context_parallel_size = 1", "pass"),
             ("AttnMaskType.padding if packed.pattern.block is None", "AttnMaskType.padding if True"),
@@ -162,7 +162,7 @@ _GROUPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     (
         "attention",
         "llada_moe/model/attention/packed_keys.py",
-        "tests/llada_moe/model/attention",
+        "tests/llada_moe/model/attention/test_against_softmax.py",
         [("max(part.keys for part in packed.parts)", "max(part.queries for part in packed.parts)")],
     ),
     (

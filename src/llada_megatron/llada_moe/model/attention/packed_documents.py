@@ -165,4 +165,4 @@ class PackedBatches:
 def on_device(values: list[int] | NDArray[np.int32], device: torch.device) -> torch.Tensor:
     """An int32 tensor of host values, copied without waiting for the device."""
     host = torch.as_tensor(values, dtype=torch.int32)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    return (host.pin_memory() if torch.cuda.is_available() else host).to(device, non_blocking=True)
