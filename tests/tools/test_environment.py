@@ -18,7 +18,9 @@ def test_the_report(capsys):
     assert list(report) == ["versions", "machine", "devices", "accelerations", "source", "environment"]
     assert report["versions"]["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
     assert report["versions"]["megatron-core"] and report["machine"]["usable cores"] >= 1
-    assert {"NCCL", "gloo", "transformer-engine", "apex", "flash-attn"} <= set(report["accelerations"])
+    assert {"NCCL", "gloo", "transformer-engine", "apex", "flash-attn", "packed attention"} <= set(
+        report["accelerations"]
+    )
     assert all(state["detail"] for state in report["accelerations"].values())
     assert report["accelerations"]["gloo"]["active"]
     assert "accelerations\n" in out
@@ -74,3 +76,12 @@ def test_control_characters_of_variables_do_not_reach_the_terminal(capsys, monke
 
 def test_a_source_outside_git_has_no_commit(tmp_path):
     assert environment.source_state(tmp_path) == {"commit": None, "local changes": None}
+
+
+def test_the_attention_of_a_run_is_told_with_its_reason(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    packed, blocks = (environment.attention_state(block, cuda=True, engine=True) for block in (None, 32))
+    assert packed == {"active": True, "detail": "Transformer Engine, all documents in one call (serves this pattern)"}
+    assert blocks["active"] and blocks["detail"].startswith("FlexAttention, all documents in one call (Transformer")
+    without = environment.attention_state(None, cuda=False, engine=False)
+    assert not without["active"] and "kernels for packed documents need CUDA" in without["detail"]

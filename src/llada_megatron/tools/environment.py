@@ -139,7 +139,21 @@ def active_accelerations() -> dict[str, dict[str, Any]]:
         "apex": _library(accelerations.apex()),
         "flash-attn": _library(accelerations.decide_flash_attention(cuda, engine.active)),
         "megatron index helpers": index_helpers_state(),
+        "packed attention": attention_state(None, cuda, engine.active),
+        "block-causal attention": attention_state(32, cuda, engine.active),
     }
+
+
+def attention_state(block: int | None, cuda: bool, engine: bool) -> dict[str, Any]:
+    """How a run in bf16 attends to the documents of a window, in causal blocks of `block` positions or in full."""
+    import torch
+
+    from llada_megatron.llada_moe.model.attention.backends import Backend, attention_backend
+    from llada_megatron.llada_moe.model.patterns import AttentionPattern
+
+    where = "cuda" if cuda else "cpu"
+    chosen = attention_backend(AttentionPattern(block), where, torch.bfloat16, engine=engine)
+    return _state(chosen.backend is not Backend.PER_DOCUMENT, f"{chosen.backend.value} ({chosen.reason})")
 
 
 def index_helpers_state() -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from llada_megatron.llada_moe.model.patterns import AttentionPattern, Segment, segments
+from llada_megatron.llada_moe.model.transfer import to_device
 
 Made = TypeVar("Made")
 
@@ -164,5 +165,4 @@ class PackedBatches:
 
 def on_device(values: list[int] | NDArray[np.int32], device: torch.device) -> torch.Tensor:
     """An int32 tensor of host values, copied without waiting for the device."""
-    host = torch.as_tensor(values, dtype=torch.int32)
-    return (host.pin_memory() if torch.cuda.is_available() else host).to(device, non_blocking=True)
+    return to_device(torch.as_tensor(values, dtype=torch.int32), device)
