@@ -13,8 +13,8 @@ from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.model.attention import backends, packed_documents, per_document, varlen
 from llada_megatron.llada_moe.model.attention.backends import Backend, attention_backend
-from llada_megatron.llada_moe.model.attention.packed_documents import PackedBatches
-from llada_megatron.llada_moe.model.patterns import CAUSAL, FULL, AttentionPattern
+from llada_megatron.llada_moe.model.attention.packed_documents import PackedBatches, pack
+from llada_megatron.llada_moe.model.patterns import CAUSAL, FULL, AttentionPattern, segments
 from llada_megatron.llada_moe.model.transformer import build_model
 from llada_megatron.parallel import device
 from llada_megatron.parallel.build import transformer_config
@@ -117,6 +117,19 @@ def test_what_the_backward_pass_writes_does_not_grow_with_the_documents(pattern)
     one = written(1)
     assert one >= 3 * 4096 * 8 * 4
     assert written(512) <= 1.2 * one
+
+
+@pytest.mark.parametrize("pattern", [FULL, AttentionPattern(8)])
+def test_nor_does_it_on_a_context_rank(pattern):
+    """The second half of the queries, with the keys of the whole window."""
+
+    def written(documents: int) -> int:
+        packed = pack(segments(document_boundaries(4096, documents), 4096), pattern, 4096, 2048, 2048)
+        tensors = [torch.randn(seq, 1, 1, 8, requires_grad=True) for seq in (2048, 4096, 4096)]
+        out = per_document.attend(*tensors, packed, None)
+        return written_bytes(lambda: out.backward(torch.ones_like(out)))
+
+    assert written(512) <= 1.2 * written(1)
 
 
 def test_a_band_writes_no_gradient_as_large_as_the_document():

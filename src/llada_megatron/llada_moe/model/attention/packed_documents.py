@@ -136,7 +136,7 @@ class PackedBatches:
     recomputed; megatron gives a layer nothing but tensors then, which is why boundaries are what identifies a batch.
     """
 
-    def __init__(self, kept: int = 64) -> None:
+    def __init__(self, kept: int = 32) -> None:
         self._kept = kept
         self._packed: OrderedDict[tuple[Any, ...], PackedDocuments] = OrderedDict()
 
