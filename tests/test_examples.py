@@ -3,9 +3,11 @@
 import dataclasses
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from llada_megatron.llada_moe.config import load_run
 from llada_megatron.parallel.training.callbacks import Callbacks
@@ -52,4 +54,22 @@ def test_recipes_copy_what_there_is(recipe):
     names = [name for pair in copied for group in pair for name in group.split()]
     assert {"src", "configs", "pyproject.toml", "constraints"} <= set(names)
     assert all((root / name).exists() for name in names)
-    assert "constraints/py312.txt" in text and (root / "constraints/py312.txt").is_file()
+    assert "constraints/gpu.txt" in text and (root / "constraints/gpu.txt").is_file()
+    assert "--no-build-isolation" in text  # else the extension is built for another torch than the installed one
+
+
+def test_versions_for_gpus_are_those_of_the_tests_but_for_torch():
+    """And every part of Transformer Engine is pinned to one version, which the extra accepts."""
+    root = EXAMPLES.parent
+
+    def pins(name):
+        text = (root / "constraints" / name).read_text()
+        return dict(re.findall(r"^([a-z][\w-]*)==(\S+)$", text.split("# development")[0], re.MULTILINE))
+
+    gpu, tested = pins("gpu.txt"), pins("py312.txt")
+    engine = {gpu.pop(name) for name in list(gpu) if name.startswith("transformer-engine")}
+    assert gpu.keys() == tested.keys() and {name for name in gpu if gpu[name] != tested[name]} <= {"torch"}
+    assert len(engine) == 1
+    extra = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"][0]
+    requirement = Requirement(extra)
+    assert requirement.specifier.contains(engine.pop()) and not requirement.specifier.contains("2.14.1")

@@ -103,7 +103,7 @@ def install() -> None:
     global _installed
     if _installed:
         return
-    if any(name.startswith("megatron.core") for name in sys.modules):
+    if _megatron_imported():
         raise RuntimeError("llada_megatron.parallel.device.install() must run before the first import of megatron.core")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it when tensor parallelism overlaps
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
@@ -122,6 +122,10 @@ def install() -> None:
         _patch_missing_gemm()
     _patch_torch_adam_resume()
     _installed = True
+
+
+def _megatron_imported() -> bool:
+    return any(name.startswith("megatron.core") for name in sys.modules)
 
 
 # --- the stand-in for torch ------------------------------------------------------------------------------------------
