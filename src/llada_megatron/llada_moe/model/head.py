@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from llada_megatron.llada_moe.model.cross_entropy import cross_entropy
 from llada_megatron.llada_moe.model.linear import plain, product
 from llada_megatron.llada_moe.model.transfer import pinned, to_device
 
@@ -164,7 +164,7 @@ def _logits(model: Any, rows: torch.Tensor) -> torch.Tensor:
 
 def _chunk_loss(model: Any, hidden: torch.Tensor, index: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     logits = _logits(model, hidden.index_select(0, index))
-    return vocab_parallel_cross_entropy(logits.float().unsqueeze(1), label.unsqueeze(1)).squeeze(1)
+    return cross_entropy(model.config, logits, label, model.pg_collection.tp)
 
 
 def _chunked_loss(model: Any, hidden: torch.Tensor, targets: Targets, step: int) -> torch.Tensor:
