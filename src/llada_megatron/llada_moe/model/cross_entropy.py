@@ -14,9 +14,9 @@ def cross_entropy(
 ) -> torch.Tensor:
     """-log p(labels), with the vocabulary sharded over the tensor ranks.
 
-    `cross_entropy_loss_fusion` of `config` decides: off, the logits become float32 and each operation runs alone; on, one
-    of the kernels that `cross_entropy_fusion_impl` names. "te" is Transformer Engine's, which reads bfloat16 logits and
-    computes in float32; "native" is Megatron's own operations compiled by torch, whose gradient is bfloat16.
+    `cross_entropy_loss_fusion` of `config` decides: off, the logits become float32 and each operation runs alone; on,
+    one of the kernels that `cross_entropy_fusion_impl` names. "te" is Transformer Engine's, which reads bfloat16 logits
+    and computes in float32; "native" is Megatron's own operations compiled by torch, whose gradient is bfloat16.
 
     Args:
         logits: `[rows, vocab / tensor_parallel]`.
