@@ -230,6 +230,46 @@ _GROUPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
         [("silu(gate).mul_(up).mul_(probs.unsqueeze(-1).to(x.dtype))", "silu(gate).mul_(up)")],
     ),
     (
+        "experts",
+        "llada_moe/model/grouped.py",
+        "tests/llada_moe/model/test_grouped.py",
+        [
+            ("torch.sum(d_scaled * product,", "torch.sum(d_scaled * active,"),
+            ("dy.t(), product.mul_(scale), ends", "dy.t(), product, ends"),
+            ("or distance < first.numel()", "or False"),
+            ("in reversed(list(enumerate(modules)))", "in list(enumerate(modules))"),
+            ("and not _quantized(weight) for", "for"),
+        ],
+    ),
+    (
+        "experts",
+        "llada_moe/model/layer.py",
+        "tests/llada_moe/model/test_grouped.py",
+        [
+            ("order // top_k", "order % tokens.size(0)"),
+            (".view(-1, top_k, tokens.size(-1)).sum(dim=1)", ".view(-1, top_k, tokens.size(-1)).mean(dim=1)"),
+        ],
+    ),
+    (
+        "kernels",
+        "parallel/fusions.py",
+        "tests/parallel/test_fusions.py",
+        [
+            ("engine and training", "engine"),
+            ("engine and model.moe.expert_capacity == 0", "engine"),
+        ],
+    ),
+    (
+        "kernels",
+        "llada_moe/model/accelerations.py",
+        "tests/llada_moe/model/test_accelerations.py",
+        [
+            ("Version(version) < OLDEST_WHOLE_TRANSFORMER_ENGINE", "False"),
+            ("    if not engine:\n", "    if False:\n"),
+            ("        for name in [name for name in sys.modules if", "        for name in [name for name in () if"),
+        ],
+    ),
+    (
         "optimizer",
         "parallel/training/distributed_optimizer.py",
         "tests/parallel/training/test_optimizer.py -k numbers",

@@ -6,8 +6,10 @@ import json
 import sys
 
 import pytest
+import torch
 
 from llada_megatron import cli
+from llada_megatron.llada_moe.model import grouped
 from llada_megatron.tools import environment
 
 
@@ -18,12 +20,27 @@ def test_the_report(capsys):
     assert list(report) == ["versions", "machine", "devices", "accelerations", "source", "environment"]
     assert report["versions"]["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
     assert report["versions"]["megatron-core"] and report["machine"]["usable cores"] >= 1
-    assert {"NCCL", "gloo", "transformer-engine", "apex", "flash-attn", "packed attention"} <= set(
+    assert {"NCCL", "gloo", "transformer-engine", "apex", "flash-attn", "packed attention", "grouped experts"} <= set(
         report["accelerations"]
     )
     assert all(state["detail"] for state in report["accelerations"].values())
     assert report["accelerations"]["gloo"]["active"]
     assert "accelerations\n" in out
+
+
+@pytest.mark.parametrize(
+    ("cuda", "engine", "there", "active", "detail"),
+    [
+        (False, False, True, False, "on a CPU"),
+        (True, True, True, True, "Transformer Engine's grouped product in training"),
+        (True, False, True, True, "torch's grouped_mm in bfloat16"),
+        (True, False, False, False, "no grouped_mm"),
+    ],
+)
+def test_how_experts_are_computed(monkeypatch, cuda, engine, there, active, detail):
+    monkeypatch.setattr(grouped, "GROUPED_MM", torch._grouped_mm if there else None)
+    state = environment.grouped_experts_state(cuda, engine)
+    assert state["active"] is active and detail in state["detail"]
 
 
 def test_secrets_are_left_out():

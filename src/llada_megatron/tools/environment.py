@@ -138,6 +138,7 @@ def active_accelerations() -> dict[str, dict[str, Any]]:
         "transformer-engine": _library(engine),
         "apex": _library(accelerations.apex()),
         "flash-attn": _library(accelerations.decide_flash_attention(cuda, engine.active)),
+        "grouped experts": grouped_experts_state(cuda, engine.active),
         "megatron index helpers": index_helpers_state(),
         "packed attention": attention_state(None, cuda, engine.active),
         "block-causal attention": attention_state(32, cuda, engine.active),
@@ -154,6 +155,19 @@ def attention_state(block: int | None, cuda: bool, engine: bool) -> dict[str, An
     where = "cuda" if cuda else "cpu"
     chosen = attention_backend(AttentionPattern(block), where, torch.bfloat16, engine=engine)
     return _state(chosen.backend is not Backend.PER_DOCUMENT, f"{chosen.backend.value} ({chosen.reason})")
+
+
+def grouped_experts_state(cuda: bool, transformer_engine: bool) -> dict[str, Any]:
+    """Whether the routed experts of a rank are computed together, and by which library's product."""
+    from llada_megatron.llada_moe.model.grouped import GROUPED_MM
+
+    if not cuda:
+        return _state(False, "one expert after the other on a CPU")
+    if transformer_engine:
+        return _state(True, "Transformer Engine's grouped product in training, torch's in sampling (bfloat16)")
+    if GROUPED_MM is None:
+        return _state(False, "one expert after the other: this torch has no grouped_mm")
+    return _state(True, "torch's grouped_mm in bfloat16, one expert after the other in float32")
 
 
 def index_helpers_state() -> dict[str, Any]:

@@ -107,6 +107,14 @@ def test_parameters_are_one_tensor_in_memory_and_again_in_megatrons_buffer():
     assert all(torch.equal(a, b) for a, b in zip(stacks, before, strict=True))
 
 
+def test_matrices_in_another_order_are_copied():
+    storage = torch.arange(12.0).view(3, 2, 2)
+    for order in ([2, 1, 0], [0, 2, 1], [1, 1, 1]):
+        assert torch.equal(grouped.stacked([storage[i] for i in order]), storage[order])
+    assert grouped.stacked([storage[0], storage[2]]).stride() == (8, 2, 1)
+    assert torch.equal(grouped.stacked([storage[1]]), storage[1:2])
+
+
 def shares_memory(experts) -> bool:
     return all(
         grouped.stacked(part).untyped_storage()._cdata == part[0].untyped_storage()._cdata
