@@ -11,6 +11,7 @@ import torch
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.errors import ResourceError
+from llada_megatron.llada_moe.model.head import Targets
 from llada_megatron.llada_moe.model.transformer import build_model
 from llada_megatron.parallel.build import transformer_config
 from llada_megatron.tools.bench import train
@@ -65,7 +66,7 @@ def test_llama_with_our_weights_has_our_loss(transformers_step, one_process):
     copy_to_llama(ours, other.model)
     batch = masked_batch(model, 2, 16, seed=0)
     weights = batch.masked.float() / batch.masked.sum()
-    mine = ours(batch.inputs, labels=batch.labels, weights=weights).sum()
+    mine = ours(batch.inputs, targets=Targets.of(batch.labels, weights)).sum()
     torch.testing.assert_close(other.loss(batch), mine, rtol=1e-5, atol=0)
     other._rows_only = True
     torch.testing.assert_close(other.loss(batch), mine, rtol=1e-5, atol=0)
