@@ -4,6 +4,7 @@ All values are computed as usual. A tensor is the device's if it was created wit
 computed from such a tensor; parameters, buffers and gradient buffers are given. Whatever brings a value of such a
 tensor to the host (`item`, `tolist`, `bool`, `numpy`, `nonzero`, indexing by a mask, …), or copies a tensor of the host
 to the device and waits for it, is recorded with the place that did it. So are Megatron's own calls of `synchronize`.
+Experts are computed as on a GPU without Transformer Engine: in grouped products.
 
 `FakeTensorMode` finds less (no copy), and stops at the first one.
 """
@@ -30,6 +31,10 @@ from llada_megatron.parallel import device
 device.install()
 
 from megatron.core.transformer.moe import token_dispatcher  # noqa: E402
+
+from llada_megatron.llada_moe.model import grouped  # noqa: E402
+
+_grouped_product = grouped.grouped_product
 
 READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__"}
 VALUES = {"nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "equal", "_local_scalar_dense",
@@ -104,6 +109,8 @@ class HostWaits:
         event = mock.Mock(side_effect=lambda: self.record("Event.synchronize"))
         self._stack.enter_context(mock.patch.object(device._Nothing, "synchronize", event, create=True))
         self._stack.enter_context(mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", self._moved))
+        self._stack.enter_context(grouped.everywhere())
+        self._stack.enter_context(mock.patch.object(grouped, "grouped_product", self._one_call))
         self._stack.enter_context(_Operators(self))
         self._stack.enter_context(_Calls(self))
         return self
@@ -113,6 +120,13 @@ class HostWaits:
         with self.paused():
             moved = tensor.cpu() if torch.is_tensor(tensor) else tensor
             return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
+
+    def _one_call(self, *arguments: torch.Tensor) -> torch.Tensor:
+        """On a GPU a grouped product is one call of torch; here it is made of products whose sizes are read."""
+        with self.paused():
+            product = _grouped_product(*arguments)
+        self.mark(product)
+        return product
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)

@@ -20,7 +20,9 @@ CREDIT = Wait("llada_megatron/llada_moe/sampling/step_cache.py", "CreditAccount.
 EVERYTHING = dataclasses.replace(
     DRAWN, needs=frozenset({"entropy", "current", "text", "divergence", Credit(0.5, 0.9, 1.0)}), operations=(3,)
 )
-METHODS = {name: (case.model, case.method) for name, case in CASES.items() if case.model == "dense"} | {
+NAMES = ("dense drawn", "dense guided", "dense block-causal greedy", "experts drawn", "experts block-causal drawn",
+         "routed by blocks")  # fmt: skip
+METHODS = {name: (CASES[name].model, CASES[name].method) for name in NAMES} | {
     "all statistics": ("dense", dataclasses.replace(BOTH, logits_processor=EVERYTHING))
 }
 
