@@ -83,8 +83,10 @@ class HostWaits:
     def paused(self) -> Iterator[None]:
         """Record nothing, and leave results to the host: the call inside is part of one that was recorded."""
         before, self._paused = self._paused, True
-        yield
-        self._paused = before
+        try:
+            yield
+        finally:
+            self._paused = before
 
     def record(self, what: str) -> None:
         """A wait, at the innermost frame that is neither torch's nor ours."""

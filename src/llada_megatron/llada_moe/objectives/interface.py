@@ -56,8 +56,8 @@ class Objective(ABC):
     def rows(self, run: RunConfig, split: Split, vocab_size: int) -> RowMaker:
         """How a window of text becomes a row: inputs, labels and weights, a function of the sample's coordinates.
 
-        It is called for the next step, in a thread, while the present one runs.
-        `vocab_size`: ids of the tokenizer, which may be fewer than the model's.
+        It is called for the next step, in a thread, while the present one runs. `vocab_size`: ids of the tokenizer,
+        which may be fewer than the model's.
         """
 
     @abstractmethod
