@@ -52,6 +52,9 @@ def test_what_is_published_is_taken_over_and_what_is_not_is_said(tmp_path, capsy
     assert (made.optimizer, made.training, made.objective) == (shipped.optimizer, shipped.training, shipped.objective)
     assert (made.recovery, made.layout) == (shipped.recovery, dataclasses.replace(shipped.layout, data_parallel=32))
     assert "configs/runs/llada-8b-pretrain.yaml; see its comments" in (tmp_path / "a.yaml").read_text()
+    assert main(["init", "llada-8b", "--cluster", "dgx-h100", "--output", str(tmp_path / "c.yaml")]) == 0
+    smaller = load_run(tmp_path / "c.yaml").training  # of one node: more optimizer state on each GPU
+    assert (smaller.recompute, smaller.micro_batch_size) == ("full", 1) and shipped.training.recompute == "none"
     assert main(["init", "llada2.2-mini", *command, str(tmp_path / "b.yaml")]) == 0
     assert "choose your own" in (tmp_path / "b.yaml").read_text()
 

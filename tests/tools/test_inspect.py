@@ -44,8 +44,9 @@ def test_a_run_shows_what_each_rank_holds(capsys):
 
 def test_overrides_and_a_large_layout_in_one_line_per_stage(capsys):
     out, report = inspect(capsys, str(CONFIGS / "runs/llada2-flash-pretrain.yaml"), "layout.data_parallel=8")
-    assert report["world_size"] == 256 and len(report["ranks"]) == 256
-    assert "  0-31     0   0-31  embedding, 0-3  8 each   541,623,296" in out
+    assert report["world_size"] == 32 and len(report["ranks"]) == 32
+    assert "  0-7    0   0-7  embedding, 0-1, 8-9, 16-17, 25-26  32 each  3,973,122,048" in out
+    assert report["ranks"][-1]["layers"] == [6, 7, 14, 15, 23, 24, 31] and report["ranks"][-1]["output"]
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,12 @@ def start_values(name: str, model: ModelConfig, machine: Machine, layout: Layout
     found = _shipped_run(name)
     values = {key: _PLAIN[key] for key in _PLAIN} if found is None else _changed(found)
     training = dict(values["training"]) | {"precision": machine.precision}
+    if found is not None:
+        shipped = load_run(found).layout
+        if _filled_likewise(layout, shipped):
+            layout = dataclasses.replace(shipped, data_parallel=layout.data_parallel)
+        else:  # what fills a card under one layout may not fit under another
+            training |= {"micro_batch_size": 1, "recompute": "full", "recompute_modules": []}
     training["sequence_length"] = min(training["sequence_length"], model.max_sequence_length)
     micro = math.gcd(training.get("micro_batch_size", 1), training["global_batch_size"] // layout.data_parallel or 1)
     step = micro * layout.data_parallel
@@ -53,6 +59,13 @@ def start_values(name: str, model: ModelConfig, machine: Machine, layout: Layout
     values |= {"training": training, "layout": _against(LayoutConfig(), layout)}
     source = "Steps, batch and learning rate are a start and not published: choose your own."
     return values, source if found is None else f"Values are those of configs/runs/{found}.yaml; see its comments."
+
+
+def _filled_likewise(layout: LayoutConfig, shipped: LayoutConfig) -> bool:
+    """Whether a rank holds no more than under the layout of a shipped run: the same parts, and as many to share."""
+    plain = dataclasses.replace(shipped, overlap_grad_reduce=False, overlap_param_gather=False)
+    alike = dataclasses.replace(plain, data_parallel=layout.data_parallel) == layout
+    return alike and layout.data_parallel >= shipped.data_parallel
 
 
 def render(values: Mapping[str, Any], notes: Sequence[str], schema: str | None) -> str:

@@ -161,7 +161,7 @@ def test_a_container_must_see_the_data_where_the_host_has_it(tmp_path):
 
 
 def test_tensor_parallelism_across_nodes_is_warned_of():
-    run = load_run(RUNS / "llada2-flash-pretrain.yaml")
+    run = load_run(RUNS / "llada-8b-pretrain.yaml", ["layout.tensor_parallel=4", "layout.data_parallel=16"])
     (warning,) = layout_warnings(run, ClusterConfig(ranks_per_node=2))
     assert "tensor_parallel 4 does not divide the 2 ranks of a node" in warning
 
