@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from dataclasses import dataclass, replace
 
+from llada_megatron.cli import guarded
 from llada_megatron.llada_moe.config import load_run
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
@@ -309,16 +311,23 @@ def report(run: RunConfig, imbalance: float) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Print the reports."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which run, with which changes."""
     parser.add_argument("run", nargs="?", help="a run (default: the four published models)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--imbalance", type=float, default=1.3, help="rows of the fullest expert rank over the mean")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the reports."""
     for name in [args.run] if args.run else RUNS:
         print(report(load_run(name, args.overrides), args.imbalance))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description="Estimates for H100s.")
+    add_arguments(parser)
+    parser.set_defaults(json=False, traceback=False)
+    args = parser.parse_args()
+    sys.exit(guarded(lambda: run(args), args))

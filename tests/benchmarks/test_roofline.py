@@ -1,5 +1,7 @@
 """The estimates that the run files are set by: their memory, their exchanges, and how both answer to a change."""
 
+import argparse
+
 import pytest
 
 from benchmarks import roofline
@@ -60,9 +62,10 @@ def test_time_answers_to_the_layout():
     assert roofline.grouped_share(256) == 0.30 and 0.30 < roofline.grouped_share(300) < 0.40
 
 
-def test_the_report_says_memory_speed_and_utilisation(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["roofline", "llada2-mini-pretrain", "training.micro_batch_size=1"])
-    roofline.main()
+def test_the_report_says_memory_speed_and_utilisation(capsys):
+    parser = argparse.ArgumentParser()
+    roofline.add_arguments(parser)
+    assert roofline.run(parser.parse_args(["llada2-mini-pretrain", "training.micro_batch_size=1"])) == 0
     text = capsys.readouterr().out
     assert text.startswith("llada2-mini-pretrain: 64 GPUs, 16 micro-batches of 4,096 tokens\n  memory ")
     assert all(f"{documents:>2} documents:" in text for documents in roofline.DOCUMENTS)
