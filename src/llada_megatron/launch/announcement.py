@@ -68,7 +68,8 @@ def _time_text(run: RunConfig, done: int, here: bool) -> str:
         return "the time is known after the first steps"
     work = flops_per_token(run.model, run.training.sequence_length).total
     seconds = left * run.training.global_batch_size * run.training.sequence_length * work / (ASSUMED_UTILIZATION * peak)
-    return f"about {duration_text(seconds)} if it reaches {ASSUMED_UTILIZATION:.0%} of the measured {rate_text(peak)}"
+    reached = f"{ASSUMED_UTILIZATION:.0%} of the measured {rate_text(peak)} {run.training.precision}"
+    return f"about {duration_text(seconds)} if it reaches {reached}"
 
 
 def _cpu_peak(run: RunConfig) -> float | None:

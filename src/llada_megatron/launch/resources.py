@@ -18,6 +18,7 @@ from llada_megatron.llada_moe.overwriting import refuse_inside_checkpoint
 from llada_megatron.parallel.checkpoint import manifest as checkpoint_manifest
 from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
 from llada_megatron.parallel.checkpoint.search import weights_to_start_from
+from llada_megatron.parallel.fp8 import require_device
 from llada_megatron.parallel.training.callbacks import find_callback
 from llada_megatron.parallel.training.recovery.policy import may_go_back
 
@@ -179,7 +180,7 @@ def _nearest(path: Path) -> Path:
 
 def check_machine(run: RunConfig, oversubscribe: bool = False) -> None:
     """Refuse a layout with more ranks than this machine has GPUs, or cores and memory where it has no GPU; also GPUs
-    that torch cannot use because of their driver.
+    that torch cannot use because of their driver, and FP8 where it cannot be.
 
     Raises:
         ResourceError: with the arithmetic and what to change.
@@ -189,6 +190,7 @@ def check_machine(run: RunConfig, oversubscribe: bool = False) -> None:
     from llada_megatron.parallel.machine import driver_fault
 
     ranks = run.layout.world_size
+    require_device(run.training.fp8)
     if torch.cuda.is_available():
         check_gpus(ranks, torch.cuda.device_count())
         return

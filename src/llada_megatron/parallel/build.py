@@ -34,7 +34,7 @@ from llada_megatron.llada_moe.model.initialization import initialize_weights
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer, architecture_fields, build_model
 from llada_megatron.llada_moe.objectives import make_objective
-from llada_megatron.parallel import device
+from llada_megatron.parallel import device, fp8, fp8_state
 from llada_megatron.parallel.fusions import fusion_fields
 from llada_megatron.parallel.overlap import connect
 from llada_megatron.parallel.sharded_state import apply_factories_copy
@@ -55,6 +55,7 @@ def transformer_config(
         **fusion_fields(model, training=training is not None),
         **_layout_fields(layout),
         **(_expert_layout_fields(model.moe, layout) if model.moe else {}),
+        **fp8.transformer_fields(training.fp8 if training is not None else None, model.moe is not None),
     }
     if training is not None:
         fields |= _recompute_fields(training)
@@ -187,6 +188,7 @@ def build_run_chunks(run: RunConfig) -> list[DiffusionTransformer]:
     ]
     initialize_weights(sharded, run.training.seed, run.model.init_std, run.model.num_layers)
     _equalize_tied_embeddings(chunks)
+    fp8_state.prepare(chunks)
     mark_expert_parameters(chunks, run.layout)
     return chunks
 

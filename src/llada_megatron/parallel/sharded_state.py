@@ -11,6 +11,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
+from llada_megatron.parallel.fp8_state import without_pickles
 
 
 def apply_factories_copy(chunk: DiffusionTransformer) -> dict[str, Any]:
@@ -29,8 +30,10 @@ def state_metadata() -> dict[str, Any]:
 
 
 def chunk_state(chunk: DiffusionTransformer) -> dict[str, Any]:
-    """Sharded weights and buffers of one chunk, without the pickled extra state of Transformer Engine."""
-    state = chunk.sharded_state_dict(metadata=state_metadata())
+    """Sharded weights and buffers of one chunk, without the pickled extra state of Transformer Engine (what is to be
+    kept of that is `fp8_state`)."""
+    with without_pickles(chunk):
+        state = chunk.sharded_state_dict(metadata=state_metadata())
     return {name: value for name, value in state.items() if isinstance(value, ShardedTensor | ShardedTensorFactory)}
 
 

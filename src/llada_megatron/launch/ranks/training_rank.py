@@ -34,9 +34,11 @@ def training_work(run: RunConfig) -> Work:
 
         device.install()
         from llada_megatron.parallel import topology
+        from llada_megatron.parallel.fp8 import require_device
         from llada_megatron.parallel.training.trainer import Trainer
 
         rank = int(os.environ["RANK"])
+        require_device(run.training.fp8)
         topology.join(rank, int(os.environ["WORLD_SIZE"]))
         with _hold_directories(run) as locks:
             topology.initialize(run.layout, run.training.seed)

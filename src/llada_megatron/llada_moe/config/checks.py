@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llada_megatron.llada_moe.config.data import check_data
+from llada_megatron.llada_moe.config.fp8 import check_fp8
 from llada_megatron.llada_moe.config.intervals import check_reporting
 from llada_megatron.llada_moe.config.layout import check_layout
 from llada_megatron.llada_moe.config.model import MoEConfig, check_model
@@ -36,6 +37,8 @@ def validate_run(run: RunConfig, origins: Origins | None = None) -> None:
     check_batch(run.training, run.model, run.layout, refuse)
     check_reporting(run.checkpoint, run.validation, run.logging, run.output_dir, refuse)
     check_recovery(run.recovery, lambda key, message: refuse(f"recovery.{key}", message))
+    problems.raise_if_any()  # what follows divides by the axes of the layout
+    check_fp8(run.training, run.model, run.layout, refuse)
     problems.raise_if_any()
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from llada_megatron.llada_moe.config.fp8 import FP8Config
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.config.parsing import Refuse
@@ -27,6 +28,7 @@ class TrainingConfig:
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 keeps fp32 main weights and reduces gradients in fp32."""
+    fp8: FP8Config | None = None
     recompute: Literal["none", "full", "selective"] = "none"
     """full = keep only each layer's input, run the layer again in the backward pass; selective = only the parts that
     recompute_modules names."""
@@ -36,6 +38,10 @@ class TrainingConfig:
     logits_chunk_mb: int | None = None
     """The output layer and loss run over row chunks whose fp32 logits on one rank take at most this much memory; null =
     256 on a CPU, 2048 on a GPU."""
+
+    def without_fp8(self) -> TrainingConfig:
+        """The same, with every product in `precision`: what evaluates a model, whatever trained it."""
+        return replace(self, fp8=None)
 
 
 def check_batch(training: TrainingConfig, model: ModelConfig, layout: LayoutConfig, refuse: Refuse) -> None:

@@ -169,7 +169,7 @@ def _load_first(candidates: list[Path], layout: LayoutConfig, store: CheckpointS
 
 def _load(path: Path, layout: LayoutConfig, store: CheckpointStore) -> LoadedModel:
     run = run_of(path)
-    training = replace(run.training, recompute="none", recompute_modules=[])
+    training = replace(run.training.without_fp8(), recompute="none", recompute_modules=[])
     config = build.transformer_config(run.model, layout, training)
     objective = make_objective(run.objective)
     saved = store.metadata(path)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from llada_megatron.llada_moe.config.training import TrainingConfig
+
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 """Bytes in a unit of `ru_maxrss`."""
 
@@ -17,7 +19,25 @@ _FIRST_SIZE = 256
 
 _LARGEST_SIZE = {"cpu": 2048, "cuda": 8192}
 
+PRECISION_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "FP8"}
+"""What people call the type of a product's operands."""
+
 _SECONDS = 0.5  # time spent per ceiling; only the first, smallest measurement may take longer
+
+
+def product_types(training: TrainingConfig) -> list[torch.dtype]:
+    """The types whose ceiling a run is measured against: the first that the device has."""
+    usual = torch.bfloat16 if training.precision == "bf16" else torch.float32
+    return [usual] if training.fp8 is None else [torch.float8_e4m3fn, usual]
+
+
+def has_product(device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of this type on this device."""
+    try:
+        _product(_FIRST_SIZE, torch.device(device), dtype)()
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 def matmul_peak(device: torch.device | str, dtype: torch.dtype, seconds: float = _SECONDS) -> float:
@@ -26,7 +46,8 @@ def matmul_peak(device: torch.device | str, dtype: torch.dtype, seconds: float =
     The size doubles from 256 as long as the next one fits into that time: a processor without instructions for
     `dtype` (bf16 on one with AVX2 only) is a thousand times slower than one with them, and must not be waited for.
 
-    The ceiling that model-FLOPs utilisation is measured against. Where ranks share a CPU, let them measure at the
+    The ceiling that model-FLOPs utilisation is measured against; of FP8 with one scale a matrix and fast accumulation,
+    which is the fastest that an FP8 product can be. Where ranks share a CPU, let them measure at the
     same time: each then gets the share it will have in training.
     """
     device = torch.device(device)
@@ -53,6 +74,9 @@ def copy_peak(device: torch.device | str) -> float:
 
 def _product(size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
     a = torch.randn(size, size, device=device, dtype=torch.float32).to(dtype)
+    if dtype == torch.float8_e4m3fn:
+        scale, columns = torch.ones((), device=device), a.clone().t()  # FP8 products take rows by columns
+        return lambda: torch._scaled_mm(a, columns, scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True)
     b, out = a.t().contiguous(), torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out)
 

@@ -47,7 +47,7 @@ class TrainingProgress:
         tokens_per_second: float | None = None,
         utilization: str | None = None,
     ) -> None:
-        """Shows that `step` steps are done; `utilization` in words, such as `41% of 134 GFLOP/s`."""
+        """Shows that `step` steps are done; `utilization` in words, such as `41% of 134 GFLOP/s fp32`."""
         self._step = step
         facts = self._facts(loss, tokens_per_second, utilization)
         if self._bar is not None and self._task is not None:

@@ -21,7 +21,13 @@ from llada_megatron.parallel.expert_load import ExpertLoad, load_scalars
 from llada_megatron.parallel.training.callbacks import Callbacks
 from llada_megatron.parallel.training.metrics import MaskRatioLoss, Throughput
 from llada_megatron.parallel.training.metrics_writer import MetricsWriter
-from llada_megatron.parallel.training.peak import matmul_peak, peak_memory_gb
+from llada_megatron.parallel.training.peak import (
+    PRECISION_NAMES,
+    has_product,
+    matmul_peak,
+    peak_memory_gb,
+    product_types,
+)
 from llada_megatron.parallel.training.progress import TrainingProgress
 from llada_megatron.parallel.training.recovery.attempt import StepAttempt
 
@@ -45,6 +51,7 @@ class Reporter:
         self.by_ratio = MaskRatioLoss(device=device.current())
         self.throughput: Throughput | None = None
         self._peak_flops: float | None = None
+        self._peak_precision = ""
         self.last_loss = float("nan")
         self._waiting: list[tuple[int, dict[str, float]]] = []
         self._notes: dict[str, float] = {}
@@ -68,14 +75,25 @@ class Reporter:
     def _measured_peak(self, throughput: Throughput) -> float:
         """FLOP/s of all ranks, measured by all at once when the first utilisation is computed (collective)."""
         if self._peak_flops is None:
-            dtype = torch.bfloat16 if self.run.training.precision == "bf16" else torch.float32
             with throughput.paused():
+                dtype = self._product_type()
                 own = matmul_peak(device.current(), dtype)
                 peak = torch.tensor(own, dtype=torch.float64, device=device.current())
                 torch.distributed.all_reduce(peak)
-                self._peak_flops = float(peak)
-            logging.getLogger(__name__).info("measured peak %.4g FLOP/s over all ranks", self._peak_flops)
+                self._peak_flops, self._peak_precision = float(peak), PRECISION_NAMES[dtype]
+            text = "measured peak %.4g FLOP/s in %s over all ranks"
+            logging.getLogger(__name__).info(text, self._peak_flops, self._peak_precision)
         return self._peak_flops
+
+    def _product_type(self) -> torch.dtype:
+        """The first type of the run's products that all ranks can measure (collective)."""
+        *preferred, last = product_types(self.run.training)
+        for dtype in preferred:
+            lacking = torch.tensor(not has_product(device.current(), dtype), dtype=torch.int32, device=device.current())
+            torch.distributed.all_reduce(lacking)
+            if not lacking:
+                return dtype
+        return last
 
     def _keys_per_query(self, batches: list[Batch]) -> float:
         """Keys that a token sees on average, in the segments of these batches."""
@@ -131,10 +149,10 @@ class Reporter:
         self.progress.update(last, _known(self.last_loss), figures.get("tokens_per_second"), self._utilization(figures))
 
     def _utilization(self, figures: dict[str, float]) -> str | None:
-        """The share of the measured peak that the model's operations reach, for people."""
+        """The share of the measured peak that the model's operations reach, and of which precision, for people."""
         if self._peak_flops is None or "model_flops_utilization" not in figures:
             return None
-        return f"{figures['model_flops_utilization']:.0%} of {rate_text(self._peak_flops)}"
+        return f"{figures['model_flops_utilization']:.0%} of {rate_text(self._peak_flops)} {self._peak_precision}"
 
     def go_back(self, step: int) -> None:
         """The steps after `step` are run again: what was written of them goes."""

@@ -20,12 +20,14 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from llada_megatron import __version__
 from llada_megatron.llada_moe.config import from_dict, to_dict
+from llada_megatron.llada_moe.config.fp8 import FP8Config
 from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.set_manifest import SetManifest
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
 from llada_megatron.llada_moe.objectives import Objective, make_objective
+from llada_megatron.parallel import fp8_state
 from llada_megatron.parallel.build import build_chunks, transformer_config
 from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
 from llada_megatron.parallel.checkpoint.search import described, find_checkpoints, first_whole, require_model
@@ -60,14 +62,16 @@ class RunState:
     manifests: list[SetManifest]
     step: int = 0
     history: History = field(default_factory=History)
+    remarks: list[str] = field(default_factory=list)
+    """What a person should know of the checkpoint that the run goes on from."""
 
     def save(self, store: CheckpointStore) -> None:
         """Write a checkpoint of this step (collective)."""
         complete_weights(self.optimizer.model_chunks)
         model = model_state(self.chunks)
-        store.save(
-            self.step, model | {"optimizer": optimizer_state(self.optimizer, model, loading=False)}, self._metadata()
-        )
+        optimizer = {"optimizer": optimizer_state(self.optimizer, model, loading=False)}
+        scaling = {fp8_state.KEY: fp8_state.scaling_state(self.chunks)}
+        store.save(self.step, model | optimizer | scaling, self._metadata())
 
     def resume(self, store: CheckpointStore) -> Path | None:
         """Continue from the newest whole checkpoint of this run; None if there is none (collective).
@@ -94,13 +98,35 @@ class RunState:
         self._require_sets(path, saved)
         model = model_state(self.chunks)
         template = model | {"optimizer": optimizer_state(self.optimizer, model, loading=True)}
+        history = self._saved_history(path, saved)
+        if history is not None:
+            template |= {fp8_state.KEY: fp8_state.scaling_state(self.chunks, history)}
         state, metadata = store.load(path, template)
         load_model_state(self.chunks, state)
         load_optimizer_state(self.optimizer, model_state(self.chunks), state["optimizer"])
+        if history is not None:
+            fp8_state.load_scaling_state(self.chunks, state[fp8_state.KEY])
+        else:
+            fp8_state.reset(self.chunks)
         self.step = int(metadata["step"])
         self.objective.load_state(metadata.get("objective", {}))
         known, self.history = self.history.decisions, from_dict(History, metadata.get("recovery", {}))
         self.history.learn(known)
+
+    def _saved_history(self, path: Path, saved: dict[str, Any]) -> int | None:
+        """Steps of maxima that FP8's delayed scaling finds in a checkpoint; None where there are none, or no such FP8.
+
+        A remark is made where the run would have needed them.
+        """
+        fp8 = self.run.training.fp8
+        if fp8 is None or fp8.recipe != "delayed":
+            return None
+        before = saved["run"]["training"].get("fp8")
+        if before is not None and before["recipe"] == "delayed":
+            return int(before["amax_history_length"])
+        how = "in bf16" if before is None else f"with FP8 recipe {before['recipe']}"
+        self.remarks.append(f"{path} was trained {how} and has no scales of FP8 recipe delayed: they begin anew")
+        return None
 
     def load_weights(self, store: CheckpointStore, path: Path) -> None:
         """Start from the weights of another run's step directory, with a fresh optimizer (collective)."""
@@ -157,7 +183,8 @@ class RunState:
 
 
 def load_frozen(run: RunConfig, store: CheckpointStore, path: str) -> list[torch.nn.Module]:
-    """The chunks of a model that an objective reads and does not train, under the run's layout (collective).
+    """The chunks of a model that an objective reads and does not train, under the run's layout, without FP8
+    (collective).
 
     Raises:
         CheckpointError: there is no whole checkpoint, or it is of another architecture than the run's model.
@@ -166,7 +193,7 @@ def load_frozen(run: RunConfig, store: CheckpointStore, path: str) -> list[torch
     def load(found: Path) -> list[torch.nn.Module]:
         require_model(found, store.metadata(found), run.model, weights_only=True)
         pattern = make_objective(run.objective).pattern(step=0)
-        config = transformer_config(run.model, run.layout, run.training)
+        config = transformer_config(run.model, run.layout, run.training.without_fp8())
         chunks = build_chunks(run.model, run.layout, config, pattern, run.training.logits_chunk_mb)
         load_model_state(chunks, store.load(found, model_state(chunks))[0])
         return [chunk.eval().requires_grad_(False) for chunk in chunks]
@@ -187,6 +214,8 @@ def check_facts(path: Path, metadata: Mapping[str, Any]) -> None:
         for key in FROZEN:
             _at(metadata["run"], key)
         int(metadata["step"])
+        if metadata["run"]["training"].get("fp8") is not None:
+            described(FP8Config, path, metadata["run"]["training"], "fp8")
         if metadata["tokenizer"] is not None:
             metadata["tokenizer"]["sha256"].lower()
     except (LookupError, TypeError, AttributeError) as error:

@@ -56,6 +56,8 @@ class Trainer:
         self.reporter = Reporter(run, self.objective, self.models, self.data, self.state.step)
         if resumed is not None:
             self.reporter.message(f"continuing from {resumed} at step {self.state.step}")
+        for remark in self.state.remarks:
+            self.reporter.warning(remark)
         self.recovery = Recovery(run, self.models, self.step, self.state, self.reporter)
         self.recovery.resume(resumed)
         self.new = resumed is None

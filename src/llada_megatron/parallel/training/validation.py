@@ -13,7 +13,7 @@ from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch, Samples
 from llada_megatron.llada_moe.evaluation.likelihood import Likelihood
 from llada_megatron.llada_moe.objectives import Objective
-from llada_megatron.parallel import device, host_group
+from llada_megatron.parallel import device, fp8_state, host_group
 from llada_megatron.parallel.overlap import complete_weights
 from llada_megatron.parallel.training.microbatches import prepare, stage
 from llada_megatron.parallel.training.step import run_pipeline
@@ -39,7 +39,8 @@ def validate(
         model.eval()
     watch = models[0].register_forward_pre_hook(lambda *_: alive())
     staged = [stage(run.layout, batch) for batch in batches]
-    losses = run_pipeline(run, models, prepare(objective, staged, step), forward_only=True)
+    with fp8_state.unchanged(models):
+        losses = run_pipeline(run, models, prepare(objective, staged, step), forward_only=True)
     watch.remove()
     for model in models:
         model.train()

@@ -10,6 +10,7 @@ import torch
 
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import LladaError
+from llada_megatron.parallel import fp8_state
 from llada_megatron.parallel.checkpoint.store import CheckpointStore
 from llada_megatron.parallel.collectives import on_rank_0
 from llada_megatron.parallel.training.recovery import decision_log, policy
@@ -29,7 +30,10 @@ class Recovery:
     ) -> None:
         self._run, self._state, self._reporter = run, state, reporter
         self._decision_log = DecisionLog(run.output_dir)
-        self._runner = StepRunner(run, step, state, RouterStateSnapshot(models, reporter.expert_load.counters))
+        snapshot = RouterStateSnapshot(
+            models, lambda: [*reporter.expert_load.counters(), *fp8_state.scaling_tensors(models)]
+        )
+        self._runner = StepRunner(run, step, state, snapshot)
 
     def resume(self, resumed: Path | None) -> None:
         """Learn what was decided after the checkpoint that the run resumed from; a new run begins a new log."""

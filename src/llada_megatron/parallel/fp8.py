@@ -1,0 +1,105 @@
+"""What each FP8 recipe needs of a machine, and what Megatron is told of it.
+
+Megatron enters Transformer Engine's autocast around the layers that run in FP8 (`fp8_utils.get_fp8_context`): their
+linear layers quantise inputs, weights and gradients; everything between them, the output layer and the optimizer's main
+weights stay as in bf16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llada_megatron.llada_moe.config.fp8 import FP8Config
+from llada_megatron.llada_moe.errors import ResourceError
+
+FORMATS = {"delayed": "hybrid", "tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
+"""hybrid: E4M3 for activations and weights, E5M2 for gradients. A scale for every block leaves gradients no range that
+E4M3 lacks."""
+
+_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+"""Lowest compute capability (Transformer Engine 2.20, `pytorch/quantization.py`)."""
+
+_NO_MXFP8 = (12, 0)
+"""From this compute capability on Transformer Engine has no MXFP8 for all three products of a layer."""
+
+_CUDA = {"blockwise": (12, 9)}
+"""Lowest CUDA version torch must be built for, where it is above what any GPU with FP8 needs."""
+
+_INSTEAD = "remove training.fp8 to train in bf16"
+
+
+def transformer_fields(fp8: FP8Config | None, experts: bool) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig; none without FP8. `experts`: some layers have routed experts."""
+    if fp8 is None:
+        return {}
+    return {
+        "fp8": FORMATS[fp8.recipe],
+        "fp8_recipe": fp8.recipe,
+        "fp8_amax_history_len": fp8.amax_history_length,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": bool(fp8.num_layers_at_start_in_bf16 or fp8.num_layers_at_end_in_bf16),
+        "num_layers_at_start_in_bf16": fp8.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": fp8.num_layers_at_end_in_bf16,
+        # each expert gets a whole multiple of the tokens that its products read at a time: some go to it with weight 0
+        "moe_router_padding_for_quantization": experts,
+    }
+
+
+def require_device(fp8: FP8Config | None) -> None:
+    """Refuse FP8 where this process could not run it; nothing without FP8.
+
+    Raises:
+        ResourceError: there is no GPU, it has no such FP8, or Transformer Engine cannot be used here.
+    """
+    if fp8 is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ResourceError(
+            f"training.fp8 (recipe {fp8.recipe}) needs a GPU with FP8, and none can be seen here; {_INSTEAD}"
+        )
+    for index in range(torch.cuda.device_count()):
+        reason = obstacle(fp8.recipe, torch.cuda.get_device_capability(index), torch.version.cuda or "0")
+        if reason is not None:
+            raise ResourceError(f"training.fp8: GPU {index} ({torch.cuda.get_device_name(index)}): {reason}")
+    problem = engine_problem()
+    if problem is not None:
+        raise ResourceError(f"training.fp8 needs Transformer Engine: {problem}; see docs/cluster.md, or {_INSTEAD}")
+
+
+def obstacle(recipe: str, capability: tuple[int, int], cuda: str) -> str | None:
+    """Why a GPU cannot run `recipe`, and what it can; None when it can.
+
+    Args:
+        capability: the device's compute capability.
+        cuda: the CUDA version that torch was built for, "12.8".
+    """
+    reason = _obstacle(recipe, capability, cuda)
+    if reason is None:
+        return None
+    usable = [other for other in _CAPABILITY if _obstacle(other, capability, cuda) is None]
+    return f"{reason}; " + (f"use recipe {' or '.join(usable)}, or " if usable else "") + _INSTEAD
+
+
+def _obstacle(recipe: str, capability: tuple[int, int], cuda: str) -> str | None:
+    least, present = _CAPABILITY[recipe], ".".join(map(str, capability))
+    if capability < least:
+        return f"recipe {recipe} needs compute capability {least[0]}.{least[1]} or higher, this one has {present}"
+    if recipe == "mxfp8" and capability >= _NO_MXFP8:
+        return f"Transformer Engine has no recipe mxfp8 for compute capability {present}"
+    version = _CUDA.get(recipe, (0, 0))
+    if tuple(map(int, cuda.split(".")[:2])) < version:
+        return f"recipe {recipe} needs torch built for CUDA {version[0]}.{version[1]} or newer, not {cuda}"
+    return None
+
+
+def engine_problem() -> str | None:
+    """Why Transformer Engine cannot be used in this process; None when it can."""
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError as error:
+        return f"it is not installed, or built for another torch ({str(error).splitlines()[0]})"
+    except (OSError, RuntimeError) as error:
+        return f"it cannot be loaded ({str(error).splitlines()[0]})"
+    return None
