@@ -1,0 +1,242 @@
+"""What delayed scaling remembers is saved as plain tensors, and read under any layout."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
+from llada_megatron.llada_moe.config.fp8 import FP8Config
+from llada_megatron.llada_moe.config.intervals import CheckpointConfig, LoggingConfig, ValidationConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.config.training import TrainingConfig
+from tests.corpora import model_for, prepared_set
+from tests.ranks import run_ranks
+
+HISTORY, EXPERTS = 4, 4
+EP2 = LayoutConfig(data_parallel=2, expert_parallel=2)
+TP2 = LayoutConfig(tensor_parallel=2, sequence_parallel=True)
+DELAYED = FP8Config(recipe="delayed", amax_history_length=HISTORY)
+
+
+def use_fake_engine(recipe=None):
+    from megatron.core import fp8_utils
+
+    fp8_utils.get_fp8_recipe = lambda config: recipe
+    fp8_utils.get_fp8_context = lambda *_, **__: contextlib.nullcontext()
+
+
+def facts(chunk):
+    """Scales and histories by layer, the experts' by operand and global expert; equal layouts hold equal ones."""
+    from megatron.core import parallel_state
+
+    layer, first = chunk.decoder.layers[0], 0
+    experts = layer.linear_fc1.num_gemms
+    first = parallel_state.get_expert_model_parallel_rank() * experts
+    found = {}
+    for key, operands in (("scaling_fwd", 3), ("scaling_bwd", 2)):
+        dense, grouped = layer.linear_qkv.fp8_meta[key], layer.linear_fc1.fp8_meta[key]
+        found[key] = (dense.scale.tolist(), dense.amax_history.tolist())
+        for expert in range(experts):
+            own = slice(expert * operands, (expert + 1) * operands)  # as GroupedLinear counts its quantizers
+            found[key, first + expert] = (grouped.scale[own].tolist(), grouped.amax_history[:, own].tolist())
+    return found
+
+
+def fill(chunk):
+    """Values that tell the operand, the row and the global expert."""
+    import torch
+    from megatron.core import parallel_state
+
+    layer = chunk.decoder.layers[0]
+    first = parallel_state.get_expert_model_parallel_rank() * layer.linear_fc1.num_gemms
+    for number, (key, operands) in enumerate((("scaling_fwd", 3), ("scaling_bwd", 2))):
+        for module, offset in ((layer.linear_qkv, 0), (layer.linear_fc1, 1000 * (1 + first))):
+            state = module.fp8_meta[key]
+            columns = torch.arange(state.scale.numel())
+            values = 100.0 * number + columns % operands + 1000 * (columns // operands) + offset
+            state.scale.copy_(values)
+            state.amax_history.copy_(values + 10 * (1 + torch.arange(state.amax_history.size(0)))[:, None])
+
+
+def save_or_load(layout, folder, saving, history=HISTORY):
+    from llada_megatron.parallel import fp8_state, topology
+    from llada_megatron.parallel.checkpoint.store import CheckpointStore
+    from tests.parallel.fp8_modules import chunk_of
+
+    topology.initialize(layout, 0)
+    use_fake_engine()
+    chunk = chunk_of(history, EXPERTS // layout.expert_parallel)
+    fp8_state.prepare([chunk])
+    store = CheckpointStore(Path(folder), 2, False)
+    if saving:
+        fill(chunk)
+        store.save(1, {"fp8": fp8_state.scaling_state([chunk])}, {"step": 1})
+    else:
+        before = [id(tensor) for tensor in fp8_state.scaling_tensors([chunk])]
+        template = fp8_state.scaling_state([chunk], HISTORY)
+        state, _ = store.load(store.directory_of(1), {"fp8": template})
+        fp8_state.load_scaling_state([chunk], state["fp8"])
+        assert [id(tensor) for tensor in fp8_state.scaling_tensors([chunk])] == before  # the engine holds on to them
+    return facts(chunk)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fp8")
+    return folder, run_ranks(save_or_load, 2, EP2, str(folder), True)
+
+
+def test_every_layout_reads_what_another_saved(saved):
+    folder, (first, second) = saved
+    whole = first | second
+    assert len(whole) == 2 + 2 * EXPERTS and first["scaling_fwd"] == second["scaling_fwd"]
+    assert whole["scaling_bwd", 3][0] == [4100.0, 4101.0]
+    assert run_ranks(save_or_load, 1, LayoutConfig(), str(folder), False) == [whole]
+    assert run_ranks(save_or_load, 2, TP2, str(folder), False) == [whole, whole]
+    assert run_ranks(save_or_load, 2, EP2, str(folder), False) == [first, second]
+
+
+@pytest.mark.parametrize(("length", "rows"), [(1, [0]), (2, [0, 3]), (6, [0, None, None, 1, 2, 3])])
+def test_another_history_keeps_the_newest_maxima(saved, length, rows):
+    folder, (first, _) = saved
+    (loaded,) = run_ranks(save_or_load, 1, LayoutConfig(), str(folder), False, length)
+    maxima = first["scaling_fwd"][1]
+    assert loaded["scaling_fwd"][1] == [[0.0] * 3 if row is None else maxima[row] for row in rows]
+    assert loaded["scaling_fwd"][0] == first["scaling_fwd"][0]
+
+
+def stateless():
+    from llada_megatron.parallel import fp8_state
+    from tests.parallel.fp8_modules import chunk_of
+
+    chunk = chunk_of(HISTORY, EXPERTS, recipe="blockwise")
+    fp8_state.prepare([chunk])
+    linear = chunk.decoder.layers[0].linear_qkv
+    linear.fp8 = linear.fp8_meta["fp8_checkpoint"] = True
+    with fp8_state.without_pickles(chunk):
+        chunk.state_dict()
+    return fp8_state.scaling_state([chunk]), linear.fp8, linear.fp8_meta["fp8_checkpoint"]
+
+
+def test_other_recipes_keep_nothing_and_no_pickle_is_made():
+    assert run_ranks(stateless, 1) == [({}, True, True)]
+
+
+def engine_in_the_layers(run):
+    """Make the linear layers of the runs built from here on behave as with delayed scaling, in which a pass depends on
+    the passes before it, and let one gradient norm be bad."""
+    import torch
+
+    from llada_megatron.llada_moe.model.linear import ColumnLinear, RowLinear
+    from llada_megatron.parallel import build
+    from tests.parallel.fp8_modules import add_fp8
+
+    def scaled(module, inputs, outputs):
+        state = module.fp8_meta.get("scaling_fwd")
+        if state is None:  # the run is not in FP8
+            return outputs
+        result = outputs[0] * (1 + 0.1 * torch.tanh(state.scale[0]))
+        with torch.no_grad():
+            state.amax_history[0, 0] = torch.maximum(state.amax_history[0, 0], inputs[0].abs().max())
+            if torch.is_grad_enabled() or module.training:
+                state.scale[0] = state.amax_history[:, 0].max()
+                state.amax_history.copy_(state.amax_history.roll(-1, 0))
+                state.amax_history[0] = 0
+        return (result, *outputs[1:])
+
+    make = build.build_chunks
+
+    def build_chunks(*arguments):
+        chunks = make(*arguments)
+        for module in (module for chunk in chunks for module in chunk.decoder.modules()):
+            if isinstance(module, ColumnLinear | RowLinear):
+                add_fp8(module, HISTORY)
+                module.register_forward_hook(scaled)
+        return chunks
+
+    use_fake_engine()
+    build.build_chunks = build_chunks
+
+
+def train(run, last, bad_step=None):
+    from llada_megatron.parallel import fp8_state, topology
+    from llada_megatron.parallel.training.step import TrainingStep
+    from llada_megatron.parallel.training.trainer import Trainer
+
+    engine_in_the_layers(run)
+    topology.initialize(run.layout, run.training.seed)
+    norm, asked = TrainingStep.norm, []
+
+    def spoilt(self):
+        asked.append(1)
+        return float("nan") if len(asked) == bad_step else norm(self)
+
+    TrainingStep.norm = spoilt
+    trainer = Trainer(run)
+    trainer.train(lambda: trainer.state.step == last - 1)
+    return [tensor.tolist() for tensor in fp8_state.scaling_tensors(trainer.models)], trainer.state.remarks
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("fp8-run")
+    _, tokenizer = prepared_set(root)
+    model = dataclasses.replace(model_for(tokenizer), moe=None, family="llada", num_layers=1)
+    return RunConfig(
+        model=model,
+        training=TrainingConfig(steps=4, sequence_length=32, global_batch_size=2, precision="fp32", fp8=DELAYED),
+        data=DataConfig(sets=[DataSetConfig(path=str(root / "set"))], validation_fraction=0.2),
+        optimizer=OptimizerConfig(learning_rate=LearningRateConfig(peak=1e-3)),
+        checkpoint=CheckpointConfig(interval=2, keep_last=9),
+        logging=LoggingConfig(interval=1, tensorboard=False),
+        output_dir=str(root / "whole"),
+    )
+
+
+def losses(run):
+    lines = [json.loads(line) for line in Path(run.output_dir, "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def whole(run):
+    ((state, remarks),) = run_ranks(train, 1, run, 4)
+    assert remarks == [] and state[0][0] != 1 and any(map(any, state[1]))
+    return state
+
+
+def test_a_resumed_run_goes_on_with_its_scales_as_if_it_had_not_been_stopped(run, whole):
+    stopped = dataclasses.replace(run, output_dir=run.output_dir + "-stopped")
+    run_ranks(train, 1, stopped, 2)
+    assert run_ranks(train, 1, stopped, 4) == [(whole, [])]
+    assert losses(stopped) == losses(run)
+
+
+def test_a_step_run_again_and_a_validation_leave_the_scales_as_they_were(run, whole):
+    again = dataclasses.replace(
+        run, output_dir=run.output_dir + "-again", validation=ValidationConfig(interval=1, sequences=2)
+    )
+    assert run_ranks(train, 1, again, 4, 3) == [(whole, [])]
+    assert losses(again) == losses(run)
+
+
+def test_a_checkpoint_without_fp8_says_that_the_scales_begin_anew(run, whole):
+    plain = dataclasses.replace(
+        run, training=run.training.without_fp8(), output_dir=str(Path(run.output_dir).parent / "plain")
+    )
+    run_ranks(train, 1, plain, 2)
+    on = dataclasses.replace(plain, training=run.training)
+    ((state, remarks),) = run_ranks(train, 1, on, 4)
+    assert len(remarks) == 1 and remarks[0].endswith(
+        "was trained in bf16 and has no scales of FP8 recipe delayed: they begin anew"
+    )
+    assert state != whole and state[0][0] != 1
+    shutil.rmtree(plain.output_dir)
