@@ -6,6 +6,7 @@ import dataclasses
 import math
 import tempfile
 import textwrap
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,10 +153,16 @@ def _section(cls: type, values: Mapping[str, Any], indent: str) -> Iterator[str]
             continue
         if name in texts:
             yield from _comment(texts[name], indent)
-        if name in values:
+        choices = typing.get_args(hint)
+        section = next(filter(dataclasses.is_dataclass, choices), None) if type(None) in choices else None
+        if section is not None:
+            yield from _nested(section, name, value, indent)
+        elif name in values:
             yield from _entry(name, value, indent)
         elif name in defaults:
             yield from _entry(name, defaults[name], f"{indent}# ")
+        elif typing.get_origin(hint) is typing.Literal:  # required, in a section that is left out
+            yield from _entry(name, choices[0], f"{indent}# ")
 
 
 def _nested(cls: type, name: str, value: Mapping[str, Any] | None, indent: str) -> Iterator[str]:

@@ -55,6 +55,8 @@ def require_device(fp8: FP8Config | None) -> None:
         return
     import torch
 
+    from llada_megatron.llada_moe.model.accelerations import transformer_engine
+
     if not torch.cuda.is_available():
         raise ResourceError(
             f"training.fp8 (recipe {fp8.recipe}) needs a GPU with FP8, and none can be seen here; {_INSTEAD}"
@@ -63,9 +65,9 @@ def require_device(fp8: FP8Config | None) -> None:
         reason = obstacle(fp8.recipe, torch.cuda.get_device_capability(index), torch.version.cuda or "0")
         if reason is not None:
             raise ResourceError(f"training.fp8: GPU {index} ({torch.cuda.get_device_name(index)}): {reason}")
-    problem = engine_problem()
-    if problem is not None:
-        raise ResourceError(f"training.fp8 needs Transformer Engine: {problem}; see docs/cluster.md, or {_INSTEAD}")
+    engine = transformer_engine()
+    if not engine.active:
+        raise ResourceError(f"training.fp8 needs Transformer Engine: {engine.detail}; or {_INSTEAD}")
 
 
 def obstacle(recipe: str, capability: tuple[int, int], cuda: str) -> str | None:
@@ -91,15 +93,4 @@ def _obstacle(recipe: str, capability: tuple[int, int], cuda: str) -> str | None
     version = _CUDA.get(recipe, (0, 0))
     if tuple(map(int, cuda.split(".")[:2])) < version:
         return f"recipe {recipe} needs torch built for CUDA {version[0]}.{version[1]} or newer, not {cuda}"
-    return None
-
-
-def engine_problem() -> str | None:
-    """Why Transformer Engine cannot be used in this process; None when it can."""
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ImportError as error:
-        return f"it is not installed, or built for another torch ({str(error).splitlines()[0]})"
-    except (OSError, RuntimeError) as error:
-        return f"it cannot be loaded ({str(error).splitlines()[0]})"
     return None
