@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,7 @@ from llada_megatron.llada_moe.config.training import TrainingConfig
 from tests.corpora import model_for, prepared_set
 from tests.ranks import run_ranks
 
+ROOT = Path(__file__).parents[2]
 HISTORY, EXPERTS = 4, 4
 EP2 = LayoutConfig(data_parallel=2, expert_parallel=2)
 TP2 = LayoutConfig(tensor_parallel=2, sequence_parallel=True)
@@ -128,6 +133,17 @@ def stateless():
 
 def test_other_recipes_keep_nothing_and_no_pickle_is_made():
     assert run_ranks(stateless, 1) == [({}, True, True)]
+
+
+def test_transformer_engine_lays_its_state_out_as_it_is_read():
+    """With the real package, where it is installed; it needs no GPU."""
+    try:
+        importlib.metadata.version("transformer-engine-torch")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("Transformer Engine is not installed")
+    program = [sys.executable, "-m", "tests.parallel.fp8_engine"]
+    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "NVTE_FRAMEWORK": "pytorch"}
+    subprocess.run(program, check=True, cwd=ROOT, env=environment)
 
 
 def engine_in_the_layers():
