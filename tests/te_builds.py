@@ -7,8 +7,8 @@ the real one where it is installed and else the stub with the real one's signatu
 
 and a result has, for the chunks of that rank, `config` (the layers' TransformerConfig, its plain values),
 `modules` (class of each Transformer Engine module → its numbers by `fuse_wgrad_accumulation`, "fused" or "plain"),
-`output_layer` (whether its gradient is fused; None = not on this stage), `parameters` and `devices`; or `error`, what
-building raised.
+`output_layer` (whether its gradient is fused; None = not on this stage), `recipe` (class of the FP8 recipe that the
+layers are run with), `parameters` and `devices`; or `error`, what building raised.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def prepare() -> None:
 
 
 def result(case: dict[str, Any]) -> dict[str, Any]:
-    from llada_megatron.llada_moe.config import load_model
+    from llada_megatron.llada_moe.config import from_dict, load_model
     from llada_megatron.llada_moe.config.layout import LayoutConfig
     from llada_megatron.llada_moe.config.training import TrainingConfig
     from llada_megatron.llada_moe.model.patterns import FULL
@@ -59,7 +59,7 @@ def result(case: dict[str, Any]) -> dict[str, Any]:
 
     layout = LayoutConfig(**case["layout"])
     size = {"steps": 1, "sequence_length": 64, "global_batch_size": 8}
-    training = None if case.get("training") is None else TrainingConfig(**size, **case["training"])
+    training = None if case.get("training") is None else from_dict(TrainingConfig, size | case["training"])
     join(layout, case.get("rank", 0))
     try:
         model = load_model(case["model"], case.get("overrides", []))
@@ -89,9 +89,20 @@ def summary(chunks: list[Any]) -> dict[str, Any]:
         },
         "modules": modules,
         "output_layer": None if head is None else head.gradient_accumulation_fusion,
+        "recipe": recipe(config),
         "parameters": sum(parameter.numel() for parameter in parameters),
         "devices": sorted({str(parameter.device) for parameter in parameters}),
     }
+
+
+def recipe(config: Any) -> str | None:
+    from megatron.core import fp8_utils
+
+    if not config.fp8:
+        return None
+    with fp8_utils.get_fp8_context(config, 1):  # entered as Megatron does, with the real one's arguments
+        made = fp8_utils.get_fp8_recipe(config)
+    return type(made).__name__
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ class StubLinear(StubModule):
         self.parallel_mode, self.sequence_parallel = given.get("parallel_mode"), given.get("sequence_parallel", False)
         self.fuse_wgrad_accumulation = given.get("fuse_wgrad_accumulation", False)
         self.use_bias, self.num_gemms = given.get("bias", True), given.get("num_gemms", 1)
-        self.tp_size = given.get("tp_size", 1)
+        self.tp_size, self.save_original_input = given.get("tp_size", 1), given.get("save_original_input", False)
         rows, columns = given["out_features"], given["in_features"]
         rows //= self.tp_size if self.parallel_mode == "column" else 1
         columns //= self.tp_size if self.parallel_mode == "row" else 1

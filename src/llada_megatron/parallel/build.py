@@ -157,6 +157,8 @@ def build_chunks(
 
     `logits_chunk_mb`: None = as many as suit the device.
     """
+    if config.fp8:
+        fp8.adapt_delayed_scaling()
     count = layout.pipeline_chunks_per_rank
     chunks = []
     for chunk in range(count):

@@ -7,6 +7,7 @@ weights stay as in bf16.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from llada_megatron.llada_moe.config.fp8 import FP8Config
@@ -43,6 +44,32 @@ def transformer_fields(fp8: FP8Config | None, experts: bool) -> dict[str, Any]:
         # each expert gets a whole multiple of the tokens that its products read at a time: some go to it with weight 0
         "moe_router_padding_for_quantization": experts,
     }
+
+
+def adapt_delayed_scaling() -> None:
+    """Let Megatron make the recipe of delayed scaling with a Transformer Engine that has no `override_linear_precision`
+    any more (2.20), which megatron-core 0.16.1 and 0.19.2 still pass (extensions/transformer_engine.py). Idempotent.
+
+    It said that weight gradients should be computed in bf16, which no run asks for.
+    """
+    from megatron.core import fp8_utils
+
+    recipe = getattr(fp8_utils, "TEDelayedScaling", None)
+    if recipe is None or "override_linear_precision" in inspect.signature(recipe.__bases__[0]).parameters:
+        return
+
+    def make(self: Any, config: Any, fp8_format: Any, override_linear_precision: Any = None) -> None:
+        recipe.__bases__[0].__init__(
+            self,
+            margin=config.fp8_margin,
+            fp8_format=fp8_format,
+            amax_history_len=config.fp8_amax_history_len,
+            amax_compute_algo=config.fp8_amax_compute_algo,
+            fp8_dpa=config.fp8_dot_product_attention,
+            fp8_mha=config.fp8_multi_head_attention,
+        )
+
+    recipe.__init__ = make
 
 
 def require_device(fp8: FP8Config | None) -> None:

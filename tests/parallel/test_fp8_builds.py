@@ -1,0 +1,77 @@
+"""Every family builds from Transformer Engine's modules with every FP8 recipe under every layout, as is meant."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from llada_megatron.llada_moe.config import load_run
+from tests.te_builds import built
+
+FAMILIES = {
+    "llada": ("llada-8b", []),
+    "qwen3": ("llada-8b", ["family=qwen3"]),
+    "llada_moe": ("llada-moe-7b-a1b", []),
+    "qwen3_moe": ("llada-moe-7b-a1b", ["family=qwen3_moe"]),
+    "llada2": ("llada2-mini", []),
+}
+LAYOUTS = {
+    "TP2.SP": {"tensor_parallel": 2, "sequence_parallel": True},
+    "PP2": {"pipeline_parallel": 2},
+    "EP2": {"expert_parallel": 2, "data_parallel": 2},
+    "CP2": {"context_parallel": 2},
+}
+CLASSES = {
+    "delayed": "TEDelayedScaling",
+    "tensorwise": "Float8CurrentScaling",
+    "blockwise": "Float8BlockScaling",
+    "mxfp8": "MXFP8BlockScaling",
+}
+CASES = [
+    (family, recipe, layout)
+    for family, recipe, layout in itertools.product(FAMILIES, CLASSES, LAYOUTS)
+    if layout != "EP2" or family in ("llada_moe", "qwen3_moe", "llada2")
+]
+
+
+def training(recipe):
+    first = {} if recipe == "delayed" else {"num_layers_at_start_in_bf16": 1}
+    return {"precision": "bf16", "fp8": {"recipe": recipe, **first}}
+
+
+@pytest.fixture(scope="module")
+def results():
+    cases = [
+        {
+            "model": FAMILIES[family][0],
+            "overrides": ["num_layers=2", *FAMILIES[family][1]],
+            "layout": LAYOUTS[layout],
+            "training": training(recipe),
+            "rank": 1 if layout == "PP2" else 0,
+        }
+        for family, recipe, layout in CASES
+    ]
+    return dict(zip(CASES, built(cases), strict=True))
+
+
+@pytest.mark.parametrize(("family", "recipe", "layout"), CASES)
+def test_builds_with_the_recipe_that_is_meant(results, family, recipe, layout):
+    got = results[family, recipe, layout]
+    assert "error" not in got, got
+    assert got["recipe"] == CLASSES[recipe] and got["devices"] == ["meta"]
+    meant = {
+        "fp8": "hybrid" if recipe in ("delayed", "tensorwise") else "e4m3",
+        "fp8_recipe": recipe,
+        "fp8_param": False,
+        "first_last_layers_bf16": recipe != "delayed",
+        "moe_router_padding_for_quantization": family not in ("llada", "qwen3"),
+        "fp8_dot_product_attention": False,
+    }
+    assert {name: got["config"][name] for name in meant} == meant
+
+
+@pytest.mark.parametrize("run", ["llada-8b-pretrain", "llada-moe-7b-a1b-pretrain", "llada2-mini-pretrain"])
+@pytest.mark.parametrize("recipe", CLASSES)
+def test_the_shipped_runs_can_be_in_fp8(run, recipe):
+    assert load_run(run, [f"training.fp8.recipe={recipe}"]).training.fp8.recipe == recipe
