@@ -26,6 +26,11 @@ REFUSED = {
         ["training.fp8.num_layers_at_start_in_bf16=1"],
         "num_layers_at_start_in_bf16: 1 with recipe delayed",
     ),
+    "run again": (
+        "recipe=delayed",
+        ["training.recompute=selective", "training.recompute_modules=[core_attn, moe_act]"],
+        "training.recompute_modules: moe_act with FP8 recipe delayed",
+    ),
     "too many layers": (
         "recipe=tensorwise",
         ["training.fp8.num_layers_at_end_in_bf16=9"],

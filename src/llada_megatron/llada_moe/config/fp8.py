@@ -58,6 +58,13 @@ def check_fp8(training: TrainingConfig, model: ModelConfig, layout: LayoutConfig
             "allgather cannot pad the tokens of each expert, which training.fp8 needs; use alltoall, or remove "
             "training.fp8",
         )
+    again = [part for part in training.recompute_modules if part in ("moe_act", "layernorm")]
+    if fp8.recipe == "delayed" and again:
+        refuse(
+            "training.recompute_modules",
+            f"{again[0]} with FP8 recipe delayed: its maxima would count a second pass; leave it out, or use recipe "
+            "tensorwise",
+        )
     _check_history(fp8, refuse)
     _check_bf16_layers(fp8, model.num_layers, layout, refuse)
     _check_widths(fp8.recipe, model, layout, refuse)
