@@ -119,6 +119,8 @@ def _in_this_process(settings: Settings, source: PromptSource, printer: ResultPr
         for event in session.run(jobs):
             for result in event.results:
                 printer.take(result)
+        if session.graphs_note:
+            message(session.graphs_note)
         return str(session.loaded.path), len(refused)
 
 

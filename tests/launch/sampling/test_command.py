@@ -135,6 +135,7 @@ def test_a_preset_with_a_changed_setting(dense, capsys):
         (["--infill"], "no <mask> to fill in 'a'"),
         (["--temperature", "nan"], "--temperature nan"),
         (["--guidance", "inf"], "guidance inf: a finite number"),
+        (["--cuda-graphs", "always"], "cuda_graphs always: this machine has no GPU"),
         (["--jsonl", "--output", "x.jsonl"], "--jsonl is for standard output"),
         (["--output", "."], "--output .: this is no file"),
         (["--output", "/dev/full"], "--output /dev/full: this is no file"),

@@ -99,7 +99,7 @@ def _whole_length(stream: Any) -> int:
     return 0
 
 
-_FREE = ("layout", "batch_size")
+_FREE = ("layout", "batch_size", "cuda_graphs")
 """Settings that may change between a run and its continuation, because they do not change the results."""
 
 

@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from llada_megatron.launch.sampling.prompt_sources import PromptOptions
 from llada_megatron.llada_moe.config.layout import LayoutConfig, check_layout, data_parallel_for_experts
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 from llada_megatron.parallel.sampling.prompts import GAP_WORD, Extent
-from llada_megatron.parallel.sampling.settings import Settings
+from llada_megatron.parallel.sampling.settings import GraphUse, Settings
 
 _PARTS = ("schedule", "cache", "editor")
 _AXES = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "expert_tensor_parallel", "data_parallel")
@@ -71,6 +71,12 @@ def add_method(parser: argparse.ArgumentParser, temperature: float = 0.0, batche
     )
     group.add_argument("--guidance", type=float, default=0.0, metavar="W", help="classifier-free guidance (0 = off)")
     group.add_argument("--seed", type=int, default=0, help="seed of the random draws")
+    group.add_argument(
+        "--cuda-graphs",
+        choices=get_args(GraphUse),
+        default="auto",
+        help="whether a GPU replays passes as CUDA graphs (auto = where it can)",
+    )
     if batched:
         group.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts that run together")
 
@@ -112,6 +118,7 @@ def settings_of(args: argparse.Namespace, default_tokens: int = 64) -> Settings:
         guidance=args.guidance,
         seed=args.seed,
         batch_size=getattr(args, "batch_size", 1),
+        cuda_graphs=args.cuda_graphs,
         layout=_layout(axes, args.checkpoint),
     )
 

@@ -163,6 +163,8 @@ def write(
     _barrier()
     if progress is not None:
         progress.show(last=True)
+    if shows and session.graphs_note:
+        message(session.graphs_note)
     return BatchOutcome(str(session.loaded.path), refused, time.perf_counter() - began)
 
 

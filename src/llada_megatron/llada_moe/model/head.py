@@ -129,11 +129,13 @@ def selected_logits(model: Any, hidden: torch.Tensor, selected: torch.Tensor) ->
     """Logits of the selected rows, in order of (sequence, position).
 
     Args:
-        selected: bool `[batch, seq]`, on the host.
+        selected: bool `[batch, seq]`, on the host; or int64 `[rows]` on the device, places in a pass `[1, total]`.
 
     Returns:
         `[rows, vocab / tensor_parallel]`.
     """
+    if selected.dtype is not torch.bool:
+        return _logits(model, _flat(hidden).index_select(0, selected))
     batch, seq = selected.shape
     if not model.config.sequence_parallel:
         index = selected.flatten().nonzero().flatten()

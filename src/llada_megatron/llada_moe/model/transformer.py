@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
 from llada_megatron.llada_moe.model.attention.packed_documents import PackedBatches
+from llada_megatron.llada_moe.model.fixed_windows import FixedWindows
 from llada_megatron.llada_moe.model.head import Targets, selected_logits, supervised_loss
 from llada_megatron.llada_moe.model.patterns import FULL, AttentionPattern
 from llada_megatron.llada_moe.model.spec import block_spec
@@ -22,7 +23,7 @@ class ContiguousRotary(RotaryEmbedding):
     """Rotary angles of this context rank's contiguous slice of the sequence (Megatron slices in zigzag order), or of
     the positions of a pass over windows."""
 
-    windows: Windows | None = None
+    windows: Windows | FixedWindows | None = None
     """The windows of the pass under way; None = whole sequences."""
     _table: torch.Tensor | None = None
 
@@ -33,6 +34,8 @@ class ContiguousRotary(RotaryEmbedding):
         if self.windows is not None:
             if self._table is None or self._table.size(0) < self.windows.capacity:
                 self._table = self.get_emb(self.windows.capacity)
+            if isinstance(self.windows, FixedWindows):
+                self.windows.angles = self._table
             return self._table[self.windows.positions]
         angles = self.get_emb(max_seq_len, offset)
         group = self.cp_group
@@ -70,7 +73,7 @@ class DiffusionTransformer(GPTModel):
     def forward(
         self,
         inputs: torch.Tensor,
-        boundaries: torch.Tensor | Windows | None = None,
+        boundaries: torch.Tensor | Windows | FixedWindows | None = None,
         targets: Targets | None = None,
         rows: torch.Tensor | None = None,
         pattern: AttentionPattern | None = None,
@@ -82,7 +85,8 @@ class DiffusionTransformer(GPTModel):
             boundaries: segment boundaries (see `patterns`); None = every sequence is one segment. Or the windows of a
                 pass, whose `inputs` are `[1, total]`.
             targets: return the loss of each sequence; read by the last stage, on its device.
-            rows: bool `[batch, seq]` on the host: return the logits of these rows instead.
+            rows: bool `[batch, seq]` on the host: return the logits of these rows instead; or the rows' places in a pass
+                (see `selected_logits`).
             pattern: who attends to whom from this step on; None = as before.
 
         Returns:
@@ -90,7 +94,7 @@ class DiffusionTransformer(GPTModel):
         """
         if pattern is not None and pattern != self.pattern:
             self.use_pattern(pattern)
-        self.rotary_pos_emb.windows = boundaries if isinstance(boundaries, Windows) else None
+        self.rotary_pos_emb.windows = boundaries if isinstance(boundaries, Windows | FixedWindows) else None
         return super().forward(inputs, None, boundaries, loss_mask=rows if targets is None else targets)
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, loss_mask: Any = None, **__: Any) -> torch.Tensor:

@@ -22,6 +22,7 @@ from llada_megatron.llada_moe.sampling.passes import Pass
 from llada_megatron.llada_moe.sampling.statistics import Statistics
 from llada_megatron.llada_moe.sampling.token_buffer import Request
 from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
+from llada_megatron.parallel.sampling.cuda_graphs import Recorder
 from llada_megatron.parallel.sampling.not_finite import not_finite
 from llada_megatron.parallel.sampling.pipeline_group import ExpectedMessage, PipelineGroup, Replicas, SentMessages
 from llada_megatron.parallel.sampling.stage import GenerationReport, StageRunner, Stopwatch
@@ -45,7 +46,14 @@ class _InFlightMicrobatch:
 class SequenceGenerator:
     """Samples sequences with a loaded model by a method."""
 
-    def __init__(self, loaded: LoadedModel, method: Method, batch_size: int, groups: int | None = None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        method: Method,
+        batch_size: int,
+        groups: int | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
         """Collective over all ranks.
 
         Args:
@@ -53,6 +61,7 @@ class SequenceGenerator:
             method: the sampling method.
             batch_size: sequences of a group, which run in one pass.
             groups: groups in flight, each with a key-value cache of its own; None = one per pipeline stage.
+            recorder: captures passes (`cuda_graphs.recorder_of`); None = every pass runs its layers from Python.
 
         Raises:
             ConfigError: the layout is one that sampling does not support.
@@ -61,6 +70,7 @@ class SequenceGenerator:
         _require_layout(config)
         self.report = GenerationReport()
         self._loaded, self._method, self._batch_size = loaded, method, batch_size
+        self._recorder = recorder
         self._pipeline_group = PipelineGroup(config.hidden_size, config.params_dtype)
         self._replicas = Replicas(config.num_moe_experts is not None)
         self._groups = groups or self._pipeline_group.stages
@@ -96,6 +106,9 @@ class SequenceGenerator:
                 break
         for microbatch in in_flight:
             microbatch.sent.finish()
+            if microbatch.runner.graphs is not None:
+                self.report.graphs += microbatch.runner.graphs.counts
+                microbatch.runner.graphs.leave()
         self._count_time()
 
     def _empty_groups(self, requests: list[Request]) -> list[_InFlightMicrobatch]:
@@ -106,7 +119,8 @@ class SequenceGenerator:
         model, mask_id = self._loaded.model, self._loaded.run.model.mask_token_id
         return [
             _InFlightMicrobatch(
-                SequenceGroup(self._method, slots, seq, blocks, mask_id), StageRunner(model, self._method, slots, seq)
+                SequenceGroup(self._method, slots, seq, blocks, mask_id),
+                StageRunner(model, self._method, slots, seq, self._recorder),
             )
             for _ in range(self._groups)
         ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.parallel.sampling.prompts import Prompt
 from llada_megatron.parallel.sampling.results import Result, text_after
-from llada_megatron.parallel.sampling.settings import Settings
+from llada_megatron.parallel.sampling.settings import GraphUse, Settings
 
 if TYPE_CHECKING:
     from llada_megatron.llada_moe.data.tokenizer import Tokenizer
@@ -81,6 +81,7 @@ class Sampler:
         batch_size: int = 8,
         max_new_tokens: int = 64,
         trained_for_editing: bool = False,
+        cuda_graphs: GraphUse = "auto",
     ) -> Iterator[Sampler]:
         """Load a checkpoint in this process, which must not be in another process group meanwhile.
 
@@ -100,6 +101,8 @@ class Sampler:
             batch_size: sequences that run together.
             max_new_tokens: new tokens of a continuation.
             trained_for_editing: the model was trained for editing, although its configuration does not say so.
+            cuda_graphs: whether a GPU replays passes as CUDA graphs: where it can ("auto"), or "always", which is an
+                error where it cannot, or "never".
 
         Raises:
             ConfigError: the method does not exist, or does not fit the model.
@@ -121,6 +124,7 @@ class Sampler:
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             trained_for_editing=trained_for_editing,
+            cuda_graphs=cuda_graphs,
         )
         with open_sampler(settings) as sampler:
             yield sampler

@@ -16,7 +16,9 @@ from llada_megatron.llada_moe.sampling.editors import never_written
 from llada_megatron.llada_moe.sampling.presets import choose
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps, RandomSteps
 from llada_megatron.llada_moe.sampling.token_buffer import stretches
+from llada_megatron.parallel import device
 from llada_megatron.parallel.sampling.checkpoint_tokenizer import checkpoint_tokenizer, ids_without_token
+from llada_megatron.parallel.sampling.cuda_graphs import GraphCounts, obstacle_to, recorder_of
 from llada_megatron.parallel.sampling.generator import SequenceGenerator
 from llada_megatron.parallel.sampling.prompts import Gap, Prompt
 from llada_megatron.parallel.sampling.requests import RequestBuilder, longest_first, steps_note
@@ -71,11 +73,15 @@ class Session:
     """A loaded model with settings, ready for prompts. Every rank of its world makes one and calls it alike."""
 
     def __init__(self, loaded: LoadedModel, settings: Settings) -> None:
-        """Raises ConfigError for a method that does not fit the model, DataError for another model's tokenizer."""
+        """Raises ConfigError for a method or CUDA graphs that do not fit the model, DataError for another model's
+        tokenizer."""
         run = loaded.run
         if not make_objective(run.objective).fills_masks:
             raise ConfigError(f"{loaded.path} is an autoregressive model; sampling fills masks of a diffusion model")
         self.loaded, self.settings = loaded, settings
+        self._graph_obstacle = obstacle_to(settings.cuda_graphs, loaded.model)
+        self._recorder = recorder_of(settings.cuda_graphs, loaded.model)
+        self._graphs = GraphCounts()
         self.choice = choose(
             settings.preset,
             settings.schedule,
@@ -132,12 +138,23 @@ class Session:
             chosen = {job.request.stream: job for job in jobs if job.prompt.infilling == infilling}
             if not chosen:
                 continue
-            generator = SequenceGenerator(self.loaded, self._method(infilling, seed), self.settings.batch_size)
+            method, batch_size = self._method(infilling, seed), self.settings.batch_size
+            generator = SequenceGenerator(self.loaded, method, batch_size, recorder=self._recorder)
             clock = _Clock()
             for step in generator.steps(share(longest_first([job.request for job in chosen.values()]))):
                 clock.tick(step.block.stream.tolist())
                 done = [self._result(chosen[one.stream], one, clock.taken(one.stream)) for one in step.finished]
                 yield StepEvent(step, done)
+            self._graphs += generator.report.graphs
+
+    @property
+    def graphs_note(self) -> str | None:
+        """A line for the user on the CUDA graphs so far; None where there is no GPU, or where they are not wanted."""
+        if self.settings.cuda_graphs == "never" or not device.cuda_available():
+            return None
+        if self._graph_obstacle is not None:
+            return f"passes run without CUDA graphs: {self._graph_obstacle}"
+        return str(self._graphs)
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises DataError where there is none, with the reason."""

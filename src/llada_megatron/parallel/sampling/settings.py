@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.errors import ConfigError
 
+GraphUse = Literal["auto", "always", "never"]
+"""Whether passes are captured as CUDA graphs: where they can be; or it is an error where they cannot; or not at all."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How prompts are sampled. All settings but the batch size and the layout change the results."""
+    """How prompts are sampled. All settings but the batch size, CUDA graphs and the layout change the results."""
 
     checkpoint: str
     tokenizer: str | None = None
@@ -36,6 +39,7 @@ class Settings:
     """Seed of the random draws."""
     batch_size: int = 8
     """Sequences that run together on one replica of the model."""
+    cuda_graphs: GraphUse = "auto"
     layout: LayoutConfig = field(default_factory=LayoutConfig)
 
     def __post_init__(self) -> None:
@@ -45,6 +49,8 @@ class Settings:
                 raise ConfigError(f"{name} {value}: at least 1")
         if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature {self.temperature}: 0 or more")
+        if self.cuda_graphs not in get_args(GraphUse):
+            raise ConfigError(f"cuda_graphs {self.cuda_graphs}: one of {', '.join(get_args(GraphUse))}")
         if not math.isfinite(self.guidance):
             raise ConfigError(f"guidance {self.guidance}: a finite number")
 

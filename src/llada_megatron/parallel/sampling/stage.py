@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core import parallel_state
@@ -17,6 +17,7 @@ from llada_megatron.llada_moe.sampling.loop import Method
 from llada_megatron.llada_moe.sampling.passes import Pass
 from llada_megatron.llada_moe.sampling.statistics import Reader, Statistics
 from llada_megatron.parallel import device
+from llada_megatron.parallel.sampling.cuda_graphs import GraphCounts, GraphedPasses, Recorder
 
 
 @dataclass
@@ -39,6 +40,8 @@ class GenerationReport:
     busy_seconds: float = 0.0
     """The part of `seconds` in which this rank ran layers or processed logits, waits for tensor-parallel and
     expert-parallel ranks included."""
+    graphs: GraphCounts = field(default_factory=GraphCounts)
+    """Passes that CUDA graphs replayed; all zero where there are none."""
 
     @property
     def busy_share(self) -> float:
@@ -79,12 +82,17 @@ class Stopwatch:
 class StageRunner:
     """Runs the passes of one group on this rank's stage, and holds the key-value cache of its layers for the group."""
 
-    def __init__(self, model: DiffusionTransformer, method: Method, slots: int, seq: int) -> None:
-        """`slots` and `seq`: sequences of the group, and the most positions of one."""
+    def __init__(
+        self, model: DiffusionTransformer, method: Method, slots: int, seq: int, recorder: Recorder | None = None
+    ) -> None:
+        """`slots` and `seq`: sequences of the group, and the most positions of one; `recorder`: captures passes."""
         self._model = model
         self._seq = seq
         rows_per_sequence = 2 if method.logits_processor.guidance else 1
-        self.memory = KeyValues(slots * rows_per_sequence, seq) if method.cache.keeps else None
+        kept = slots * rows_per_sequence if method.cache.keeps else 0
+        self.graphs = None if recorder is None else GraphedPasses.taken(recorder, model, kept, seq)
+        own = KeyValues(kept, seq) if kept else None
+        self.memory = own if self.graphs is None else self.graphs.memory
         shard = model.vocab_size // parallel_state.get_tensor_model_parallel_world_size()
         first_id = parallel_state.get_tensor_model_parallel_rank() * shard
         self.reader = Reader(method.logits_processor, first_id, gather_over_tensor_ranks)
@@ -108,7 +116,8 @@ class StageRunner:
         Returns:
             logits `[rows, vocab / tensor_parallel]` on the last stage, hidden states `[total, 1, hidden]` on others.
         """
-        return self._forward(work, hidden, self.memory)
+        graphed = None if self.graphs is None else self.graphs.run(work)
+        return self._forward(work, hidden, self.memory) if graphed is None else graphed
 
     def idle(self) -> None:
         """Run one token and discard the result, because other ranks need this one in the exchange of expert inputs.

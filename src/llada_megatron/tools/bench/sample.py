@@ -55,6 +55,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_count, default=1, metavar="N", help="CPU threads of all (default 1)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw quality against forward passes per token")
     parser.add_argument(
+        "--graphs",
+        action="store_true",
+        help="also: CUDA graphs against ordinary passes (without a GPU: passes of fixed shape, run from Python)",
+    )
+    parser.add_argument(
         "--pipeline", type=_count, metavar="STAGES", help="also: how busy pipeline stages are, on that many processes"
     )
 
@@ -107,6 +112,7 @@ def measure_candidates(
         for preset, reason in reasons.items():
             message(f"{preset} is skipped: {reason}")
         claims = _compare(args, found, loaded, peers)
+        claims += _graph_claims(args, loaded) if args.graphs else []
     claims += _bytes_claims(found, paths)
     return claims + (_pipeline_claims(args) if args.pipeline else [])
 
@@ -214,6 +220,14 @@ def _bytes_claims(presets: Sequence[PresetOnModel], paths: dict[str, Path]) -> l
         text = f"bytes that leave a rank per row and step, {name}, all presets (most: {preset}, temperature"
         claims.append(at_most(f"{text} {temperature:g})", most, "bytes", BYTES_GOAL))
     return claims
+
+
+def _graph_claims(args: argparse.Namespace, loaded: dict[str, LoadedModel]) -> list[Claim]:
+    from llada_megatron.tools.bench.sampling import graph_figures, models
+
+    recipe = models.RECIPES["bidirectional"]
+    prompts = [recipe.language.held_out(number).prompt for number in range(args.prompts)]
+    return graph_figures.graph_claims(loaded, prompts, recipe.new_tokens, args.batch_size, args.rounds)
 
 
 def _pipeline_claims(args: argparse.Namespace) -> list[Claim]:

@@ -14,6 +14,7 @@ from llada_megatron.llada_moe.model.attention import flex, per_document, varlen
 from llada_megatron.llada_moe.model.attention.backends import Backend, attention_backend, told
 from llada_megatron.llada_moe.model.attention.packed_documents import PackedBatches, PackedDocuments
 from llada_megatron.llada_moe.model.attention.window_attention import attend_windows
+from llada_megatron.llada_moe.model.fixed_windows import FixedWindows
 from llada_megatron.llada_moe.model.patterns import FULL, AttentionPattern
 from llada_megatron.llada_moe.model.windows import Windows
 
@@ -52,7 +53,7 @@ class PatternAttention(MegatronModule):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | Windows | None,
+        attention_mask: torch.Tensor | Windows | FixedWindows | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
@@ -73,9 +74,12 @@ class PatternAttention(MegatronModule):
                 gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=self.context_group)
                 for part in (key, value)
             )
-        if isinstance(attention_mask, Windows):
+        if isinstance(attention_mask, Windows | FixedWindows):
             q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
-            out = attend_windows(q, k, v, attention_mask, self.pattern.block, self.layer_number, self.softmax_scale)
+            if isinstance(attention_mask, FixedWindows):
+                out = attention_mask.attend(q, k, v, self.layer_number, self.softmax_scale)
+            else:
+                out = attend_windows(q, k, v, attention_mask, self.pattern.block, self.layer_number, self.softmax_scale)
             return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
         packed = self.packed_batches.of(
             attention_mask,
