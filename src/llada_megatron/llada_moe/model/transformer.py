@@ -85,8 +85,7 @@ class DiffusionTransformer(GPTModel):
             boundaries: segment boundaries (see `patterns`); None = every sequence is one segment. Or the windows of a
                 pass, whose `inputs` are `[1, total]`.
             targets: return the loss of each sequence; read by the last stage, on its device.
-            rows: bool `[batch, seq]` on the host: return the logits of these rows instead; or the rows' places in a pass
-                (see `selected_logits`).
+            rows: return the logits of these rows instead, as `selected_logits` takes them.
             pattern: who attends to whom from this step on; None = as before.
 
         Returns:

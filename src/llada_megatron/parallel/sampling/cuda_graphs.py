@@ -179,7 +179,7 @@ class GraphedPasses:
         self.counts = GraphCounts()
         self.memory = memory
         self._model, self._capacity, self._recorder = model, capacity, recorder
-        self._weights = _addresses(model)
+        self._fixed = _fixed(model)
         self._graphs: OrderedDict[PassShape, tuple[FixedWindows, Recorded]] = OrderedDict()
         self._seen: Counter[PassShape] = Counter()
         self._failure: str | None = None
@@ -208,9 +208,8 @@ class GraphedPasses:
 
     def _serve(self, slots: int, seq: int) -> bool:
         own = 0 if self.memory is None else self.memory.slots
-        return (
-            own == slots and seq <= self._capacity <= 2 * seq + KEYS_STEP and self._weights == _addresses(self._model)
-        )
+        fits = own == slots and seq <= self._capacity <= 2 * seq + KEYS_STEP
+        return fits and self._fixed == _fixed(self._model)
 
     @torch.inference_mode()
     def run(self, work: Pass) -> torch.Tensor | None:
@@ -244,7 +243,8 @@ class GraphedPasses:
             recorded = self._recorder.record(lambda: self._pass(windows))
         except RuntimeError as error:  # also out of memory; what was captured before is given back
             self._graphs.clear()
-            self._failure = f"the capture failed ({str(error).strip().splitlines()[0]})"
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._failure = f"the capture failed ({first})"
             return False
         self._graphs[shape] = windows, recorded
         self.counts.captured += 1
@@ -260,6 +260,6 @@ class GraphedPasses:
         self.counts.ordinary[reason] += 1
 
 
-def _addresses(model: torch.nn.Module) -> list[int]:
-    """Where the weights are: a captured pass knows nothing else of them."""
-    return [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+def _fixed(model: DiffusionTransformer) -> list[int | None]:
+    """What a captured pass knows of the model: where its weights are, and the block size of its attention."""
+    return [model.pattern.block, *(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))]
