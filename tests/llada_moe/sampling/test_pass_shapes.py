@@ -64,6 +64,14 @@ def test_a_pass_without_rows_asks_for_none():
     assert shape_of(work, MEMORY).rows == 0 and contents(work, shape_of(work, MEMORY), None).numel() == 97
 
 
+def test_windows_of_different_widths_are_padded_where_the_weights_take_longer_than_the_padding():
+    work = made(*(Window(slot, 64, 64 if slot == 0 else 32, 128) for slot in range(32)))
+    memory = KeyValues(32, 2000)
+    assert "different widths" in shape_of(work, memory)
+    shape = shape_of(work, memory, 64 / 8)
+    assert (shape.windows, shape.width) == (32, 64)
+
+
 @pytest.mark.parametrize(
     ("windows", "reason"),
     [

@@ -11,8 +11,9 @@ from llada_megatron.llada_moe.sampling.passes import Pass
 
 MOST_POSITIONS = 4096
 """A longer pass spends its time in products, which a graph does not shorten, while its buffers would stay reserved."""
-FREE_POSITIONS = 512
-"""Up to so many positions, padding costs little: a pass of few positions takes the time of reading the weights."""
+FREE_PER_WEIGHT = 256
+"""Positions that a GPU multiplies with a weight in about the time in which it reads the weight: some 300 in bf16 on an
+H100 (990 TFLOP/s over 3.35 TB/s). Up to there, padding costs little."""
 MOST_PADDED = 1.25
 """Positions that a longer pass may run for each one that it needs."""
 LEAST_ROWS, WIDTH_STEP = 32, 32
@@ -20,10 +21,13 @@ KEYS_STEP = 64
 """Fused attention reads a bias in aligned rows, so that it needs no copy where the keys are a multiple of this."""
 
 
-def shape_of(work: Pass, memory: KeyValues | None) -> PassShape | str:
+def shape_of(work: Pass, memory: KeyValues | None, weights_per_use: float = 1.0) -> PassShape | str:
     """The shape that serves a pass, or the reason why none does.
 
-    `memory`: the kept keys and values; None = every window is a whole sequence.
+    Args:
+        work: the pass.
+        memory: the kept keys and values; None = every window is a whole sequence.
+        weights_per_use: weights that the model reads for each one that a token uses, such as experts over chosen ones.
     """
     if any(window.shadows for window in work.windows):
         return "the editor runs positions a second time, as shadows"
@@ -34,7 +38,7 @@ def shape_of(work: Pass, memory: KeyValues | None) -> PassShape | str:
     positions, run = windows * width, work.tokens.numel()
     if positions > MOST_POSITIONS:
         return f"more than {MOST_POSITIONS} positions"
-    if positions > max(MOST_PADDED * run, FREE_POSITIONS):
+    if positions > max(MOST_PADDED * run, FREE_PER_WEIGHT * weights_per_use):
         return "windows of different widths"
     rows = work.output_mask.sum().item()
     keys = width

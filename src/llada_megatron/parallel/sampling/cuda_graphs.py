@@ -180,6 +180,8 @@ class GraphedPasses:
         self.memory = memory
         self._model, self._capacity, self._recorder = model, capacity, recorder
         self._fixed = _fixed(model)
+        experts = model.config.num_moe_experts
+        self._weights_per_use = experts / model.config.moe_router_topk if experts else 1.0
         self._graphs: OrderedDict[PassShape, tuple[FixedWindows, Recorded]] = OrderedDict()
         self._seen: Counter[PassShape] = Counter()
         self._failure: str | None = None
@@ -214,7 +216,7 @@ class GraphedPasses:
     @torch.inference_mode()
     def run(self, work: Pass) -> torch.Tensor | None:
         """The logits of a pass, float32 `[rows, vocab]`; None = it has no graph, and must be run without."""
-        shape = self._failure or shape_of(work, self.memory)
+        shape = self._failure or shape_of(work, self.memory, self._weights_per_use)
         if isinstance(shape, str):
             return self._without(shape)
         if shape not in self._graphs:
