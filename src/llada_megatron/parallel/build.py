@@ -11,6 +11,7 @@ The groups of ranks themselves are made by `topology`, the optimizer's shards by
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -177,8 +178,13 @@ def build_chunks(
     return chunks
 
 
-def build_run_chunks(run: RunConfig) -> list[DiffusionTransformer]:
-    """The chunks of a run with their initial weights, which depend on the seed alone, not on the layout."""
+def build_run_chunks(
+    run: RunConfig, initialize: Callable[[list[ShardedTensor], int, float, int], None] = initialize_weights
+) -> list[DiffusionTransformer]:
+    """The chunks of a run with their initial weights, which depend on the seed alone, not on the layout.
+
+    `initialize`: draws them instead, as `initialize_weights` is called; where their values do not matter.
+    """
     config = transformer_config(run.model, run.layout, run.training)
     pattern = make_objective(run.objective).pattern(step=0)
     chunks = build_chunks(run.model, run.layout, config, pattern, run.training.logits_chunk_mb)
@@ -188,7 +194,7 @@ def build_run_chunks(run: RunConfig) -> list[DiffusionTransformer]:
         for tensor in nested_values(apply_factories_copy(chunk))
         if isinstance(tensor, ShardedTensor)
     ]
-    initialize_weights(sharded, run.training.seed, run.model.init_std, run.model.num_layers)
+    initialize(sharded, run.training.seed, run.model.init_std, run.model.num_layers)
     _equalize_tied_embeddings(chunks)
     fp8_state.prepare(chunks)
     mark_expert_parameters(chunks, run.layout)

@@ -35,6 +35,7 @@ def training_work(run: RunConfig) -> Work:
         device.install()
         from llada_megatron.parallel import topology
         from llada_megatron.parallel.fp8 import require_device
+        from llada_megatron.parallel.training.out_of_memory import explained
         from llada_megatron.parallel.training.trainer import Trainer
 
         rank = int(os.environ["RANK"])
@@ -42,7 +43,9 @@ def training_work(run: RunConfig) -> Work:
         topology.join(rank, int(os.environ["WORLD_SIZE"]))
         with _hold_directories(run) as locks:
             topology.initialize(run.layout, run.training.seed)
-            result = Trainer(run).train(lambda: _must_stop(stop, locks))
+            with explained(run):
+                trainer = Trainer(run)
+            result = trainer.train(lambda: _must_stop(stop, locks))
         topology.leave()
         return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from llada_megatron.parallel.checkpoint.search import weights_to_start_from
 from llada_megatron.parallel.collectives import on_rank_0
 from llada_megatron.parallel.training.distributed_optimizer import build_optimizer, set_learning_rate
 from llada_megatron.parallel.training.heartbeat import Heartbeat
+from llada_megatron.parallel.training.out_of_memory import explained
 from llada_megatron.parallel.training.recovery.attempt import StepAttempt
 from llada_megatron.parallel.training.recovery.policy import may_go_back
 from llada_megatron.parallel.training.recovery.repair import Recovery
@@ -110,7 +111,8 @@ class Trainer:
         if self.recovery.skips_next_step():
             self._finish_step(None, rate)
             return
-        attempt = self.recovery.run_step(stop)
+        with self._explained():
+            attempt = self.recovery.run_step(stop)
         self.stopping = attempt.stop
         if attempt.fault is not None:
             self.heartbeat.beat(self.state.step, "load")
@@ -120,9 +122,14 @@ class Trainer:
             if self.state.step < before:
                 self.saver.went_back(self.state.step)
             return  # what is left out now is passed over when the loop comes to it
-        self.step.update(attempt.norm)
+        with self._explained():
+            self.step.update(attempt.norm)
         self.recovery.accept(attempt)
         self._finish_step(attempt, rate)
+
+    def _explained(self) -> AbstractContextManager[None]:
+        """Memory that runs out inside is told of in one line."""
+        return explained(self.run, self.models, self.state.optimizer)
 
     def _finish_step(self, attempt: StepAttempt | None, rate: float) -> None:
         """Count the step (None: it was left out); validate, report and save where that is due."""

@@ -20,6 +20,7 @@ BENCHMARKS = {
     "parity": "gradients and loss of every parallel layout against one process",
     "train": "tokens/s and model-FLOPs utilisation of a training step, against transformers",
     "convert": "memory and speed of conversion from and to Hugging Face, against a plain copy of the files",
+    "gpu": "everything a GPU has to show: correctness first, then speed, in at most eight minutes",
     "loss": "memory and time of the output layer and loss at a large vocabulary",
     "attention": "bytes written and time of attention over packed documents, against a loop over slices",
     "sample": "time, forward passes and quality of every sampling preset, against the paper's sampler",

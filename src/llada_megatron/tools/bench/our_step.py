@@ -5,10 +5,11 @@ It imports Megatron, so it is imported where `parallel.device` is installed (ins
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
 from llada_megatron.llada_moe.config.intervals import LoggingConfig
@@ -17,6 +18,7 @@ from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, Optimi
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.data.batch import Batch
+from llada_megatron.llada_moe.model.initialization import initialize_weights
 from llada_megatron.llada_moe.model.patterns import whole_sequences
 from llada_megatron.parallel.build import build_run_chunks, wrap
 from llada_megatron.parallel.training.distributed_optimizer import build_optimizer
@@ -65,13 +67,16 @@ class FixedData:
 class OurStep:
     """Model, optimizer and step of a run of one process, as `llada train` builds them."""
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(
+        self, run: RunConfig, initialize: Callable[[list[ShardedTensor], int, float, int], None] = initialize_weights
+    ) -> None:
+        """`initialize`: see `build_run_chunks`."""
         self._data = FixedData()
-        chunks = build_run_chunks(run)
-        models = wrap(run, chunks)
+        chunks = build_run_chunks(run, initialize)
+        self.models = wrap(run, chunks)
         self.chunk = chunks[0]
-        self.optimizer = build_optimizer(run, models)
-        self._step = TrainingStep(run, models, self.optimizer, self._data)
+        self.optimizer = build_optimizer(run, self.models)
+        self._step = TrainingStep(run, self.models, self.optimizer, self._data)
         self._number = 0
 
     def step(self, batch: MaskedBatch) -> float:

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import message
 from llada_megatron.llada_moe.config.layout import LayoutConfig
@@ -15,6 +15,9 @@ from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.tools.bench import Claim, at_most
 from llada_megatron.tools.bench.layouts import DENSE_LAYOUTS, MODELS, MOE_LAYOUTS, parity_run
+
+if TYPE_CHECKING:
+    from llada_megatron.llada_moe.data.batch import Samples
 
 GOAL = 1e-5
 """Largest relative error of the loss and of any gradient, in fp32."""
@@ -124,16 +127,25 @@ def join_parts(parts: Iterable[tuple[str, Sequence[int], Sequence[int], Any]]) -
 
 def rank_gradients(run: RunConfig) -> tuple[float, float, list[tuple[str, Sequence[int], Sequence[int], Any]]]:
     """On one rank: loss, gradient norm, and this rank's parts of the gradients of step 0."""
+    from llada_megatron.parallel import topology
+
+    topology.initialize(run.layout, run.training.seed)
+    return step_gradients(run, SyntheticData(run))
+
+
+def step_gradients(
+    run: RunConfig, data: Samples
+) -> tuple[float, float, list[tuple[str, Sequence[int], Sequence[int], Any]]]:
+    """The same of a new model of `run` on `data`; the process groups of its layout exist (collective)."""
     import torch
 
-    from llada_megatron.parallel import build, topology
+    from llada_megatron.parallel import build
     from llada_megatron.parallel.training import distributed_optimizer
     from llada_megatron.parallel.training.step import TrainingStep
 
-    topology.initialize(run.layout, run.training.seed)
     chunks = build.build_run_chunks(run)
     models = build.wrap(run, chunks)
-    step = TrainingStep(run, models, distributed_optimizer.build_optimizer(run, models), SyntheticData(run))
+    step = TrainingStep(run, models, distributed_optimizer.build_optimizer(run, models), data)
     loss = step.gradients(0).loss
     # tensor ranks hold the loss of the same rows, so the sum over the world counts each tensor_parallel times
     torch.distributed.all_reduce(loss)

@@ -1,0 +1,77 @@
+"""Whether FP8 learns as bf16 does: the loss of the same two hundred steps in each precision."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from typing import Any
+
+from llada_megatron.llada_moe.config import load_model
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
+from llada_megatron.llada_moe.config.optimizer import LearningRateConfig
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.parallel.build import build_run_chunks, wrap
+from llada_megatron.parallel.training.distributed_optimizer import build_optimizer, set_learning_rate
+from llada_megatron.parallel.training.step import TrainingStep
+from llada_megatron.tools.bench.gpu.agreement import SyntheticWindows
+from llada_megatron.tools.bench.gpu.part_run import PartRun, release_memory
+from llada_megatron.tools.bench.gpu.precisions import precisions
+from llada_megatron.tools.bench.gpu.workloads import workload
+
+STEPS, TOY_STEPS = 200, 3
+LAST = 20
+"""The mean loss of so many last steps is compared."""
+
+MODEL = ModelConfig(
+    family="llada_moe",
+    num_layers=6,
+    hidden_size=512,
+    ffn_hidden_size=1536,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    head_dim=64,
+    vocab_size=8192,
+    max_sequence_length=512,
+    mask_token_id=3,
+    eos_token_id=2,
+    qk_norm=True,
+    moe=MoEConfig(
+        num_experts=16, top_k=4, expert_ffn_hidden_size=384, aux_loss_coefficient=0.01, z_loss_coefficient=0.001
+    ),
+)
+"""Some 70 million parameters; every width is a multiple of 128, as the FP8 recipes like it."""
+
+
+def compare(part: PartRun) -> None:
+    """One measurement a precision, all on the same windows and masks from the same weights."""
+    for precision in precisions(part.machine):
+        part.measure(precision.name, lambda keys=precision.training: _losses(part.toy, keys))
+        release_memory()
+
+
+def training_run(toy: bool, keys: dict[str, Any]) -> RunConfig:
+    """Eight windows of 512 a step."""
+    model, length, sequences = (load_model("tiny-moe-softmax"), 32, 2) if toy else (MODEL, 512, 8)
+    run = workload(model, length, sequences, 1, **keys).run
+    steps = TOY_STEPS if toy else STEPS
+    return dataclasses.replace(
+        run,
+        training=dataclasses.replace(run.training, steps=steps),
+        optimizer=dataclasses.replace(
+            run.optimizer, learning_rate=LearningRateConfig(peak=1e-3, warmup_steps=steps // 10)
+        ),
+        layout=LayoutConfig(),
+    )
+
+
+def _losses(toy: bool, keys: dict[str, Any]) -> dict[str, Any]:
+    run = training_run(toy, keys)
+    models = wrap(run, build_run_chunks(run))
+    optimizer = build_optimizer(run, models)
+    step = TrainingStep(run, models, optimizer, SyntheticWindows(run, documents=2))
+    losses = []
+    for number in range(run.training.steps):
+        set_learning_rate(run, optimizer, number)
+        losses.append(float(step(number).losses.loss))
+    return {"first": losses[0], "last": statistics.mean(losses[-LAST:]), "losses": losses}

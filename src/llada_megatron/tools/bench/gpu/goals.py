@@ -1,0 +1,184 @@
+"""What the results claim: the figures of the parts beside their goals, and why a figure is missing.
+
+A goal whose figure was not measured does not hold; the claim says why. Without a GPU nothing is judged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from llada_megatron.console import message
+from llada_megatron.tools.bench import Claim, at_least, at_most, reported
+from llada_megatron.tools.bench.gpu.machine import Machine
+from llada_megatron.tools.bench.gpu.parts import Part
+from llada_megatron.tools.bench.gpu.results_file import DONE, Known, Measurement, ResultsFile
+
+FP32_GOAL = 1e-5
+BF16_LOSS_GOAL, BF16_GRADIENTS_GOAL = 1e-2, 0.1
+"""bf16 keeps eight bits: a product is off by up to 1/256, and a network of a few layers by a few of these."""
+DEMO_GOAL = 1e-2
+UTILIZATION_GOALS = {("dense", 1): 0.60, ("moe", 1): 0.40, ("moe", 40): 0.36}
+FP8_GOALS = {"dense": 1.35, "moe": 1.15}
+FP8_LOSS_GOAL = 0.005
+ATTENTION_GOAL, LINEAR_GOAL = 5.0, 4.4
+"""Four times the positions may take four times the memory, and a tenth more."""
+LOSS_MEMORY_GOAL = 0.15
+GRAPHS_GOAL = 1.5
+
+
+def claims(results: ResultsFile, machine: Machine, parts: Sequence[Part]) -> list[Claim]:
+    """The claims of the chosen parts, in their order; what failed or was left is told as well."""
+    known = results.read()
+    for part in parts:
+        _tell(known, part)
+    found = [claim for part in parts for claim in _CLAIMS.get(part.name, _reported)(known, part.name)]
+    return [dataclasses.replace(claim, goal="reported", holds=None) for claim in found] if machine.toy else found
+
+
+def _tell(known: Known, part: Part) -> None:
+    status, detail = known.ends.get(part.name, ("not run", "no time was left"))
+    if status != DONE:
+        message(f"{part.name}: {status}: {detail}; the same command does what is left")
+
+
+def _agreement(known: Known, part: str) -> Iterator[Claim]:
+    cases = [each for each in known.of(part) if each.name.endswith("fp32")]
+    yield _worst(f"{part}: fp32 loss and gradients against the CPU", cases, "worst", FP32_GOAL)
+    bf16 = [each for each in known.of(part) if each.name.endswith("bf16")]
+    if bf16:
+        yield _worst(f"{part}: bf16 loss against fp32 on the CPU", bf16, "loss", BF16_LOSS_GOAL)
+        yield _worst(f"{part}: all bf16 gradients against fp32 on the CPU", bf16, "all_gradients", BF16_GRADIENTS_GOAL)
+    demo = [each for each in known.of(part) if "demo" in each.name]
+    yield _worst(f"{part}: losses of the demo's model over its first steps against the CPU", demo, "worst", DEMO_GOAL)
+
+
+def _worst(text: str, cases: Sequence[Measurement], figure: str, goal: float) -> Claim:
+    """The largest of a figure over cases; one that failed makes it not a number."""
+    failed = [each for each in cases if each.error]
+    if failed or not cases:
+        why = f"{failed[0].name}: {failed[0].error}" if failed else "not measured"
+        return at_most(f"{text} ({len(failed)} of {len(cases)} failed; {why})", math.nan, "", goal)
+    worst = max(cases, key=lambda each: each.figures[figure])
+    where = f", {worst.figures['where']}" if "where" in worst.figures and figure == "worst" else ""
+    return at_most(f"{text}, {len(cases)} cases (worst: {worst.name}{where})", worst.figures[figure], "", goal)
+
+
+def _steps(known: Known, part: str) -> Iterator[Claim]:
+    for each in known.of(part):
+        documents = _documents(each.name)
+        goal = UTILIZATION_GOALS.get((part, documents)) if each.name.startswith("bf16") else None
+        text = f"{part}: {each.name}: model FLOPs of the measured ceiling{_layers(each)}"
+        if each.error:
+            text = f"{part}: {each.name}: {each.error}"
+        value = each.figures.get("of_measured_ceiling", math.nan)
+        yield reported(text, value, "") if goal is None else at_least(text, value, "", goal)
+        for figure, unit in (("of_named_peak", ""), ("tokens_per_second", "tokens/s"), ("peak_memory_gb", "GB")):
+            if figure in each.figures:
+                yield reported(f"{part}: {each.name}: {figure.replace('_', ' ')}", each.figures[figure], unit)
+    yield from _fp8_speed(known, part)
+
+
+def _fp8_speed(known: Known, part: str) -> Iterator[Claim]:
+    """The fastest recipe over bf16, with one document a window."""
+    speeds = {
+        each.name.partition(",")[0]: each.figures.get("tokens_per_second", math.nan)
+        for each in known.of(part)
+        if _documents(each.name) == 1
+    }
+    bf16 = speeds.pop("bf16", math.nan)
+    ratios = {name: speed / bf16 for name, speed in speeds.items() if speed == speed}
+    if not ratios:
+        if part in FP8_GOALS:
+            yield at_least(f"{part}: tokens/s in FP8 over bf16: no recipe was measured", math.nan, "x", FP8_GOALS[part])
+        return
+    best = max(ratios, key=lambda name: ratios[name])
+    text = f"{part}: tokens/s in FP8 ({best}, the fastest) over bf16"
+    yield at_least(text, ratios[best], "x", FP8_GOALS[part]) if part in FP8_GOALS else reported(text, ratios[best], "x")
+
+
+def _documents(name: str) -> int:
+    words = name.partition(", ")[2].split()
+    return int(words[0]) if words and words[0].isdigit() else 0
+
+
+def _layers(each: Measurement) -> str:
+    return f" ({each.figures['layers']} layers)" if "layers" in each.figures else ""
+
+
+def _fp8_loss(known: Known, part: str) -> Iterator[Claim]:
+    bf16 = known.figure(part, "bf16", "last")
+    for each in known.of(part):
+        if each.name == "bf16":
+            yield reported(f"{part}: loss in bf16 after the last steps", each.figures.get("last", math.nan), "nats")
+            continue
+        value = abs(each.figures["last"] - bf16) / bf16 if bf16 and not each.error else math.nan
+        why = f": {each.error}" if each.error else ""
+        yield at_most(f"{part}: difference of the loss in {each.name} from bf16{why}", value, "", FP8_LOSS_GOAL)
+
+
+def _attention(known: Known, part: str) -> Iterator[Claim]:
+    peaks: dict[str, list[float]] = {}
+    for each in known.of(part):
+        kind, first = each.name.partition(",")[0], each.name.partition(",")[0] not in peaks
+        peaks.setdefault(kind, []).append(each.figures.get("peak_gb", math.nan))
+        text = f"{part}: {each.name}: times as fast as a dense mask" + (f": {each.error}" if each.error else "")
+        value = each.figures.get("times_as_fast", math.nan)
+        goal = kind == "block-causal" and first
+        yield at_least(text, value, "x", ATTENTION_GOAL) if goal else reported(text, value, "x")
+        yield reported(f"{part}: {each.name}: difference from it", each.figures.get("difference", math.nan), "")
+    for kind, (short, *more) in peaks.items():
+        value = more[0] / short if more else math.nan
+        yield at_most(f"{part}: {kind}: peak memory at four times the positions", value, "x", LINEAR_GOAL)
+
+
+def _loss(known: Known, part: str) -> Iterator[Claim]:
+    for each in known.of(part):
+        text = f"{part}: {each.name}: peak memory against computing all logits" + (f": {each.error}" if each.error else "")
+        yield at_most(text, each.figures.get("memory", math.nan), "x", LOSS_MEMORY_GOAL)
+        for figure, unit in (("difference", ""), ("time", "x"), ("chunked_mib", "MiB"), ("all_logits_mib", "MiB")):
+            if figure in each.figures:
+                yield reported(f"{part}: {each.name}: {figure.replace('_', ' ')}", each.figures[figure], unit)
+
+
+def _sampler(known: Known, part: str) -> Iterator[Claim]:
+    passes: dict[tuple[str, str], float] = {}
+    for each in known.of(part):
+        batch, _, way = each.name.partition(", ")
+        passes[batch, way] = each.figures.get("passes_per_second", math.nan)
+        yield from _reported_of(each)
+    for batch in dict.fromkeys(batch for batch, _ in passes):
+        ratio = passes.get((batch, "with graphs"), math.nan) / passes.get((batch, "without graphs"), math.nan)
+        text = f"{part}: {batch}: passes a second with CUDA graphs over without"
+        if batch == "batch 1":
+            yield at_least(text, ratio, "x", GRAPHS_GOAL)
+        elif ratio == ratio:
+            yield reported(text, ratio, "x")
+
+
+def _reported(known: Known, part: str) -> Iterator[Claim]:
+    for each in known.of(part):
+        yield from _reported_of(each)
+
+
+def _reported_of(each: Measurement) -> Iterator[Claim]:
+    if each.error:
+        yield reported(f"{each.part}: {each.name}: {each.error}", math.nan, "")
+    for figure, value in each.figures.items():
+        if isinstance(value, int | float):
+            yield reported(f"{each.part}: {each.name}: {figure.replace('_', ' ')}", value, "")
+
+
+_CLAIMS: dict[str, Callable[[Known, str], Iterator[Claim]]] = {
+    "reference": lambda known, part: iter(()),
+    "exact-local": _agreement,
+    "exact": _agreement,
+    "dense": _steps,
+    "moe": _steps,
+    "mini": _steps,
+    "fp8-loss": _fp8_loss,
+    "attention": _attention,
+    "loss": _loss,
+    "sampler": _sampler,
+}

@@ -1,0 +1,19 @@
+"""Memory of the output layer and loss at a large vocabulary: `llada bench loss` on this machine's device."""
+
+from __future__ import annotations
+
+import argparse
+
+from llada_megatron.tools.bench import loss
+from llada_megatron.tools.bench.gpu.part_run import PartRun
+
+VOCABULARY, TOKENS, HIDDEN = 157184, 8192, 256
+CELL = f"vocabulary {VOCABULARY:,}"
+
+
+def compare(part: PartRun) -> None:
+    """Chunks of 256 MiB of the masked rows of two windows of 4,096, against computing all logits."""
+    sizes = {"vocab": VOCABULARY, "tokens": TOKENS, "hidden": HIDDEN, "chunk_mb": 256, "repeats": 3}
+    if part.toy:
+        sizes = {"vocab": 2048, "tokens": 512, "hidden": 32, "chunk_mb": 1, "repeats": 1}
+    part.measure(CELL, lambda: loss.figures(argparse.Namespace(**sizes)))

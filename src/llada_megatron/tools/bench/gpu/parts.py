@@ -1,0 +1,89 @@
+"""The parts of `llada bench gpu`: what each measures, how long it may take, and in which kind of process it runs."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llada_megatron.tools.bench.gpu.part_run import PartRun
+
+AS_TRAINED = "as trained"
+"""With all that a training on this machine has."""
+EXACT = "exact"
+"""The same without TF32, so that fp32 is fp32."""
+EXACT_LOCAL = "exact, without Transformer Engine"
+ON_CPU = "on the CPU"
+"""The GPU is hidden."""
+
+START_SECONDS = 10
+"""An estimate of what a process takes to import torch, Transformer Engine and Megatron on a GPU machine."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part. `seconds` is an estimate for an H100, and what the part may take there before it is cut."""
+
+    name: str
+    process: str
+    seconds: int
+    function: str
+    """Module of this package and function, called with a `PartRun`."""
+    text: str
+    beside: bool = False
+    """Runs at the same time as the parts before it: it leaves the GPU alone."""
+
+    def load(self) -> Callable[[PartRun], None]:
+        """The function; its module imports torch and Megatron."""
+        module, _, name = self.function.partition(":")
+        return getattr(importlib.import_module(f"llada_megatron.tools.bench.gpu.{module}"), name)
+
+
+PARTS = (
+    Part("environment", AS_TRAINED, 12, "machine_figures:environment", "what `llada env` prints, and the GPU's facts"),
+    Part("ceilings", AS_TRAINED, 8, "machine_figures:ceilings", "matrix products in bf16 and FP8, and a copy"),
+    Part(
+        "reference", ON_CPU, 40, "agreement:reference", "fp32 losses and gradients of every family on the CPU", beside=True
+    ),
+    Part("exact-local", EXACT_LOCAL, 30, "agreement:compare_local", "the same on the GPU without Transformer Engine"),
+    Part("exact", EXACT, 30, "agreement:compare", "the same on the GPU with all there is; bf16; 50 steps of the demo's model"),
+    Part("dense", AS_TRAINED, 50, "step_speed:dense", "training steps of a dense model of 1.5 B parameters"),
+    Part("moe", AS_TRAINED, 50, "step_speed:moe", "the same of as many layers of LLaDA-MoE-7B-A1B as fit"),
+    Part("mini", AS_TRAINED, 40, "step_speed:mini", "the same of as many layers of LLaDA2-mini as fit, block-causal"),
+    Part("fp8-loss", AS_TRAINED, 35, "fp8_loss:compare", "the loss of 200 steps in each FP8 recipe against bf16"),
+    Part("attention", AS_TRAINED, 45, "attention_speed:compare", "packed attention against a dense mask, 4,096 and 16,384"),
+    Part("loss", AS_TRAINED, 8, "loss_memory:compare", "memory of the loss at a vocabulary of 157,184"),
+    Part("sampler", AS_TRAINED, 40, "sampling_speed:compare", "LLaDA-MoE-7B-A1B's shape, blocks of 32, batches of 1 and 32"),
+    Part("checkpoint", AS_TRAINED, 25, "checkpoint_speed:compare", "a checkpoint saved and loaded"),
+    Part("profile", AS_TRAINED, 12, "kernel_profile:profile", "the kernels of one training step, by kind"),
+)
+"""In the order in which they run. Their seconds and those of the starts stay below `MOST_SECONDS`."""
+
+MOST_SECONDS = 480
+"""The command begins no part that would end later."""
+
+BY_NAME = {part.name: part for part in PARTS}
+
+
+def stages(parts: Sequence[Part]) -> list[list[list[Part]]]:
+    """What runs one after another: each a list of groups of parts that run at the same time, a process for each group.
+
+    Neighbours of one kind of process share it; one that runs `beside` is a group of its own beside the parts before it.
+    """
+    found: list[list[list[Part]]] = []
+    for beside, together in itertools.groupby(parts, lambda part: part.beside):
+        if beside and found:
+            found[-1] += [[part] for part in together]
+        else:
+            found += [[list(group)] for _, group in itertools.groupby(together, lambda part: part.process)]
+    return found
+
+
+def planned_seconds(parts: Sequence[Part]) -> int:
+    """Seconds of all parts, by their estimates, with the starts of the processes."""
+    return sum(
+        max(START_SECONDS + sum(part.seconds for part in group) for group in together) for together in stages(parts)
+    )

@@ -1,0 +1,119 @@
+"""Time, utilisation and memory of a training step by the number of documents in a window and the precision."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from llada_megatron.console import message
+from llada_megatron.llada_moe.model.initialization import draw_in_place
+from llada_megatron.llada_moe.model.parameters import count_parameters
+from llada_megatron.parallel import device
+from llada_megatron.parallel.training.out_of_memory import explained
+from llada_megatron.parallel.training.peak import matmul_peak, peak_memory_gb
+from llada_megatron.tools.bench.gpu import workloads
+from llada_megatron.tools.bench.gpu.machine_figures import named_peak
+from llada_megatron.tools.bench.gpu.part_run import PartRun, release_memory
+from llada_megatron.tools.bench.gpu.precisions import Precision, precisions
+from llada_megatron.tools.bench.gpu.workloads import Workload
+from llada_megatron.tools.bench.our_step import OurStep
+
+DOCUMENTS = (1, 40, 8)
+"""Per window; those that a goal is about come first."""
+_TIMED_STEPS = 3
+
+
+def dense(part: PartRun) -> None:
+    """A dense model of 1.5 billion parameters."""
+    _measure(part, lambda **training: workloads.dense(part.toy, **training))
+
+
+def moe(part: PartRun) -> None:
+    """LLaDA-MoE-7B-A1B, as many layers as fit."""
+    _measure(part, lambda **training: workloads.moe(part.machine.memory, **training))
+
+
+def mini(part: PartRun) -> None:
+    """LLaDA2-mini, as many layers as fit."""
+    _measure(part, lambda **training: workloads.mini(part.machine.memory, **training))
+
+
+def cell(precision: str, documents: int) -> str:
+    """The name of a measurement."""
+    return f"{precision}, {documents} document{'s' * (documents > 1)} a window"
+
+
+def _measure(part: PartRun, make: Callable[..., Workload]) -> None:
+    """Every precision with every number of documents; a model is built for a precision that has figures missing."""
+    for precision in precisions(part.machine):
+        names = {documents: cell(precision.name, documents) for documents in DOCUMENTS}
+        if not part.missing(names.values()):
+            continue
+        began = time.monotonic()
+        try:
+            work = make(**precision.training)
+            with built(work) as step:
+                message(f"{part.part.name}: {precision.name}: {_size(work)}, built in {time.monotonic() - began:.1f} s")
+                for documents, name in names.items():
+                    part.measure(
+                        name, lambda documents=documents: _figures(part, work, precision, step, documents)
+                    )
+        except Exception as failure:
+            if isinstance(failure, part.ENDS):
+                raise
+            for name in part.missing(names.values()):
+                part.failed(name, failure)
+        release_memory()
+
+
+@contextmanager
+def built(work: Workload) -> Iterator[OurStep]:
+    """The model, optimizer and step of a workload, with weights drawn on the GPU."""
+    with explained(work.run):
+        step = OurStep(work.run, draw_in_place)
+    yield step
+
+
+def _size(work: Workload) -> str:
+    model = work.run.model
+    return f"{model.num_layers} layers, {count_parameters(model).total / 1e9:.2f} B parameters"
+
+
+def _figures(part: PartRun, work: Workload, precision: Precision, step: OurStep, documents: int) -> dict[str, Any]:
+    batch = work.batch(documents)
+    with explained(work.run, step.models, step.optimizer):
+        step.step_on(batch)  # allocations, kernels that are compiled or chosen
+        if device.cuda_available():
+            torch.cuda.reset_peak_memory_stats()
+        seconds = [_timed(lambda: step.step_on(batch)) for _ in range(1 if part.toy else _TIMED_STEPS)]
+    middle, flops = statistics.median(seconds), work.flops(batch)
+    ceiling = _ceiling(part, precision)
+    named = named_peak(part.machine.device, precision.fp8)
+    return {
+        "tokens_per_second": work.tokens / middle,
+        "step_seconds": middle,
+        "flops_per_token": flops / work.tokens,
+        "of_measured_ceiling": flops / middle / ceiling,
+        **({"of_named_peak": flops / middle / named} if named else {}),
+        "peak_memory_gb": peak_memory_gb(device.current()),
+        "estimated_memory_gb": workloads.needed_bytes(work.run) / 1e9,
+        "layers": work.run.model.num_layers,
+        "parameters": count_parameters(work.run.model).total,
+    }
+
+
+def _ceiling(part: PartRun, precision: Precision) -> float:
+    """FLOP/s of the part `ceilings` in the precision of most products; measured now where that has no figure."""
+    known = part.results.read().figure("ceilings", "fp8" if precision.fp8 else "bf16", "flops_per_second")
+    return known or matmul_peak(device.current(), torch.bfloat16)
+
+
+def _timed(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()  # returns a number, so the device has finished
+    return time.perf_counter() - began
