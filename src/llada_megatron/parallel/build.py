@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.package_info import __version__ as megatron_version
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.moe import fused_a2a
+from megatron.core.transformer.moe import fused_a2a, moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 from packaging.version import Version
 
@@ -185,6 +185,7 @@ def build_run_chunks(
 
     `initialize`: draws them instead, as `initialize_weights` is called; where their values do not matter.
     """
+    _forget_router_losses()
     config = transformer_config(run.model, run.layout, run.training)
     pattern = make_objective(run.objective).pattern(step=0)
     chunks = build_chunks(run.model, run.layout, config, pattern, run.training.logits_chunk_mb)
@@ -199,6 +200,16 @@ def build_run_chunks(
     fp8_state.prepare(chunks)
     mark_expert_parameters(chunks, run.layout)
     return chunks
+
+
+def _forget_router_losses() -> None:
+    """Megatron notes the routers' losses of a process in tensors as long as its first model has layers."""
+    try:
+        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    except ImportError:  # before megatron-core 0.19
+        moe_utils.get_moe_layer_wise_logging_tracker().clear()
+    else:
+        destroy_moe_metrics_tracker()
 
 
 def _equalize_tied_embeddings(chunks: list[DiffusionTransformer]) -> None:

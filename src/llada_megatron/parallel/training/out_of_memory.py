@@ -82,7 +82,7 @@ def memory_parts(run: RunConfig, models: Sequence[torch.nn.Module], optimizer: o
 
 
 def savings(run: RunConfig) -> dict[str, float]:
-    """Settings that need less memory than those of `run`, and the bytes that each would save by itself (an estimate)."""
+    """Settings that need less memory than those of `run`, and the bytes that each alone would save (an estimate)."""
     training, now = run.training, activation_memory(run).total
     changes: dict[str, dict[str, object]] = {}
     if training.micro_batch_size > 1:

@@ -14,7 +14,7 @@ from pathlib import Path
 from llada_megatron.console import message
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.tools.bench import Claim, reported
-from llada_megatron.tools.bench.gpu.parts import BY_NAME, PARTS, Part, planned_seconds
+from llada_megatron.tools.bench.gpu.parts import BY_NAME, Part, chosen, planned_seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _parts_help() -> str:
-    return f"only this part; can be given several times. Parts: {', '.join(BY_NAME)}"
+    return f"only this part, with what it needs; can be given several times. Parts: {', '.join(BY_NAME)}"
 
 
 def _minutes(text: str) -> float:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> list[Claim]:
         ResourceError: torch cannot tell what this machine has.
     """
     began = time.monotonic()
-    parts = [part for part in PARTS if not args.only or part.name in args.only]
+    parts = chosen(args.only)
     if args.plan:
         return plan(parts)
     from llada_megatron.tools.bench.gpu.goals import claims
@@ -75,7 +75,9 @@ def run(args: argparse.Namespace) -> list[Claim]:
 def plan(parts: list[Part]) -> list[Claim]:
     """The estimated seconds of each part on an H100, and of all with the starts of their processes."""
     rows = [
-        reported(f"{part.name}: {part.text}" + (" (beside the parts before it)" if part.beside else ""), part.seconds, "s")
+        reported(
+            f"{part.name}: {part.text}" + (" (beside the parts before it)" if part.beside else ""), part.seconds, "s"
+        )
         for part in parts
     ]
     message("nothing is run: these are estimates for one H100, and what a part may take there before it is cut")

@@ -1,7 +1,7 @@
 """Whether the GPU computes what the CPU does: loss and gradients of every family, and fifty steps of the demo's model.
 
-The CPU's figures come first, from a process that sees no GPU (`reference`), with the same seeds, hence the same weights,
-windows and masks.
+The CPU's figures come first, from a process that sees no GPU (`reference`), with the same seeds, hence the same
+weights, windows and masks.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from llada_megatron.tools.bench.gpu.part_run import PartRun
 from llada_megatron.tools.bench.gpu.workloads import document_boundaries
 from llada_megatron.tools.bench.layouts import BLOCKS, DENSE, SIGMOID, SOFTMAX, parity_run
 from llada_megatron.tools.bench.parity import Gradients, join_parts, step_gradients
+from llada_megatron.tools.bench.parity import compare as worst
 
 FAMILIES = {
     "llada": DENSE,
@@ -49,9 +50,9 @@ DEMO, DEMO_STEPS, TOY_STEPS = "demo's model", 50, 3
 
 
 class SyntheticWindows:
-    """Stands in for `TrainingData`: windows of a few documents with the run's own noise, sample n a function of n alone.
+    """Stands in for `TrainingData`: windows of a few documents with the run's own noise.
 
-    Tokens follow Zipf's law, so that there is something to learn.
+    Sample n is a function of n alone. Tokens follow Zipf's law, so that there is something to learn.
     """
 
     manifests: Sequence[Any] = ()
@@ -105,8 +106,8 @@ def reference(part: PartRun) -> None:
     folder = _folder(part)
     folder.mkdir(exist_ok=True)
     for name, (run, documents) in cases(part.toy).items():
-        part.measure(name, lambda run=run, documents=documents, name=name: _kept(folder, name, gradients(run, documents)))
-    part.measure(DEMO, lambda: {"losses": demo_losses(TOY_STEPS if part.toy else DEMO_STEPS)})
+        part.measure(name, _kept, folder / f"{name}.pt", run, documents)
+    part.measure(DEMO, lambda: {"losses": demo_losses(part.toy)})
 
 
 def compare_local(part: PartRun) -> None:
@@ -123,13 +124,8 @@ def _compare(part: PartRun, precisions: Sequence[str]) -> None:
     torch.set_float32_matmul_precision("highest")
     for precision, (name, (run, documents)) in itertools.product(precisions, cases(part.toy).items()):
         run = dataclasses.replace(run, training=dataclasses.replace(run.training, precision=precision))
-        part.measure(
-            f"{name}, {precision}",
-            lambda run=run, documents=documents, name=name: differences(
-                _loaded(part, name), gradients(run, documents)
-            ),
-        )
-    part.measure(DEMO, lambda: demo_difference(part))
+        part.measure(f"{name}, {precision}", _difference, _folder(part) / f"{name}.pt", run, documents)
+    part.measure(DEMO, demo_difference, part)
 
 
 def differences(expected: Gradients, found: Gradients) -> dict[str, Any]:
@@ -138,10 +134,8 @@ def differences(expected: Gradients, found: Gradients) -> dict[str, Any]:
     `gradient`: the largest |a - b| / max |a| over the entries of each gradient. `all_gradients`: |a - b| / |a| of all
     entries as one vector. What is not a number is infinitely far.
     """
-    from llada_megatron.tools.bench.parity import compare as worst
-
     error, where = worst(expected, found)
-    pairs = [(a.double(), found.tensors[name].double()) for name, a in expected.tensors.items() if name in found.tensors]
+    pairs = [(a.double(), found.tensors[name].double()) for name, a in expected.tensors.items()]
     apart = sum(float((a - b).square().sum()) for a, b in pairs) / sum(float(a.square().sum()) for a, _ in pairs)
     return {
         "worst": error,
@@ -152,15 +146,18 @@ def differences(expected: Gradients, found: Gradients) -> dict[str, Any]:
     }
 
 
-def demo_losses(steps: int) -> list[float]:
+def demo_losses(toy: bool) -> list[float]:
     """The loss of each of the first steps of the demo's model, on synthetic windows, in one process."""
-    run = load_run(DEMO.partition("'")[0])
-    run = dataclasses.replace(run, layout=LayoutConfig())
+    run = load_run("demo")
+    training = run.training
+    if toy:
+        training = dataclasses.replace(training, sequence_length=32, global_batch_size=4, micro_batch_size=4)
+    run = dataclasses.replace(run, layout=LayoutConfig(), training=training)
     models = wrap(run, build_run_chunks(run))
     optimizer = build_optimizer(run, models)
     step = TrainingStep(run, models, optimizer, SyntheticWindows(run, documents=2))
     losses = []
-    for number in range(steps):
+    for number in range(TOY_STEPS if toy else DEMO_STEPS):
         set_learning_rate(run, optimizer, number)
         losses.append(float(step(number).losses.loss))
     return losses
@@ -170,27 +167,26 @@ def demo_difference(part: PartRun) -> dict[str, Any]:
     """The losses here against the CPU's."""
     expected = part.results.read().figure("reference", DEMO, "losses")
     if expected is None:
-        raise ResourceError(_nothing(DEMO))
-    found = demo_losses(len(expected))
+        raise ResourceError(_MISSING)
+    found = demo_losses(part.toy)
     relative = [abs(a - b) / a for a, b in zip(expected, found, strict=True)]
     return {"worst": max(relative), "first_step": relative[0], "first": found[0], "last": found[-1]}
 
 
-def _kept(folder: Path, name: str, made: Gradients) -> dict[str, float]:
-    torch.save({"loss": made.loss, "norm": made.grad_norm, "tensors": made.tensors}, folder / f"{name}.pt")
+def _kept(path: Path, run: RunConfig, documents: int) -> dict[str, float]:
+    made = gradients(run, documents)
+    torch.save({"loss": made.loss, "norm": made.grad_norm, "tensors": made.tensors}, path)
     return {"loss": made.loss, "norm": made.grad_norm}
 
 
-def _loaded(part: PartRun, name: str) -> Gradients:
-    path = _folder(part) / f"{name}.pt"
+def _difference(path: Path, run: RunConfig, documents: int) -> dict[str, Any]:
     if not path.exists():
-        raise ResourceError(_nothing(name))
+        raise ResourceError(_MISSING)
     kept = torch.load(path, weights_only=True)
-    return Gradients(kept["loss"], kept["norm"], kept["tensors"])
+    return differences(Gradients(kept["loss"], kept["norm"], kept["tensors"]), gradients(run, documents))
 
 
-def _nothing(name: str) -> str:
-    return f"the CPU's figures of {name!r} are missing: `--only reference` makes them"
+_MISSING = "the CPU's figures are missing: the part `reference` failed, or its files were removed"
 
 
 def _folder(part: PartRun) -> Path:

@@ -36,7 +36,7 @@ def compare(part: PartRun) -> None:
     work = as_large_as_fits(workloads.dense(part.toy), min(_MOST_BYTES, _DISK_SHARE * shutil.disk_usage(folder).free))
     with built(work) as step, tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=folder) as directory:
         step.step_on(work.batch(documents=1))  # the optimizer has its state from the first step on
-        part.measure(CELL, lambda: _figures(work, step, Path(directory)))
+        part.measure(CELL, _figures, work, step, Path(directory))
 
 
 def as_large_as_fits(work: Workload, room: float) -> Workload:

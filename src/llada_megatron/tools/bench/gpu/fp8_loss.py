@@ -46,7 +46,7 @@ MODEL = ModelConfig(
 def compare(part: PartRun) -> None:
     """One measurement a precision, all on the same windows and masks from the same weights."""
     for precision in precisions(part.machine):
-        part.measure(precision.name, lambda keys=precision.training: _losses(part.toy, keys))
+        part.measure(precision.name, _losses, part.toy, precision.training)
         release_memory()
 
 

@@ -135,7 +135,9 @@ def _attention(known: Known, part: str) -> Iterator[Claim]:
 
 def _loss(known: Known, part: str) -> Iterator[Claim]:
     for each in known.of(part):
-        text = f"{part}: {each.name}: peak memory against computing all logits" + (f": {each.error}" if each.error else "")
+        text = f"{part}: {each.name}: peak memory against computing all logits" + (
+            f": {each.error}" if each.error else ""
+        )
         yield at_most(text, each.figures.get("memory", math.nan), "x", LOSS_MEMORY_GOAL)
         for figure, unit in (("difference", ""), ("time", "x"), ("chunked_mib", "MiB"), ("all_logits_mib", "MiB")):
             if figure in each.figures:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +21,23 @@ DOCUMENTS, CELL = 8, "step"
 LONGEST = 15
 
 KINDS = (
-    ("memcpy", r"memcpy|memset|copy_kernel|Memcpy|Memset|CatArrayBatchedCopy|aten::copy_|aten::cat|aten::fill_|aten::zero_"),
+    (
+        "memcpy",
+        r"memcpy|memset|copy_kernel|Memcpy|Memset|CatArrayBatchedCopy|aten::copy_|aten::cat|aten::fill_|aten::zero_",
+    ),
     ("comm", r"nccl|ncclDev|all_?reduce|reduce_?scatter|all_?gather|c10d::|gloo"),
     ("attention", r"flash|fmha|attention|softmax_warp|flex"),
     ("gemm", r"gemm|cublas|cutlass|nvjet|matmul|wgmma|aten::mm|aten::bmm|aten::addmm|_grouped_mm|grouped_experts"),
-    ("permute and sort", r"permut|sort|scatter|gather|index|topk|radix|histc|masked_select|nonzero|cumsum|scan|embedding"),
+    (
+        "permute and sort",
+        r"permut|sort|scatter|gather|index|topk|radix|histc|masked_select|nonzero|cumsum|scan|embedding",
+    ),
     ("norm", r"norm"),
     ("optimizer", r"adam|multi_tensor|l2norm"),
-    ("elementwise", r"elementwise|vectorized|triton_|pointwise|reduce_kernel|activation|swiglu|silu|cast|transpose|aten::"),
+    (
+        "elementwise",
+        r"elementwise|vectorized|triton_|pointwise|reduce_kernel|activation|swiglu|silu|cast|transpose|aten::",
+    ),
 )
 """Kinds of kernels by a part of their names; the first that fits counts. What fits none is `other`."""
 
@@ -40,7 +50,7 @@ def profile(part: PartRun) -> None:
     batch = work.batch(DOCUMENTS)
     with built(work) as step, explained(work.run, step.models, step.optimizer):
         step.step_on(batch)
-        part.measure(CELL, lambda: _figures(part, lambda: step.step_on(batch)))
+        part.measure(CELL, _figures, part, partial(step.step_on, batch))
 
 
 def _figures(part: PartRun, run: Callable[[], object]) -> dict[str, Any]:

@@ -16,4 +16,4 @@ def compare(part: PartRun) -> None:
     sizes = {"vocab": VOCABULARY, "tokens": TOKENS, "hidden": HIDDEN, "chunk_mb": 256, "repeats": 3}
     if part.toy:
         sizes = {"vocab": 2048, "tokens": 512, "hidden": 32, "chunk_mb": 1, "repeats": 1}
-    part.measure(CELL, lambda: loss.figures(argparse.Namespace(**sizes)))
+    part.measure(CELL, loss.figures, argparse.Namespace(**sizes))

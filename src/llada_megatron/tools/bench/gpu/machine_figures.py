@@ -16,7 +16,7 @@ from llada_megatron.tools import environment as report
 from llada_megatron.tools.bench.gpu.part_run import PartRun
 
 FP8_CAPABILITY = 89
-_SIZE, _TOY_SIZE, _SECONDS = 8192, 256, 1.0
+_SIZE, _SECONDS = 8192, 1.0
 
 NAMED_PEAKS = {
     "H100 PCIe": (756.0, 1513.0),
@@ -28,7 +28,8 @@ NAMED_PEAKS = {
     "B200": (2250.0, 4500.0),
     "A100": (312.0, 0.0),
 }
-"""TFLOP/s of dense products in bf16 and in FP8 by a part of the GPU's name, the first that fits (NVIDIA's data sheets)."""
+"""TFLOP/s of dense products in bf16 and in FP8 (NVIDIA's data sheets) by a part of the GPU's name; the first that fits
+counts."""
 
 
 def named_peak(name: str, fp8: bool) -> float | None:
@@ -72,7 +73,8 @@ def _gpu_facts() -> dict[str, Any]:
 def ceilings(part: PartRun) -> None:
     """The largest products and copies, which the utilisation of a step is measured against."""
     here = device.current()
-    part.measure("bf16", lambda: {"flops_per_second": matmul_peak(here, torch.bfloat16, 0.1 if part.toy else _SECONDS)})
+    seconds = 0.1 if part.toy else _SECONDS
+    part.measure("bf16", lambda: {"flops_per_second": matmul_peak(here, torch.bfloat16, seconds)})
     if part.machine.capability >= FP8_CAPABILITY:
         part.measure("fp8", lambda: {"flops_per_second": fp8_peak(_SIZE, _SECONDS)})
     part.measure("copy", lambda: {"bytes_per_second": copy_peak(here)})

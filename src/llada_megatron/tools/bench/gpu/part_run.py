@@ -55,8 +55,8 @@ class PartRun:
         """Those that are to be measured."""
         return [name for name in names if self.known(name) is None]
 
-    def measure(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        """Run `work` unless its figures are known, and write down what it returns or why it failed.
+    def measure(self, name: str, work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any] | None:
+        """Call `work` unless its figures are known, and write down what it returns or why it failed.
 
         Returns:
             its figures, also those of an earlier start; None where it failed.
@@ -72,7 +72,7 @@ class PartRun:
             raise OutOfTimeError
         began = time.monotonic()
         try:
-            figures = work()
+            figures = work(*arguments)
         except Exception as failure:
             self.failed(name, failure, time.monotonic() - began)
             return None
@@ -90,7 +90,7 @@ class PartRun:
         text = in_one_line(failure)
         self.results.add(Measurement(self.part.name, name, {}, round(seconds, 3), text))
         message(f"{self.part.name}: {name}: failed: {text}")
-        traceback.clear_frames(failure.__traceback__)  # they hold the tensors that did not fit
+        _drop_frames(failure)
         release_memory()
         if not answers():
             raise BrokenContextError(text) from failure
@@ -104,6 +104,13 @@ def in_one_line(failure: BaseException) -> str:
     frames = traceback.extract_tb(failure.__traceback__)
     place = f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno})" if frames else ""
     return f"{type(failure).__name__}: {text}{place}"
+
+
+def _drop_frames(failure: BaseException | None) -> None:
+    """Empty the functions that an error and its causes came out of: they hold the tensors that did not fit."""
+    while failure is not None:
+        traceback.clear_frames(failure.__traceback__)
+        failure = failure.__cause__ or failure.__context__
 
 
 def release_memory() -> None:
@@ -148,8 +155,7 @@ def run_part(part: Part, results: ResultsFile, machine: Machine, until: float) -
         traceback.print_exc()
         results.end(part.name, FAILED, in_one_line(failure))
         message(f"{part.name}: failed: {in_one_line(failure)}")
-        traceback.clear_frames(failure.__traceback__)
-        del failure
+        _drop_frames(failure)
         release_memory()
         if not answers():
             raise BrokenContextError(part.name) from None

@@ -35,6 +35,8 @@ class Part:
     text: str
     beside: bool = False
     """Runs at the same time as the parts before it: it leaves the GPU alone."""
+    needs: str = ""
+    """A part whose results it reads."""
 
     def load(self) -> Callable[[PartRun], None]:
         """The function; its module imports torch and Megatron."""
@@ -46,17 +48,48 @@ PARTS = (
     Part("environment", AS_TRAINED, 12, "machine_figures:environment", "what `llada env` prints, and the GPU's facts"),
     Part("ceilings", AS_TRAINED, 8, "machine_figures:ceilings", "matrix products in bf16 and FP8, and a copy"),
     Part(
-        "reference", ON_CPU, 40, "agreement:reference", "fp32 losses and gradients of every family on the CPU", beside=True
+        "reference",
+        ON_CPU,
+        40,
+        "agreement:reference",
+        "fp32 losses and gradients of every family on the CPU",
+        beside=True,
     ),
-    Part("exact-local", EXACT_LOCAL, 30, "agreement:compare_local", "the same on the GPU without Transformer Engine"),
-    Part("exact", EXACT, 30, "agreement:compare", "the same on the GPU with all there is; bf16; 50 steps of the demo's model"),
+    Part(
+        "exact-local",
+        EXACT_LOCAL,
+        30,
+        "agreement:compare_local",
+        "the same on the GPU without Transformer Engine",
+        needs="reference",
+    ),
+    Part(
+        "exact",
+        EXACT,
+        30,
+        "agreement:compare",
+        "the same on the GPU with all there is; bf16; 50 steps of the demo's model",
+        needs="reference",
+    ),
     Part("dense", AS_TRAINED, 50, "step_speed:dense", "training steps of a dense model of 1.5 B parameters"),
     Part("moe", AS_TRAINED, 50, "step_speed:moe", "the same of as many layers of LLaDA-MoE-7B-A1B as fit"),
     Part("mini", AS_TRAINED, 40, "step_speed:mini", "the same of as many layers of LLaDA2-mini as fit, block-causal"),
     Part("fp8-loss", AS_TRAINED, 35, "fp8_loss:compare", "the loss of 200 steps in each FP8 recipe against bf16"),
-    Part("attention", AS_TRAINED, 45, "attention_speed:compare", "packed attention against a dense mask, 4,096 and 16,384"),
+    Part(
+        "attention",
+        AS_TRAINED,
+        45,
+        "attention_speed:compare",
+        "packed attention against a dense mask, 4,096 and 16,384",
+    ),
     Part("loss", AS_TRAINED, 8, "loss_memory:compare", "memory of the loss at a vocabulary of 157,184"),
-    Part("sampler", AS_TRAINED, 40, "sampling_speed:compare", "LLaDA-MoE-7B-A1B's shape, blocks of 32, batches of 1 and 32"),
+    Part(
+        "sampler",
+        AS_TRAINED,
+        40,
+        "sampling_speed:compare",
+        "LLaDA-MoE-7B-A1B's shape, blocks of 32, batches of 1 and 32",
+    ),
     Part("checkpoint", AS_TRAINED, 25, "checkpoint_speed:compare", "a checkpoint saved and loaded"),
     Part("profile", AS_TRAINED, 12, "kernel_profile:profile", "the kernels of one training step, by kind"),
 )
@@ -66,6 +99,14 @@ MOST_SECONDS = 480
 """The command begins no part that would end later."""
 
 BY_NAME = {part.name: part for part in PARTS}
+
+
+def chosen(names: Sequence[str] | None) -> list[Part]:
+    """The named parts, or all, with those whose results they need, in the order in which they run."""
+    if not names:
+        return list(PARTS)
+    needed = {*names, *(BY_NAME[name].needs for name in names)}
+    return [part for part in PARTS if part.name in needed]
 
 
 def stages(parts: Sequence[Part]) -> list[list[list[Part]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.tools.bench.gpu.machine import Machine
 
 
@@ -21,5 +22,19 @@ BF16 = Precision("bf16", {"precision": "bf16"})
 
 
 def precisions(machine: Machine) -> list[Precision]:
-    """bf16 first."""
-    return [BF16]
+    """bf16 first, then each FP8 recipe that the GPU, torch and Transformer Engine can run."""
+    if "fp8" not in {field.name for field in dataclasses.fields(TrainingConfig)} or machine.toy:
+        return [BF16]
+    import torch
+
+    from llada_megatron.llada_moe.config.fp8 import FP8Config
+    from llada_megatron.parallel import fp8
+
+    if fp8.engine_problem() is not None:
+        return [BF16]
+    capability, cuda = divmod(machine.capability, 10), torch.version.cuda or "0"
+    recipes = [recipe for recipe in fp8.FORMATS if fp8.obstacle(recipe, capability, cuda) is None]
+    return [
+        BF16,
+        *(Precision(f"FP8 {name}", {"precision": "bf16", "fp8": FP8Config(recipe=name)}, True) for name in recipes),
+    ]

@@ -36,14 +36,12 @@ def compare(part: PartRun) -> None:
     run = workload(model, 64 if part.toy else 4096, 1, 1).run
     loaded = LoadedModel(build_run_chunks(run, draw_in_place)[0].eval(), run, Path(), {})
     for batch in batches:
-        part.measure(cell(batch, graphs=False), lambda batch=batch: _figures(part.toy, loaded, batch))
+        part.measure(cell(batch, graphs=False), _figures, part.toy, loaded, batch)
         release_memory()
 
 
 def _figures(toy: bool, loaded: LoadedModel, batch: int) -> dict[str, Any]:
-    prompt, new_tokens, block = (
-        (_TOY_PROMPT, _TOY_NEW_TOKENS, _TOY_BLOCK) if toy else (_PROMPT, _NEW_TOKENS, _BLOCK)
-    )
+    prompt, new_tokens, block = (_TOY_PROMPT, _TOY_NEW_TOKENS, _TOY_BLOCK) if toy else (_PROMPT, _NEW_TOKENS, _BLOCK)
     choice = choose(PRESET, None, None, None, {}, loaded.run.objective, loaded.run.model, block_length=block)
     method = choice.method(excluded=[loaded.run.model.mask_token_id])
 

@@ -60,9 +60,7 @@ def _measure(part: PartRun, make: Callable[..., Workload]) -> None:
             with built(work) as step:
                 message(f"{part.part.name}: {precision.name}: {_size(work)}, built in {time.monotonic() - began:.1f} s")
                 for documents, name in names.items():
-                    part.measure(
-                        name, lambda documents=documents: _figures(part, work, precision, step, documents)
-                    )
+                    part.measure(name, _figures, part, work, precision, step, documents)
         except Exception as failure:
             if isinstance(failure, part.ENDS):
                 raise

@@ -27,7 +27,9 @@ _ENVIRONMENT = {
 }
 
 
-def start_worker(parts: Sequence[Part], results: ResultsFile, machine: Machine, until: float) -> subprocess.Popen[bytes]:
+def start_worker(
+    parts: Sequence[Part], results: ResultsFile, machine: Machine, until: float
+) -> subprocess.Popen[bytes]:
     """A process that runs `parts`, which are of one kind of process."""
     kind = parts[0].process
     options = {

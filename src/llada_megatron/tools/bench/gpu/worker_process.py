@@ -27,8 +27,8 @@ from llada_megatron.tools.bench.gpu.results_file import ResultsFile
 START_ANEW = 75
 """Exit code: CUDA is of no use in this process any more, and parts are left."""
 GRACE_SECONDS = 20
-"""A part that is late by half of its time and this much hangs: its process is ended. So is one that is running this much
-after the command's time is over."""
+"""A part that is late by half of its time and this much hangs: its process is ended. So is one that still runs this
+long after the command's time."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

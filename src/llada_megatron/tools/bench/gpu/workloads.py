@@ -37,6 +37,9 @@ DENSE = ModelConfig(
 )
 """LLaDA's proportions and vocabulary at 1.5 billion parameters, of which the layers are 1.03."""
 
+_TOY = (48, 1, 1)
+"""Positions, windows of a forward pass, and passes of a step where there is no GPU."""
+
 BLOCK_SIZE = 32
 """Of LLaDA2's block-causal attention."""
 
@@ -121,17 +124,21 @@ def needed_bytes(run: RunConfig) -> float:
     return _BYTES_PER_PARAMETER * count_parameters(run.model).trainable + activation_memory(run).total
 
 
+def _two_layers(name: str) -> ModelConfig:
+    return dataclasses.replace(load_model(name), num_layers=2)
+
+
 def dense(toy: bool, **training: Any) -> Workload:
     """Four windows a forward pass, two passes a step."""
     if toy:
-        return workload(load_model("tiny-dense"), 64, 2, 2, **training)
+        return workload(load_model("tiny-dense"), *_TOY, **training)
     return workload(DENSE, 4096, 4, 2, **training)
 
 
 def moe(memory: int, **training: Any) -> Workload:
     """LLaDA-MoE-7B-A1B, as many layers as fit; two windows a forward pass, eight passes a step. No memory: a toy."""
     if not memory:
-        return workload(load_model("tiny-moe-softmax"), 64, 2, 2, **training)
+        return workload(_two_layers("tiny-moe-softmax"), *_TOY, **training)
     return as_many_layers_as_fit(workload(load_model("llada-moe-7b-a1b"), 4096, 2, 8, **training), memory)
 
 
@@ -139,6 +146,6 @@ def mini(memory: int, **training: Any) -> Workload:
     """LLaDA2-mini, as many layers as fit, block-causal; two windows a forward pass, eight passes a step. No memory: a
     toy."""
     if not memory:
-        return workload(load_model("tiny-moe"), 64, 2, 2, block_size=8, **training)
+        return workload(_two_layers("tiny-moe"), *_TOY, block_size=8, **training)
     work = workload(load_model("llada2-mini"), 4096, 2, 8, block_size=BLOCK_SIZE, **training)
     return as_many_layers_as_fit(work, memory)
