@@ -83,7 +83,9 @@ def test_what_is_done_is_left_out_and_what_was_cut_or_failed_runs_again(supervis
 
 
 def test_a_process_that_never_begins_fails_its_parts_once(supervised, monkeypatch):
-    monkeypatch.setattr(FakeWorker, "__init__", lambda self, parts, results, dies: vars(self).update(names=["x"], _code=2))
+    monkeypatch.setattr(
+        FakeWorker, "__init__", lambda self, parts, results, dies: vars(self).update(names=["x"], _code=2)
+    )
     monkeypatch.setattr(FakeWorker, "kill", lambda self: None)
     started, ends = supervised([part("a"), part("b")])
     assert len(started) == 1

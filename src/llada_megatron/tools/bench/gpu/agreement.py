@@ -170,7 +170,7 @@ def demo_difference(part: PartRun) -> dict[str, Any]:
         raise ResourceError(_MISSING)
     found = demo_losses(part.toy)
     relative = [abs(a - b) / a for a, b in zip(expected, found, strict=True)]
-    return {"worst": max(relative), "first_step": relative[0], "first": found[0], "last": found[-1]}
+    return {"worst": max(relative), "first_ten": max(relative[:10]), "first": found[0], "last": found[-1]}
 
 
 def _kept(path: Path, run: RunConfig, documents: int) -> dict[str, float]:

@@ -16,9 +16,12 @@ from llada_megatron.tools.bench.gpu.parts import Part
 from llada_megatron.tools.bench.gpu.results_file import DONE, Known, Measurement, ResultsFile
 
 FP32_GOAL = 1e-5
-BF16_LOSS_GOAL, BF16_GRADIENTS_GOAL = 1e-2, 0.1
-"""bf16 keeps eight bits: a product is off by up to 1/256, and a network of a few layers by a few of these."""
-DEMO_GOAL = 1e-2
+BF16_LOSS_GOAL, BF16_GRADIENTS_GOAL = 2e-3, 0.03
+"""Between bf16 and fp32 on one CPU the 24 cases differ by up to 9.6e-4 and 0.0115 (where a token met another
+expert)."""
+DEMO_FIRST_GOAL, DEMO_GOAL = 1e-5, 2e-2
+"""Of the demo's first ten steps, and of fifty. Its learning rate lets differences grow: on a CPU, weights changed by
+1e-7 and 1e-6 of themselves moved the first ten losses by 1.5e-7 at most, and some loss of the fifty by 1e-3 and 1e-2."""
 UTILIZATION_GOALS = {("dense", 1): 0.60, ("moe", 1): 0.40, ("moe", 40): 0.36}
 FP8_GOALS = {"dense": 1.35, "moe": 1.15}
 FP8_LOSS_GOAL = 0.005
@@ -51,7 +54,10 @@ def _agreement(known: Known, part: str) -> Iterator[Claim]:
         yield _worst(f"{part}: bf16 loss against fp32 on the CPU", bf16, "loss", BF16_LOSS_GOAL)
         yield _worst(f"{part}: all bf16 gradients against fp32 on the CPU", bf16, "all_gradients", BF16_GRADIENTS_GOAL)
     demo = [each for each in known.of(part) if "demo" in each.name]
-    yield _worst(f"{part}: losses of the demo's model over its first steps against the CPU", demo, "worst", DEMO_GOAL)
+    yield _worst(
+        f"{part}: the first ten losses of the demo's model against the CPU", demo, "first_ten", DEMO_FIRST_GOAL
+    )
+    yield _worst(f"{part}: fifty losses of the demo's model against the CPU", demo, "worst", DEMO_GOAL)
 
 
 def _worst(text: str, cases: Sequence[Measurement], figure: str, goal: float) -> Claim:

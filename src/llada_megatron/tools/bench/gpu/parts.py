@@ -50,7 +50,7 @@ PARTS = (
     Part(
         "reference",
         ON_CPU,
-        40,
+        30,
         "agreement:reference",
         "fp32 losses and gradients of every family on the CPU",
         beside=True,

@@ -1,0 +1,117 @@
+"""Memory that runs out in a step is told in one line: what was asked for, what takes most, what would save how much."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llada_megatron.llada_moe.config import load_run
+from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.errors import ResourceError
+from llada_megatron.llada_moe.model.activation_memory import activation_memory
+from llada_megatron.parallel.training import out_of_memory
+from llada_megatron.parallel.training.out_of_memory import describe, memory_parts, savings
+from llada_megatron.parallel.training.step import TrainingStep
+from llada_megatron.parallel.training.trainer import Trainer
+from llada_megatron.tools.bench.layouts import DENSE, SIGMOID, SOFTMAX
+from llada_megatron.tools.bench.measurement import single_process
+from llada_megatron.tools.bench.our_step import OurStep, masked_batch, run_config, training_batch
+from tests.corpora import model_for, prepared_set
+
+FAILURE = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB"
+)
+
+
+def run_of(model, sequences=4, length=64, **training):
+    run = run_config(dataclasses.replace(model, max_sequence_length=length), sequences, length, 1e-3, 1.0)
+    return dataclasses.replace(run, training=dataclasses.replace(run.training, **training))
+
+
+def kept_bytes(run):
+    """What autograd keeps of a forward pass, each storage once, without the parameters."""
+    sizes, step = {}, OurStep(run)
+    own = {parameter.untyped_storage().data_ptr() for parameter in step.chunk.parameters()}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    training = run.training
+    batch = training_batch(masked_batch(run.model, training.micro_batch_size, training.sequence_length, 0))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step.step_on(batch)
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("model", [DENSE, SOFTMAX, SIGMOID], ids=["dense", "softmax", "sigmoid"])
+def test_the_estimate_is_near_what_autograd_keeps(model):
+    run = run_of(dataclasses.replace(model, hidden_size=128, ffn_hidden_size=256, head_dim=32), logits_chunk_mb=1)
+    with single_process():
+        measured = kept_bytes(run)
+    assert 0.6 < activation_memory(run).total / measured < 1.6
+
+
+def test_recomputation_micro_batches_and_chunks_lower_the_estimate():
+    run = run_of(DENSE, sequences=8, logits_chunk_mb=256)
+    whole = activation_memory(run)
+    assert activation_memory(run_of(DENSE, sequences=4)).layers == whole.layers / 2
+    assert activation_memory(run_of(DENSE, sequences=8, recompute="full")).layers < whole.layers / 3
+    large = load_run("llada-moe-7b-a1b-pretrain", ["training.recompute=none", "training.logits_chunk_mb=1024"])
+    assert list(savings(large)) == [
+        "training.recompute=full",
+        "training.micro_batch_size=1 (now 2)",
+        "training.logits_chunk_mb=256 (now 1024)",
+    ]
+    spread = dataclasses.replace(large, layout=dataclasses.replace(large.layout, context_parallel=2, data_parallel=32))
+    assert activation_memory(spread).layers == activation_memory(large).layers / 2
+
+
+def test_each_tensor_is_counted_once_where_it_belongs():
+    run = run_of(DENSE, precision="bf16")
+    with single_process():
+        step = OurStep(run)
+        step.step_on(training_batch(masked_batch(run.model, 4, 64, 0)))
+        parts = memory_parts(run, step.models, step.optimizer)
+    count = sum(parameter.numel() for parameter in step.chunk.parameters())
+    assert parts["parameters"] == pytest.approx(2 * count, rel=0.02)
+    assert parts["gradients"] == pytest.approx(4 * count, rel=0.02)
+    assert parts["optimizer"] == pytest.approx(12 * count, rel=0.02)  # main weights and two moments
+
+
+def test_a_model_that_does_not_fit_is_told_before_it_is_there():
+    run = load_run("llada-8b-pretrain")
+    text = describe(FAILURE, dataclasses.replace(run, layout=LayoutConfig()))
+    assert text.startswith("out of memory when 2.50 GiB more were asked for. Computed: gradients 32.1 GB, ")
+    assert "parameters 16 GB" in text and "gradients take most" in text
+    assert text.endswith(
+        "spread the model over more ranks (layout.expert_parallel, tensor_parallel, pipeline_parallel)"
+    )
+
+
+def test_the_card_and_the_peak_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(total_memory=85e9))
+    monkeypatch.setattr(out_of_memory, "peak_memory_gb", lambda _: 83.25)
+    assert "on NVIDIA H100 (85 GB); at most 83.2 GB were allocated at a time. " in describe(FAILURE, run_of(DENSE))
+
+
+def test_a_run_whose_step_runs_out_of_memory_ends_in_that_line(tmp_path, monkeypatch):
+    def fails(*_):
+        raise FAILURE
+
+    _, tokenizer = prepared_set(tmp_path)
+    run = run_of(model_for(tokenizer, "tiny-dense"), sequences=2, length=32)
+    data = DataConfig(sets=[DataSetConfig(path=str(tmp_path / "set"))])
+    monkeypatch.setattr(TrainingStep, "gradients", fails)
+    with single_process():
+        trainer = Trainer(dataclasses.replace(run, data=data, output_dir=str(tmp_path / "run")))
+        with pytest.raises(ResourceError, match="out of memory when 2.50 GiB more") as told:
+            trainer.train(lambda: False)
+    assert "\n" not in str(told.value) and "training.recompute=full would save about" in str(told.value)
