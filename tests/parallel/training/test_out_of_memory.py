@@ -14,7 +14,7 @@ from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.llada_moe.model.activation_memory import activation_memory
 from llada_megatron.parallel.training import out_of_memory
-from llada_megatron.parallel.training.out_of_memory import describe, memory_parts, savings
+from llada_megatron.parallel.training.out_of_memory import activations, describe, memory_parts, savings
 from llada_megatron.parallel.training.step import TrainingStep
 from llada_megatron.parallel.training.trainer import Trainer
 from llada_megatron.tools.bench.layouts import DENSE, SIGMOID, SOFTMAX
@@ -54,14 +54,24 @@ def test_the_estimate_is_near_what_autograd_keeps(model):
     run = run_of(dataclasses.replace(model, hidden_size=128, ffn_hidden_size=256, head_dim=32), logits_chunk_mb=1)
     with single_process():
         measured = kept_bytes(run)
-    assert 0.6 < activation_memory(run).total / measured < 1.6
+    assert 0.6 < activations(run) / measured < 1.6
 
 
-def test_recomputation_micro_batches_and_chunks_lower_the_estimate():
-    run = run_of(DENSE, sequences=8, logits_chunk_mb=256)
-    whole = activation_memory(run)
-    assert activation_memory(run_of(DENSE, sequences=4)).layers == whole.layers / 2
-    assert activation_memory(run_of(DENSE, sequences=8, recompute="full")).layers < whole.layers / 3
+def test_recomputation_and_micro_batches_lower_the_estimate():
+    def layers(run):
+        return activation_memory(run, logits_chunk_mb=256).layers
+
+    whole = layers(run_of(SIGMOID, sequences=8))
+    assert layers(run_of(SIGMOID, sequences=4)) == whole / 2
+    assert layers(run_of(SIGMOID, sequences=8, recompute="full")) < whole / 3
+    modules = ("layernorm", "mlp", "moe_act", "shared_experts")
+    selective = [run_of(SIGMOID, sequences=8, recompute="selective", recompute_modules=[name]) for name in modules]
+    assert all(whole / 2 < layers(run) < whole for run in selective)
+    everything = run_of(SIGMOID, sequences=8, recompute="selective", recompute_modules=["layernorm", "mlp", "moe"])
+    assert layers(everything) < whole / 2
+
+
+def test_the_settings_that_save_most_come_first():
     large = load_run("llada-moe-7b-a1b-pretrain", ["training.recompute=none", "training.logits_chunk_mb=1024"])
     assert list(savings(large)) == [
         "training.recompute=full",
@@ -69,7 +79,7 @@ def test_recomputation_micro_batches_and_chunks_lower_the_estimate():
         "training.logits_chunk_mb=256 (now 1024)",
     ]
     spread = dataclasses.replace(large, layout=dataclasses.replace(large.layout, context_parallel=2, data_parallel=32))
-    assert activation_memory(spread).layers == activation_memory(large).layers / 2
+    assert activations(spread) < activations(large)
 
 
 def test_each_tensor_is_counted_once_where_it_belongs():

@@ -7,6 +7,7 @@ scores) are left out; fused kernels keep a little less than this.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,21 +32,31 @@ class ActivationMemory:
         return self.layers + self.output_layer
 
 
-def layer_elements(model: ModelConfig, layer: int) -> int:
-    """Elements that layer number `layer` (from 0) keeps of each token."""
+def layer_elements(model: ModelConfig, layer: int, run_again: Collection[str] = ()) -> int:
+    """Elements that layer number `layer` (from 0) keeps of each token.
+
+    `run_again`: the parts of `training.recompute_modules`, which keep their inputs only.
+    """
     hidden, size = model.hidden_size, model.head_dim
     heads, key_heads = model.num_attention_heads, model.num_key_value_heads
     attention = 4 * hidden + size * (2 * heads + 2 * key_heads)  # two norms' inputs and outputs; q, k, v, the result
     attention += size * (heads + key_heads) * model.qk_norm  # queries and keys before their norms
+    if "layernorm" in run_again:
+        attention -= 2 * hidden
     moe = model.moe
     if moe is None or layer < moe.leading_dense_layers:
-        return attention + 4 * model.ffn_hidden_size  # gate and value, the activated gate, their product
-    routed = moe.top_k * (hidden + 5 * moe.expert_ffn_hidden_size)  # the same of each expert, and its weighting
-    return attention + routed + 4 * moe.shared_expert_ffn_hidden_size
+        feed_forward = 4 * model.ffn_hidden_size  # gate and value, the activated gate, their product
+        return attention + (0 if "mlp" in run_again else feed_forward)
+    if "moe" in run_again:
+        return attention
+    of_expert = 2 if "moe_act" in run_again else 5  # the same, and their weighting
+    routed = moe.top_k * (hidden + of_expert * moe.expert_ffn_hidden_size)
+    shared = 0 if "shared_experts" in run_again else 4 * moe.shared_expert_ffn_hidden_size
+    return attention + routed + shared
 
 
-def activation_memory(run: RunConfig) -> ActivationMemory:
-    """The estimate for `run`: its micro-batch, recomputation, chunks of logits and layout.
+def activation_memory(run: RunConfig, logits_chunk_mb: int) -> ActivationMemory:
+    """The estimate for `run`: its micro-batch, recomputation and layout, with chunks of logits of that size (MiB).
 
     The first pipeline stage holds as many micro-batches as there are stages; the last has the output layer.
     """
@@ -53,10 +64,11 @@ def activation_memory(run: RunConfig) -> ActivationMemory:
     element = 2 if training.precision == "bf16" else 4
     shards = layout.context_parallel * (layout.tensor_parallel if layout.sequence_parallel else 1)
     tokens = training.micro_batch_size * training.sequence_length / shards * layout.pipeline_parallel
-    elements = [layer_elements(model, layer) for layer in range(model.num_layers)]
+    modules = training.recompute_modules if training.recompute == "selective" else ()
+    elements = [layer_elements(model, layer, modules) for layer in range(model.num_layers)]
     kept = sum(elements) / layout.pipeline_parallel
     if training.recompute == "full":
         kept = model.hidden_size * model.num_layers / layout.pipeline_parallel + max(elements)
     rows = training.micro_batch_size * training.sequence_length / shards
-    logits = min(training.logits_chunk_mb * 2**20, rows * model.vocab_size / layout.tensor_parallel * 4)
+    logits = min(logits_chunk_mb * 2**20, rows * model.vocab_size / layout.tensor_parallel * 4)
     return ActivationMemory(tokens * kept * element, _LOGITS_COPIES * logits)

@@ -14,6 +14,7 @@ from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.llada_moe.model.activation_memory import activation_memory
 from llada_megatron.llada_moe.model.parameters import rank_shares
+from llada_megatron.parallel.build import default_logits_chunk_mb
 from llada_megatron.parallel.training.peak import peak_memory_gb
 
 _LEAST_CHUNK_MB = 64
@@ -78,26 +79,35 @@ def memory_parts(run: RunConfig, models: Sequence[torch.nn.Module], optimizer: o
         count = max(share.parameters for share in rank_shares(run.model, run.layout))
         element = 2 if run.training.precision == "bf16" else 4
         sizes = {"parameters": count * element, "gradients": 4.0 * count}
-    return {**{name: float(size) for name, size in sizes.items() if size}, ACTIVATIONS: activation_memory(run).total}
+    return {**{name: float(size) for name, size in sizes.items() if size}, ACTIVATIONS: activations(run)}
 
 
 def savings(run: RunConfig) -> dict[str, float]:
     """Settings that need less memory than those of `run`, and the bytes that each alone would save (an estimate)."""
-    training, now = run.training, activation_memory(run).total
+    training, now, chunk_mb = run.training, activations(run), _chunk_mb(run)
     changes: dict[str, dict[str, object]] = {}
     if training.micro_batch_size > 1:
         half = training.micro_batch_size // 2
         changes[f"training.micro_batch_size={half} (now {training.micro_batch_size})"] = {"micro_batch_size": half}
     if training.recompute != "full":
-        changes["training.recompute=full"] = {"recompute": "full"}
-    if training.logits_chunk_mb > _LEAST_CHUNK_MB:
-        quarter = max(_LEAST_CHUNK_MB, training.logits_chunk_mb // 4)
-        changes[f"training.logits_chunk_mb={quarter} (now {training.logits_chunk_mb})"] = {"logits_chunk_mb": quarter}
+        changes["training.recompute=full"] = {"recompute": "full", "recompute_modules": []}
+    if chunk_mb > _LEAST_CHUNK_MB:
+        quarter = max(_LEAST_CHUNK_MB, chunk_mb // 4)
+        changes[f"training.logits_chunk_mb={quarter} (now {chunk_mb})"] = {"logits_chunk_mb": quarter}
     saved = {
-        setting: now - activation_memory(dataclasses.replace(run, training=dataclasses.replace(training, **keys))).total
+        setting: now - activations(dataclasses.replace(run, training=dataclasses.replace(training, **keys)))
         for setting, keys in changes.items()
     }
     return dict(sorted(((setting, size) for setting, size in saved.items() if size > 0), key=lambda each: -each[1]))
+
+
+def activations(run: RunConfig) -> float:
+    """Bytes that one rank keeps for the backward pass (an estimate)."""
+    return activation_memory(run, _chunk_mb(run)).total
+
+
+def _chunk_mb(run: RunConfig) -> int:
+    return run.training.logits_chunk_mb or default_logits_chunk_mb()
 
 
 def _bytes(tensors: Iterable[torch.Tensor], seen: set[int]) -> int:

@@ -21,7 +21,7 @@ BF16_LOSS_GOAL, BF16_GRADIENTS_GOAL = 2e-3, 0.03
 expert)."""
 DEMO_FIRST_GOAL, DEMO_GOAL = 1e-5, 2e-2
 """Of the demo's first ten steps, and of fifty. Its learning rate lets differences grow: on a CPU, weights changed by
-1e-7 and 1e-6 of themselves moved the first ten losses by 1.5e-7 at most, and some loss of the fifty by 1e-3 and 1e-2."""
+1e-7 and 1e-6 of themselves moved the first ten losses by 1.5e-7 at most, and one of fifty by 1e-3 and 1e-2."""
 UTILIZATION_GOALS = {("dense", 1): 0.60, ("moe", 1): 0.40, ("moe", 40): 0.36}
 FP8_GOALS = {"dense": 1.35, "moe": 1.15}
 FP8_LOSS_GOAL = 0.005

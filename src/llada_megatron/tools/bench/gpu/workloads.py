@@ -14,10 +14,10 @@ from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch
 from llada_megatron.llada_moe.errors import ResourceError
-from llada_megatron.llada_moe.model.activation_memory import activation_memory
 from llada_megatron.llada_moe.model.flops import flops_per_token
 from llada_megatron.llada_moe.model.parameters import count_parameters
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
+from llada_megatron.parallel.training.out_of_memory import activations
 from llada_megatron.tools.bench.our_step import masked_batch, run_config, training_batch
 
 SUPERVISED_SHARE = 0.5
@@ -86,7 +86,7 @@ def workload(
     `training`: keys of that section, such as `precision`.
     """
     run = run_config(model, sequences, length, learning_rate=1e-5, clip=1.0)
-    keys = {"global_batch_size": sequences * micro_batches, "logits_chunk_mb": 1024, "precision": "bf16", **training}
+    keys = {"global_batch_size": sequences * micro_batches, "precision": "bf16", **training}
     run = dataclasses.replace(
         run,
         training=dataclasses.replace(run.training, **keys),
@@ -121,7 +121,7 @@ def as_many_layers_as_fit(work: Workload, memory: int) -> Workload:
 
 def needed_bytes(run: RunConfig) -> float:
     """An estimate of what training takes on one rank: parameters with gradients and optimizer, and activations."""
-    return _BYTES_PER_PARAMETER * count_parameters(run.model).trainable + activation_memory(run).total
+    return _BYTES_PER_PARAMETER * count_parameters(run.model).trainable + activations(run)
 
 
 def _two_layers(name: str) -> ModelConfig:
