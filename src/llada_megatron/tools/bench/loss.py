@@ -96,12 +96,18 @@ def run(args: argparse.Namespace) -> list[Claim]:
     ]
 
 
-def figures(args: argparse.Namespace) -> dict[str, float]:
+def figures(args: argparse.Namespace, kernel: str | None = None) -> dict[str, float]:
     """Peak memory of both ways and their ratio, the difference of their results, and the ratio of their times.
 
-    `args`: the values of the options but `threads`; the process groups of one process exist.
+    Args:
+        args: the values of the options but `threads`; the process groups of one process exist.
+        kernel: what computes the cross-entropy of a chunk (see `llada_moe.model.cross_entropy`): "te" or "native"; None =
+            operations of their own.
     """
     problem = _problem(args)
+    if kernel is not None:
+        problem.model.config.cross_entropy_loss_fusion = True
+        problem.model.config.cross_entropy_fusion_impl = kernel
     peaks = {name: _peak(problem, loss) for name, loss in _ways(problem).items()}
     message("  ".join(f"{name}: {peak / 2**20:.0f} MiB" for name, peak in peaks.items()))
     return {

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from llada_megatron.llada_moe.model.attention.backends import attention_backend
 from llada_megatron.llada_moe.model.initialization import draw_in_place
 from llada_megatron.llada_moe.model.patterns import AttentionPattern, segments
 from llada_megatron.parallel import device
@@ -64,7 +65,11 @@ def _figures(toy: bool, block: int | None, length: int) -> dict[str, Any]:
 
     difference = float((ours() - dense()).float().norm() / dense().float().norm())
     seconds, dense_seconds = (_seconds(way, leaves, 1 if toy else _REPEATS) for way in (ours, dense))
+    chosen = attention_backend(
+        AttentionPattern(block), leaves[0].device.type, dtype, head_dim=size, engine=attend.engine is not None
+    )
     return {
+        "backend": f"{chosen.backend.value} ({chosen.reason})",
         "seconds": seconds,
         "dense_seconds": dense_seconds,
         "times_as_fast": dense_seconds / seconds,
@@ -74,7 +79,7 @@ def _figures(toy: bool, block: int | None, length: int) -> dict[str, Any]:
     }
 
 
-def _of_a_model(heads: int, groups: int, size: int, block: int | None, length: int) -> Callable[..., torch.Tensor]:
+def _of_a_model(heads: int, groups: int, size: int, block: int | None, length: int) -> torch.nn.Module:
     """The core attention of the only layer of a model that is built as for training."""
     model = dataclasses.replace(
         DENSE,
@@ -90,8 +95,7 @@ def _of_a_model(heads: int, groups: int, size: int, block: int | None, length: i
         eos_token_id=2,
     )
     chunk = build_run_chunks(workload(model, length, 1, 1, block).run, draw_in_place)[0]
-    attention = chunk.decoder.layers[0].self_attention.core_attention
-    return lambda q, k, v, boundaries: attention(q, k, v, boundaries)
+    return chunk.decoder.layers[0].self_attention.core_attention
 
 
 def dense_mask(boundaries: torch.Tensor, length: int, pattern: AttentionPattern) -> torch.Tensor:

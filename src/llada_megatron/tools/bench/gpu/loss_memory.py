@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
+from llada_megatron.llada_moe.model.accelerations import transformer_engine_active
+from llada_megatron.parallel import device
 from llada_megatron.tools.bench import loss
 from llada_megatron.tools.bench.gpu.part_run import PartRun
 
 VOCABULARY, TOKENS, HIDDEN = 157184, 8192, 256
-CELL = f"vocabulary {VOCABULARY:,}"
 
 
 def compare(part: PartRun) -> None:
@@ -16,4 +17,15 @@ def compare(part: PartRun) -> None:
     sizes = {"vocab": VOCABULARY, "tokens": TOKENS, "hidden": HIDDEN, "chunk_mb": 256, "repeats": 3}
     if part.toy:
         sizes = {"vocab": 2048, "tokens": 512, "hidden": 32, "chunk_mb": 1, "repeats": 1}
-    part.measure(CELL, loss.figures, argparse.Namespace(**sizes))
+    for kernel in kernels():
+        part.measure(cell(kernel), loss.figures, argparse.Namespace(**sizes), kernel)
+
+
+def kernels() -> list[str | None]:
+    """Ways to compute the cross-entropy of a chunk: operations of their own, and the fused kernels that are here."""
+    return [None, "native", *(["te"] if transformer_engine_active() else [])] if device.cuda_available() else [None]
+
+
+def cell(kernel: str | None) -> str:
+    """The name of a measurement."""
+    return f"vocabulary {VOCABULARY:,}" + (f", cross-entropy of {kernel}" if kernel else "")

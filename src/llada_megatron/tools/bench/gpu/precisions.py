@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from llada_megatron.llada_moe.config.training import TrainingConfig
+from llada_megatron.llada_moe.model.accelerations import transformer_engine_active
 from llada_megatron.tools.bench.gpu.machine import Machine
 
 
@@ -23,15 +24,14 @@ BF16 = Precision("bf16", {"precision": "bf16"})
 
 def precisions(machine: Machine) -> list[Precision]:
     """bf16 first, then each FP8 recipe that the GPU, torch and Transformer Engine can run."""
-    if "fp8" not in {field.name for field in dataclasses.fields(TrainingConfig)} or machine.toy:
+    known = "fp8" in {field.name for field in dataclasses.fields(TrainingConfig)}
+    if machine.toy or not known or not transformer_engine_active():
         return [BF16]
     import torch
 
     from llada_megatron.llada_moe.config.fp8 import FP8Config
     from llada_megatron.parallel import fp8
 
-    if fp8.engine_problem() is not None:
-        return [BF16]
     capability, cuda = divmod(machine.capability, 10), torch.version.cuda or "0"
     recipes = [recipe for recipe in fp8.FORMATS if fp8.obstacle(recipe, capability, cuda) is None]
     return [

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from llada_megatron.llada_moe.model import accelerations
 from llada_megatron.parallel.parent_death import die_with_parent
 from llada_megatron.tools.bench.gpu.machine import Machine
 from llada_megatron.tools.bench.gpu.part_run import BrokenContextError, run_part
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log = _redirect_output(results.beside("log"))
     log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {args.process}: {args.parts}\n")
     if args.process == EXACT_LOCAL:
-        hide_transformer_engine()
+        accelerations.hide("transformer_engine")
     code = run_group(
         [BY_NAME[name] for name in args.parts.split(",")],
         results,
@@ -84,12 +85,6 @@ def run_group(
                 except BrokenContextError:
                     return START_ANEW
     return 0
-
-
-def hide_transformer_engine() -> None:
-    """Let every import of Transformer Engine fail in this process, as where it is not installed."""
-    for name in ("transformer_engine", "transformer_engine_torch"):
-        sys.modules[name] = None  # type: ignore[assignment] - how Python says that there is no such module
 
 
 @contextlib.contextmanager
