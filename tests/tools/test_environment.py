@@ -10,6 +10,7 @@ import torch
 
 from llada_megatron import cli
 from llada_megatron.llada_moe.model import grouped
+from llada_megatron.llada_moe.model.attention import backends
 from llada_megatron.tools import environment
 
 
@@ -96,9 +97,11 @@ def test_a_source_outside_git_has_no_commit(tmp_path):
 
 
 def test_the_attention_of_a_run_is_told_with_its_reason(monkeypatch):
+    backends.attention_backend.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     packed, blocks = (environment.attention_state(block, cuda=True, engine=True) for block in (None, 32))
     assert packed == {"active": True, "detail": "Transformer Engine, all documents in one call (serves this pattern)"}
     assert blocks["active"] and blocks["detail"].startswith("FlexAttention, all documents in one call (Transformer")
+    backends.attention_backend.cache_clear()
     without = environment.attention_state(None, cuda=False, engine=False)
     assert not without["active"] and "kernels for packed documents need CUDA" in without["detail"]

@@ -172,4 +172,7 @@ def test_the_tiles_that_flex_attention_skips_or_takes_whole(positions, lengths, 
     assert torch.equal(torch.from_numpy(whole), pairs.all(4).all(2))
     mask = flex.block_mask(packed, torch.device("cpu"))
     assert torch.equal(mask.to_dense().bool()[:, 0], pairs.any(4).any(2))
+    in_part, in_whole = mask.kv_num_blocks[:, 0].sum(1), mask.full_kv_num_blocks[:, 0].sum(1)  # no tile is in both
+    assert in_whole.tolist() == whole.sum(axis=(1, 2)).tolist()
+    assert (in_part + in_whole).tolist() == some.sum(axis=(1, 2)).tolist()
     assert mask.seq_lengths == (positions // ranks, positions)

@@ -114,7 +114,7 @@ def _against_flex(head_dim: int) -> str | None:
 
 def _capability() -> tuple[int, int] | None:
     """Of the current GPU; None where there is none to ask (tensors without data on a machine without a GPU)."""
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    return torch.cuda.get_device_capability() if torch.cuda.device_count() else None
 
 
 @cache
