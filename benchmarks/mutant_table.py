@@ -237,6 +237,7 @@ _GROUPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
             ("torch.sum(d_scaled * product,", "torch.sum(d_scaled * active,"),
             ("dy.t(), product.mul_(scale), ends", "dy.t(), product, ends"),
             ("or distance < first.numel()", "or False"),
+            ("product if b.dim() == 3 else _zero_without_rows(product, ends)", "product"),
             ("in reversed(list(enumerate(modules)))", "in list(enumerate(modules))"),
             ("and not _quantized(weight) for", "for"),
         ],

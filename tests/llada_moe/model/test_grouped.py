@@ -51,6 +51,18 @@ def test_torchs_grouped_product_is_the_product_of_each_group(monkeypatch, counts
         torch.testing.assert_close(got, grouped.grouped_product(a, b, ends), atol=0.1, rtol=2e-2)
 
 
+def test_a_group_without_rows_has_a_product_of_zero_whatever_the_kernel_leaves_there(monkeypatch):
+    def kernel(a, b, *, offs):
+        product = torch.full((offs.numel(), a.size(0), b.size(1)), float("nan"), dtype=a.dtype)
+        product[1] = a @ b
+        return product
+
+    monkeypatch.setattr(grouped, "GROUPED_MM", kernel)
+    a, b = torch.randn(8, 5).bfloat16(), torch.randn(5, 16).bfloat16()
+    product = grouped.grouped_product(a, b, torch.tensor([0, 5, 5], dtype=torch.int32))
+    assert torch.equal(product[1], a @ b) and not product[0].any() and not product[2].any()
+
+
 def test_a_gpu_would_be_given_what_its_grouped_product_takes():
     """Shapes, strides and types of the three products in both directions, by torch's own checks for the meta device."""
     weights = [
