@@ -57,6 +57,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             module.__version__ = self._version
             for part in [f"{ROOT}.common", *([] if self._broken else TABLE["modules"])]:
                 importlib.import_module(part)
+        if module.__name__ == f"{ROOT}_torch":  # the compiled part, of which Megatron reads these names at import
+            module.DType = enum.Enum("DType", ["kFloat4E2M1", "kFloat8E4M3", "kFloat8E5M2"])
         for name in TABLE["modules"].get(module.__name__, {}):
             setattr(module, name, _value(module.__name__, name))
 
