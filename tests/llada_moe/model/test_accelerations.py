@@ -60,6 +60,7 @@ def test_transformer_engine_is_what_env_says(unsettled, stub, cuda, active, deta
     elif accelerations.present("transformer_engine"):
         pytest.skip("Transformer Engine is installed here")
     unsettled.setattr(accelerations.torch.cuda, "is_available", lambda: cuda)
+    unsettled.setattr(environment, "attention_state", lambda *_: {})  # which asks the GPU what it can
     said = environment.active_accelerations()["transformer-engine"]
     assert said["active"] is active and detail in said["detail"]
     assert accelerations.transformer_engine_active() is active
