@@ -10,6 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from llada_megatron.launch.cluster.preflight import device_checks
+from llada_megatron.launch.resources import check_machine
+from llada_megatron.llada_moe.config import load_run
 from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.parallel import device, machine, ranks, topology
 from llada_megatron.tools import environment
@@ -116,6 +119,10 @@ def test_a_driver_that_torch_cannot_use_is_told_and_not_passed_over(driver, monk
     assert environment.devices()["why not CUDA"] == fault
     with pytest.raises(ResourceError, match=r"rank 0 on .*is too old \(found version 12020\)"):
         topology.join(0, 1, f"file://{tmp_path}/store")
+    with pytest.raises(RuntimeError, match=r"is too old \(found version 12020\)"):
+        device_checks.look()
+    with pytest.raises(ResourceError, match=r"is too old \(found version 12020\)"):
+        check_machine(load_run("demo"))
     driver[0] = "No CUDA GPUs are available"  # they are hidden on purpose
     assert machine.driver_fault() is None
     monkeypatch.setattr(machine, "_DRIVER", tmp_path / "none")

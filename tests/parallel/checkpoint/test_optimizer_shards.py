@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import hypothesis
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from torch import distributed as dist
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
-from llada_megatron.parallel.training.optimizer_shards import boxes
+from llada_megatron.parallel.training.optimizer_shards import STATES, boxes
+from llada_megatron.tools.bench import parity
 from llada_megatron.tools.bench.layouts import DENSE, SIGMOID, parity_run
 from tests.ranks import run_ranks
 
@@ -75,6 +77,42 @@ def test_no_rank_gathers_or_reads_more_than_it_holds():
         assert read == held
         whole = held + held_too
         assert 0.4 * whole < held < 0.6 * whole
+
+
+def main_weights_in_small_buckets(run):
+    """(number of buckets, this rank's boxes of the main weights and its weights, for `join_parts`)."""
+    from llada_megatron.parallel import build, sharded_state, topology
+    from llada_megatron.parallel.training import distributed_optimizer
+
+    topology.initialize(run.layout, run.training.seed)
+    build.DistributedDataParallelConfig = functools.partial(build.DistributedDataParallelConfig, bucket_size=5000)
+    chunks = build.build_run_chunks(run)
+    models = build.wrap(run, chunks)
+    optimizer = distributed_optimizer.build_optimizer(run, models)
+    for parameter in chunks[0].parameters():
+        parameter.main_grad = parameter.data  # `gradient_parts` names and places what stands here
+    weights = parity.gradient_parts(chunks)
+    saved = distributed_optimizer.optimizer_state(optimizer, sharded_state.model_state(chunks), loading=False)
+    shards = [shard for part in saved["shards"].values() for shard in part.values()]
+    prefix = "optimizer.state.param."
+    main = [
+        (shard.key.removeprefix(prefix), shard.global_shape, shard.global_offset, shard.data.numpy().copy())
+        for shard in shards
+        if shard.key.startswith(prefix)
+    ]
+    assert {shard.key.split(".")[2] for shard in shards} == set(STATES)
+    return sum(len(buffer.buckets) for model in models for buffer in model.buffers), main, weights
+
+
+def test_boxes_are_those_of_the_weights_also_with_buckets_that_are_padded():
+    """Of each bucket a rank holds an equal part, and buckets are filled up to whole parts."""
+    run = parity_run(DENSE, LayoutConfig(data_parallel=2, overlap_grad_reduce=True))
+    found = run_ranks(main_weights_in_small_buckets, 2, run)
+    assert found[0][0] > 3
+    main = parity.join_parts(part for _, parts, _ in found for part in parts)
+    weights = parity.join_parts(found[0][2])
+    assert main.keys() == weights.keys()
+    assert all(torch.equal(main[name], weights[name]) for name in main)
 
 
 def weights_read(run, root):
