@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from llada_megatron.parallel import device
 
@@ -47,7 +47,13 @@ class FakeDevice(FakeTensorMode):
         leaves = tree_leaves((args, kwargs))
         on_device = any(isinstance(leaf, FakeTensor) for leaf in leaves)
         named = any(isinstance(leaf, torch.device) and leaf.type == "cuda" for leaf in leaves)
-        return super().__torch_dispatch__(func, types, args, kwargs) if on_device or named else func(*args, **kwargs)
+        if not (on_device or named):
+            return func(*args, **kwargs)
+        args, kwargs = tree_map(self._without_values, (args, kwargs))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _without_values(self, leaf):
+        return self.from_tensor(leaf) if torch.is_tensor(leaf) and not isinstance(leaf, FakeTensor) else leaf
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,9 +79,10 @@ def chunk_of(run):
     return chunk
 
 
-@pytest.mark.parametrize("block_size", [None, GRID])
-def test_the_loss_of_packed_documents_asks_the_device_for_nothing(fake_cuda, block_size):
-    run = parity_run(MODELS["dense"], LayoutConfig(), block_size=block_size, precision="bf16")
+@pytest.mark.parametrize(("block_size", "precision"), [(None, "bf16"), (1, "bf16"), (GRID, "fp32")])
+def test_the_loss_of_packed_documents_asks_the_device_for_nothing(fake_cuda, block_size, precision):
+    """In one call (bf16), and document by document."""
+    run = parity_run(MODELS["dense"], LayoutConfig(), block_size=block_size, precision=precision)
     batch = SyntheticData(run).batch([1, 2])  # two and three documents
     targets = Targets.of(batch.labels, batch.weights).to(device.current())
     chunk = chunk_of(run)
