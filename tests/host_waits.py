@@ -192,7 +192,8 @@ class _Calls(TorchFunctionMode):
             with self._waits.paused():
                 out = func(*args, **kwargs)
                 return out.clone() if torch.is_tensor(out) else out  # on the host from here
-        if name in ("tensor", "as_tensor") and any(map(self._waits.marked, tree_leaves(subject))):
+        listed = () if torch.is_tensor(subject) else tree_leaves(subject)
+        if name in ("tensor", "as_tensor") and any(map(self._waits.marked, listed)):
             self._waits.record(f"{name}(of tensors)")
         named = kwargs.get("device") is not None or (name == "to" and _names_device(args[1:]))
         if not named and name != "cuda":
