@@ -108,3 +108,22 @@ def test_a_sampling_pass_asks_the_device_for_nothing(fake_cuda, model, cached):
         logits = runner.forward(work)
         assert isinstance(logits, FakeTensor) and logits.shape == (work.offsets.numel(), run.model.vocab_size)
         assert runner.read(work, logits).token.shape == (work.offsets.numel(),)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x + torch.ones(3),
+    ],
+    ids=["item", "tolist", "nonzero", "mask", "host tensor"],
+)
+def test_what_asks_the_device_raises(fake_cuda, wrong):
+    x = torch.zeros(3).to(device.current(), non_blocking=True)
+    assert (x * 2.0 + 1).device.type == "cuda"
+    assert torch.ones(3).nonzero().tolist() == [[0], [1], [2]]  # on the host
+    with pytest.raises(Exception, match="aten|fake tensor|FakeTensor|data dependent"):
+        wrong(x)
