@@ -32,7 +32,7 @@ from llada_megatron.parallel.sampling.settings import GraphUse
 
 MOST_GRAPHS = 24
 """Graphs that are kept at a time; the one that was not replayed for longest makes room."""
-MOST_BYTES_LEFT = 1 << 30
+MOST_BYTES_LEFT = 2 << 30
 """Keys and values that stay reserved between two calls, with the graphs that write to them."""
 ORDINARY_USES = 2
 """Passes of a shape that run without a graph before it is captured: many shapes occur once."""
