@@ -83,3 +83,17 @@ def test_loss_in_fp8_attention_loss_memory_and_graphs(judged):
     batch = {"passes_per_second": 40.0}
     found = judged("sampler", **{"batch 1, without graphs": batch, "batch 1, with graphs": {"passes_per_second": 80.0}})
     assert list(found.values()) == [(2.0, True)]
+
+
+def test_a_part_that_is_not_done_is_a_failure_with_and_without_goals(tmp_path):
+    for machine in (H100, Machine("a CPU", 0, 0, "2.11.0")):
+        results = ResultsFile(tmp_path / f"{machine.capability}.jsonl")
+        results.open_for(machine)
+        results.add(Measurement("checkpoint", "save and load", {"gb": 1.0}, 1.0))
+        results.end("checkpoint", "cut", "its time was over after 25 s")
+        *figures, cut, left = claims(results, machine, [BY_NAME["checkpoint"], BY_NAME["profile"]])
+        assert [claim.holds for claim in figures] == [None]
+        assert cut.holds is left.holds is False
+        assert cut.claim == "checkpoint: cut: its time was over after 25 s" and left.claim.startswith(
+            "profile: not run"
+        )

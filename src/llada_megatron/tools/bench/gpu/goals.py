@@ -34,16 +34,18 @@ GRAPHS_GOAL = 1.5
 def claims(results: ResultsFile, machine: Machine, parts: Sequence[Part]) -> list[Claim]:
     """The claims of the chosen parts, in their order; what failed or was left is told as well."""
     known = results.read()
-    for part in parts:
-        _tell(known, part)
     found = [claim for part in parts for claim in _CLAIMS.get(part.name, _reported)(known, part.name)]
-    return [dataclasses.replace(claim, goal="reported", holds=None) for claim in found] if machine.toy else found
+    if machine.toy:
+        found = [dataclasses.replace(claim, goal="reported", holds=None) for claim in found]
+    return [*found, *(claim for part in parts for claim in _not_done(known, part))]
 
 
-def _tell(known: Known, part: Part) -> None:
+def _not_done(known: Known, part: Part) -> Iterator[Claim]:
+    """A part of which something is left is a failure, whatever its goals, with a GPU and without."""
     status, detail = known.ends.get(part.name, ("not run", "no time was left"))
     if status != DONE:
         message(f"{part.name}: {status}: {detail}; the same command does what is left")
+        yield Claim(f"{part.name}: {status}: {detail}", math.nan, "", DONE, False)
 
 
 def _agreement(known: Known, part: str) -> Iterator[Claim]:
@@ -134,7 +136,9 @@ def _attention(known: Known, part: str) -> Iterator[Claim]:
         goal = kind == "block-causal" and first
         yield at_least(text, value, "x", ATTENTION_GOAL) if goal else reported(text, value, "x")
         backend = each.figures.get("backend", "not measured")
-        yield reported(f"{part}: {each.name}: difference from it, by {backend}", each.figures.get("difference", math.nan), "")
+        yield reported(
+            f"{part}: {each.name}: difference from it, by {backend}", each.figures.get("difference", math.nan), ""
+        )
     for kind, (short, *more) in peaks.items():
         value = more[0] / short if more else math.nan
         yield at_most(f"{part}: {kind}: peak memory at four times the positions", value, "x", LINEAR_GOAL)

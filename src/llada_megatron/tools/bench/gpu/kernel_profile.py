@@ -73,6 +73,8 @@ def kernel_times(run: Callable[[], object]) -> Counter[str]:
         run()
     times: Counter[str] = Counter()
     for event in profiler.key_averages():
+        if getattr(event, "is_user_annotation", False):
+            continue  # a name for a stretch of time, not a kernel
         microseconds = event.self_device_time_total if device.cuda_available() else event.self_cpu_time_total
         if microseconds > 0:
             times[event.key] += microseconds / 1e6

@@ -6,7 +6,7 @@ import json
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llada_megatron.llada_moe.errors import ResourceError
 
@@ -27,8 +27,8 @@ class Machine:
 
     device: str
     """The GPU's name, or the processor's architecture."""
-    memory: int
-    """Bytes of a GPU; 0 without one."""
+    memory: int = field(compare=False)
+    """Bytes of a GPU, which differ a little between cards of one kind; 0 without one."""
     capability: int
     """Compute capability times ten; 0 without a GPU."""
     torch: str

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from llada_megatron.llada_moe.model import accelerations
 from llada_megatron.parallel.parent_death import die_with_parent
@@ -55,9 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log,
         threads=max(1, (os.cpu_count() or 2) // 2) if args.process == ON_CPU else None,
     )
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # a broken CUDA context, or NCCL's threads, may wait for ever at an orderly end
+    return _leave(code)
 
 
 def run_group(
@@ -68,7 +66,11 @@ def run_group(
     log: TextIO | None = None,
     threads: int | None = None,
 ) -> int:
-    """Run parts in this process, each as long as its time allows; returns the exit code."""
+    """Run parts in this process, each as long as its time allows; returns the exit code.
+
+    `log`: that of a process of its own, which is ended where a part hangs or CUDA stops answering; None = this process is
+    not to be ended.
+    """
     import torch
 
     from llada_megatron.tools.bench.measurement import single_process
@@ -83,8 +85,15 @@ def run_group(
                 try:
                     run_part(part, results, machine, until)
                 except BrokenContextError:
-                    return START_ANEW
+                    return START_ANEW if log is None else _leave(START_ANEW)
     return 0
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process at once: a broken CUDA context, or NCCL's threads, may wait for ever at an orderly end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager
