@@ -101,8 +101,8 @@ def figures(args: argparse.Namespace, kernel: str | None = None) -> dict[str, fl
 
     Args:
         args: the values of the options but `threads`; the process groups of one process exist.
-        kernel: what computes the cross-entropy of a chunk (see `llada_moe.model.cross_entropy`): "te" or "native"; None =
-            operations of their own.
+        kernel: what computes the cross-entropy of a chunk (see `llada_moe.model.cross_entropy`): "te" or "native";
+            None = operations of their own.
     """
     problem = _problem(args)
     if kernel is not None:

@@ -7,11 +7,13 @@ import dataclasses
 import pytest
 import torch
 
+from llada_megatron.llada_moe.config.fp8 import check_fp8
 from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
-from llada_megatron.tools.bench.gpu import workloads
+from llada_megatron.tools.bench.gpu import fp8_loss, precisions, workloads
 from llada_megatron.tools.bench.gpu.attention_speed import dense_mask
 from llada_megatron.tools.bench.gpu.kernel_profile import kind_of
+from llada_megatron.tools.bench.gpu.machine import Machine
 from llada_megatron.tools.bench.gpu.machine_figures import named_peak
 from llada_megatron.tools.bench.gpu.workloads import document_boundaries, needed_bytes, workload
 
@@ -30,6 +32,23 @@ def test_more_layers_fit_into_more_memory_and_one_more_would_not():
 def test_a_gpu_that_is_too_small_is_told():
     with pytest.raises(ResourceError, match="two layers of llada_moe need more than this GPU's 16 GB"):
         workloads.moe(16_000_000_000)
+
+
+def test_an_h100_with_transformer_engine_has_three_recipes_and_every_model_has_widths_for_them(monkeypatch):
+    assert precisions.precisions(Machine("a CPU", 0, 0, "2.11.0")) == [precisions.BF16]
+    monkeypatch.setattr(precisions, "transformer_engine_active", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    first, *fp8 = precisions.precisions(Machine("NVIDIA H100", H100, 90, "2.11.0"))
+    assert first == precisions.BF16 and {each.name for each in fp8} == {
+        "FP8 delayed",
+        "FP8 tensorwise",
+        "FP8 blockwise",
+    }
+    for each in fp8:
+        runs = [make(H100, **each.training).run for make in (workloads.moe, workloads.mini)]
+        runs += [workloads.dense(False, **each.training).run, fp8_loss.training_run(False, each.training)]
+        for run in runs:
+            check_fp8(run.training, run.model, run.layout, lambda key, said: pytest.fail(f"{key}: {said}"))
 
 
 @pytest.mark.parametrize("documents", [1, 8, 40])

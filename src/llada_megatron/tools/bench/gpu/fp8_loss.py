@@ -16,7 +16,7 @@ from llada_megatron.parallel.training.distributed_optimizer import build_optimiz
 from llada_megatron.parallel.training.step import TrainingStep
 from llada_megatron.tools.bench.gpu.agreement import SyntheticWindows
 from llada_megatron.tools.bench.gpu.part_run import PartRun, release_memory
-from llada_megatron.tools.bench.gpu.precisions import precisions
+from llada_megatron.tools.bench.gpu.precisions import forget_scales, precisions
 from llada_megatron.tools.bench.gpu.workloads import workload
 
 STEPS, TOY_STEPS = 200, 3
@@ -47,6 +47,7 @@ def compare(part: PartRun) -> None:
     """One measurement a precision, all on the same windows and masks from the same weights."""
     for precision in precisions(part.machine):
         part.measure(precision.name, _losses, part.toy, precision.training)
+        forget_scales()
         release_memory()
 
 

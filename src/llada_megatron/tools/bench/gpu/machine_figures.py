@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from llada_megatron.tools import environment as report
 from llada_megatron.tools.bench.gpu.part_run import PartRun
 
 FP8_CAPABILITY = 89
-_SIZE, _SECONDS = 8192, 1.0
+_SECONDS = 1.0
 
 NAMED_PEAKS = {
     "H100 PCIe": (756.0, 1513.0),
@@ -47,7 +46,7 @@ def environment(part: PartRun) -> None:
         for section, values in found.items():
             message(section.replace("_", " "))
             for name, value in values.items():
-                message(f"  {name:<24}{value if not isinstance(value, dict) else value.get('detail', value)}")
+                message(f"  {name:<24} {value if not isinstance(value, dict) else value.get('detail', value)}")
         return {"report": json.dumps(found), **_gpu_facts()}
 
     part.measure("environment", collected)
@@ -76,25 +75,5 @@ def ceilings(part: PartRun) -> None:
     seconds = 0.1 if part.toy else _SECONDS
     part.measure("bf16", lambda: {"flops_per_second": matmul_peak(here, torch.bfloat16, seconds)})
     if part.machine.capability >= FP8_CAPABILITY:
-        part.measure("fp8", lambda: {"flops_per_second": fp8_peak(_SIZE, _SECONDS)})
+        part.measure("fp8", lambda: {"flops_per_second": matmul_peak(here, torch.float8_e4m3fn, _SECONDS)})
     part.measure("copy", lambda: {"bytes_per_second": copy_peak(here)})
-
-
-def fp8_peak(size: int, seconds: float) -> float:
-    """FLOP/s of a square product of E4M3 matrices with one scale each: the best of several runs."""
-    here = device.current()
-    a = torch.randn(size, size, device=here).to(torch.float8_e4m3fn)
-    b = torch.randn(size, size, device=here).to(torch.float8_e4m3fn).t()
-    one = torch.ones((), device=here)
-
-    def once() -> float:
-        began = time.perf_counter()
-        torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
-        torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    once()
-    best, deadline = once(), time.perf_counter() + seconds
-    while time.perf_counter() < deadline:
-        best = min(best, once())
-    return 2.0 * size**3 / best

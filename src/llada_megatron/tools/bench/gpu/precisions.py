@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from llada_megatron.llada_moe.config.training import TrainingConfig
+import torch
+
+from llada_megatron.llada_moe.config.fp8 import FP8Config
 from llada_megatron.llada_moe.model.accelerations import transformer_engine_active
+from llada_megatron.parallel import fp8
 from llada_megatron.tools.bench.gpu.machine import Machine
 
 
@@ -24,17 +27,19 @@ BF16 = Precision("bf16", {"precision": "bf16"})
 
 def precisions(machine: Machine) -> list[Precision]:
     """bf16 first, then each FP8 recipe that the GPU, torch and Transformer Engine can run."""
-    known = "fp8" in {field.name for field in dataclasses.fields(TrainingConfig)}
-    if machine.toy or not known or not transformer_engine_active():
+    if machine.toy or not transformer_engine_active():
         return [BF16]
-    import torch
-
-    from llada_megatron.llada_moe.config.fp8 import FP8Config
-    from llada_megatron.parallel import fp8
-
     capability, cuda = divmod(machine.capability, 10), torch.version.cuda or "0"
     recipes = [recipe for recipe in fp8.FORMATS if fp8.obstacle(recipe, capability, cuda) is None]
     return [
         BF16,
         *(Precision(f"FP8 {name}", {"precision": "bf16", "fp8": FP8Config(recipe=name)}, True) for name in recipes),
     ]
+
+
+def forget_scales() -> None:
+    """Let go of the scales of a model that is gone: Transformer Engine would go on to update them with every model."""
+    if transformer_engine_active():
+        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+        FP8GlobalStateManager.reset()

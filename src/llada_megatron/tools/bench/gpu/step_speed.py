@@ -19,7 +19,7 @@ from llada_megatron.parallel.training.peak import matmul_peak, peak_memory_gb
 from llada_megatron.tools.bench.gpu import workloads
 from llada_megatron.tools.bench.gpu.machine_figures import named_peak
 from llada_megatron.tools.bench.gpu.part_run import PartRun, release_memory
-from llada_megatron.tools.bench.gpu.precisions import Precision, precisions
+from llada_megatron.tools.bench.gpu.precisions import Precision, forget_scales, precisions
 from llada_megatron.tools.bench.gpu.workloads import Workload
 from llada_megatron.tools.bench.our_step import OurStep
 
@@ -66,6 +66,7 @@ def _measure(part: PartRun, make: Callable[..., Workload]) -> None:
                 raise
             for name in part.missing(names.values()):
                 part.failed(name, failure)
+        forget_scales()
         release_memory()
 
 
@@ -108,7 +109,7 @@ def _figures(part: PartRun, work: Workload, precision: Precision, step: OurStep,
 def _ceiling(part: PartRun, precision: Precision) -> float:
     """FLOP/s of the part `ceilings` in the precision of most products; measured now where that has no figure."""
     known = part.results.read().figure("ceilings", "fp8" if precision.fp8 else "bf16", "flops_per_second")
-    return known or matmul_peak(device.current(), torch.bfloat16)
+    return known or matmul_peak(device.current(), torch.float8_e4m3fn if precision.fp8 else torch.bfloat16)
 
 
 def _timed(run: Callable[[], object]) -> float:

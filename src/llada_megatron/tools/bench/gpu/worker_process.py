@@ -68,8 +68,8 @@ def run_group(
 ) -> int:
     """Run parts in this process, each as long as its time allows; returns the exit code.
 
-    `log`: that of a process of its own, which is ended where a part hangs or CUDA stops answering; None = this process is
-    not to be ended.
+    `log`: that of a process of its own, which is ended where a part hangs or CUDA stops answering; None = this process
+    is not to be ended.
     """
     import torch
 
