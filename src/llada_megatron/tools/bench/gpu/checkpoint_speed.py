@@ -68,7 +68,7 @@ def _figures(work: Workload, step: OurStep, directory: Path) -> dict[str, Any]:
         path, template | {"optimizer": optimizer_state(step.optimizer, template, loading=True)}
     )
     load_model_state([step.chunk], state)
-    load_optimizer_state(step.optimizer, template, state["optimizer"])
+    load_optimizer_state(step.optimizer, model_state([step.chunk]), state["optimizer"])
     loaded = time.perf_counter()
     return {
         "gb": size / 1e9,

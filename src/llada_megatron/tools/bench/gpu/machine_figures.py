@@ -61,8 +61,9 @@ def _gpu_facts() -> dict[str, Any]:
         "free_gb": free / 1e9,
         "total_gb": total / 1e9,
         "multiprocessors": properties.multi_processor_count,
-        "driver_cuda": torch._C._cuda_getDriverVersion(),
     }
+    with contextlib.suppress(Exception):
+        facts["driver_cuda"] = torch._C._cuda_getDriverVersion()
     for name in ("clock_rate", "power_draw", "temperature", "utilization"):
         with contextlib.suppress(Exception):  # they need NVIDIA's management library, and the right to ask it
             facts[name] = float(getattr(torch.cuda, name)())

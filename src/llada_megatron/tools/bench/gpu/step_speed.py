@@ -25,7 +25,7 @@ from llada_megatron.tools.bench.our_step import OurStep
 
 DOCUMENTS = (1, 40, 8)
 """Per window; those that a goal is about come first."""
-_TIMED_STEPS = 3
+_TIMED_STEPS = 2
 
 
 def dense(part: PartRun) -> None:
