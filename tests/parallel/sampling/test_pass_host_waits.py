@@ -20,15 +20,14 @@ CREDIT = Wait("llada_megatron/llada_moe/sampling/step_cache.py", "CreditAccount.
 EVERYTHING = dataclasses.replace(
     DRAWN, needs=frozenset({"entropy", "current", "text", "divergence", Credit(0.5, 0.9, 1.0)}), operations=(3,)
 )
-NAMES = ("dense drawn", "dense guided", "dense block-causal greedy", "experts drawn", "experts block-causal drawn",
-         "routed by blocks")  # fmt: skip
+NAMES = ("dense guided", "dense block-causal greedy", "experts drawn", "routed by blocks")
 METHODS = {name: (CASES[name].model, CASES[name].method) for name in NAMES} | {
     "all statistics": ("dense", dataclasses.replace(BOTH, logits_processor=EVERYTHING))
 }
 
 
 def pass_waits(cases):
-    """What a process waits for while it writes three texts, and how many passes that took."""
+    """What a process waits for while it writes two texts, and how many passes that took."""
     from llada_megatron.parallel import topology
     from llada_megatron.parallel.sampling.generator import SequenceGenerator
 
@@ -36,9 +35,9 @@ def pass_waits(cases):
     found = {}
     for name, (model, method) in cases.items():
         loaded = load(MODELS[model], LayoutConfig(), method.grid)
-        generator = SequenceGenerator(loaded, method, 3)
+        generator = SequenceGenerator(loaded, method, 2)
         with HostWaits([loaded.model]) as waits:
-            for _ in generator.steps(requests(3, method.grid)):
+            for _ in generator.steps(requests(2, method.grid)):
                 pass
         found[name] = waits.waits, str(waits), generator.report.passes
     return found
