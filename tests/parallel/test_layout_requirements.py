@@ -18,6 +18,7 @@ from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.parallel import build, device
 from llada_megatron.parallel.training import distributed_optimizer
 from llada_megatron.tools.bench.layouts import MODELS, parity_run
+from tests.te_builds import built
 
 EP2 = LayoutConfig(data_parallel=2, expert_parallel=2)
 
@@ -89,13 +90,25 @@ def test_the_flex_dispatcher_is_refused_without_its_package(monkeypatch):
     assert (config.moe_token_dispatcher_type, config.moe_flex_dispatcher_backend) == ("flex", "deepep")
 
 
-def test_norms_are_run_again_by_transformer_engine_only(monkeypatch):
+def test_norms_are_run_again_by_transformer_engine_only():
     run = parity_run(MODELS["sigmoid"], EP2, recompute="selective", recompute_modules=["layernorm", "moe_act"])
     with pytest.raises(ConfigError, match="training.recompute_modules: layernorm needs Transformer Engine"):
         build.transformer_config(run.model, run.layout, run.training)
-    monkeypatch.setattr(build, "transformer_engine_active", lambda: True)
-    config = build.transformer_config(run.model, run.layout, run.training)
-    assert (config.recompute_granularity, config.recompute_modules) == ("selective", ["layernorm", "moe_act"])
+    training = dataclasses.replace(run.training, recompute_modules=["moe_act"])
+    assert build.transformer_config(run.model, run.layout, training).recompute_granularity is None
+
+
+def test_transformer_engines_modules_take_uneven_stages_and_what_is_run_again():
+    pipeline = {"pipeline_parallel": 2, "pipeline_layers": [3, 1], "data_parallel": 2, "expert_parallel": 2}
+    again = {"precision": "bf16", "recompute": "selective", "recompute_modules": ["layernorm", "moe_act"]}
+    case = {"model": "tiny-moe", "layout": pipeline, "training": again}
+    beside = {"data_parallel": 2, "expert_parallel": 2, "overlap_shared_experts": True}
+    first, last, shared = built([case | {"rank": 0}, case | {"rank": 3}, case | {"layout": beside, "rank": 0}])
+    assert not {"error"} & (first.keys() | last.keys() | shared.keys()), (first, last, shared)
+    assert first["config"]["recompute_granularity"] == last["config"]["recompute_granularity"] == "selective"
+    experts = [sum(each["modules"]["TEColumnParallelGroupedLinear"].values()) for each in (first, last, shared)]
+    assert experts == [2, 1, 3]  # of four layers the first is dense
+    assert shared["config"]["moe_shared_expert_overlap"] and not first["config"]["moe_shared_expert_overlap"]
 
 
 def test_logits_at_a_time_suit_the_device(monkeypatch):
