@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llada_megatron.llada_moe.config import load_run
+from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
-from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.llada_moe.model.activation_memory import activation_memory
 from llada_megatron.parallel.training import out_of_memory
@@ -72,13 +71,13 @@ def test_recomputation_and_micro_batches_lower_the_estimate():
 
 
 def test_the_settings_that_save_most_come_first():
-    large = load_run("llada-moe-7b-a1b-pretrain", ["training.recompute=none", "training.logits_chunk_mb=1024"])
+    large = run_of(load_model("llada-moe-7b-a1b"), 2, 4096, precision="bf16", logits_chunk_mb=1024)
     assert list(savings(large)) == [
         "training.recompute=full",
         "training.micro_batch_size=1 (now 2)",
         "training.logits_chunk_mb=256 (now 1024)",
     ]
-    spread = dataclasses.replace(large, layout=dataclasses.replace(large.layout, context_parallel=2, data_parallel=32))
+    spread = dataclasses.replace(large, layout=dataclasses.replace(large.layout, context_parallel=2))
     assert activations(spread) < activations(large)
 
 
@@ -95,8 +94,7 @@ def test_each_tensor_is_counted_once_where_it_belongs():
 
 
 def test_a_model_that_does_not_fit_is_told_before_it_is_there():
-    run = load_run("llada-8b-pretrain")
-    text = describe(FAILURE, dataclasses.replace(run, layout=LayoutConfig()))
+    text = describe(FAILURE, run_of(load_model("llada-8b"), 1, 1024, precision="bf16", logits_chunk_mb=64))
     assert text.startswith("out of memory when 2.50 GiB more were asked for. Computed: gradients 32.1 GB, ")
     assert "parameters 16 GB" in text and "gradients take most" in text
     assert text.endswith(
