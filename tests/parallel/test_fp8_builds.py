@@ -28,6 +28,7 @@ CLASSES = {
     "blockwise": "Float8BlockScaling",
     "mxfp8": "MXFP8BlockScaling",
 }
+WITH_WEIGHTS = ("tensorwise", "blockwise")
 CASES = [
     (family, recipe, layout)
     for family, recipe, layout in itertools.product(FAMILIES, CLASSES, LAYOUTS)
@@ -36,8 +37,10 @@ CASES = [
 
 
 def training(recipe):
+    """With every key that the recipe can have."""
     first = {} if recipe == "delayed" else {"num_layers_at_start_in_bf16": 1}
-    return {"precision": "bf16", "fp8": {"recipe": recipe, **first}}
+    weights = {"param_gather": True} if recipe in WITH_WEIGHTS else {}
+    return {"precision": "bf16", "fp8": {"recipe": recipe, **first, **weights}}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ def test_builds_with_the_recipe_that_is_meant(results, family, recipe, layout):
     meant = {
         "fp8": "hybrid" if recipe in ("delayed", "tensorwise") else "e4m3",
         "fp8_recipe": recipe,
-        "fp8_param": False,
+        "fp8_param": recipe in WITH_WEIGHTS,
         "first_last_layers_bf16": recipe != "delayed",
         "moe_router_padding_for_quantization": family not in ("llada", "qwen3"),
         "fp8_dot_product_attention": False,

@@ -35,7 +35,7 @@ from llada_megatron.llada_moe.model.initialization import initialize_weights
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer, architecture_fields, build_model
 from llada_megatron.llada_moe.objectives import make_objective
-from llada_megatron.parallel import device, fp8, fp8_state
+from llada_megatron.parallel import device, fp8, fp8_state, fp8_weights
 from llada_megatron.parallel.fusions import fusion_fields
 from llada_megatron.parallel.overlap import connect
 from llada_megatron.parallel.sharded_state import apply_factories_copy
@@ -189,13 +189,14 @@ def build_run_chunks(
     config = transformer_config(run.model, run.layout, run.training)
     pattern = make_objective(run.objective).pattern(step=0)
     chunks = build_chunks(run.model, run.layout, config, pattern, run.training.logits_chunk_mb)
-    sharded = [
-        tensor
-        for chunk in chunks
-        for tensor in nested_values(apply_factories_copy(chunk))
-        if isinstance(tensor, ShardedTensor)
-    ]
-    initialize(sharded, run.training.seed, run.model.init_std, run.model.num_layers)
+    with fp8_weights.initialising(chunks):
+        sharded = [
+            tensor
+            for chunk in chunks
+            for tensor in nested_values(apply_factories_copy(chunk))
+            if isinstance(tensor, ShardedTensor)
+        ]
+        initialize(sharded, run.training.seed, run.model.init_std, run.model.num_layers)
     _equalize_tied_embeddings(chunks)
     fp8_state.prepare(chunks)
     mark_expert_parameters(chunks, run.layout)
@@ -256,6 +257,7 @@ def wrap(run: RunConfig, chunks: list[DiffusionTransformer]) -> list[Distributed
         overlap_grad_reduce=run.layout.overlap_grad_reduce,
         overlap_param_gather=run.layout.overlap_param_gather,
         check_for_nan_in_grad=False,
+        **fp8.reduction_fields(run.training.fp8),
     )
     wrapped = [
         DistributedDataParallel(config, reduction, module, disable_bucketing=index > 0)

@@ -41,9 +41,20 @@ def transformer_fields(fp8: FP8Config | None, experts: bool) -> dict[str, Any]:
         "first_last_layers_bf16": bool(fp8.num_layers_at_start_in_bf16 or fp8.num_layers_at_end_in_bf16),
         "num_layers_at_start_in_bf16": fp8.num_layers_at_start_in_bf16,
         "num_layers_at_end_in_bf16": fp8.num_layers_at_end_in_bf16,
+        "fp8_param": fp8.param_gather,
         # each expert gets a whole multiple of the tokens that its products read at a time: some go to it with weight 0
         "moe_router_padding_for_quantization": experts,
     }
+
+
+def reduction_fields(fp8: FP8Config | None) -> dict[str, Any]:
+    """Fields of Megatron's DistributedDataParallelConfig; none without weights in FP8."""
+    return {"fp8_param_gather": True} if fp8 is not None and fp8.param_gather else {}
+
+
+def optimizer_fields(fp8: FP8Config | None) -> dict[str, Any]:
+    """Fields of Megatron's OptimizerConfig; none without weights in FP8, for which alone it asks the recipe."""
+    return {"fp8_recipe": fp8.recipe} if fp8 is not None and fp8.param_gather else {}
 
 
 def adapt_delayed_scaling() -> None:

@@ -43,6 +43,21 @@ REFUSED = {
     ),
     "history": ("recipe=delayed", ["training.fp8.amax_history_length=0"], "amax_history_length: 0 must be at least 1"),
     "no history": ("recipe=mxfp8", ["training.fp8.amax_history_length=8"], "recipe mxfp8 has no history"),
+    "weights in FP8": (
+        "recipe=delayed",
+        ["training.fp8.param_gather=true"],
+        "training.fp8.param_gather: true with recipe delayed: a weight that was never used has no maxima",
+    ),
+    "weights in FP8 and Adam": (
+        "recipe=blockwise",
+        ["training.fp8.param_gather=true", "optimizer.exp_avg_dtype=bf16"],
+        "optimizer.exp_avg_dtype: bf16 with training.fp8.param_gather",
+    ),
+    "weights in FP8 to start from": (
+        "recipe=blockwise",
+        ["training.fp8.param_gather=true", "checkpoint.load=imports/a"],
+        "checkpoint.load: with training.fp8.param_gather the main weights would begin rounded to FP8",
+    ),
     "hidden": (
         "recipe=blockwise",
         ["model.hidden_size=2000"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llada_megatron.llada_moe.config.data import check_data
-from llada_megatron.llada_moe.config.fp8 import check_fp8
+from llada_megatron.llada_moe.config.fp8 import check_fp8, check_param_gather
 from llada_megatron.llada_moe.config.intervals import check_reporting
 from llada_megatron.llada_moe.config.layout import check_layout
 from llada_megatron.llada_moe.config.model import MoEConfig, check_model
@@ -39,6 +39,7 @@ def validate_run(run: RunConfig, origins: Origins | None = None) -> None:
     check_recovery(run.recovery, lambda key, message: refuse(f"recovery.{key}", message))
     problems.raise_if_any()  # what follows divides by the axes of the layout
     check_fp8(run.training, run.model, run.layout, refuse)
+    check_param_gather(run.training.fp8, run.optimizer.low_precision, run.checkpoint.load, refuse)
     problems.raise_if_any()
 
 

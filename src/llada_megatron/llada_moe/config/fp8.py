@@ -27,6 +27,11 @@ TOKEN_MULTIPLE = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 
 AMAX_HISTORY_LENGTH = 1024
 
+_KEEPS_NO_WEIGHTS = {
+    "delayed": "a weight that was never used has no maxima and would be rounded with a scale of 1",
+    "mxfp8": "Megatron would gather the weights through the buffer of the gradients, which is not supported",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class FP8Config:
@@ -43,6 +48,9 @@ class FP8Config:
     """The last layers stay in bf16; not with recipe delayed."""
     amax_history_length: int = AMAX_HISTORY_LENGTH
     """Steps (micro-batches) over which recipe delayed takes the maximum."""
+    param_gather: bool = False
+    """Keep the weights of the layers in FP8, and gather them so over data-parallel ranks: half the memory and traffic
+    of bf16. Main weights stay in fp32. With recipe blockwise or tensorwise."""
 
 
 def check_fp8(training: TrainingConfig, model: ModelConfig, layout: LayoutConfig, refuse: Refuse) -> None:
@@ -69,6 +77,28 @@ def check_fp8(training: TrainingConfig, model: ModelConfig, layout: LayoutConfig
     _check_bf16_layers(fp8, model.num_layers, layout, refuse)
     _check_widths(fp8.recipe, model, layout, refuse)
     _check_tokens(fp8.recipe, training, layout, refuse)
+
+
+def check_param_gather(fp8: FP8Config | None, low_precision: list[str], load: str | None, refuse: Refuse) -> None:
+    """Weights in FP8, against keys of the optimizer that are not fp32 and the weights to start from."""
+    if fp8 is None or not fp8.param_gather:
+        return
+    if fp8.recipe in _KEEPS_NO_WEIGHTS:
+        refuse(
+            "training.fp8.param_gather", f"true with recipe {fp8.recipe}: {_KEEPS_NO_WEIGHTS[fp8.recipe]}; use false"
+        )
+    for key, _, value in (entry.partition(": ") for entry in low_precision):
+        refuse(
+            f"optimizer.{key}",
+            f"{value} with training.fp8.param_gather: FusedAdam would hold the main weights, made from rounded ones; "
+            "use fp32",
+        )
+    if load is not None:
+        refuse(
+            "checkpoint.load",
+            "with training.fp8.param_gather the main weights would begin rounded to FP8; use training.fp8.param_gather "
+            "false",
+        )
 
 
 def _check_history(fp8: FP8Config, refuse: Refuse) -> None:

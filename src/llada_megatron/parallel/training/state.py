@@ -27,7 +27,7 @@ from llada_megatron.llada_moe.data.set_manifest import SetManifest
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
 from llada_megatron.llada_moe.objectives import Objective, make_objective
-from llada_megatron.parallel import fp8_state
+from llada_megatron.parallel import fp8_state, fp8_weights
 from llada_megatron.parallel.build import build_chunks, transformer_config
 from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
 from llada_megatron.parallel.checkpoint.search import described, find_checkpoints, first_whole, require_model
@@ -71,7 +71,7 @@ class RunState:
         model = model_state(self.chunks)
         optimizer = {"optimizer": optimizer_state(self.optimizer, model, loading=False)}
         scaling = {fp8_state.KEY: fp8_state.scaling_state(self.chunks)}
-        store.save(self.step, model | optimizer | scaling, self._metadata())
+        store.save(self.step, self._in_high_precision(model) | optimizer | scaling, self._metadata())
 
     def resume(self, store: CheckpointStore) -> Path | None:
         """Continue from the newest whole checkpoint of this run; None if there is none (collective).
@@ -97,7 +97,7 @@ class RunState:
         self._require_tokenizer(path, saved)
         self._require_sets(path, saved)
         model = model_state(self.chunks)
-        template = model | {"optimizer": optimizer_state(self.optimizer, model, loading=True)}
+        template = self._in_high_precision(model) | {"optimizer": optimizer_state(self.optimizer, model, loading=True)}
         history = self._saved_history(path, saved)
         if history is not None:
             template |= {fp8_state.KEY: fp8_state.scaling_state(self.chunks, history)}
@@ -127,6 +127,14 @@ class RunState:
         how = "in bf16" if before is None else f"with FP8 recipe {before['recipe']}"
         self.remarks.append(f"{path} was trained {how} and has no scales of FP8 recipe delayed: they begin anew")
         return None
+
+    def _in_high_precision(self, model: dict[str, Any]) -> dict[str, Any]:
+        """The sharded weights `model`, or where some are kept in FP8, all of them in the training's precision."""
+        fp8 = self.run.training.fp8
+        if fp8 is None or not fp8.param_gather:
+            return model
+        with fp8_weights.in_high_precision(self.chunks):
+            return model_state(self.chunks)
 
     def load_weights(self, store: CheckpointStore, path: Path) -> None:
         """Start from the weights of another run's step directory, with a fresh optimizer (collective)."""
