@@ -100,9 +100,8 @@ def recipe(config: Any) -> str | None:
 
     if not config.fp8:
         return None
-    with fp8_utils.get_fp8_context(config, 1):  # entered as Megatron does, with the real one's arguments
-        made = fp8_utils.get_fp8_recipe(config)
-    return type(made).__name__
+    fp8_utils.get_fp8_context(config, 1)  # checks its arguments; the real one must not be entered without a GPU
+    return type(fp8_utils.get_fp8_recipe(config)).__name__
 
 
 if __name__ == "__main__":

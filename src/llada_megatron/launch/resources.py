@@ -190,13 +190,14 @@ def check_machine(run: RunConfig, oversubscribe: bool = False) -> None:
     from llada_megatron.parallel.machine import driver_fault
 
     ranks = run.layout.world_size
-    require_device(run.training.fp8)
     if torch.cuda.is_available():
         check_gpus(ranks, torch.cuda.device_count())
+        require_device(run.training.fp8)
         return
     fault = driver_fault()
     if fault:
         raise ResourceError(fault)
+    require_device(run.training.fp8)
     check_cores(ranks, available_cores(), oversubscribe)
     check_memory(needed_bytes(run), psutil.virtual_memory().available, ranks)
 

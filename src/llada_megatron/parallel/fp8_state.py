@@ -83,7 +83,7 @@ def unchanged(models: list[torch.nn.Module]) -> Iterator[None]:
 def without_pickles(chunk: torch.nn.Module) -> Iterator[None]:
     """Transformer Engine's modules offer no extra state inside, so that none is pickled for nothing."""
     flags = ("fp8", "fp8_calibration")
-    modules = [module for module in chunk.modules() if _is_linear(module)]
+    modules = [module for module in chunk.modules() if hasattr(module, "fp8_meta")]
     kept = [[getattr(module, flag) for flag in flags] + [module.fp8_meta["fp8_checkpoint"]] for module in modules]
     try:
         for module in modules:
