@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
 from llada_megatron.llada_moe.config import load_run
 from llada_megatron.llada_moe.config.fp8 import FP8Config
 from llada_megatron.parallel.fp8 import optimizer_fields, reduction_fields
@@ -58,8 +61,9 @@ def build_save_and_load(run, folder):
     from megatron.core import fp8_utils
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
-    from llada_megatron.parallel import build, fp8_weights, sharded_state, topology
+    from llada_megatron.parallel import build, sharded_state, topology
     from llada_megatron.parallel.checkpoint.store import CheckpointStore
+    from llada_megatron.parallel.training.state import RunState
 
     topology.initialize(run.layout, run.training.seed)
     usual = build.build_run_chunks(run)
@@ -82,17 +86,20 @@ def build_save_and_load(run, folder):
         for name, weight in kept.items()
     )
     store, before = CheckpointStore(Path(folder), 2, False), values(chunks)
-    with fp8_weights.in_high_precision(chunks):
-        state = sharded_state.model_state(chunks)
+    keeping = dataclasses.replace(run, training=dataclasses.replace(run.training, fp8=KEPT))
+
+    def as_saved():
+        holder = SimpleNamespace(run=keeping, chunks=chunks)
+        return RunState._in_high_precision(holder, sharded_state.model_state(chunks))
+
+    state = as_saved()
     assert not any(isinstance(entry.data, weight_class) for entry in nested_values(state))
     assert {name for name, p in chunks[0].named_parameters() if isinstance(p, weight_class)} == kept.keys()
     store.save(1, state, {"step": 1})
     with torch.no_grad():
         for weight in chunks[0].parameters():
             weight.copy_(torch.ones_like(weight.as_subclass(torch.Tensor)))
-    with fp8_weights.in_high_precision(chunks):
-        template = sharded_state.model_state(chunks)
-    sharded_state.load_model_state(chunks, store.load(store.directory_of(1), template)[0])
+    sharded_state.load_model_state(chunks, store.load(store.directory_of(1), as_saved())[0])
     assert values(chunks) == before
     # a run that keeps its weights in bf16 reads the same file
     sharded_state.load_model_state(usual, store.load(store.directory_of(1), sharded_state.model_state(usual))[0])
