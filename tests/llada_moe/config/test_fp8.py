@@ -12,7 +12,13 @@ from llada_megatron.llada_moe.config import dump_yaml, load_run
 from llada_megatron.llada_moe.config.fp8 import WIDTH_MULTIPLE, check_fp8
 from llada_megatron.llada_moe.errors import ConfigError
 
-DENSE = ["training.precision=bf16", "data.sets=[{path: data/a}]", "output_dir=runs/x"]
+BASE = [
+    "training.recompute=none",
+    "training.recompute_modules=[]",
+    "training.precision=bf16",
+    "data.sets=[{path: data/a}]",
+    "output_dir=runs/x",
+]
 REFUSED = {
     "precision": ("recipe=tensorwise", ["training.precision=fp32"], "training.fp8: needs training.precision bf16"),
     "no recipe": ("num_layers_at_start_in_bf16=1", [], "training.fp8.recipe: missing"),
@@ -91,7 +97,7 @@ REFUSED = {
 
 def run_with(fp8, others=()):
     layout = ["layout.tensor_parallel=2", "layout.sequence_parallel=true", "layout.pipeline_parallel=2"]
-    values = [*DENSE, *layout, "training.micro_batch_size=1", *others, f"training.fp8.{fp8}"]
+    values = [*BASE, *layout, "training.micro_batch_size=1", *others, f"training.fp8.{fp8}"]
     return load_run("llada-moe-7b-a1b-pretrain", values)
 
 
