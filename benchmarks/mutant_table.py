@@ -356,6 +356,30 @@ _GROUPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     (
         "resume",
         "parallel/training/state.py",
+        "tests/parallel/test_fp8_state.py -k resumed",
+        [("fp8_state.load_scaling_state(self.chunks, state[fp8_state.KEY])", "pass")],
+    ),
+    (
+        "resume",
+        "parallel/training/recovery/repair.py",
+        "tests/parallel/test_fp8_state.py -k again",
+        [(", *fp8_state.scaling_tensors(models)", "")],
+    ),
+    (
+        "resume",
+        "parallel/training/validation.py",
+        "tests/parallel/test_fp8_state.py -k again",
+        [("with fp8_state.unchanged(models):", "if True:")],
+    ),
+    (
+        "resume",
+        "parallel/fp8_weights.py",
+        "tests/parallel/test_fp8_weights.py -k initialised",
+        [("weight.get_high_precision_init_val().copy_(plain)", "pass")],
+    ),
+    (
+        "resume",
+        "parallel/training/state.py",
         "tests/parallel/training/test_objectives.py -k trains_validates",
         [('self.objective.load_state(metadata.get("objective", {}))', "pass")],
     ),
