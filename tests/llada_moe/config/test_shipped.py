@@ -75,7 +75,7 @@ def test_the_documented_keys_are_all_keys_and_their_defaults(tmp_path):
     text = (CONFIGS.parent / "docs/configuration.md").read_text(encoding="utf-8")
     example = text.partition("```yaml\n")[2].partition("```")[0]
     (tmp_path / "all.yaml").write_text(example, encoding="utf-8")
-    required = [line for line in example.splitlines() if "# *" in line or line.lstrip().startswith("moe:")]
+    required = [line for line in example.splitlines() if "# *" in line or line.lstrip().startswith(("moe:", "fp8:"))]
     (tmp_path / "required.yaml").write_text("\n".join(required), encoding="utf-8")
     documented = load_run(tmp_path / "all.yaml")
     assert documented == load_run(tmp_path / "required.yaml")
