@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -98,7 +100,9 @@ def test_a_source_outside_git_has_no_commit(tmp_path):
 
 def test_the_attention_of_a_run_is_told_with_its_reason(monkeypatch):
     backends.attention_backend.cache_clear()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    real = importlib.util.find_spec
+    spec = ModuleSpec("triton", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: spec if name == "triton" else real(name, *rest))
     packed, blocks = (environment.attention_state(block, cuda=True, engine=True) for block in (None, 32))
     assert packed == {"active": True, "detail": "Transformer Engine, all documents in one call (serves this pattern)"}
     assert blocks["active"] and blocks["detail"].startswith("FlexAttention, all documents in one call (Transformer")

@@ -64,11 +64,12 @@ def attention_backend(
         name = str(dtype).removeprefix("torch.")
         return Choice(Backend.PER_DOCUMENT, f"kernels for packed documents take bfloat16 and float16, not {name}")
     missing = []
-    for backend, obstacle in (
-        (Backend.ENGINE, _against_engine(pattern, engine, split)),
-        (Backend.VARLEN, _against_varlen(pattern, head_dim)),
-        (Backend.FLEX, _against_flex(head_dim)),
+    for backend, find_obstacle in (
+        (Backend.ENGINE, lambda: _against_engine(pattern, engine, split)),
+        (Backend.VARLEN, lambda: _against_varlen(pattern, head_dim)),  # asking imports torch's compiler: seconds
+        (Backend.FLEX, lambda: _against_flex(head_dim)),
     ):
+        obstacle = find_obstacle()
         if obstacle is None:
             return Choice(backend, "; ".join(missing) or "serves this pattern")
         missing.append(obstacle)
