@@ -123,7 +123,15 @@ def test_a_driver_that_torch_cannot_use_is_told_and_not_passed_over(driver, monk
         device_checks.look()
     with pytest.raises(ResourceError, match=r"is too old \(found version 12020\)"):
         check_machine(load_run("demo"))
-    driver[0] = "No CUDA GPUs are available"  # they are hidden on purpose
+    for hidden in ("No CUDA GPUs are available", TOO_OLD):  # on purpose, whatever torch says of it
+        driver[0] = hidden
+        with monkeypatch.context() as patch:
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            assert machine.driver_fault() is None
+    with monkeypatch.context() as patch:  # a fork cannot ask; who forked it has
+        patch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+        assert machine.driver_fault() is None
+    driver[0] = "No CUDA GPUs are available"
     assert machine.driver_fault() is None
     monkeypatch.setattr(machine, "_DRIVER", tmp_path / "none")
     driver[0] = TOO_OLD

@@ -65,13 +65,15 @@ def driver_fault() -> str | None:
     """Why torch cannot use the GPUs of this machine though it has a driver for them, in one line; None if it can.
 
     torch itself only warns, and a run would go on on the CPU. GPUs that are hidden on purpose (CUDA_VISIBLE_DEVICES="")
-    are no fault.
+    are no fault; and a forked process cannot ask, so that it is for the one that forked it.
     """
     import torch
 
     from llada_megatron.parallel import device
 
     if torch.version.cuda is None or device.cuda_available() or not _DRIVER.exists():
+        return None
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or torch.cuda._is_in_bad_fork():
         return None
     try:
         torch.cuda.init()

@@ -20,8 +20,8 @@ from megatron.core.utils import get_model_config
 def connect(models: list[DistributedDataParallel]) -> None:
     """Let the pipeline schedules and the modules take part in what the models' configuration asks for.
 
-    Megatron's `param_sync_func` stays unset: it would start gathers in validation as well, whose output layer is a
-    plain product that nothing waits for. The weights of an interleaved chunk are gathered when its first module runs.
+    Megatron's `param_sync_func` stays unset: it would start gathers in validation as well, where weights are whole
+    already (`complete_weights`). The weights of an interleaved chunk are gathered when its first module runs.
     """
     settings = models[0].ddp_config
     if settings.overlap_grad_reduce:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -84,3 +85,19 @@ def test_closing_waits_for_the_thread_but_not_for_ever(monkeypatch):
     go_on.set()
     thread.join(60)
     assert not thread.is_alive()
+
+
+def test_a_step_that_nobody_wants_is_finished_before_another_is_made():
+    at_once, most = [], []
+
+    def make(step):
+        at_once.append(step)
+        most.append(len(at_once))
+        time.sleep(0.02)
+        at_once.remove(step)
+        return step
+
+    ahead = BatchesAhead(make, 100)
+    assert [ahead(step) for step in (0, 5, 2, 9)] == [0, 5, 2, 9]
+    ahead.close()
+    assert max(most) == 1

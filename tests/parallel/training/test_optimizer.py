@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -142,3 +144,24 @@ def test_the_bias_of_a_full_expert_falls_and_that_of_an_empty_one_rises(model):
     for before, after, load in found:
         assert load.max() > load.mean() > load.min()
         torch.testing.assert_close(after - before, rate * torch.sign(load.mean() - load))
+
+
+def test_transformer_engines_adam_is_filled_as_it_asks_for():
+    """Its `initialize_state` takes two arguments, as in 2.20.2; Megatron's call of it gives one."""
+    from llada_megatron.parallel.training import distributed_optimizer
+
+    class Adam:
+        store_param_remainders = False
+        param_groups: ClassVar = [{"params": ["first", "second"]}]
+        state: ClassVar = {"first": {"exp_avg": 0}, "second": {}}
+
+        def initialize_state(self, param, store_param_remainders):
+            self.state[param] = {"remainders": store_param_remainders}
+
+    def init_state_fn(adam, config):
+        raise TypeError("initialize_state() missing 1 required positional argument")
+
+    config = SimpleNamespace(use_precision_aware_optimizer=True)
+    part = SimpleNamespace(optimizer=Adam(), config=config, init_state_fn=init_state_fn)
+    distributed_optimizer._fill_fresh_adam(part, loading=False)
+    assert part.optimizer.state == {"first": {"exp_avg": 0}, "second": {"remainders": False}}

@@ -78,10 +78,11 @@ class CudaRecorder:
         self.nbytes = 0
         self.left: GraphedPasses | None = None
         self._pool = torch.cuda.graph_pool_handle()
+        self._side = torch.cuda.Stream()  # one for all: what a stream has freed serves no other
 
     def record(self, run: Callable[[], torch.Tensor]) -> _CudaGraph:
         """Implements `Recorder.record`."""
-        side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        side, main = self._side, torch.cuda.current_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
             run()  # libraries choose kernels and allocate workspaces when they first see a shape

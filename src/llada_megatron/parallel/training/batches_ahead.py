@@ -43,7 +43,11 @@ class BatchesAhead(Generic[_T]):
 
     def _result(self, step: int) -> _T:
         ahead, self._next = self._next, None
-        return ahead[1].result() if ahead is not None and ahead[0] == step else self._make(step)
+        if ahead is not None and ahead[0] == step:
+            return ahead[1].result()
+        if ahead is not None:
+            ahead[1].exception()  # of a step that nobody wants now: one thread at a time makes batches
+        return self._make(step)
 
     def _begin(self, step: int) -> Future[_T]:
         future: Future[_T] = Future()

@@ -171,16 +171,26 @@ def _updates(parts: list[dict[str, Any]]) -> int:
 def _fill_fresh_adam(optimizer: MegatronOptimizer, loading: bool) -> None:
     """Adam makes its state at the first step; a template to load into and a checkpoint of step 0 need it before.
 
-    torch's AdamW is filled here (distrib_optimizer.py:642); for others Megatron does it.
+    torch's AdamW is filled here (distrib_optimizer.py:642); for others Megatron does it, but where Transformer Engine's
+    keeps low-precision state, since its `initialize_state` has an argument that Megatron does not pass.
     """
     for part in _parts(optimizer):
         adam = part.optimizer
         if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
             _fill_torch_adam(adam)
+        elif adam is not None and not loading and part.config.use_precision_aware_optimizer:
+            _fill_engine_adam(adam)
         elif adam is not None and not loading:
             part.init_state_fn(adam, part.config)
         if loading:
             part.load_state_dict(part.state_dict())
+
+
+def _fill_engine_adam(adam: Any) -> None:
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if not adam.state[parameter]:
+                adam.initialize_state(parameter, adam.store_param_remainders)
 
 
 def _fill_torch_adam(adam: torch.optim.Optimizer) -> None:

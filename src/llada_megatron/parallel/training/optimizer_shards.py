@@ -49,7 +49,10 @@ def saved_state(optimizer: Any, model: dict[str, Any]) -> dict[str, ShardedTenso
     for weight, parts in _weights(optimizer, model):
         tensors = optimizer._get_main_param_and_optimizer_states(weight)
         for name in STATES:
-            values = tensors[name].detach().float().flatten()
+            values = tensors[name].detach()
+            if values.dtype is not torch.float32:  # chosen because the GPU's memory is short: the copy is on the host
+                values = values.float().cpu()
+            values = values.flatten()
             for part in parts:
                 state[f"{len(state)}"] = _filled(part, name, values[part.start : part.stop])
     return state

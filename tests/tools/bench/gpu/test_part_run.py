@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from llada_megatron.llada_moe.errors import ResourceError
-from llada_megatron.tools.bench.gpu import part_run
+from llada_megatron.tools.bench.gpu import part_run, step_speed
 from llada_megatron.tools.bench.gpu.machine import Machine
 from llada_megatron.tools.bench.gpu.part_run import BrokenContextError, run_part
 from llada_megatron.tools.bench.gpu.parts import AS_TRAINED
@@ -112,3 +114,23 @@ def test_a_gpu_that_stopped_answering_ends_the_process_after_the_part_is_noted(r
         run(part)
     assert results.read().ends["part"][0] == "failed"
     assert "illegal memory access" in results.read().measurements["part", "first"].error
+
+
+def test_the_model_of_a_precision_is_gone_before_the_next_is_built(run, monkeypatch):
+    """Both do not fit on a card for which the number of layers is computed."""
+    alive, before = weakref.WeakSet(), []
+
+    class Step:
+        def __init__(self, *_):
+            before.append(len(alive))
+            alive.add(self)
+
+    work = SimpleNamespace(run=None)
+    monkeypatch.setattr(step_speed, "OurStep", Step)
+    monkeypatch.setattr(step_speed, "explained", lambda *_: nullcontext())
+    monkeypatch.setattr(step_speed, "_size", lambda _: "a model")
+    monkeypatch.setattr(step_speed, "_figures", lambda *_: {"x": 1.0})
+    two = [SimpleNamespace(name=name, training={}) for name in ("bf16", "FP8")]
+    monkeypatch.setattr(step_speed, "precisions", lambda _: two)
+    found, _ = run(lambda context: step_speed._measure(context, lambda **_: work))
+    assert before == [0, 0] and len(found) == 2 * len(step_speed.DOCUMENTS)

@@ -54,20 +54,25 @@ def _measure(part: PartRun, make: Callable[..., Workload]) -> None:
         names = {documents: cell(precision.name, documents) for documents in DOCUMENTS}
         if not part.missing(names.values()):
             continue
-        began = time.monotonic()
-        try:
-            work = make(**precision.training)
-            with built(work) as step:
-                message(f"{part.part.name}: {precision.name}: {_size(work)}, built in {time.monotonic() - began:.1f} s")
-                for documents, name in names.items():
-                    part.measure(name, _figures, part, work, precision, step, documents)
-        except Exception as failure:
-            if isinstance(failure, part.ENDS):
-                raise
-            for name in part.missing(names.values()):
-                part.failed(name, failure)
+        _measure_in(part, make, precision, names)
         forget_scales()
         release_memory()
+
+
+def _measure_in(part: PartRun, make: Callable[..., Workload], precision: Precision, names: dict[int, str]) -> None:
+    """One precision. A function of its own, so that nothing holds its model while that of the next one is built."""
+    began = time.monotonic()
+    try:
+        work = make(**precision.training)
+        with built(work) as step:
+            message(f"{part.part.name}: {precision.name}: {_size(work)}, built in {time.monotonic() - began:.1f} s")
+            for documents, name in names.items():
+                part.measure(name, _figures, part, work, precision, step, documents)
+    except Exception as failure:
+        if isinstance(failure, part.ENDS):
+            raise
+        for name in part.missing(names.values()):
+            part.failed(name, failure)
 
 
 @contextmanager
