@@ -40,7 +40,7 @@ def test_the_missing_gemm_is_there_with_a_gpu_too(monkeypatch):
 
     monkeypatch.setattr(device, "_installed", False)
     monkeypatch.setattr(device, "_megatron_imported", lambda: False)
-    monkeypatch.setattr(device, "_patch_torch_adam_resume", lambda: None)
+    monkeypatch.setattr(device.torch_adam, "patch_resume", lambda: None)
     monkeypatch.setattr(device, "cuda_available", lambda: True)
     monkeypatch.delattr(moe_utils, "te_general_gemm", raising=False)
     device.install()

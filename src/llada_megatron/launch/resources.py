@@ -18,7 +18,7 @@ from llada_megatron.llada_moe.overwriting import refuse_inside_checkpoint
 from llada_megatron.parallel.checkpoint import manifest as checkpoint_manifest
 from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
 from llada_megatron.parallel.checkpoint.search import weights_to_start_from
-from llada_megatron.parallel.fp8 import require_device
+from llada_megatron.parallel.fp8.recipes import require_device
 from llada_megatron.parallel.training.callbacks import find_callback
 from llada_megatron.parallel.training.recovery.policy import may_go_back
 

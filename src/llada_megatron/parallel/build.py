@@ -35,7 +35,8 @@ from llada_megatron.llada_moe.model.initialization import initialize_weights
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer, architecture_fields, build_model
 from llada_megatron.llada_moe.objectives import make_objective
-from llada_megatron.parallel import device, fp8, fp8_state, fp8_weights
+from llada_megatron.parallel import device
+from llada_megatron.parallel.fp8 import fp8_state, fp8_weights, recipes
 from llada_megatron.parallel.fusions import fusion_fields
 from llada_megatron.parallel.overlap import connect
 from llada_megatron.parallel.sharded_state import apply_factories_copy
@@ -56,7 +57,7 @@ def transformer_config(
         **fusion_fields(model, training=training is not None),
         **_layout_fields(layout),
         **(_expert_layout_fields(model.moe, layout) if model.moe else {}),
-        **fp8.transformer_fields(training.fp8 if training is not None else None, model.moe is not None),
+        **recipes.transformer_fields(training.fp8 if training is not None else None, model.moe is not None),
     }
     if training is not None:
         fields |= _recompute_fields(training)
@@ -159,7 +160,7 @@ def build_chunks(
     `logits_chunk_mb`: None = as many as suit the device.
     """
     if config.fp8:
-        fp8.adapt_delayed_scaling()
+        recipes.adapt_delayed_scaling()
     count = layout.pipeline_chunks_per_rank
     chunks = []
     for chunk in range(count):
@@ -257,7 +258,7 @@ def wrap(run: RunConfig, chunks: list[DiffusionTransformer]) -> list[Distributed
         overlap_grad_reduce=run.layout.overlap_grad_reduce,
         overlap_param_gather=run.layout.overlap_param_gather,
         check_for_nan_in_grad=False,
-        **fp8.reduction_fields(run.training.fp8),
+        **recipes.reduction_fields(run.training.fp8),
     )
     wrapped = [
         DistributedDataParallel(config, reduction, module, disable_bucketing=index > 0)

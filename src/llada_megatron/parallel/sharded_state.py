@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
-from llada_megatron.parallel.fp8_state import without_pickles
+from llada_megatron.parallel.fp8.fp8_state import without_pickles
 
 
 def apply_factories_copy(chunk: DiffusionTransformer) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def training_work(run: RunConfig) -> Work:
 
         device.install()
         from llada_megatron.parallel import topology
-        from llada_megatron.parallel.fp8 import require_device
+        from llada_megatron.parallel.fp8.recipes import require_device
         from llada_megatron.parallel.training.out_of_memory import explained
         from llada_megatron.parallel.training.trainer import Trainer
 

@@ -15,7 +15,8 @@ from llada_megatron.llada_moe.config.optimizer import OptimizerConfig, learning_
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.model.spec import transformer_engine_active
-from llada_megatron.parallel import device, fp8
+from llada_megatron.parallel import device
+from llada_megatron.parallel.fp8 import recipes
 from llada_megatron.parallel.training import optimizer_shards
 
 
@@ -39,7 +40,7 @@ def build_optimizer(run: RunConfig, models: list[DistributedDataParallel]) -> Me
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             overlap_param_gather=run.layout.overlap_param_gather,
             **_state_types(settings),
-            **fp8.optimizer_fields(run.training.fp8),
+            **recipes.optimizer_fields(run.training.fp8),
         ),
         models,
         use_gloo_process_groups=False,

@@ -27,11 +27,11 @@ from llada_megatron.llada_moe.data.set_manifest import SetManifest
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
 from llada_megatron.llada_moe.objectives import Objective, make_objective
-from llada_megatron.parallel import fp8_state, fp8_weights
 from llada_megatron.parallel.build import build_chunks, transformer_config
 from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
 from llada_megatron.parallel.checkpoint.search import described, find_checkpoints, first_whole, require_model
 from llada_megatron.parallel.checkpoint.store import CheckpointStore
+from llada_megatron.parallel.fp8 import fp8_state, fp8_weights
 from llada_megatron.parallel.overlap import complete_weights
 from llada_megatron.parallel.sharded_state import load_model_state, model_state
 from llada_megatron.parallel.training.distributed_optimizer import load_optimizer_state, optimizer_state

@@ -13,7 +13,8 @@ from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch, Samples
 from llada_megatron.llada_moe.evaluation.likelihood import Likelihood
 from llada_megatron.llada_moe.objectives import Objective
-from llada_megatron.parallel import device, fp8_state, host_group
+from llada_megatron.parallel import device, host_group
+from llada_megatron.parallel.fp8 import fp8_state
 from llada_megatron.parallel.overlap import complete_weights
 from llada_megatron.parallel.training.microbatches import prepare, stage
 from llada_megatron.parallel.training.step import run_pipeline

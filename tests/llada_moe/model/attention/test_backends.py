@@ -95,7 +95,7 @@ def test_cudnn_is_not_taken_for_attention_on_a_gpu(monkeypatch):
     monkeypatch.setattr(device, "_installed", False)
     monkeypatch.setattr(device, "sys", SimpleNamespace(modules={}))
     monkeypatch.setattr(device, "cuda_available", lambda: True)
-    monkeypatch.setattr(device, "_patch_torch_adam_resume", lambda: None)
+    monkeypatch.setattr(device.torch_adam, "patch_resume", lambda: None)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)

@@ -10,9 +10,9 @@ import torch
 
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import LladaError
-from llada_megatron.parallel import fp8_state
 from llada_megatron.parallel.checkpoint.store import CheckpointStore
 from llada_megatron.parallel.collectives import on_rank_0
+from llada_megatron.parallel.fp8 import fp8_state
 from llada_megatron.parallel.training.recovery import decision_log, policy
 from llada_megatron.parallel.training.recovery.attempt import RouterStateSnapshot, StepAttempt, StepRunner
 from llada_megatron.parallel.training.recovery.decision_log import DecisionLog

@@ -9,7 +9,7 @@ import torch
 
 from llada_megatron.llada_moe.config.fp8 import FP8Config
 from llada_megatron.llada_moe.model.accelerations import transformer_engine_active
-from llada_megatron.parallel import fp8
+from llada_megatron.parallel.fp8 import recipes
 from llada_megatron.tools.bench.gpu.machine import Machine
 
 
@@ -30,10 +30,10 @@ def precisions(machine: Machine) -> list[Precision]:
     if machine.toy or not transformer_engine_active():
         return [BF16]
     capability, cuda = divmod(machine.capability, 10), torch.version.cuda or "0"
-    recipes = [recipe for recipe in fp8.FORMATS if fp8.obstacle(recipe, capability, cuda) is None]
+    able = [recipe for recipe in recipes.FORMATS if recipes.obstacle(recipe, capability, cuda) is None]
     return [
         BF16,
-        *(Precision(f"FP8 {name}", {"precision": "bf16", "fp8": FP8Config(recipe=name)}, True) for name in recipes),
+        *(Precision(f"FP8 {name}", {"precision": "bf16", "fp8": FP8Config(recipe=name)}, True) for name in able),
     ]
 
 

@@ -24,7 +24,7 @@ from llada_megatron.llada_moe.config.training import TrainingConfig
 from tests.corpora import model_for, prepared_set
 from tests.ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HISTORY, EXPERTS = 4, 4
 EP2 = LayoutConfig(data_parallel=2, expert_parallel=2)
 TP2 = LayoutConfig(tensor_parallel=2, sequence_parallel=True)
@@ -72,9 +72,10 @@ def fill(chunk):
 
 
 def save_or_load(layout, folder, saving, history=HISTORY):
-    from llada_megatron.parallel import fp8_state, topology
+    from llada_megatron.parallel import topology
     from llada_megatron.parallel.checkpoint.store import CheckpointStore
-    from tests.parallel.fp8_modules import chunk_of
+    from llada_megatron.parallel.fp8 import fp8_state
+    from tests.parallel.fp8.fp8_modules import chunk_of
 
     topology.initialize(layout, 0)
     use_fake_engine()
@@ -119,8 +120,8 @@ def test_another_history_keeps_the_newest_maxima(saved, length, rows):
 
 
 def stateless():
-    from llada_megatron.parallel import fp8_state
-    from tests.parallel.fp8_modules import chunk_of
+    from llada_megatron.parallel.fp8 import fp8_state
+    from tests.parallel.fp8.fp8_modules import chunk_of
 
     chunk = chunk_of(HISTORY, EXPERTS, recipe="blockwise")
     fp8_state.prepare([chunk])
@@ -141,7 +142,7 @@ def test_transformer_engine_lays_its_state_out_as_it_is_read():
         importlib.metadata.version("transformer-engine-torch")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("Transformer Engine is not installed")
-    program = [sys.executable, "-m", "tests.parallel.fp8_engine"]
+    program = [sys.executable, "-m", "tests.parallel.fp8.fp8_engine"]
     environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "NVTE_FRAMEWORK": "pytorch"}
     subprocess.run(program, check=True, cwd=ROOT, env=environment)
 
@@ -154,7 +155,7 @@ def engine_in_the_layers():
     from llada_megatron.llada_moe.model.linear import ColumnLinear, RowLinear
     from llada_megatron.parallel import build
     from llada_megatron.parallel.training import reporter
-    from tests.parallel.fp8_modules import add_fp8
+    from tests.parallel.fp8.fp8_modules import add_fp8
 
     def scaled(module, inputs, outputs):
         state = module.fp8_meta.get("scaling_fwd")
@@ -185,7 +186,8 @@ def engine_in_the_layers():
 
 
 def train(run, last, bad_step=None):
-    from llada_megatron.parallel import fp8_state, topology
+    from llada_megatron.parallel import topology
+    from llada_megatron.parallel.fp8 import fp8_state
     from llada_megatron.parallel.training.step import TrainingStep
     from llada_megatron.parallel.training.trainer import Trainer
 

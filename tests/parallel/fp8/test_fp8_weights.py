@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from llada_megatron.llada_moe.config import load_run
 from llada_megatron.llada_moe.config.fp8 import FP8Config
-from llada_megatron.parallel.fp8 import optimizer_fields, reduction_fields
+from llada_megatron.parallel.fp8.recipes import optimizer_fields, reduction_fields
 from tests.ranks import run_ranks
 
 KEPT = FP8Config(recipe="tensorwise", param_gather=True)

@@ -15,7 +15,7 @@ import transformer_engine.pytorch as te  # noqa: E402
 from transformer_engine.common.recipe import DelayedScaling  # noqa: E402
 from transformer_engine.pytorch import quantization  # noqa: E402
 
-from llada_megatron.parallel import fp8_state  # noqa: E402
+from llada_megatron.parallel.fp8 import fp8_state  # noqa: E402
 
 HISTORY, EXPERTS = 4, 3
 

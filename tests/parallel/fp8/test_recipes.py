@@ -14,7 +14,8 @@ from llada_megatron.llada_moe.config.fp8 import FP8Config
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.llada_moe.model import accelerations
-from llada_megatron.parallel import build, fp8
+from llada_megatron.parallel import build
+from llada_megatron.parallel.fp8 import recipes
 from llada_megatron.parallel.training import peak
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
@@ -52,7 +53,7 @@ CAN = {
 
 @pytest.mark.parametrize(("device", "able"), CAN.items())
 def test_a_recipe_needs_a_device_that_has_it(device, able):
-    reasons = {recipe: fp8.obstacle(recipe, *device) for recipe in RECIPES}
+    reasons = {recipe: recipes.obstacle(recipe, *device) for recipe in RECIPES}
     assert tuple(recipe for recipe in RECIPES if reasons[recipe] is None) == able
     for reason in filter(None, reasons.values()):
         assert reason.endswith("remove training.fp8 to train in bf16") and ("use recipe" in reason) == bool(able)
@@ -85,12 +86,12 @@ def test_a_run_in_fp8_needs_the_card_and_transformer_engine(monkeypatch, capabil
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     state = accelerations.Acceleration(engine, "its import fails")
     monkeypatch.setattr(accelerations, "transformer_engine", lambda: state)
-    fp8.require_device(None)
+    recipes.require_device(None)
     if message is None:
-        fp8.require_device(FP8Config(recipe="blockwise"))
+        recipes.require_device(FP8Config(recipe="blockwise"))
         return
     with pytest.raises(ResourceError, match=message):
-        fp8.require_device(FP8Config(recipe="blockwise"))
+        recipes.require_device(FP8Config(recipe="blockwise"))
 
 
 def test_utilisation_is_of_the_precision_used_and_says_which(monkeypatch):

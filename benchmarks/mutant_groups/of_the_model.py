@@ -1,0 +1,280 @@
+"""What is computed: noise, objectives, attention, routing, experts, kernels, the update."""
+
+from __future__ import annotations
+
+Group = tuple[str, str, str, list[tuple[str, str]]]
+"""Area, file in `src/llada_megatron`, words of a pytest command line, and changes of one line: old and new text."""
+
+GROUPS: list[Group] = [
+    (
+        "noise",
+        "llada_moe/diffusion/noise.py",
+        "tests/llada_moe/diffusion/test_noise.py",
+        [
+            ("return (1.0 - self._epsilon) * t + self._epsilon", "return t"),
+            ("mask[untruncated:] = False", "pass"),
+            ("< self._replace_ratio) & ~mask", "< self._replace_ratio)"),
+            ("return 1 + int(size * length)", "return int(size * length)"),
+            ("[0, stream, at.epoch, at.window]", "[0, stream, 0, at.window]"),
+            ("_REPLACED, _SUBSTITUTE = range(6)", "_REPLACED, _SUBSTITUTE = 0, 1, 2, 3, 1, 5"),
+            ("stream = purpose * len(_SPLITS) + self._split", "stream = purpose * len(_SPLITS)"),
+            ("choice * (len(self._ids) - is_word)", "choice * (len(self._ids) - 1)"),
+            ("t = low + (high - low) * t", "t = low + high * t"),
+            ("chance < self._cut_probability", "chance > self._cut_probability"),
+        ],
+    ),
+    (
+        "objective",
+        "llada_moe/objectives/masked_diffusion.py",
+        "tests/llada_moe/data/test_training_data.py tests/parallel/training/test_validation.py "
+        "-k 'diffusion or replaced'",
+        [
+            ("np.float32(1.0 / noise.ratio if noise.ratio > 0 else 0.0)", "np.float32(1.0)"),
+            ("np.where(noise.mask, weights, np.float32(1.0))[: noise.length]", "weights[: noise.length]"),
+            ("whole_range and not self.config.replace_ratio and", "whole_range and"),
+            ('self.config.normalization == "all_tokens"', "True"),
+            ("return not self.config.replace_ratio", "return True"),
+        ],
+    ),
+    (
+        "objective",
+        "llada_moe/objectives/normalization.py",
+        "tests/llada_moe/objectives/test_normalization.py",
+        [
+            ("length / answer.clamp(min=1)", "1 / answer.clamp(min=1)"),
+            ("sequences * length, counts.masked)", "sequences * length, counts.untruncated)"),
+            ("int((batch.weights > 0).sum())", "int((batch.weights > 1).sum())"),
+            ("return above / below if below else 0.0", "return above / below if below else 1.0"),
+        ],
+    ),
+    (
+        "objective",
+        "llada_moe/objectives/autoregressive.py",
+        "tests/llada_moe/data/test_training_data.py -k autoregressive",
+        [
+            ("weights[boundaries[1:] - 1] = 0.0", "weights[-1] = 0.0"),
+            ("np.append(tokens[1:], tokens[-1])", "np.append(tokens[:-1], tokens[-1])"),
+        ],
+    ),
+    (
+        "objective",
+        "parallel/training/validation.py",
+        "tests/parallel/training/test_validation.py -k 'layout or fill'",
+        [
+            ("float(nats) / run.layout.tensor_parallel", "float(nats)"),
+            ("batch.weights[surplus], batch.untruncated[surplus] = 0.0, 0", "batch.untruncated[surplus] = 0"),
+        ],
+    ),
+    (
+        "attention",
+        "llada_moe/model/attention/per_document.py",
+        "tests/llada_moe/model/test_attention.py tests/llada_moe/model/attention/test_backends.py",
+        [
+            ("columns[None, :] > rows[:, None]", "columns[None, :] >= rows[:, None]"),
+            ("if block == 1 and q.size(2) == k.size(2):", "if block == 1:"),
+            (
+                "zip(columns, packed.rows, strict=True)]",
+                "zip(columns, packed.rows[:1] * len(packed.rows), strict=True)]",
+            ),
+            ("of_whole[:, :, : ctx.keys].add_(of_prefix)", "pass"),
+            ("q, k, v, scale=scale,", "q, k, v, scale=1.0,"),
+            (
+                "_Prefix.apply(whole, keys) if whole.requires_grad else (whole[:, :, :keys], whole)",
+                "whole[:, :, :keys], whole",
+            ),
+        ],
+    ),
+    (
+        "attention",
+        "llada_moe/model/attention/pattern_attention.py",
+        "tests/llada_moe/model/test_attention.py",
+        [("first=self.context_group.rank() * query.size(0),", "first=0,")],
+    ),
+    (
+        "attention",
+        "llada_moe/model/attention/window_attention.py",
+        "tests/llada_moe/model/test_windows.py",
+        [("seen[own, window.shadow_first + own] = False", "seen[own, own] = False")],
+    ),
+    (
+        "attention",
+        "llada_moe/model/attention/packed_documents.py",
+        "tests/llada_moe/model/attention/test_against_softmax.py tests/llada_moe/model/attention/test_backends.py",
+        [
+            ("np.arange(part.before, part.before + part.queries) // block", "np.arange(part.queries) // block"),
+            ("keys = pattern.keys_seen(stop - segment.start,", "keys = pattern.keys_seen(stop - start,"),
+            ("first_keys[segment.row] = segment.start", "first_keys[segment.row] = 0"),
+            (
+                "key = (content, pattern, batch, positions, first, queries)",
+                "key = (content, batch, positions, first, queries)",
+            ),
+            ("if len(self._packed) == self._kept:", "if False:"),
+        ],
+    ),
+    (
+        "attention",
+        "llada_moe/model/attention/flex.py",
+        "tests/llada_moe/model/attention/test_against_softmax.py",
+        [
+            ("(ends >= edges + TILE)", "(ends >= edges)"),
+            ("(begins[b, q] <= k) & (k < ends[b, q])", "k < ends[b, q]"),
+            ("_ordered(some & ~whole, device)", "_ordered(some, device)"),
+        ],
+    ),
+    (
+        "attention",
+        "llada_moe/model/attention/varlen.py",
+        "tests/llada_moe/model/attention/test_against_softmax.py",
+        [("if packed.pattern.block == 1:", "if False:")],
+    ),
+    (
+        "attention",
+        "llada_moe/model/attention/engine_attention.py",
+        "tests/llada_moe/model/attention/test_engine_attention.py",
+        [
+            ("alone.context_parallel_size = 1", "pass"),
+            ("AttnMaskType.padding if packed.pattern.block is None", "AttnMaskType.padding if True"),
+        ],
+    ),
+    (
+        "attention",
+        "llada_moe/model/attention/packed_keys.py",
+        "tests/llada_moe/model/attention/test_against_softmax.py",
+        [("max(part.keys for part in packed.parts)", "max(part.queries for part in packed.parts)")],
+    ),
+    (
+        "attention",
+        "llada_moe/model/patterns.py",
+        "tests/llada_moe/model/test_attention.py",
+        [
+            ("min(length, -(-end // block) * block)", "min(length, end)"),
+            ("first = start // span * span", "first = start"),
+        ],
+    ),
+    (
+        "attention",
+        "llada_moe/model/patterns.py",
+        "tests/llada_moe/model/test_routing.py -k numbered",
+        [("(starts.diff() + size - 1) // size", "starts.diff() // size")],
+    ),
+    (
+        "router",
+        "llada_moe/model/routing.py",
+        "tests/llada_moe/model/test_routing.py",
+        [
+            ("            self.expert_bias = kept\n", "            pass\n"),
+            ('ranked, "amax")', 'ranked, "mean")'),
+            (".scatter_(1, chosen, False)", ".scatter_(1, chosen[:, 1:], False)"),
+            ("torch.distributed.ReduceOp.MAX", "torch.distributed.ReduceOp.MIN"),
+            ("part * self.tp_group.size() + self.tp_group.rank()", "part * self.tp_group.size()"),
+            (".sigmoid().flatten(0, 1) + self.expert_bias", ".sigmoid().flatten(0, 1)"),
+        ],
+    ),
+    (
+        "router",
+        "llada_moe/model/transformer.py",
+        "tests/parallel/training/test_optimizer.py -k bias",
+        [('update_rate": moe.expert_bias_update_rate', 'update_rate": -moe.expert_bias_update_rate')],
+    ),
+    (
+        "router",
+        "llada_moe/model/transformer.py",
+        "tests/llada_moe/model/test_routing.py -k definition",
+        [('scaling_factor": moe.routed_scaling_factor', 'scaling_factor": 1.0')],
+    ),
+    (
+        "router",
+        "llada_moe/model/transformer.py",
+        "tests/llada_moe/huggingface/test_formats.py -k logits",
+        [
+            ('pre_softmax": moe.score_function == "softmax"', 'pre_softmax": False'),
+            ("int(layer >= moe.leading_dense_layers)", "int(layer > moe.leading_dense_layers)"),
+        ],
+    ),
+    (
+        "router",
+        "llada_moe/model/experts.py",
+        "tests/llada_moe/model/test_experts.py",
+        [
+            ("torch.sum(d_scaled * product,", "torch.sum(d_scaled * active,"),
+            ("if count else torch.zeros_like", "if count else torch.ones_like"),
+        ],
+    ),
+    (
+        "router",
+        "llada_moe/model/experts.py",
+        "tests/llada_moe/model/test_layer.py -k softmax",
+        [("silu(gate).mul_(up).mul_(probs.unsqueeze(-1).to(x.dtype))", "silu(gate).mul_(up)")],
+    ),
+    (
+        "experts",
+        "llada_moe/model/grouped.py",
+        "tests/llada_moe/model/test_grouped.py",
+        [
+            ("torch.sum(d_scaled * product,", "torch.sum(d_scaled * active,"),
+            ("dy.t(), product.mul_(scale), ends", "dy.t(), product, ends"),
+            ("or distance < first.numel()", "or False"),
+            ("product if b.dim() == 3 else _zero_without_rows(product, ends)", "product"),
+            ("in reversed(list(enumerate(modules)))", "in list(enumerate(modules))"),
+            ("and not _quantized(weight) for", "for"),
+        ],
+    ),
+    (
+        "experts",
+        "llada_moe/model/layer.py",
+        "tests/llada_moe/model/test_grouped.py",
+        [
+            ("order // top_k", "order % tokens.size(0)"),
+            (".view(-1, top_k, tokens.size(-1)).sum(dim=1)", ".view(-1, top_k, tokens.size(-1)).mean(dim=1)"),
+        ],
+    ),
+    (
+        "kernels",
+        "parallel/fusions.py",
+        "tests/parallel/test_fusions.py",
+        [
+            ("engine and training", "engine"),
+            ("engine and model.moe.expert_capacity == 0", "engine"),
+        ],
+    ),
+    (
+        "kernels",
+        "llada_moe/model/accelerations.py",
+        "tests/llada_moe/model/test_accelerations.py",
+        [
+            ("Version(version) < OLDEST_WHOLE_TRANSFORMER_ENGINE", "False"),
+            ("    if not engine:\n", "    if False:\n"),
+            ("        for name in [name for name in sys.modules if", "        for name in [name for name in () if"),
+        ],
+    ),
+    (
+        "optimizer",
+        "parallel/training/distributed_optimizer.py",
+        "tests/parallel/training/test_optimizer.py -k numbers",
+        [
+            ("adam_beta2=settings.beta2", "adam_beta2=0.95"),
+            ("adam_eps=settings.epsilon", "adam_eps=1e-8"),
+            ('weight_decay * group["wd_mult"]', "weight_decay"),
+            ('group["lr"] = rate', 'group["lr"] = rate / 2'),
+        ],
+    ),
+    (
+        "optimizer",
+        "parallel/training/distributed_optimizer.py",
+        "tests/parallel/training/recovery/test_recovery.py -k update_after_the_verdict",
+        [("max_norm=part.config.clip_grad,", "max_norm=1e9,")],
+    ),
+    (
+        "optimizer",
+        "llada_moe/config/optimizer.py",
+        "tests/llada_moe/config/test_learning_rate.py",
+        [
+            ("config.peak * (step + 1) / config.warmup_steps", "config.peak * step / config.warmup_steps"),
+            ("min((step - decay_start + 1) /", "min((step - decay_start) /"),
+            ("reversed(config.drops) if drop.step <= step", "reversed(config.drops) if drop.step < step"),
+            ("(1 + math.cos(math.pi * done)) / 2", "(1 - math.cos(math.pi * done)) / 2"),
+            ("rate.decay_steps * steps // before, min(rate.decay_steps, 1)", "rate.decay_steps * steps // before, 0"),
+            ("drop.step < decay_start for drop", "drop.step <= decay_start for drop"),
+        ],
+    ),
+]

@@ -1,0 +1,1 @@
+"""FP8 through Transformer Engine: what a recipe needs, what it remembers, and weights that are kept in it."""
