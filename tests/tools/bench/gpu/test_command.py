@@ -8,7 +8,7 @@ import pytest
 
 from llada_megatron import cli
 from llada_megatron.tools.bench.gpu import machine as machines
-from llada_megatron.tools.bench.gpu.machine import Machine
+from llada_megatron.tools.bench.gpu.measured_machine import Machine
 from llada_megatron.tools.bench.gpu.parts import BY_NAME, PARTS, planned_seconds
 
 

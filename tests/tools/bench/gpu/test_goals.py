@@ -7,7 +7,7 @@ import math
 import pytest
 
 from llada_megatron.tools.bench.gpu.goals import claims
-from llada_megatron.tools.bench.gpu.machine import Machine
+from llada_megatron.tools.bench.gpu.measured_machine import Machine
 from llada_megatron.tools.bench.gpu.parts import BY_NAME
 from llada_megatron.tools.bench.gpu.results_file import Measurement, ResultsFile
 

@@ -12,7 +12,7 @@ import torch
 
 from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.tools.bench.gpu import part_run, step_speed
-from llada_megatron.tools.bench.gpu.machine import Machine
+from llada_megatron.tools.bench.gpu.measured_machine import Machine
 from llada_megatron.tools.bench.gpu.part_run import BrokenContextError, run_part
 from llada_megatron.tools.bench.gpu.parts import AS_TRAINED
 from llada_megatron.tools.bench.gpu.results_file import ResultsFile

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from llada_megatron.tools.bench.gpu.goals import claims
-from llada_megatron.tools.bench.gpu.machine import Machine
+from llada_megatron.tools.bench.gpu.measured_machine import Machine
 from llada_megatron.tools.bench.gpu.parts import BY_NAME, PARTS
 from llada_megatron.tools.bench.gpu.results_file import Measurement, ResultsFile
 from llada_megatron.tools.bench.gpu.worker_process import run_group

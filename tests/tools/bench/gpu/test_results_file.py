@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.tools.bench.gpu.machine import Machine
+from llada_megatron.tools.bench.gpu.measured_machine import Machine
 from llada_megatron.tools.bench.gpu.results_file import Measurement, ResultsFile
 
 HERE = Machine("a CPU (x86_64)", 0, 0, "2.11.0")

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from llada_megatron.tools.bench.gpu.machine import Machine
+from llada_megatron.tools.bench.gpu.measured_machine import Machine
 from llada_megatron.tools.bench.gpu.parts import AS_TRAINED, ON_CPU, PARTS, Part, chosen, planned_seconds, stages
 from llada_megatron.tools.bench.gpu.results_file import Measurement, ResultsFile
 from llada_megatron.tools.bench.gpu.supervision import Supervisor, start_worker

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 
 from llada_megatron.tools.bench.gpu import worker_process
-from llada_megatron.tools.bench.gpu.machine import Machine
+from llada_megatron.tools.bench.gpu.measured_machine import Machine
 from llada_megatron.tools.bench.gpu.part_run import BrokenContextError
 from llada_megatron.tools.bench.gpu.parts import BY_NAME
 from llada_megatron.tools.bench.gpu.results_file import ResultsFile

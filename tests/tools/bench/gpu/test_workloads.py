@@ -13,8 +13,8 @@ from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.tools.bench.gpu import fp8_loss, precisions, workloads
 from llada_megatron.tools.bench.gpu.attention_speed import dense_mask
 from llada_megatron.tools.bench.gpu.kernel_profile import kind_of
-from llada_megatron.tools.bench.gpu.machine import Machine
 from llada_megatron.tools.bench.gpu.machine_figures import named_peak
+from llada_megatron.tools.bench.gpu.measured_machine import Machine
 from llada_megatron.tools.bench.gpu.workloads import document_boundaries, needed_bytes, workload
 
 H100, H200 = 85_000_000_000, 150_000_000_000

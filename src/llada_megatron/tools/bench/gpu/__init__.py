@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> list[Claim]:
     if args.plan:
         return plan(parts)
     from llada_megatron.tools.bench.gpu.goals import claims
-    from llada_megatron.tools.bench.gpu.machine import find_machine
+    from llada_megatron.tools.bench.gpu.measured_machine import find_machine
     from llada_megatron.tools.bench.gpu.results_file import ResultsFile
     from llada_megatron.tools.bench.gpu.supervision import Supervisor
     from llada_megatron.tools.bench.gpu.worker_process import GRACE_SECONDS

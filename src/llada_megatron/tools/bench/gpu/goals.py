@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from llada_megatron.console import message
 from llada_megatron.tools.bench import Claim, at_least, at_most, reported
-from llada_megatron.tools.bench.gpu.machine import Machine
+from llada_megatron.tools.bench.gpu.measured_machine import Machine
 from llada_megatron.tools.bench.gpu.parts import Part
 from llada_megatron.tools.bench.gpu.results_file import DONE, Known, Measurement, ResultsFile
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from llada_megatron.console import message
 from llada_megatron.llada_moe.errors import LladaError
-from llada_megatron.tools.bench.gpu.machine import Machine
+from llada_megatron.tools.bench.gpu.measured_machine import Machine
 from llada_megatron.tools.bench.gpu.parts import Part
 from llada_megatron.tools.bench.gpu.results_file import DONE, Measurement, ResultsFile
 

@@ -10,7 +10,7 @@ import torch
 from llada_megatron.llada_moe.config.fp8 import FP8Config
 from llada_megatron.llada_moe.model.accelerations import transformer_engine_active
 from llada_megatron.parallel.fp8 import recipes
-from llada_megatron.tools.bench.gpu.machine import Machine
+from llada_megatron.tools.bench.gpu.measured_machine import Machine
 
 
 @dataclasses.dataclass(frozen=True)

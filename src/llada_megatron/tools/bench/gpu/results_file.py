@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.tools.bench.gpu.machine import Machine
+from llada_megatron.tools.bench.gpu.measured_machine import Machine
 
 DONE = "done"
 

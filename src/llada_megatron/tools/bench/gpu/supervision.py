@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llada_megatron.console import message
-from llada_megatron.tools.bench.gpu.machine import Machine
+from llada_megatron.tools.bench.gpu.measured_machine import Machine
 from llada_megatron.tools.bench.gpu.part_run import CUT, FAILED, parts_left
 from llada_megatron.tools.bench.gpu.parts import EXACT, EXACT_LOCAL, ON_CPU, Part, stages
 from llada_megatron.tools.bench.gpu.results_file import ResultsFile

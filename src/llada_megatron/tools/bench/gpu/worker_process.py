@@ -20,7 +20,7 @@ from typing import NoReturn, TextIO
 
 from llada_megatron.llada_moe.model import accelerations
 from llada_megatron.parallel.parent_death import die_with_parent
-from llada_megatron.tools.bench.gpu.machine import Machine
+from llada_megatron.tools.bench.gpu.measured_machine import Machine
 from llada_megatron.tools.bench.gpu.part_run import BrokenContextError, run_part
 from llada_megatron.tools.bench.gpu.parts import BY_NAME, EXACT_LOCAL, ON_CPU, Part
 from llada_megatron.tools.bench.gpu.results_file import ResultsFile
