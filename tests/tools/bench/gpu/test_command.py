@@ -7,7 +7,7 @@ import json
 import pytest
 
 from llada_megatron import cli
-from llada_megatron.tools.bench.gpu import machine as machines
+from llada_megatron.tools.bench.gpu import measured_machine as machines
 from llada_megatron.tools.bench.gpu.measured_machine import Machine
 from llada_megatron.tools.bench.gpu.parts import BY_NAME, PARTS, planned_seconds
 
