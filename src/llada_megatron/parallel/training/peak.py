@@ -84,18 +84,19 @@ def _product(size: int, device: torch.device, dtype: torch.dtype) -> Callable[[]
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
     """Seconds of one run after a warm-up."""
     run()
-    return _timed(run, device)
+    return timed(run, device)
 
 
 def _best_seconds(run: Callable[[], object], device: torch.device, deadline: float) -> float:
     """The least of as many runs as begin before the deadline; infinite for none."""
     best = float("inf")
     while time.perf_counter() < deadline:
-        best = min(best, _timed(run, device))
+        best = min(best, timed(run, device))
     return best
 
 
-def _timed(run: Callable[[], object], device: torch.device) -> float:
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds from an idle device until it has done all that `run` gives it."""
     _synchronize(device)
     start = time.perf_counter()
     run()

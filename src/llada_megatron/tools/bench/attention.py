@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
@@ -137,21 +136,11 @@ class Problem:
 
     def seconds(self, attend: Callable[..., torch.Tensor], documents: int, repeats: int) -> float:
         """Time of the backward pass, the median of `repeats`."""
-        return statistics.median(_timed(self.backward(attend, documents)[0]) for _ in range(repeats))
+        from llada_megatron.parallel.training.peak import timed
 
-
-def _timed(work: Callable[[], None]) -> float:
-    import torch
-
-    def wait() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    wait()
-    start = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - start
+        return statistics.median(
+            timed(self.backward(attend, documents)[0], self.tensors[0].device) for _ in range(repeats)
+        )
 
 
 def _claims(args: argparse.Namespace, pattern: AttentionPattern, name: str) -> list[Claim]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from llada_megatron.llada_moe.model.initialization import draw_in_place
 from llada_megatron.llada_moe.model.patterns import AttentionPattern, segments
 from llada_megatron.parallel import device
 from llada_megatron.parallel.build import build_run_chunks
+from llada_megatron.parallel.training.peak import timed
 from llada_megatron.tools.bench.gpu.part_run import PartRun, release_memory
 from llada_megatron.tools.bench.gpu.workloads import BLOCK_SIZE, DENSE, document_boundaries, workload
 from llada_megatron.tools.bench.measurement import peak_bytes
@@ -119,16 +119,4 @@ def _pass(way: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> None:
 def _seconds(way: Callable[[], torch.Tensor], leaves: list[torch.Tensor], repeats: int) -> float:
     """Of a forward and a backward pass, the median."""
     _pass(way, leaves)
-    found = []
-    for _ in range(repeats):
-        _synchronize()
-        began = time.perf_counter()
-        _pass(way, leaves)
-        _synchronize()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found)
-
-
-def _synchronize() -> None:
-    if device.cuda_available():
-        torch.cuda.synchronize()
+    return statistics.median(timed(lambda: _pass(way, leaves), device.current()) for _ in range(repeats))
