@@ -30,7 +30,9 @@ from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.llada_moe.model import grouped
 from llada_megatron.llada_moe.model.accelerations import transformer_engine_active
+from llada_megatron.llada_moe.model.experts import PermutedExperts, expert_weights
 from llada_megatron.llada_moe.model.initialization import initialize_weights
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer, architecture_fields, build_model
@@ -54,7 +56,7 @@ def transformer_config(
         "bf16": dtype is torch.bfloat16,
         "use_cpu_initialization": not torch.cuda.is_available(),
         "calculate_per_token_loss": True,
-        **fusion_fields(model, training=training is not None),
+        **fusion_fields(model, training is not None, dtype, fp8=training is not None and training.fp8 is not None),
         **_layout_fields(layout),
         **(_expert_layout_fields(model.moe, layout) if model.moe else {}),
         **recipes.transformer_fields(training.fp8 if training is not None else None, model.moe is not None),
@@ -265,4 +267,13 @@ def wrap(run: RunConfig, chunks: list[DiffusionTransformer]) -> list[Distributed
         for index, module in enumerate(modules)
     ]
     connect(wrapped)
+    if not run.layout.overlap_grad_reduce:
+        add_to_main_gradients(chunks)
     return wrapped
+
+
+def add_to_main_gradients(chunks: list[DiffusionTransformer]) -> None:
+    """Let experts whose gradients lie side by side in the buffer add to it themselves (see `PermutedExperts`)."""
+    for experts in (module for chunk in chunks for module in chunk.modules() if isinstance(module, PermutedExperts)):
+        gradients = [[weight.main_grad for weight in weights] for weights in expert_weights(experts)]
+        experts.adds_to_main_gradients = all(grouped.view_of(part) is not None for part in gradients)

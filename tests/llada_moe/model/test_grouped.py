@@ -73,7 +73,7 @@ def test_a_gpu_would_be_given_what_its_grouped_product_takes():
     x = torch.empty(11, 32, dtype=torch.bfloat16, device="meta", requires_grad=True)
     probs = torch.empty(11, device="meta", requires_grad=True)
     ends = torch.empty(4, dtype=torch.int32, device="meta")
-    y = grouped.GroupedExperts.apply(x, probs, ends, *first, *second)
+    y = grouped.GroupedExperts.apply(x, probs, ends, None, *first, *second)
     y.sum().backward()
     assert y.shape == x.grad.shape == x.shape and first[0].grad.shape == (48, 32) and second[3].grad.shape == (32, 24)
 

@@ -8,9 +8,12 @@ asks what was settled.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,8 @@ from packaging.version import InvalidVersion, Version
 
 OLDEST_WHOLE_TRANSFORMER_ENGINE = Version("2.15")
 """Before it Megatron finds no `multi_tensor_scale_tensor` and clips gradients one parameter after the other."""
+CUDNN_VARIABLES = ("CUDNN_HOME", "CUDNN_PATH")
+"""Where Transformer Engine looks for cuDNN before everywhere else."""
 _ROOTS = {
     "transformer_engine": ("transformer_engine", "transformer_engine_torch"),
     "apex": ("apex", "amp_C", "fused_weight_gradient_mlp_cuda"),
@@ -86,6 +91,7 @@ def decide_transformer_engine(cuda: bool) -> Acceleration:
     version = _version("transformer-engine")
     if not cuda:
         return Acceleration(False, "installed, hidden from Megatron: no usable GPU", version)
+    _load_cudnn_of_torch()
     try:
         importlib.import_module("transformer_engine.pytorch")
         fp8 = importlib.import_module("transformer_engine.pytorch.fp8")
@@ -100,6 +106,25 @@ def decide_transformer_engine(cuda: bool) -> Acceleration:
             version,
         )
     return Acceleration(True, _age(version), version)
+
+
+def _load_cudnn_of_torch() -> None:
+    """Let Transformer Engine use the cuDNN that torch's wheel brought, unless the environment names another.
+
+    Both load it part by part as they need it, Transformer Engine from the system's folders first. Where those hold
+    another version, the two mix in one process: symbols are missing, or torch refuses to work (seen on an H100: 9.14 in
+    the system, 9.19 in the wheel). Parts that are loaded already are taken by their names.
+    """
+    if any(os.environ.get(name) for name in CUDNN_VARIABLES):
+        return
+    folder = Path(torch.__file__).parents[1] / "nvidia" / "cudnn"
+    parts = sorted((folder / "lib").glob("libcudnn*.so.*"))
+    if not parts:
+        return
+    os.environ[CUDNN_VARIABLES[0]] = str(folder)
+    for part in parts:
+        with contextlib.suppress(OSError):  # a part for GPUs that are not here may need what is not here
+            ctypes.CDLL(str(part), mode=ctypes.RTLD_GLOBAL)
 
 
 def decide_flash_attention(cuda: bool, transformer_engine: bool) -> Acceleration:

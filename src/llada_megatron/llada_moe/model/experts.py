@@ -9,11 +9,13 @@ only the inputs and the products before the activation. On a GPU in bfloat16 the
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
 from llada_megatron.llada_moe.model import grouped
@@ -25,8 +27,14 @@ _silu_backward = torch.ops.aten.silu_backward
 class PermutedExperts(SequentialMLP):
     """SwiGLU experts over tokens that the dispatcher has sorted by expert."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    adds_to_main_gradients = False
+    """Whether the backward pass adds weight gradients to Megatron's gradient buffer itself, one addition for all
+    experts; set where no hook waits for the gradient of each parameter."""
+
+    def __init__(self, num_local_experts: int, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        own = copy.copy(config)
+        own.gradient_accumulation_fusion = False  # Megatron's linear layers would ask for Apex, and never run here
+        super().__init__(num_local_experts, own, *args, **kwargs)
         if torch.cuda.is_available():
             self.local_experts = grouped.RegisteredBackwards(list(self.local_experts))
 
@@ -52,11 +60,17 @@ class PermutedExperts(SequentialMLP):
             ends = grouped.ends_of(tokens_per_expert, x.device)
             if unrecorded(self):
                 return grouped.forward(x, probs, ends, grouped.stacked(first), grouped.stacked(second))[0], None
-            return grouped.GroupedExperts.apply(x, probs, ends, *first, *second), None
+            return grouped.GroupedExperts.apply(x, probs, ends, self._main_gradients(), *first, *second), None
         counts = tokens_per_expert.tolist()
         if unrecorded(self):
             return self._unrecorded(x, probs, counts), None
         return _Experts.apply(x, probs, counts, *first, *second), None
+
+    def _main_gradients(self) -> list[torch.Tensor | None] | None:
+        """Megatron's gradients of the first matrices and of the second ones, `[experts, out, in]` each, to add to."""
+        if not self.adds_to_main_gradients:
+            return None
+        return [grouped.view_of([weight.main_grad for weight in weights]) for weights in expert_weights(self)]
 
     def _unrecorded(self, x: torch.Tensor, probs: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """The forward pass without a graph: the activation of all experts at once, the weights of those with tokens."""

@@ -34,6 +34,11 @@ def usable(x: torch.Tensor, first: Sequence[torch.Tensor]) -> bool:
     return x.is_cuda and plain and _in_one_call(x.dtype, ffn, hidden)
 
 
+def serves(dtype: torch.dtype, ffn: int) -> bool:
+    """Whether a GPU computes experts of this width in grouped products (the width of the model is a multiple of 8)."""
+    return _in_one_call(dtype, ffn)
+
+
 @contextlib.contextmanager
 def everywhere() -> Iterator[None]:
     """Take grouped products on every device and in every precision: for tests of what a GPU runs."""
@@ -76,6 +81,7 @@ def _zero_without_rows(product: torch.Tensor, ends: torch.Tensor) -> torch.Tenso
 
 
 def _in_one_call(dtype: torch.dtype, *widths: int) -> bool:
+    """Whether torch has one kernel for it."""
     return GROUPED_MM is not None and dtype is torch.bfloat16 and all(width % ALIGNMENT == 0 for width in widths)
 
 
@@ -104,8 +110,16 @@ class GroupedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, probs: torch.Tensor, ends: torch.Tensor, *weights: torch.Tensor
+        ctx: Any,
+        x: torch.Tensor,
+        probs: torch.Tensor,
+        ends: torch.Tensor,
+        main_gradients: list[torch.Tensor] | None,
+        *weights: torch.Tensor,
     ) -> torch.Tensor:
+        """`main_gradients`: what the gradients of `first` and `second` are added to, `[experts, out, in]` each, instead
+        of being given to autograd; None = they are given to it."""
+        ctx.main_gradients = main_gradients
         y, both = forward(x, probs, ends, *_halves(weights))
         ctx.save_for_backward(x, probs, ends, both, *weights)
         return y
@@ -125,7 +139,11 @@ class GroupedExperts(torch.autograd.Function):
         d_both = torch.cat([_silu_backward(d_product * up, gate), d_product.mul_(active)], dim=-1)
         dx = grouped_product(d_both, first, ends)
         d_first = grouped_product(d_both.t(), x, ends)
-        return dx, dprobs, None, *d_first.unbind(), *d_second.unbind()
+        if ctx.main_gradients is not None:
+            for main, gradient in zip(ctx.main_gradients, (d_first, d_second), strict=True):
+                main.add_(gradient)
+            return dx, dprobs, None, None, *[None] * len(weights)
+        return dx, dprobs, None, None, *d_first.unbind(), *d_second.unbind()
 
 
 def _halves(weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,6 +157,12 @@ def _halves(weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor
 def stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """Matrices `[out, in]` as one `[experts, out, in]`: a view where they lie at equal distances in one storage, else a
     copy."""
+    view = view_of(weights)
+    return torch.stack([weight.detach() for weight in weights]) if view is None else view
+
+
+def view_of(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Matrices `[out, in]` that lie at equal distances in one storage as one `[experts, out, in]`; None = do not."""
     first = weights[0].detach()
     distance = weights[1].storage_offset() - first.storage_offset() if len(weights) > 1 else first.numel()
     at_equal_distances = all(
@@ -148,7 +172,7 @@ def stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:
         for index, weight in enumerate(weights)
     )
     if not at_equal_distances or distance < first.numel():
-        return torch.stack([weight.detach() for weight in weights])
+        return None
     return first.as_strided((len(weights), *first.shape), (distance, *first.stride()))
 
 

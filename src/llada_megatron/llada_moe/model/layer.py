@@ -14,6 +14,7 @@ import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import permute, unpermute
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from llada_megatron.llada_moe.model import grouped
@@ -80,14 +81,31 @@ class DirectExperts(MoELayer):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **arguments: Any) -> tuple[torch.Tensor, None]:
         """What Megatron's module computes; `hidden_states` `[seq, batch, hidden]`."""
-        if not unrecorded(self) or self.token_dispatcher.tp_ep_group.size() > 1:
+        if self.token_dispatcher.tp_ep_group.size() > 1:
             return super().forward(hidden_states, *args, **arguments)
         at_once = not self.config.fp8 and grouped.usable(hidden_states, expert_weights(self.experts)[0])
+        if not unrecorded(self):
+            if at_once and isinstance(self.experts, SequentialMLP) and self.config.recompute_granularity is None:
+                return self._trained_at_once(hidden_states), None
+            return super().forward(hidden_states, *args, **arguments)
         if not (at_once or isinstance(self.experts, SequentialMLP)):
             return super().forward(hidden_states, *args, **arguments)
         compute = self._computed_at_once if at_once else self._computed_by_expert
         out = compute(hidden_states.flatten(0, 1), *self.router(hidden_states)).view_as(hidden_states)
         return out if self.shared_experts is None else out.add_(self.shared_experts(hidden_states)), None
+
+    def _trained_at_once(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Megatron's permutations around the experts, without its dispatcher: that moves tokens that are in their place
+        once more, and lets the host wait for the number of each expert's tokens, which it does not need here."""
+        weights, chosen = self.router(hidden_states)
+        tokens = hidden_states.flatten(0, 1)
+        rows = tokens.size(0) * self.config.moe_router_topk
+        fused = self.config.moe_permute_fusion
+        permuted, probs, places = permute(tokens, chosen, probs=weights, num_out_tokens=rows, fused=fused)[:3]
+        computed, _ = self.experts(permuted, chosen.sum(dim=0), probs)
+        out = unpermute(computed, places, restore_shape=tokens.shape, routing_map=chosen, fused=fused)
+        out = out.view_as(hidden_states)
+        return out if self.shared_experts is None else out + self.shared_experts(hidden_states)
 
     def _computed_by_expert(self, tokens: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """The experts one after the other; `weights` and `chosen` are `[tokens, experts]`."""

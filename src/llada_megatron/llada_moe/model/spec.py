@@ -79,6 +79,10 @@ def provider() -> Any:
         def fuse_layernorm_and_linear(self) -> bool:
             return False  # our layers keep their norms apart, under the names that local modules save
 
+        def grouped_mlp_modules(self, moe_use_grouped_gemm: bool, *rest: Any) -> Any:
+            own = super() if moe_use_grouped_gemm else LocalProvider()
+            return own.grouped_mlp_modules(moe_use_grouped_gemm, *rest)
+
     return TransformerEngineProvider()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -113,6 +114,21 @@ def _drop_frames(failure: BaseException | None) -> None:
         failure = failure.__cause__ or failure.__context__
 
 
+def drop_graphs(models: Iterable[Any]) -> None:
+    """Let models that are done with be freed.
+
+    Megatron's token dispatcher keeps the routing of its last pass with its graph. The graph leads to the parameters,
+    their hooks, and back to the dispatcher, through objects of C++ that Python's collector does not see into.
+    """
+    import torch
+
+    for module in itertools.chain.from_iterable(model.modules() for model in models):
+        dispatcher = getattr(module, "token_dispatcher", None)
+        for name, value in list(vars(dispatcher).items()) if dispatcher is not None else []:
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                setattr(dispatcher, name, None)
+
+
 def release_memory() -> None:
     """Give the memory of what nothing refers to back to the GPU."""
     import torch
@@ -148,6 +164,7 @@ def run_part(part: Part, results: ResultsFile, machine: Machine, until: float) -
     except OutOfTimeError:
         results.end(part.name, CUT, f"its time was over after {time.monotonic() - began:.0f} s")
         message(f"{part.name}: cut after {time.monotonic() - began:.0f} s; what it measured until then counts")
+        release_memory()
     except BrokenContextError as failure:
         results.end(part.name, FAILED, f"the GPU stopped answering: {failure}")
         raise

@@ -18,7 +18,7 @@ from llada_megatron.parallel.training.out_of_memory import explained
 from llada_megatron.parallel.training.peak import matmul_peak, peak_memory_gb
 from llada_megatron.tools.bench.gpu import workloads
 from llada_megatron.tools.bench.gpu.machine_figures import named_peak
-from llada_megatron.tools.bench.gpu.part_run import PartRun, release_memory
+from llada_megatron.tools.bench.gpu.part_run import PartRun, drop_graphs, release_memory
 from llada_megatron.tools.bench.gpu.precisions import Precision, forget_scales, precisions
 from llada_megatron.tools.bench.gpu.workloads import Workload
 from llada_megatron.tools.bench.our_step import OurStep
@@ -80,7 +80,10 @@ def built(work: Workload) -> Iterator[OurStep]:
     """The model, optimizer and step of a workload, with weights drawn on the GPU."""
     with explained(work.run):
         step = OurStep(work.run, draw_in_place)
-    yield step
+    try:
+        yield step
+    finally:
+        drop_graphs(step.models)
 
 
 def _size(work: Workload) -> str:

@@ -135,25 +135,22 @@ def dense(toy: bool, **training: Any) -> Workload:
     return workload(DENSE, 4096, 4, 2, **training)
 
 
-def passes(memory: int) -> int:
-    """Forward passes of a step of a MoE model.
-
-    So many that its update, one for dozens of passes in a real run, weighs little; half of them with twice the layers,
-    so that a step is as long on every card.
-    """
-    return 8 if memory < 100_000_000_000 else 4
+PASSES = 4
+"""Forward passes of a step of a MoE model: its update, one for dozens of passes in a real run, must weigh little."""
+WINDOWS = 4
+"""Of a forward pass of a MoE model: fewer keep the host busy longer than the GPU."""
 
 
 def moe(memory: int, **training: Any) -> Workload:
-    """LLaDA-MoE-7B-A1B, as many layers as fit; two windows a forward pass. No memory: a toy."""
+    """LLaDA-MoE-7B-A1B, as many layers as fit. No memory: a toy."""
     if not memory:
         return workload(_two_layers("tiny-moe-softmax"), *_TOY, **training)
-    return as_many_layers_as_fit(workload(load_model("llada-moe-7b-a1b"), 4096, 2, passes(memory), **training), memory)
+    return as_many_layers_as_fit(workload(load_model("llada-moe-7b-a1b"), 4096, WINDOWS, PASSES, **training), memory)
 
 
 def mini(memory: int, **training: Any) -> Workload:
-    """LLaDA2-mini, as many layers as fit, block-causal; two windows a forward pass. No memory: a toy."""
+    """LLaDA2-mini, as many layers as fit, block-causal. No memory: a toy."""
     if not memory:
         return workload(_two_layers("tiny-moe"), *_TOY, block_size=8, **training)
-    work = workload(load_model("llada2-mini"), 4096, 2, passes(memory), block_size=BLOCK_SIZE, **training)
+    work = workload(load_model("llada2-mini"), 4096, WINDOWS, PASSES, block_size=BLOCK_SIZE, **training)
     return as_many_layers_as_fit(work, memory)
