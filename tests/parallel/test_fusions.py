@@ -51,7 +51,7 @@ def test_builds_with_every_fusion_as_meant(results, model, layout):
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         "bias_dropout_fusion": False,
-        "moe_grouped_gemm": moe is not None,
+        "moe_grouped_gemm": False,  # in bfloat16 torch's grouped products are taken
         "moe_permute_fusion": moe is not None,
         "moe_router_fusion": moe is not None and moe.expert_capacity == 0,
     }
@@ -59,9 +59,7 @@ def test_builds_with_every_fusion_as_meant(results, model, layout):
     assert got["devices"] == ["meta"] and got["output_layer"] is False
     linear = {name: counts for name, counts in got["modules"].items() if "Linear" in name}
     assert linear and all(counts.keys() == {"fused"} for counts in linear.values())
-    experts = {name: sum(counts.values()) for name, counts in linear.items() if "Grouped" in name}
-    layers = 2 if layout == "PP2" else 4 - (moe.leading_dense_layers if moe else 0)
-    assert experts == ({"TEColumnParallelGroupedLinear": layers, "TERowParallelGroupedLinear": layers} if moe else {})
+    assert not any("Grouped" in name for name in linear)
     assert "RMSNorm" in got["modules"]
 
 

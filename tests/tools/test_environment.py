@@ -35,7 +35,8 @@ def test_the_report(capsys):
     ("cuda", "engine", "there", "active", "detail"),
     [
         (False, False, True, False, "on a CPU"),
-        (True, True, True, True, "Transformer Engine's grouped product in training"),
+        (True, True, True, True, "torch's grouped_mm in bfloat16, Transformer Engine's grouped product in FP8"),
+        (True, True, False, True, "Transformer Engine's grouped product"),
         (True, False, True, True, "torch's grouped_mm in bfloat16"),
         (True, False, False, False, "no grouped_mm"),
     ],

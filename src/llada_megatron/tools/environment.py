@@ -164,7 +164,11 @@ def grouped_experts_state(cuda: bool, transformer_engine: bool) -> dict[str, Any
     if not cuda:
         return _state(False, "one expert after the other on a CPU")
     if transformer_engine:
-        return _state(True, "Transformer Engine's grouped product in training, torch's in sampling (bfloat16)")
+        others = "Transformer Engine's grouped product in FP8 and float32"
+        return _state(
+            True,
+            f"torch's grouped_mm in bfloat16, {others}" if GROUPED_MM else others.replace(" in FP8 and float32", ""),
+        )
     if GROUPED_MM is None:
         return _state(False, "one expert after the other: this torch has no grouped_mm")
     return _state(True, "torch's grouped_mm in bfloat16, one expert after the other in float32")

@@ -133,3 +133,29 @@ def test_flash_attention(tmp_path, unsettled, text, cuda, engine, active, detail
     state = accelerations.decide_flash_attention(cuda, engine)
     sys.modules.pop("flash_attn", None)
     assert state.active is active and detail in state.detail
+
+
+def test_the_cudnn_of_torch_is_loaded_before_transformer_engine_looks_for_one(monkeypatch, tmp_path):
+    """Transformer Engine takes the system's otherwise, and both mix in one process."""
+    folder = tmp_path / "nvidia" / "cudnn" / "lib"
+    folder.mkdir(parents=True)
+    parts = [folder / f"libcudnn{part}.so.9" for part in ("", "_graph", "_ops")]
+    for part in parts:
+        part.touch()
+    loaded = []
+
+    def load(path, mode):
+        loaded.append(path)
+        if path.endswith("_ops.so.9"):
+            raise OSError("libcublas.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(accelerations.ctypes, "CDLL", load)
+    monkeypatch.setattr(accelerations.torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.setenv("CUDNN_PATH", "/opt/cudnn")
+    accelerations._load_cudnn_of_torch()
+    assert loaded == [] and "CUDNN_HOME" not in accelerations.os.environ
+    monkeypatch.delenv("CUDNN_PATH")
+    monkeypatch.setenv("CUDNN_HOME", "")
+    accelerations._load_cudnn_of_torch()
+    assert sorted(loaded) == sorted(map(str, parts))
+    assert accelerations.os.environ["CUDNN_HOME"] == str(folder.parent)

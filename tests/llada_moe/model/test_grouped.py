@@ -16,7 +16,7 @@ from llada_megatron.llada_moe.config.layout import LayoutConfig  # noqa: E402
 from llada_megatron.llada_moe.model import grouped  # noqa: E402
 from llada_megatron.llada_moe.model.experts import PermutedExperts, expert_weights  # noqa: E402
 from llada_megatron.llada_moe.model.transformer import build_model  # noqa: E402
-from llada_megatron.parallel.build import transformer_config  # noqa: E402
+from llada_megatron.parallel.build import add_to_main_gradients, transformer_config  # noqa: E402
 from tests.llada_moe.model.test_experts import MODEL, make, one_rank, outcome  # noqa: E402, F401
 
 COUNTS = [[3, 5, 1, 7], [0, 9, 0, 2], [4, 0, 0, 0], [0, 0, 0, 0]]
@@ -117,6 +117,61 @@ def test_parameters_are_one_tensor_in_memory_and_again_in_megatrons_buffer():
     assert shares_memory(experts)
     stacks = [matrix for part in expert_weights(experts) for matrix in grouped.stacked(part)]
     assert all(torch.equal(a, b) for a, b in zip(stacks, before, strict=True))
+
+
+def test_weight_gradients_are_added_to_megatrons_buffer_at_once():
+    """As autograd and Megatron's hooks add them, parameter by parameter; a second pass adds to the first."""
+
+    def gradients(at_once):
+        experts = make(PermutedExperts)
+        experts.local_experts = grouped.RegisteredBackwards(list(experts.local_experts))
+        wrapped = DistributedDataParallel(
+            experts.config, DistributedDataParallelConfig(use_distributed_optimizer=True), experts
+        )
+        if at_once:
+            add_to_main_gradients([experts])
+            assert experts.adds_to_main_gradients
+        for seed in (1, 2):
+            x = torch.randn(16, MODEL.hidden_size, generator=torch.Generator().manual_seed(seed))
+            with grouped.everywhere():
+                wrapped(x, torch.tensor([3, 5, 0, 8]), torch.rand(16))[0].square().sum().backward()
+        assert all(parameter.grad is None for parameter in experts.parameters())
+        return {name: parameter.main_grad.clone() for name, parameter in experts.named_parameters()}
+
+    torch.manual_seed(0)
+    expected = gradients(at_once=False)
+    torch.manual_seed(0)
+    found = gradients(at_once=True)
+    assert max(float(value.abs().max()) for value in expected.values()) > 0
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_experts_elsewhere_in_memory_are_left_to_autograd():
+    experts = make(PermutedExperts)
+    for weight in (weight for part in expert_weights(experts) for weight in part):
+        weight.main_grad = torch.zeros_like(weight)
+    add_to_main_gradients([experts])
+    assert not experts.adds_to_main_gradients
+
+
+def test_a_rank_that_holds_all_experts_trains_as_with_the_dispatcher():
+    def trained(at_once):
+        torch.manual_seed(0)
+        layer = build_model(MODEL, transformer_config(MODEL, LayoutConfig())).decoder.layers[0].mlp.train()
+        x = torch.randn(7, 2, MODEL.hidden_size, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        layer.config.recompute_granularity = None if at_once else "selective"  # which is left to Megatron
+        layer.token_dispatcher.token_dispatch = None if at_once else layer.token_dispatcher.token_dispatch
+        with grouped.everywhere():
+            out, bias = layer(x)
+        assert bias is None
+        out.square().sum().backward()
+        return {"out": out.detach(), "x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
+
+    expected, found = trained(at_once=False), trained(at_once=True)
+    assert found.keys() == expected.keys() and expected["router.weight"].abs().max() > 0
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=lambda said, name=name: f"{name}: {said}")
 
 
 def test_matrices_in_another_order_are_copied():

@@ -134,3 +134,38 @@ def test_the_model_of_a_precision_is_gone_before_the_next_is_built(run, monkeypa
     monkeypatch.setattr(step_speed, "precisions", lambda _: two)
     found, _ = run(lambda context: step_speed._measure(context, lambda **_: work))
     assert before == [0, 0] and len(found) == 2 * len(step_speed.DOCUMENTS)
+
+
+def test_a_model_with_experts_is_freed_when_it_is_done_with():
+    """Megatron's token dispatcher keeps a graph whose hooks lead back to the model, out of the collector's sight."""
+    from llada_megatron.tools.bench.gpu import workloads
+    from llada_megatron.tools.bench.measurement import single_process
+
+    def model_after_a_step():
+        work = workloads.moe(0)
+        with step_speed.built(work) as step:
+            step.step_on(work.batch(2))
+            return weakref.ref(step.models[0])
+
+    with single_process():
+        model = model_after_a_step()
+        part_run.release_memory()
+        assert model() is None
+
+
+def test_a_part_that_is_cut_leaves_no_memory_to_the_next(run):
+    alive = []
+
+    class Model:
+        def __init__(self):
+            self.itself = self  # only the collector finds it
+
+        def __del__(self):
+            alive.append("gone")
+
+    def part(context):
+        model = Model()
+        context.measure("first", lambda: time.sleep(0.05) or {"x": 1.0})
+        context.measure("second", lambda: {"x": float(model is None)})
+
+    assert run(part, seconds=0.01)[1][0] == "cut" and alive == ["gone"]

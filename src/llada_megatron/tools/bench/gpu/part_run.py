@@ -164,7 +164,6 @@ def run_part(part: Part, results: ResultsFile, machine: Machine, until: float) -
     except OutOfTimeError:
         results.end(part.name, CUT, f"its time was over after {time.monotonic() - began:.0f} s")
         message(f"{part.name}: cut after {time.monotonic() - began:.0f} s; what it measured until then counts")
-        release_memory()
     except BrokenContextError as failure:
         results.end(part.name, FAILED, f"the GPU stopped answering: {failure}")
         raise
@@ -178,7 +177,7 @@ def run_part(part: Part, results: ResultsFile, machine: Machine, until: float) -
             raise BrokenContextError(part.name) from None
     else:
         results.end(part.name, *_status(results, part))
-        release_memory()
+    release_memory()  # not above: an error that is being handled holds what its functions held
 
 
 def _status(results: ResultsFile, part: Part) -> tuple[str, str]:

@@ -45,12 +45,12 @@ class Part:
 
 
 PARTS = (
-    Part("environment", AS_TRAINED, 12, "machine_figures:environment", "what `llada env` prints, and the GPU's facts"),
-    Part("ceilings", AS_TRAINED, 8, "machine_figures:ceilings", "matrix products in bf16 and FP8, and a copy"),
+    Part("environment", AS_TRAINED, 5, "machine_figures:environment", "what `llada env` prints, and the GPU's facts"),
+    Part("ceilings", AS_TRAINED, 5, "machine_figures:ceilings", "matrix products in bf16 and FP8, and a copy"),
     Part(
         "reference",
         ON_CPU,
-        30,
+        20,
         "agreement:reference",
         "fp32 losses and gradients of every family on the CPU",
         beside=True,
@@ -58,7 +58,7 @@ PARTS = (
     Part(
         "exact-local",
         EXACT_LOCAL,
-        30,
+        20,
         "agreement:compare_local",
         "the same on the GPU without Transformer Engine",
         needs="reference",
@@ -66,31 +66,31 @@ PARTS = (
     Part(
         "exact",
         EXACT,
-        30,
+        60,
         "agreement:compare",
         "the same on the GPU with all there is; bf16; 50 steps of the demo's model",
         needs="reference",
     ),
-    Part("dense", AS_TRAINED, 50, "step_speed:dense", "training steps of a dense model of 1.5 B parameters"),
-    Part("moe", AS_TRAINED, 50, "step_speed:moe", "the same of as many layers of LLaDA-MoE-7B-A1B as fit"),
-    Part("mini", AS_TRAINED, 40, "step_speed:mini", "the same of as many layers of LLaDA2-mini as fit, block-causal"),
-    Part("fp8-loss", AS_TRAINED, 35, "fp8_loss:compare", "the loss of 200 steps in each FP8 recipe against bf16"),
+    Part("dense", AS_TRAINED, 45, "step_speed:dense", "training steps of a dense model of 1.5 B parameters"),
+    Part("moe", AS_TRAINED, 60, "step_speed:moe", "the same of as many layers of LLaDA-MoE-7B-A1B as fit"),
+    Part("mini", AS_TRAINED, 45, "step_speed:mini", "the same of as many layers of LLaDA2-mini as fit, block-causal"),
+    Part("fp8-loss", AS_TRAINED, 60, "fp8_loss:compare", "the loss of 200 steps in each FP8 recipe against bf16"),
     Part(
         "attention",
         AS_TRAINED,
-        45,
+        40,
         "attention_speed:compare",
         "packed attention against a dense mask, 4,096 and 16,384",
     ),
-    Part("loss", AS_TRAINED, 8, "loss_memory:compare", "memory of the loss at a vocabulary of 157,184"),
+    Part("loss", AS_TRAINED, 20, "loss_memory:compare", "memory of the loss at a vocabulary of 157,184"),
     Part(
         "sampler",
         AS_TRAINED,
-        40,
+        30,
         "sampling_speed:compare",
         "LLaDA-MoE-7B-A1B's shape, blocks of 32, batches of 1 and 32",
     ),
-    Part("checkpoint", AS_TRAINED, 25, "checkpoint_speed:compare", "a checkpoint saved and loaded"),
+    Part("checkpoint", AS_TRAINED, 20, "checkpoint_speed:compare", "a checkpoint saved and loaded"),
     Part("profile", AS_TRAINED, 12, "kernel_profile:profile", "the kernels of one training step, by kind"),
 )
 """In the order in which they run."""
