@@ -79,8 +79,9 @@ class StreamedCrossEntropy(torch.autograd.Function):
 
 @functools.cache
 def _passes(device: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`_statistics` and `_derivative`: compiled for any number of rows, each vocabulary on its own."""
-    if device != "cuda":
+    """`_statistics` and `_derivative`: compiled for any number of rows, each vocabulary on its own. Not for tensors
+    without data on a machine without a GPU."""
+    if device != "cuda" or not torch.cuda.device_count():
         return _statistics, _derivative
     return _for_any_rows(_statistics), _for_any_rows(_derivative)
 
