@@ -52,6 +52,18 @@ def test_block_causal_layout_equals_one_process(name):
     assert error <= parity.GOAL, where
 
 
+HALVES = (("objective", "block_diffusion"), ("block_size", parity.BLOCK_SIZE))
+
+
+@pytest.mark.parametrize(("model", "name"), [("dense", "CP2"), ("dense", "PP2"), ("blocks", "CP2")])
+def test_layout_of_block_diffusion_equals_one_process(model, name):
+    layout = (DENSE_LAYOUTS if model == "dense" else MOE_LAYOUTS)[name]
+    error, where = parity.compare(
+        one_process(model, HALVES), parity.measure(parity_run(MODELS[model], layout, **dict(HALVES)))
+    )
+    assert error <= parity.GOAL, where
+
+
 RECOMPUTED = ["core_attn", "mlp", "moe", "moe_act", "shared_experts"]
 
 

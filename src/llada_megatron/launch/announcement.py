@@ -11,6 +11,7 @@ from llada_megatron.launch.ranks.local import threads_per_rank
 from llada_megatron.launch.ranks.rank import available_cores
 from llada_megatron.llada_moe.model.flops import flops_per_token
 from llada_megatron.llada_moe.model.parameters import count_parameters
+from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.parallel.checkpoint.manifest import steps
 from llada_megatron.parallel.training.metrics_file import last_metrics
 
@@ -66,7 +67,8 @@ def _time_text(run: RunConfig, done: int, here: bool) -> str:
     peak = _cpu_peak(run) if here else None
     if peak is None:
         return "the time is known after the first steps"
-    work = flops_per_token(run.model, run.training.sequence_length).total
+    copies = make_objective(run.objective, run.training).pattern(done).copies
+    work = flops_per_token(run.model, run.training.sequence_length, copies=copies).total
     seconds = left * run.training.global_batch_size * run.training.sequence_length * work / (ASSUMED_UTILIZATION * peak)
     reached = f"{ASSUMED_UTILIZATION:.0%} of the measured {rate_text(peak)} {run.training.precision}"
     return f"about {duration_text(seconds)} if it reaches {reached}"

@@ -190,7 +190,7 @@ def build_run_chunks(
     """
     _forget_router_losses()
     config = transformer_config(run.model, run.layout, run.training)
-    pattern = make_objective(run.objective).pattern(step=0)
+    pattern = make_objective(run.objective, run.training).pattern(step=0)
     chunks = build_chunks(run.model, run.layout, config, pattern, run.training.logits_chunk_mb)
     with fp8_weights.initialising(chunks):
         sharded = [

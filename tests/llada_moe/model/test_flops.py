@@ -78,6 +78,13 @@ def test_block_causal_queries_see_up_to_the_end_of_their_block(length, block):
     assert block_causal_keys(length, block) == pytest.approx(sum(seen) / length)
 
 
+def test_a_noisy_and_a_clean_copy_cost_twice_but_for_the_output_layer():
+    once, twice = (flops_per_token(LLADA2_FLASH, 4096, keys_per_query=2000, copies=copies) for copies in (1, 2))
+    parts = twice.parts()
+    assert parts.pop("output_layer") == once.output_layer
+    assert all(count == 2 * once.parts()[name] > 0 for name, count in parts.items())
+
+
 def test_share_outside_zero_to_one_is_refused():
     with pytest.raises(ValueError, match="supervised_share"):
         flops_per_token(LLADA_8B, 8, supervised_share=1.5)

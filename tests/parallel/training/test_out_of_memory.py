@@ -12,6 +12,7 @@ from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
 from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.llada_moe.model.activation_memory import activation_memory
+from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusionConfig
 from llada_megatron.parallel.training import out_of_memory
 from llada_megatron.parallel.training.out_of_memory import activations, describe, memory_parts, savings
 from llada_megatron.parallel.training.step import TrainingStep
@@ -68,6 +69,16 @@ def test_recomputation_and_micro_batches_lower_the_estimate():
     assert all(whole / 2 < layers(run) < whole for run in selective)
     everything = run_of(SIGMOID, sequences=8, recompute="selective", recompute_modules=["layernorm", "mlp", "moe"])
     assert layers(everything) < whole / 2
+
+
+def test_a_noisy_and_a_clean_copy_are_remembered_as_two_sequences():
+    run = run_of(DENSE, sequences=4)
+    halves = BlockDiffusionConfig(kind="block_diffusion", block_size=8)
+    both, one_block = (
+        dataclasses.replace(run, objective=dataclasses.replace(halves, block_size=size))
+        for size in (8, run.training.sequence_length)
+    )
+    assert activations(both) == 2 * activations(run) and activations(one_block) == activations(run)
 
 
 def test_the_settings_that_save_most_come_first():

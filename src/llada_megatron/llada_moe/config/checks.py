@@ -27,6 +27,8 @@ def validate_run(run: RunConfig, origins: Origins | None = None) -> None:
     Raises:
         ConfigError: with one line for each, at the file and line where `origins` knows it.
     """
+    from llada_megatron.llada_moe.objectives import make_objective  # its files import sections of the configuration
+
     refuse, problems = collector(origins)
     check_model(run.model, lambda key, message: refuse(f"model.{key}", message))
     problems.raise_if_any()  # what follows divides by the model's sizes
@@ -38,6 +40,7 @@ def validate_run(run: RunConfig, origins: Origins | None = None) -> None:
     check_reporting(run.checkpoint, run.validation, run.logging, run.output_dir, refuse)
     check_recovery(run.recovery, lambda key, message: refuse(f"recovery.{key}", message))
     problems.raise_if_any()  # what follows divides by the axes of the layout
+    make_objective(run.objective, run.training).check_run(run, refuse)
     check_fp8(run.training, run.model, run.layout, refuse)
     check_param_gather(run.training.fp8, run.optimizer.low_precision, run.checkpoint.load, refuse)
     problems.raise_if_any()

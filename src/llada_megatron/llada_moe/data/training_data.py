@@ -42,7 +42,7 @@ class TrainingData:
             for entry, manifest in zip(data.sets, self.manifests, strict=True)
         ]
         self.blend = Blend([entry.weight for entry in data.sets])
-        objective = make_objective(run.objective) if objective is None else objective
+        objective = make_objective(run.objective, run.training) if objective is None else objective
         self._make_row = objective.rows(run, split, self.manifests[0].tokenizer.vocab_size)
 
     @property

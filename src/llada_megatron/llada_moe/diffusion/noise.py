@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +17,9 @@ from numpy.typing import NDArray
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.data.packing import permute
 
-_TIME, _MASK, _LENGTH, _STRATUM, _REPLACED, _SUBSTITUTE = range(6)
+_TIME, _MASK, _LENGTH, _STRATUM, _REPLACED, _SUBSTITUTE, _ORDER = range(7)
 """Purposes: streams that never share a draw."""
+_Times = TypeVar("_Times", float, NDArray[np.float64])
 _SPLITS = {"train": 0, "validation": 1}
 
 
@@ -50,11 +52,14 @@ class Corruption:
     mask: NDArray[np.bool_]
     """[seq], True = masked."""
     ratio: float
-    """p, the probability with which each untruncated position was masked."""
+    """p, the probability with which each untruncated position was masked; with one for each block, their mean over the
+    positions."""
     length: int
     """Untruncated positions. Those from here on are cut off: not masked, not supervised, and not seen by the others."""
     replacement: Replacement | None = None
     """None = every token that is not masked is shown as it is."""
+    ratios: NDArray[np.float64] | None = None
+    """[seq], p of each position where blocks have their own; None = `ratio` everywhere."""
 
 
 class ForwardProcess:
@@ -75,19 +80,39 @@ class ForwardProcess:
         self._cut_probability = objective.random_length_probability if training else 0.0
         self._replace_ratio = objective.replace_ratio if training else 0.0
 
-    def corrupt(self, at: SampleCoordinates, length: int) -> Corruption:
-        """The noise of one sequence of `length` tokens."""
-        ratio = self.mask_ratio(at)
+    def corrupt(self, at: SampleCoordinates, length: int, blocks: NDArray[np.int64] | None = None) -> Corruption:
+        """The noise of one sequence of `length` tokens.
+
+        `blocks`: `[seq]`, ascending numbers from 0 of the blocks that each have their own t; None = one t for all.
+        """
+        ratios = None if blocks is None else self.mask_ratios(at, int(blocks[-1]) + 1)[blocks]
+        ratio = self.mask_ratio(at) if ratios is None else float(ratios.mean())
         untruncated = self._length(at, length)
-        mask = self._uniform(_MASK, at, length) < ratio
+        mask = self._uniform(_MASK, at, length) < (ratio if ratios is None else ratios)
         mask[untruncated:] = False
-        return Corruption(mask, ratio, untruncated, self._replacement(at, mask, untruncated))
+        return Corruption(mask, ratio, untruncated, self._replacement(at, mask, untruncated), ratios)
 
     def mask_ratio(self, at: SampleCoordinates) -> float:
         """p of one sequence."""
         t = float(self._uniform(_TIME, at, 1)[0])
         if self._strata > 1:
             t = (self._stratum(at.number) + t) / self._strata
+        return self._ratio(t)
+
+    def mask_ratios(self, at: SampleCoordinates, blocks: int) -> NDArray[np.float64]:
+        """p of each of the `blocks` of a sequence.
+
+        Stratified times are so over all blocks of a global batch (arXiv 2503.09573): [0, 1) has a stratum for each
+        block of the sequence, in an order drawn for it, and each of these one for each sequence of the global batch.
+        """
+        t = self._uniform(_TIME, at, blocks)
+        if self._strata > 1:
+            t = (self._stratum(at.number) + t) / self._strata
+            t = (np.argsort(self._uniform(_ORDER, at, blocks), kind="stable") + t) / blocks
+        return self._ratio(t)
+
+    def _ratio(self, t: _Times) -> _Times:
+        """p for times drawn from U[0, 1)."""
         low, high = self._band
         t = low + (high - low) * t
         return (1.0 - self._epsilon) * t + self._epsilon

@@ -11,6 +11,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llada_megatron.llada_moe.objectives import make_objective
+
 if TYPE_CHECKING:
     from llada_megatron.llada_moe.config.model import ModelConfig
     from llada_megatron.llada_moe.config.run import RunConfig
@@ -63,7 +65,8 @@ def activation_memory(run: RunConfig, logits_chunk_mb: int) -> ActivationMemory:
     model, layout, training = run.model, run.layout, run.training
     element = 2 if training.precision == "bf16" else 4
     shards = layout.context_parallel * (layout.tensor_parallel if layout.sequence_parallel else 1)
-    tokens = training.micro_batch_size * training.sequence_length / shards * layout.pipeline_parallel
+    copies = make_objective(run.objective, training).copies
+    tokens = copies * training.micro_batch_size * training.sequence_length / shards * layout.pipeline_parallel
     modules = training.recompute_modules if training.recompute == "selective" else ()
     elements = [layer_elements(model, layer, modules) for layer in range(model.num_layers)]
     kept = sum(elements) / layout.pipeline_parallel

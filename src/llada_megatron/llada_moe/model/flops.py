@@ -70,13 +70,15 @@ def flops_per_token(
     *,
     keys_per_query: float | None = None,
     supervised_share: float = DIFFUSION_SUPERVISED_SHARE,
+    copies: int = 1,
 ) -> TokenFlops:
     """Forward + backward FLOPs per token of the sequence (masked or not).
 
     `keys_per_query`: keys each query sees on average; by default the whole sequence (bidirectional attention). Use
     `causal_keys` for an autoregressive model, `block_causal_keys` for a block-causal one, or the mean segment length
     where documents are isolated.
-    `supervised_share`: part of the rows that reach the output layer, in [0, 1]; 1 for an autoregressive model.
+    `supervised_share`: part of the tokens that reach the output layer, in [0, 1]; 1 for an autoregressive model.
+    `copies`: how often a sequence holds each token of its text (`[x_t ; x_0]`: 2), of which the output layer sees one.
     """
     if not 0.0 <= supervised_share <= 1.0:
         raise ValueError(f"supervised_share must lie in [0, 1], not {supervised_share}")
@@ -87,7 +89,7 @@ def flops_per_token(
     reach = sequence_length if keys_per_query is None else keys_per_query
 
     def weights(count: float) -> float:
-        return float(_WEIGHT_OPERATIONS * count)
+        return float(_WEIGHT_OPERATIONS * copies * count)
 
     def per_moe_layer(count: int) -> float:
         return weights(moe_layers * count)
@@ -95,10 +97,10 @@ def flops_per_token(
     swiglu = _SWIGLU_MATRICES * hidden
     return TokenFlops(
         attention_projections=weights(model.num_layers * hidden * 2 * (queries + keys)),
-        attention_scores=float(_SCORE_OPERATIONS * model.num_layers * reach * queries),
+        attention_scores=float(_SCORE_OPERATIONS * copies * model.num_layers * reach * queries),
         dense_mlp=weights((model.num_layers - moe_layers) * swiglu * model.ffn_hidden_size),
         routed_experts=per_moe_layer(0 if moe is None else swiglu * moe.top_k * moe.expert_ffn_hidden_size),
         shared_expert=per_moe_layer(0 if moe is None else swiglu * moe.shared_expert_ffn_hidden_size),
         router=per_moe_layer(0 if moe is None else hidden * moe.num_experts),
-        output_layer=weights(supervised_share * hidden * model.vocab_size),
+        output_layer=float(_WEIGHT_OPERATIONS * (supervised_share * hidden * model.vocab_size)),
     )

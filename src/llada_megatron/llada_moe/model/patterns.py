@@ -25,11 +25,22 @@ class AttentionPattern:
 
     block: int | None
     """Length of the blocks that see themselves whole and all before: 1 = causal, None = the segment sees itself."""
+    doubled: bool = False
+    """The sequence is `[x_t ; x_0]`, as block-diffusion training reads it: a noisy half, then a clean half with the
+    same segments. A noisy block sees itself and the clean blocks before it; a clean block sees itself and those before
+    it (LLaDA2.0, eq. 3; arXiv 2503.09573). Boundaries name the segments of both halves."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a block without positions."""
+        """Raises ValueError for a block without positions, and for a clean half that no query of the other sees."""
         if self.block is not None and self.block < 1:
             raise ValueError(f"blocks of {self.block} positions see nothing; 1 is causal attention, None is full")
+        if self.doubled and self.block is None:
+            raise ValueError("without blocks the noisy half sees nothing of the clean half: leave it out")
+
+    @property
+    def copies(self) -> int:
+        """How often a sequence of the pattern holds each position of the text."""
+        return 2 if self.doubled else 1
 
     def keys_per_query(self, length: int) -> float:
         """Keys that a query of a segment of `length` positions sees on average."""

@@ -13,6 +13,7 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from llada_megatron.llada_moe.model.context_slices import held_runs
 from llada_megatron.llada_moe.model.layer import DirectLayer
 from llada_megatron.llada_moe.model.patterns import block_numbers, whole_sequences
 from llada_megatron.llada_moe.model.windows import Windows
@@ -32,6 +33,8 @@ class BlockRouter(TopKRouter):
         super().__init__(config, *args, **kwargs)
         self.expert_capacity = expert_capacity
         self.block_size = block_size
+        self.doubled = False
+        """Whether the sequences are `[x_t ; x_0]`, whose halves have blocks of their own."""
         self.boundaries: torch.Tensor | Windows | None = None
         """Boundaries of the segments, which `patterns` explains, or the windows of a pass; None = whole sequences."""
 
@@ -63,12 +66,13 @@ class BlockRouter(TopKRouter):
         """Block numbers of this rank's tokens `[seq * batch]`, and how many blocks all ranks have."""
         if isinstance(self.boundaries, Windows):
             return self.boundaries.block_numbers(self.block_size)
-        parts, part = self.cp_group.size(), self.cp_group.rank()
-        if self.config.sequence_parallel:
-            parts, part = parts * self.tp_group.size(), part * self.tp_group.size() + self.tp_group.rank()
-        whole = seq * parts
-        boundaries = whole_sequences(batch, whole) if self.boundaries is None else self.boundaries
-        mine = torch.arange(part * seq, (part + 1) * seq, device=device)
+        slices, place = (self.tp_group.size(), self.tp_group.rank()) if self.config.sequence_parallel else (1, 0)
+        ranks = self.cp_group.size()
+        whole = seq * slices * ranks
+        length = whole // 2 if self.doubled else whole
+        boundaries = whole_sequences(batch * whole // length, length) if self.boundaries is None else self.boundaries
+        runs = held_runs(whole, self.cp_group.rank(), ranks, self.doubled)
+        mine = torch.cat([torch.arange(*run, device=device) for run in runs])[place * seq : (place + 1) * seq]
         positions = mine[:, None] + torch.arange(batch, device=device) * whole
         return block_numbers(boundaries, self.block_size, positions.flatten())
 

@@ -12,17 +12,21 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
 from llada_megatron.llada_moe.model.attention.packed_documents import PackedBatches
+from llada_megatron.llada_moe.model.context_slices import held_runs, taken
 from llada_megatron.llada_moe.model.fixed_windows import FixedWindows
 from llada_megatron.llada_moe.model.head import Targets, selected_logits, supervised_loss
 from llada_megatron.llada_moe.model.patterns import FULL, AttentionPattern
+from llada_megatron.llada_moe.model.routing import BlockRouter
 from llada_megatron.llada_moe.model.spec import block_spec
 from llada_megatron.llada_moe.model.windows import Windows
 
 
 class ContiguousRotary(RotaryEmbedding):
-    """Rotary angles of this context rank's contiguous slice of the sequence (Megatron slices in zigzag order), or of
-    the positions of a pass over windows."""
+    """Rotary angles of what this context rank holds of the sequence (see `context_slices`; Megatron slices in another
+    order), or of the positions of a pass over windows."""
 
+    copies: int = 1
+    """How often the sequence holds each position of the text: the halves of `[x_t ; x_0]` have equal positions."""
     windows: Windows | FixedWindows | None = None
     """The windows of the pass under way; None = whole sequences."""
     _table: torch.Tensor | None = None
@@ -37,9 +41,13 @@ class ContiguousRotary(RotaryEmbedding):
             if isinstance(self.windows, FixedWindows):
                 self.windows.angles = self._table
             return self._table[self.windows.positions]
-        angles = self.get_emb(max_seq_len, offset)
+        angles = self.get_emb(max_seq_len // self.copies, offset)
+        if self.copies > 1:
+            angles = angles.repeat(self.copies, 1, 1, 1)
         group = self.cp_group
-        return angles.chunk(group.size())[group.rank()] if group is not None and group.size() > 1 else angles
+        if group is None or group.size() == 1:
+            return angles
+        return taken(angles, held_runs(max_seq_len, group.rank(), group.size(), self.copies > 1), dim=0)
 
 
 class DiffusionTransformer(GPTModel):
@@ -49,7 +57,6 @@ class DiffusionTransformer(GPTModel):
         self, config: TransformerConfig, *args: Any, logits_chunk_mb: int, pattern: AttentionPattern, **kwargs: Any
     ) -> None:
         super().__init__(config, *args, **kwargs)
-        self.use_pattern(pattern)
         packed_batches = PackedBatches()
         for layer in self.decoder.layers:
             layer.self_attention.core_attention.packed_batches = packed_batches
@@ -62,13 +69,18 @@ class DiffusionTransformer(GPTModel):
             use_cpu_initialization=config.use_cpu_initialization,
             cp_group=rotary.cp_group,
         )
+        self.use_pattern(pattern)
 
     def use_pattern(self, pattern: AttentionPattern) -> None:
         """Attend by another pattern from now on. Layers that are run again in a backward pass need the one they had:
         change it between steps only."""
         self.pattern = pattern
+        self.rotary_pos_emb.copies = pattern.copies
         for layer in self.decoder.layers:
             layer.self_attention.core_attention.pattern = pattern
+            router = getattr(layer.mlp, "router", None)
+            if isinstance(router, BlockRouter):
+                router.doubled = pattern.doubled
 
     def forward(
         self,

@@ -8,6 +8,7 @@ import pkgutil
 
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.parsing import closest
+from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.objectives.interface import REGISTERED, Objective
 
@@ -20,8 +21,10 @@ def objective_kinds() -> list[str]:
     return sorted(REGISTERED)
 
 
-def make_objective(config: ObjectiveConfig) -> Objective:
+def make_objective(config: ObjectiveConfig, training: TrainingConfig | None = None) -> Objective:
     """The objective that a configuration names.
+
+    `training`: that of the run, for what an objective does at a step.
 
     Raises:
         ConfigError: there is no such kind, for example in a checkpoint of another version.
@@ -31,7 +34,9 @@ def make_objective(config: ObjectiveConfig) -> Objective:
         raise ConfigError(
             f"objective.kind: expected one of {', '.join(kinds)}, found {config.kind!r}{closest(config.kind, kinds)}"
         )
-    return REGISTERED[config.kind](config)
+    objective = REGISTERED[config.kind](config)
+    objective.training = training
+    return objective
 
 
 def config_class(kind: str) -> type[ObjectiveConfig]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.parsing import Refuse
+from llada_megatron.llada_moe.config.training import TrainingConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +44,11 @@ class Objective(ABC):
     fills_masks: ClassVar[bool]
     """Whether the model learns to predict masked tokens, so that a sampler can write with it."""
 
+    training: TrainingConfig | None = None
+    """How long and how large the run is; None where there is no run at hand."""
+    step: int | None = None
+    """The step (from 0) that runs or ran last, or whose pattern a validation uses; None before the first."""
+
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
 
@@ -63,6 +69,15 @@ class Objective(ABC):
     @abstractmethod
     def pattern(self, step: int) -> AttentionPattern:
         """Who attends to whom at `step` (from 0)."""
+
+    def sampling_pattern(self, step: int) -> AttentionPattern:
+        """Who attends to whom when a model of `step` is read outside training, where a sequence holds its text once."""
+        return self.pattern(step)
+
+    @property
+    def copies(self) -> int:
+        """How often a sequence holds its text at most, at any step: what the layers compute and remember."""
+        return self.pattern(step=0).copies
 
     # the loss
 
@@ -126,6 +141,9 @@ class Objective(ABC):
 
     def check(self, refuse: Refuse) -> None:  # noqa: B027 - nothing to refuse is an answer
         """Refuse keys of `objective` that cannot work, each as (dotted key, why)."""
+
+    def check_run(self, run: RunConfig, refuse: Refuse) -> None:  # noqa: B027 - nothing to refuse is an answer
+        """Refuse what does not go with the rest of the run, whose sections are right by themselves."""
 
     def state(self) -> dict[str, Any]:
         """JSON values that a checkpoint keeps, for `load_state`: what the step number does not say."""

@@ -104,7 +104,10 @@ def diffusion_row(
     from llada_megatron.llada_moe.data.batch import Row
 
     inputs = np.where(noise.mask, mask_id, tokens)
-    weights = noise.mask * np.float32(1.0 / noise.ratio if noise.ratio > 0 else 0.0)
+    if noise.ratios is None:
+        weights = noise.mask * np.float32(1.0 / noise.ratio if noise.ratio > 0 else 0.0)
+    else:
+        weights = (noise.mask / np.where(noise.mask, noise.ratios, 1.0)).astype(np.float32)
     if noise.replacement is not None:
         if vocabulary is None:
             raise ValueError("noise that replaces tokens needs the vocabulary to replace them by")

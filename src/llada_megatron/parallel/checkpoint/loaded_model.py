@@ -130,7 +130,9 @@ def open_weights(
         with warnings.catch_warnings():  # torch and Megatron warn of coming changes in their own internals
             warnings.simplefilter("ignore")
             config = build.transformer_config(model, LayoutConfig())
-            chunks = build.build_chunks(model, LayoutConfig(), config, make_objective(objective).pattern(step=0))
+            chunks = build.build_chunks(
+                model, LayoutConfig(), config, make_objective(objective).sampling_pattern(step=0)
+            )
         with torch.no_grad():
             sharded_state.fill_weights(chunks, read)
         yield chunks[0].eval()
@@ -171,12 +173,12 @@ def _load(path: Path, layout: LayoutConfig, store: CheckpointStore) -> LoadedMod
     run = run_of(path)
     training = replace(run.training.without_fp8(), recompute="none", recompute_modules=[])
     config = build.transformer_config(run.model, layout, training)
-    objective = make_objective(run.objective)
+    objective = make_objective(run.objective, run.training)
     saved = store.metadata(path)
     if "step" not in saved:
         raise DamagedCheckpointError(f"{path}: its manifest does not say of which step it is")
     objective.load_state(saved.get("objective", {}))
-    pattern = objective.pattern(int(saved["step"]))
+    pattern = objective.sampling_pattern(int(saved["step"]))
     chunks = build.build_chunks(run.model, layout, config, pattern)
     state, metadata = store.load(path, sharded_state.model_state(chunks))
     sharded_state.load_model_state(chunks, state)

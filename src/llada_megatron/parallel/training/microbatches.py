@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch
+from llada_megatron.llada_moe.model.context_slices import held_runs, taken
 from llada_megatron.llada_moe.model.head import Targets
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.model.transfer import pinned, to_device
@@ -76,12 +77,11 @@ def local_numbers(run: RunConfig, step: int, data_rank: int) -> list[list[int]]:
     ]
 
 
-def stage(layout: LayoutConfig, batch: Batch) -> StagedBatch:
-    """What this rank takes from a batch, ready to be copied to the device."""
+def stage(layout: LayoutConfig, batch: Batch, pattern: AttentionPattern) -> StagedBatch:
+    """What this rank takes from a batch of a step with `pattern`, ready to be copied to the device."""
     shard, shards = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
-    inputs, labels, weights = (
-        tensor.chunk(shards, dim=1)[shard] for tensor in (batch.inputs, batch.labels, batch.weights)
-    )
+    runs = held_runs(batch.inputs.size(1), shard, shards, pattern.doubled)
+    inputs, labels, weights = (taken(tensor, runs, dim=1) for tensor in (batch.inputs, batch.labels, batch.weights))
     targets = None
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         slices = layout.tensor_parallel if layout.sequence_parallel else 1
@@ -92,6 +92,7 @@ def stage(layout: LayoutConfig, batch: Batch) -> StagedBatch:
 
 def prepare(objective: Objective, staged: list[StagedBatch], step: int) -> list[Microbatch]:
     """Normalise over the global batch of `step`, and copy to the device (collective over the data-parallel ranks)."""
+    objective.step = step
     totals = _global_counts(staged)
     where = device.current()
     factors, mask_ratios, supervised = (

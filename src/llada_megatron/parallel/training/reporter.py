@@ -68,6 +68,7 @@ class Reporter:
             self.run.training.sequence_length,
             keys_per_query=self._keys_per_query(batches),
             supervised_share=self.objective.supervised_share,
+            copies=self.objective.pattern(self._first_step).copies,
         ).total
         self.throughput = Throughput(work)
         logging.getLogger(__name__).info("model FLOPs per token %.4g; %s", work, FORMULA)

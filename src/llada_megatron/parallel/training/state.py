@@ -200,7 +200,7 @@ def load_frozen(run: RunConfig, store: CheckpointStore, path: str) -> list[torch
 
     def load(found: Path) -> list[torch.nn.Module]:
         require_model(found, store.metadata(found), run.model, weights_only=True)
-        pattern = make_objective(run.objective).pattern(step=0)
+        pattern = make_objective(run.objective, run.training).pattern(step=0)
         config = transformer_config(run.model, run.layout, run.training.without_fp8())
         chunks = build_chunks(run.model, run.layout, config, pattern, run.training.logits_chunk_mb)
         load_model_state(chunks, store.load(found, model_state(chunks))[0])

@@ -68,17 +68,18 @@ def run_pipeline(
 ) -> Losses:
     """Forward (and backward) of all micro-batches through the pipeline; gradients are left in the models' buffers."""
     iterators = [iter(microbatches) for _ in models]
+    positions = microbatches[0].inputs.size(1) * run.layout.context_parallel  # of a sequence: twice those of its text
     stored = get_forward_backward_func()(
         forward_step_func=_forward_step,
         data_iterator=iterators if len(models) > 1 else iterators[0],
         model=models if len(models) > 1 else models[0],
         num_microbatches=len(microbatches),
-        seq_length=run.training.sequence_length,
+        seq_length=positions,
         micro_batch_size=run.training.micro_batch_size,
         forward_only=forward_only,
     )
     where = device.current()
-    total = run.training.global_batch_size * run.training.sequence_length
+    total = run.training.global_batch_size * positions
 
     def join(name: str) -> torch.Tensor:
         return torch.cat([facts[name] for facts in stored]) if stored else torch.zeros(0, device=where)
@@ -114,7 +115,7 @@ class TrainingStep:
         `objective`: None = a new one of the run; `frozen`: the chunks of each of its frozen models by name.
         """
         self.run, self.models, self.optimizer, self.data = run, models, optimizer, data
-        self.objective = make_objective(run.objective) if objective is None else objective
+        self.objective = make_objective(run.objective, run.training) if objective is None else objective
         self.frozen = frozen or {}
         self._device = device.current()
         self._ahead = BatchesAhead(self._stage, run.training.steps) if ahead else None
@@ -129,7 +130,8 @@ class TrainingStep:
 
     def _stage(self, step: int) -> list[StagedBatch]:
         device.use(self._device)  # in a thread, where batches are made ahead
-        return [stage(self.run.layout, batch) for batch in self.batches(step)]
+        pattern = self.objective.pattern(step)
+        return [stage(self.run.layout, batch, pattern) for batch in self.batches(step)]
 
     def close(self) -> None:
         """End what runs beside the steps."""

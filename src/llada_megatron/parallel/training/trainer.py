@@ -39,7 +39,7 @@ class Trainer:
         self.run = run
         self.heartbeat = Heartbeat.of_rank(torch.distributed.get_rank())
         self.heartbeat.beat(0, "start")
-        self.objective = make_objective(run.objective)
+        self.objective = make_objective(run.objective, run.training)
         self.data = samples_of(self.objective, run, "train")
         self.held_out = samples_of(self.objective, run, "validation") if run.validation.interval else None
         chunks = build.build_run_chunks(run)

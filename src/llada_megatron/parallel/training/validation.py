@@ -32,6 +32,7 @@ def validate(
 
     `step`: the one whose attention pattern is used; `alive` is called before every batch.
     """
+    objective.step = step
     batches = list(_batches(run, data))
     tokens = torch.tensor(sum(int(batch.untruncated.sum()) for batch in batches))
     host_group.data_parallel().all_reduce(tokens)
@@ -39,7 +40,7 @@ def validate(
     for model in models:
         model.eval()
     watch = models[0].register_forward_pre_hook(lambda *_: alive())
-    staged = [stage(run.layout, batch) for batch in batches]
+    staged = [stage(run.layout, batch, objective.pattern(step)) for batch in batches]
     with fp8_state.unchanged(models):
         losses = run_pipeline(run, models, prepare(objective, staged, step), forward_only=True)
     watch.remove()

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import message
-from llada_megatron.tools.bench import Claim, at_most, reported
+from llada_megatron.tools.bench import Claim, at_most, doubled_attention, reported
 
 if TYPE_CHECKING:
     import torch
@@ -37,10 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block", type=int, default=32, help="of the block-causal pattern (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="timings of each, of which the median counts")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
+    doubled_attention.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> list[Claim]:
-    """Measures full attention and attention over causal blocks."""
+    """Measures full attention, attention over causal blocks, and over `[x_t ; x_0]`."""
     import torch
 
     from llada_megatron.tools.bench.measurement import single_process
@@ -50,7 +51,11 @@ def run(args: argparse.Namespace) -> list[Claim]:
     with single_process():
         from llada_megatron.llada_moe.model.patterns import FULL, AttentionPattern
 
-        return [*_claims(args, FULL, "full"), *_claims(args, AttentionPattern(args.block), f"blocks of {args.block}")]
+        return [
+            *_claims(args, FULL, "full"),
+            *_claims(args, AttentionPattern(args.block), f"blocks of {args.block}"),
+            *doubled_attention.claims(args),
+        ]
 
 
 def document_boundaries(length: int, documents: int) -> torch.Tensor:

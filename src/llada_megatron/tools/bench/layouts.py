@@ -8,10 +8,10 @@ from pathlib import Path
 from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
-from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
+from llada_megatron.llada_moe.objectives import config_class
 
 DENSE = ModelConfig(
     family="llada",
@@ -129,8 +129,8 @@ def parity_run(
     """A small run of `model` under `layout`; the same loss and gradients as under any other."""
     return RunConfig(
         model=model,
-        objective=ObjectiveConfig(
-            kind=objective,  # type: ignore[arg-type]
+        objective=config_class(objective)(
+            kind=objective,
             block_size=block_size,
             random_length_probability=0.25,
             replace_ratio=replace_ratio,

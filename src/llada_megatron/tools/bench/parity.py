@@ -77,6 +77,15 @@ def cases() -> Iterator[tuple[str, RunConfig]]:
         )
     for name in ("CP2", "TP2.SP.CP2", "PP2 interleaved"):
         yield f"dense {name} block-causal", parity_run(MODELS["dense"], DENSE_LAYOUTS[name], block_size=BLOCK_SIZE)
+    halves: dict[str, Any] = {"objective": "block_diffusion", "block_size": BLOCK_SIZE}
+    for name in ("TP2.SP", "CP2", "CP4", "TP2.SP.CP2", "PP2 interleaved", "PP2.DP2"):
+        yield f"dense {name} block diffusion", parity_run(MODELS["dense"], DENSE_LAYOUTS[name], **halves)
+    for name in ("EP2", "TP2.SP.EP2", "CP2.EP2", "PP2.EP2"):
+        yield f"sigmoid {name} block diffusion", parity_run(MODELS["sigmoid"], MOE_LAYOUTS[name], **halves)
+    yield (
+        "dense PP2 block diffusion recomputed",
+        parity_run(MODELS["dense"], DENSE_LAYOUTS["PP2"], recompute="full", **halves),
+    )
 
 
 @dataclasses.dataclass
@@ -196,7 +205,7 @@ class SyntheticData:
         from llada_megatron.llada_moe.objectives import make_objective
 
         self.run = run
-        self._make_row = make_objective(run.objective).rows(run, "train", run.model.vocab_size)
+        self._make_row = make_objective(run.objective, run.training).rows(run, "train", run.model.vocab_size)
 
     def batch(self, indices: Sequence[int]) -> Any:
         """Samples as `llada_moe.data.training_data.TrainingData.batch` gives them."""

@@ -14,6 +14,7 @@ from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.model.attention import backends, packed_documents, per_document, varlen
 from llada_megatron.llada_moe.model.attention.backends import Backend, attention_backend
 from llada_megatron.llada_moe.model.attention.packed_documents import PackedBatches, pack
+from llada_megatron.llada_moe.model.context_slices import Run
 from llada_megatron.llada_moe.model.patterns import CAUSAL, FULL, AttentionPattern, segments
 from llada_megatron.llada_moe.model.transformer import build_model
 from llada_megatron.parallel import device
@@ -176,7 +177,7 @@ def test_no_value_of_a_tensor_is_asked_for(attend, block):
 
 
 def test_only_the_last_batches_are_kept():
-    batches, facts = PackedBatches(kept=2), {"batch": 1, "positions": 16, "first": 0, "queries": 16}
+    batches, facts = PackedBatches(kept=2), {"batch": 1, "positions": 16, "runs": (Run(0, 16),)}
     first = batches.of(document_boundaries(16, 2), FULL, **facts)
     assert batches.of(document_boundaries(16, 2), FULL, **facts) is first
     assert batches.of(document_boundaries(16, 2), CAUSAL, **facts) is not first

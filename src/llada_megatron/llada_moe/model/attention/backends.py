@@ -29,6 +29,7 @@ class Backend(enum.Enum):
     ENGINE = "Transformer Engine, all documents in one call"
     VARLEN = "torch.nn.attention.varlen, all documents in one call"
     FLEX = "FlexAttention, all documents in one call"
+    DECOMPOSED = "products of a noisy and a clean half, merged by their log-sum-exp"
 
 
 class Choice(NamedTuple):
@@ -58,11 +59,12 @@ def attention_backend(
         engine: whether the model is built from Transformer Engine's modules.
         split: whether a rank holds the queries of a part of a sequence (context parallelism).
     """
+    anywhere = Backend.DECOMPOSED if pattern.doubled else Backend.PER_DOCUMENT
     if device != "cuda":
-        return Choice(Backend.PER_DOCUMENT, "kernels for packed documents need CUDA")
+        return Choice(anywhere, "kernels for packed documents need CUDA")
     if dtype not in _KERNEL_DTYPES:
         name = str(dtype).removeprefix("torch.")
-        return Choice(Backend.PER_DOCUMENT, f"kernels for packed documents take bfloat16 and float16, not {name}")
+        return Choice(anywhere, f"kernels for packed documents take bfloat16 and float16, not {name}")
     missing = []
     for backend, find_obstacle in (
         (Backend.ENGINE, lambda: _against_engine(pattern, engine, split)),
@@ -73,12 +75,14 @@ def attention_backend(
         if obstacle is None:
             return Choice(backend, "; ".join(missing) or "serves this pattern")
         missing.append(obstacle)
-    return Choice(Backend.PER_DOCUMENT, "; ".join(missing))
+    return Choice(anywhere, "; ".join(missing))
 
 
 def _against_engine(pattern: AttentionPattern, engine: bool, split: bool) -> str | None:
     if not engine:
         return "the model is not built from Transformer Engine"
+    if pattern.doubled:
+        return "Transformer Engine has no mask of a noisy and a clean half"
     if pattern.block not in (None, 1):
         return "Transformer Engine has no mask of causal blocks"
     if split and pattern.block == 1:
@@ -87,6 +91,8 @@ def _against_engine(pattern: AttentionPattern, engine: bool, split: bool) -> str
 
 
 def _against_varlen(pattern: AttentionPattern, head_dim: int) -> str | None:
+    if pattern.doubled:
+        return "torch.nn.attention.varlen has no mask of a noisy and a clean half"
     if pattern.block not in (None, 1):
         return "torch.nn.attention.varlen has no mask of causal blocks"
     if varlen.operation() is None:

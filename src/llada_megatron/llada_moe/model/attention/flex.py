@@ -14,14 +14,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from llada_megatron.llada_moe.model.attention.doubled_documents import DoubledDocuments
 from llada_megatron.llada_moe.model.attention.packed_documents import PackedDocuments, on_device
+
+Packed = PackedDocuments | DoubledDocuments
 
 TILE = 128
 """Queries and keys of a tile: what FlexAttention's kernels skip or compute as a whole."""
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedDocuments, scale: float | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Packed, scale: float | None
 ) -> torch.Tensor:
     """Attend to all documents in one call; arguments and result as in `per_document.attend`."""
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
@@ -39,12 +42,14 @@ def _operation(device: str) -> Callable[..., Any]:
     return torch.compile(flex_attention) if device == "cuda" else flex_attention
 
 
-def block_mask(packed: PackedDocuments, device: torch.device) -> Any:
+def block_mask(packed: Packed, device: torch.device) -> Any:
     """torch's BlockMask of these documents."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    begins, ends = packed.key_ranges()
-    some, whole = tiles(begins, ends, packed.positions)
+    ranges = packed.key_ranges()
+    found = [tiles(begins, ends, packed.positions) for begins, ends in ranges]
+    some, whole = (np.logical_or.reduce(part) for part in zip(*found, strict=True))
+    bounds = [(on_device(begins, device), on_device(ends, device)) for begins, ends in ranges]
     counts, indices = _ordered(some & ~whole, device)
     whole_counts, whole_indices = _ordered(whole, device)
     return BlockMask.from_kv_blocks(
@@ -53,9 +58,22 @@ def block_mask(packed: PackedDocuments, device: torch.device) -> Any:
         whole_counts,
         whole_indices,
         BLOCK_SIZE=TILE,
-        mask_mod=_sees(on_device(begins, device), on_device(ends, device)),
-        seq_lengths=(begins.shape[1], packed.positions),
+        mask_mod=_sees_either(*bounds) if len(bounds) == 2 else _sees(*bounds[0]),
+        seq_lengths=(ranges[0][0].shape[1], packed.positions),
     )
+
+
+_Bounds = tuple[torch.Tensor, torch.Tensor]
+
+
+def _sees_either(own: _Bounds, clean: _Bounds) -> Callable[..., torch.Tensor]:
+    """As `_sees`, for queries that see two ranges of keys."""
+    sees_own, sees_clean = _sees(*own), _sees(*clean)
+
+    def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return sees_own(b, h, q, k) | sees_clean(b, h, q, k)
+
+    return sees
 
 
 def _sees(begins: torch.Tensor, ends: torch.Tensor) -> Callable[..., torch.Tensor]:

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from llada_megatron.llada_moe.model.attention.doubled_documents import DoubledDocuments, pack_doubled
+from llada_megatron.llada_moe.model.context_slices import Run
 from llada_megatron.llada_moe.model.patterns import AttentionPattern, Segment, segments
 from llada_megatron.llada_moe.model.transfer import to_device
 
@@ -83,10 +85,11 @@ class PackedDocuments:
         """Whether a document's queries lie on several ranks, so that some part sees more keys than it has queries."""
         return any(part.queries != part.keys for part in self.parts)
 
-    def key_ranges(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """First key that each query sees and the one after the last, positions in its sequence: `[batch, queries]`."""
+    def key_ranges(self) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+        """The one range of keys that each query sees: its first and the one after the last, positions in its sequence,
+        `[batch, queries]`."""
         begins, ends = zip(*(_ranges_of_row(row, self.pattern.block) for row in self.rows), strict=True)
-        return np.stack(begins), np.stack(ends)
+        return [(np.stack(begins), np.stack(ends))]
 
 
 def _ranges_of_row(row: PackedRow, block: int | None) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -138,7 +141,7 @@ class PackedBatches:
 
     def __init__(self, kept: int = 32) -> None:
         self._kept = kept
-        self._packed: OrderedDict[tuple[Any, ...], PackedDocuments] = OrderedDict()
+        self._packed: OrderedDict[tuple[Any, ...], PackedDocuments | DoubledDocuments] = OrderedDict()
 
     def of(
         self,
@@ -147,18 +150,27 @@ class PackedBatches:
         *,
         batch: int,
         positions: int,
-        first: int,
-        queries: int,
-    ) -> PackedDocuments:
-        """The packed documents of a batch; see `pack`. `boundaries` None = every sequence is one segment."""
+        runs: tuple[Run, ...],
+    ) -> PackedDocuments | DoubledDocuments:
+        """The packed documents of a batch, for the queries of `runs`; see `pack`.
+
+        `boundaries` None = every sequence, or every half of one, is one segment.
+        """
         content = None if boundaries is None else boundaries.numpy().tobytes()
-        key = (content, pattern, batch, positions, first, queries)
+        key = (content, pattern, batch, positions, runs)
         if key not in self._packed:
             if len(self._packed) == self._kept:
                 self._packed.popitem(last=False)
-            whole = [Segment(row, 0, positions) for row in range(batch)]
+            length = positions // pattern.copies
+            whole = [
+                Segment(row, start, start + length) for row in range(batch) for start in range(0, positions, length)
+            ]
             documents = whole if boundaries is None else segments(boundaries, positions)
-            self._packed[key] = pack(documents, pattern, positions, first, queries)
+            if pattern.doubled:
+                self._packed[key] = pack_doubled(documents, pattern, positions, runs)
+            else:
+                ((first, stop),) = runs
+                self._packed[key] = pack(documents, pattern, positions, first, stop - first)
         self._packed.move_to_end(key)
         return self._packed[key]
 

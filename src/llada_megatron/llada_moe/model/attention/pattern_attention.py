@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,19 +11,22 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from llada_megatron.llada_moe.model.attention import flex, per_document, varlen
+from llada_megatron.llada_moe.model.attention import decomposed, flex, per_document, varlen
 from llada_megatron.llada_moe.model.attention.backends import Backend, attention_backend, told
+from llada_megatron.llada_moe.model.attention.doubled_documents import DoubledDocuments
 from llada_megatron.llada_moe.model.attention.packed_documents import PackedBatches, PackedDocuments
 from llada_megatron.llada_moe.model.attention.window_attention import attend_windows
+from llada_megatron.llada_moe.model.context_slices import held_runs, in_order
 from llada_megatron.llada_moe.model.fixed_windows import FixedWindows
 from llada_megatron.llada_moe.model.patterns import FULL, AttentionPattern
 from llada_megatron.llada_moe.model.windows import Windows
 
 
 class PatternAttention(MegatronModule):
-    """Softmax attention inside each segment: full, causal, or full inside blocks and causal between them.
+    """Softmax attention inside each segment: full, causal, or full inside blocks and causal between them; or over a
+    noisy and a clean half of the sequence (see `AttentionPattern.doubled`).
 
-    Under context parallelism a rank holds a contiguous slice of the queries; keys and values are gathered over the
+    Under context parallelism a rank holds the queries that `context_slices` says; keys and values are gathered over the
     group (their gradients reduce-scattered), so that any pattern is exact.
     """
 
@@ -70,10 +74,7 @@ class PatternAttention(MegatronModule):
             `[seq, batch, heads * head_dim]`.
         """
         if self.context_group.size() > 1:
-            key, value = (
-                gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=self.context_group)
-                for part in (key, value)
-            )
+            key, value = (self._gathered(part) for part in (key, value))
         if isinstance(attention_mask, Windows | FixedWindows):
             q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
             if isinstance(attention_mask, FixedWindows):
@@ -86,13 +87,17 @@ class PatternAttention(MegatronModule):
             self.pattern,
             batch=query.size(1),
             positions=key.size(0),
-            first=self.context_group.rank() * query.size(0),
-            queries=query.size(0),
+            runs=held_runs(key.size(0), self.context_group.rank(), self.context_group.size(), self.pattern.doubled),
         )
         return self._attend(query, key, value, packed)
 
+    def _gathered(self, part: torch.Tensor) -> torch.Tensor:
+        """Whole sequences of keys or values, in order."""
+        whole = gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=self.context_group)
+        return in_order(whole, self.context_group.size(), self.pattern.doubled)
+
     def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedDocuments
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedDocuments | DoubledDocuments
     ) -> torch.Tensor:
         chosen = attention_backend(
             self.pattern,
@@ -109,8 +114,9 @@ class PatternAttention(MegatronModule):
         return attend(query, key, value, packed, self.softmax_scale)
 
 
-_ATTEND = {
+_ATTEND: dict[Backend, Callable[..., torch.Tensor]] = {
     Backend.PER_DOCUMENT: per_document.attend,
     Backend.VARLEN: varlen.attend,
     Backend.FLEX: flex.attend,
+    Backend.DECOMPOSED: decomposed.attend,
 }

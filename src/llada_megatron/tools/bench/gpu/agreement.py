@@ -60,7 +60,7 @@ class SyntheticWindows:
 
     def __init__(self, run: RunConfig, documents: int) -> None:
         self._run, self._documents = run, documents
-        self._make_row = make_objective(run.objective).rows(run, "train", run.model.vocab_size)
+        self._make_row = make_objective(run.objective, run.training).rows(run, "train", run.model.vocab_size)
         special = run.model.special_ids
         self._tokens = np.array([token for token in range(run.model.vocab_size) if token not in special])
         weights = 1.0 / np.arange(1, len(self._tokens) + 1)

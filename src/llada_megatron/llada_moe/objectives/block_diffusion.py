@@ -1,0 +1,210 @@
+"""Block diffusion: predict the masked tokens of each block from the block itself and the clean blocks before it.
+
+The loss of LLaDA2.0 (tech report, eq. 1) and BD3-LM (arXiv 2503.09573): the model reads a noisy copy of the text and
+the text itself, `[x_t ; x_0]`, and the masked tokens of the noisy copy are weighted 1/t. Blocks of one token make it
+the exact cost of the text from left to right; where one block holds a whole sequence, nothing is to be seen in the
+clean copy, which is left out: that is the loss of `masked_diffusion`. The size of the blocks may change during a run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from llada_megatron.llada_moe.config.block_schedule import (
+    BlockSchedule,
+    check_stages,
+    check_steps,
+    named_stages,
+    tokens_per_step,
+)
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig, check_plain_text
+from llada_megatron.llada_moe.config.parsing import Refuse
+from llada_megatron.llada_moe.objectives.interface import Objective, register
+from llada_megatron.llada_moe.objectives.masked_diffusion import diffusion_row
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from llada_megatron.llada_moe.config.run import RunConfig
+    from llada_megatron.llada_moe.data.batch import Row
+    from llada_megatron.llada_moe.data.packing import Split
+    from llada_megatron.llada_moe.diffusion.noise import SampleCoordinates
+    from llada_megatron.llada_moe.model.patterns import AttentionPattern
+    from llada_megatron.llada_moe.objectives.interface import RowMaker
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockDiffusionConfig(ObjectiveConfig):
+    """Keys of block diffusion beside those of masked diffusion."""
+
+    time_per: Literal["sequence", "block"] = "sequence"
+    """Whether all blocks of a sequence are masked with the same t (LLaDA2), or each with its own (BD3-LM)."""
+    weighting: Literal["inverse", "none"] = "inverse"
+    """Weight of a masked token: 1/t (LLaDA2's eq. 1), or 1 (its fine-tuning). Validation weighs by 1/t."""
+    block_schedule: BlockSchedule | None = None
+    """Block sizes that change during the run, the last of which is block_size."""
+
+
+@register("block_diffusion")
+class BlockDiffusion(Objective):
+    """Noise of `diffusion.noise` on the first half of `[x_t ; x_0]`; the second half is the text."""
+
+    config_class = BlockDiffusionConfig
+    config: BlockDiffusionConfig
+    fills_masks = True
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        super().__init__(config)
+        self._resumed: dict[str, int] = {}
+
+    def block_size(self, step: int) -> int:
+        """Positions of a block at `step` (from 0)."""
+        return self._stage(step)[1]
+
+    def _stage(self, step: int) -> tuple[int, int]:
+        """Number of the stage of `step`, and its block size."""
+        schedule, training = self.config.block_schedule, self.training
+        if schedule is None or training is None:
+            return 0, self.config.block_size or 1
+        number = schedule.stage_at(step, tokens_per_step(training))
+        return number, schedule.stages[number].block_size
+
+    def rows(self, run: RunConfig, split: Split, vocab_size: int) -> RowMaker:
+        """Noise is a function of the seed and the sample's coordinates, as in masked diffusion, and so is the stage of
+        a training sample; a validation has the block size of its step."""
+        from llada_megatron.llada_moe.diffusion.noise import ForwardProcess
+
+        training = run.training
+        noise = ForwardProcess(self.config, training.seed, training.global_batch_size, split)
+        plain = self.config.weighting == "none" and split == "train"
+
+        def make(tokens: NDArray[np.int64], boundaries: NDArray[np.int32], at: SampleCoordinates) -> Row:
+            step = at.number // training.global_batch_size if split == "train" else self.step or 0
+            size = self.block_size(step)
+            blocks = blocks_of(boundaries, size) if self.config.time_per == "block" else None
+            row = diffusion_row(tokens, boundaries, noise.corrupt(at, len(tokens), blocks), run.model.mask_token_id)
+            if plain:
+                row = replace(row, weights=(row.weights > 0).astype(row.weights.dtype))
+            return doubled_row(row, tokens) if size < len(tokens) else row
+
+        return make
+
+    def pattern(self, step: int) -> AttentionPattern:
+        """Over both halves; full where a block holds a whole sequence."""
+        from llada_megatron.llada_moe.model.patterns import FULL, AttentionPattern
+
+        size = self.block_size(step)
+        if self.training is not None and size >= self.training.sequence_length:
+            return FULL
+        return AttentionPattern(size, doubled=True)
+
+    @property
+    def copies(self) -> int:
+        """Twice, unless one block holds the sequence at every step."""
+        schedule, training = self.config.block_schedule, self.training
+        smallest = self.config.block_size if schedule is None else min(stage.block_size for stage in schedule.stages)
+        return 1 if training is not None and (smallest or 1) >= training.sequence_length else 2
+
+    def sampling_pattern(self, step: int) -> AttentionPattern:
+        """Blocks of the size that the model was trained with last, which see themselves and all before."""
+        from llada_megatron.llada_moe.model.patterns import FULL, AttentionPattern
+
+        size = self._resumed.get("block_size", self.block_size(max(step - 1, 0)))
+        whole = self.training is not None and size >= self.training.sequence_length
+        return FULL if whole else AttentionPattern(size)
+
+    @property
+    def supervised_share(self) -> float:
+        """The mean mask ratio."""
+        return (self.config.mask_ratio_min + self.config.mask_ratio_max) / 2
+
+    @property
+    def loss_is_bound(self) -> bool:
+        """The bound of a block given those before it, summed over blocks, needs what masked diffusion's bound needs."""
+        whole_range = (self.config.mask_ratio_min, self.config.mask_ratio_max) == (0.0, 1.0)
+        return whole_range and self.config.weighting == "inverse" and self.config.normalization == "all_tokens"
+
+    @property
+    def validation_is_bound(self) -> bool:
+        """Always: validation draws from the whole range of t, weighs by 1/t, cuts nothing, and counts all tokens."""
+        return True
+
+    @property
+    def only_masks_supervised(self) -> bool:
+        """Where a sequence has one mask ratio, by which its masked tokens are weighted."""
+        return self.config.time_per == "sequence" and self.config.weighting == "inverse"
+
+    def description(self) -> str:
+        """The loss, with its blocks, the band of mask ratios and how times are drawn."""
+        schedule = self.config.block_schedule
+        sizes = [self.config.block_size] if schedule is None else [stage.block_size for stage in schedule.stages]
+        band = f"{self.config.mask_ratio_min:g} to {self.config.mask_ratio_max:g}"
+        return (
+            f"block diffusion in blocks of {', then '.join(map(str, sizes))}: cross-entropy of masked tokens, share "
+            f"masked from {band}, {self.config.time_sampling} times per {self.config.time_per}"
+        )
+
+    def check(self, refuse: Refuse) -> None:
+        """Blocks have positions, the stages are in order, text has no answers, and no token is replaced."""
+        check_plain_text(self.config, refuse)
+        config = self.config
+        if config.replace_ratio:
+            why = f"{config.replace_ratio} with kind {self.kind}, which does not train for editing; use kind diffusion"
+            refuse("objective.replace_ratio", why)
+        if config.block_schedule is not None and not check_stages(config.block_schedule, config.block_size, refuse):
+            return
+        if config.block_size is None or config.block_size < 1:
+            found = "null" if config.block_size is None else config.block_size
+            refuse("objective.block_size", f"{found}, but kind {self.kind} needs the size of a block (LLaDA2: 32)")
+
+    def check_run(self, run: RunConfig, refuse: Refuse) -> None:
+        """Every block size divides the sequence; the stages fill the run and are validated."""
+        schedule, length = self.config.block_schedule, run.training.sequence_length
+        if schedule is not None:
+            sizes = [(f"block_schedule.{name}.block_size", stage.block_size) for name, stage in named_stages(schedule)]
+            check_steps(schedule, run.training, run.validation, refuse)
+        else:
+            sizes = [("block_size", self.config.block_size or 1)]
+        for key, size in sizes:
+            if length % size:
+                near = max(divisor for divisor in range(1, min(size, length) + 1) if length % divisor == 0)
+                why = f"{size} does not divide training.sequence_length {length}; use {near}"
+                refuse(f"objective.{key}", why)
+
+    def state(self) -> dict[str, Any]:
+        """The stage of the last step, and its block size."""
+        if self.step is None:
+            return dict(self._resumed)
+        stage, size = self._stage(self.step)
+        return {"stage": stage, "block_size": size}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """What `state` gave: the block size that a sampler of this checkpoint uses."""
+        self._resumed, self.step = dict(state), None
+
+
+def blocks_of(boundaries: NDArray[np.int32], size: int) -> NDArray[np.int64]:
+    """The number of the block of each position, `[seq]`; blocks are counted from the start of each segment."""
+    import numpy as np
+
+    lengths = np.diff(boundaries).astype(np.int64)
+    counts = -(-lengths // size)
+    first = np.repeat(np.cumsum(counts) - counts, lengths)
+    return first + (np.arange(boundaries[-1]) - np.repeat(boundaries[:-1].astype(np.int64), lengths)) // size
+
+
+def doubled_row(noisy: Row, tokens: NDArray[np.int64]) -> Row:
+    """`[x_t ; x_0]`, of twice the length of a masked sequence: its text follows it, with the same segments, and nothing
+    there is supervised."""
+    import numpy as np
+
+    length = len(tokens)
+    return replace(
+        noisy,
+        inputs=np.concatenate([noisy.inputs, tokens]),
+        labels=np.concatenate([noisy.labels, tokens]),
+        weights=np.concatenate([noisy.weights, np.zeros(length, noisy.weights.dtype)]),
+        boundaries=np.concatenate([noisy.boundaries, noisy.boundaries[1:] + np.int32(length)]),
+    )

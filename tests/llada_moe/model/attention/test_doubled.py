@@ -1,0 +1,180 @@
+"""Attention over `[x_t ; x_0]` equals a naive softmax in float64, however it is computed: result and all gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llada_megatron.llada_moe.model.attention import decomposed, flex
+from llada_megatron.llada_moe.model.attention.backends import Backend, attention_backend
+from llada_megatron.llada_moe.model.attention.doubled_documents import pack_doubled
+from llada_megatron.llada_moe.model.context_slices import Run, held_runs
+from llada_megatron.llada_moe.model.patterns import AttentionPattern, segments
+from llada_megatron.tools.bench.attention import attention_module
+from tests.llada_moe.model.attention.naive import Case, cases, evaluated, expected, largest_error
+
+EXACT = 1e-6
+
+
+@dataclass(frozen=True)
+class DoubledCase(Case):
+    """`lengths` are those of the documents in each half of the `positions`."""
+
+    @property
+    def boundaries(self) -> torch.Tensor:
+        lengths = [0, *(length for row in self.lengths for length in (*row, *row))]
+        return torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+    @property
+    def runs(self):
+        return held_runs(self.positions, self.rank, self.ranks, doubled=True)
+
+    @property
+    def queries(self) -> list[int]:
+        return [position for run in self.runs for position in range(*run)]
+
+    @property
+    def pattern(self) -> AttentionPattern:
+        return AttentionPattern(self.block, doubled=True)
+
+    def packed(self):
+        return pack_doubled(segments(self.boundaries, self.positions), self.pattern, self.positions, self.runs)
+
+    def seen(self) -> torch.Tensor:
+        """Equation 3 of LLaDA2.0's report, pair by pair, inside documents: bool `[batch, positions, positions]`."""
+        half = self.positions // 2
+        clean = torch.arange(self.positions) >= half
+        seen = []
+        for lengths in self.lengths:
+            document = torch.cat([torch.full((length,), number) for number, length in enumerate(lengths)]).repeat(2)
+            block = torch.cat([torch.arange(length) // self.block for length in lengths]).repeat(2)
+            query, key = block[:, None], block[None]
+            of_noisy = torch.where(clean[None], query > key, query == key)
+            of_clean = clean[None] & (query >= key)
+            seen.append((document[:, None] == document[None]) & torch.where(clean[:, None], of_clean, of_noisy))
+        return torch.stack(seen)
+
+
+@st.composite
+def doubled_cases(draw, blocks=(1, 2, 3, 8, 64), ranks=(1, 2, 3, 4)):
+    """The documents of a case, in both halves."""
+    one = draw(cases(blocks=blocks, ranks=(1,)))
+    count = draw(st.sampled_from([ranks for ranks in ranks if one.positions * 2 % ranks == 0]))
+    rank = draw(st.integers(0, count - 1))
+    return DoubledCase(one.positions * 2, one.lengths, one.block, rank, count, one.heads, one.kv_heads)
+
+
+def by_merging(packed, q, k, v):
+    return decomposed.attend(q, k, v, packed, None)
+
+
+def in_one_product(packed, q, k, v):
+    found = decomposed.in_one(*(tensor.permute(1, 2, 0, 3) for tensor in (q, k, v)), packed, None)
+    return found.permute(2, 0, 1, 3).flatten(2)
+
+
+@pytest.mark.parametrize("attend", [by_merging, in_one_product])
+@settings(derandomize=True, deadline=None, max_examples=80)
+@given(case=doubled_cases())
+def test_it_is_a_softmax_over_what_equation_3_lets_a_query_see(attend, case):
+    assert largest_error(evaluated(partial(attend, case.packed()), case), expected(case)) < EXACT
+
+
+@pytest.mark.parametrize("block", [1, 32, 100, 200, 256, 300, 600])
+def test_documents_of_many_chunks(block):
+    case = DoubledCase(1400, ((600, 100),), block, 0, 1, 4, 2)
+    assert largest_error(evaluated(partial(by_merging, case.packed()), case), expected(case)) < EXACT
+
+
+@pytest.mark.parametrize("block", [32, 300])
+def test_a_rank_of_several_holds_some_noisy_or_clean_queries(block):
+    for rank in range(4):
+        case = DoubledCase(1200, ((600,),), block, rank, 4, 2, 1)
+        assert largest_error(evaluated(partial(by_merging, case.packed()), case), expected(case)) < EXACT
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(doubled_cases())
+def test_what_flex_attention_is_told(case):
+    """The keys of each query, as its kernels are given them."""
+    (a, b), (c, d) = case.packed().key_ranges()
+    keys = torch.arange(case.positions).numpy()
+    seen = ((a[..., None] <= keys) & (keys < b[..., None])) | ((c[..., None] <= keys) & (keys < d[..., None]))
+    assert (torch.from_numpy(seen) == case.seen()[:, case.queries]).all()
+
+
+@pytest.mark.parametrize(("lengths", "block"), [((300, 84), 32), ((384,), 160), ((384,), 384)])
+def test_flex_attention(lengths, block):
+    case = DoubledCase(768, (lengths,), block, 0, 1, 2, 1)
+    packed, (query, key, value, _) = case.packed(), case.inputs()
+    with torch.no_grad():
+        found = flex.attend(query, key, value, packed, None)
+    assert largest_error([found], expected(case)[:1]) < EXACT
+    whole = packed.once(flex.block_mask, torch.device("cpu"))
+    assert whole.full_kv_num_blocks.sum() > 0 or block == 32  # some tiles are computed without a mask
+    assert (whole.kv_num_blocks + whole.full_kv_num_blocks).sum() < 36  # and some not at all
+
+
+def test_masks_are_as_large_as_a_chunk_and_what_is_kept_is_linear_in_length():
+    kept = {}
+    for half in (1024, 4096):
+        case = DoubledCase(2 * half, ((half,),), 32, 0, 1, 2, 2)
+        packed, saved = case.packed(), []
+        query, key, value, _ = (part.requires_grad_() for part in case.inputs())
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor, into=saved: into.append(tensor) or tensor, id):
+            decomposed.attend(query, key, value, packed, None)
+        kept[half] = sum(tensor.numel() for tensor in saved)
+        widest = {part.mask.shape for chunk in packed.rows[0] for part in decomposed.parts(chunk, packed, query).own}
+        assert widest == {(512, 512)}
+    assert kept[4096] == 4 * kept[1024] < 5 * 4096 * 2 * 2 * 9
+
+
+def test_the_module_computes_it_with_the_rows_of_a_batch_and_is_told_apart():
+    case = DoubledCase(24, ((5, 7), (12,)), 3, 0, 1, 4, 4)
+    module = attention_module(4, 8, case.pattern)
+    assert largest_error(evaluated(lambda q, k, v: module(q, k, v, case.boundaries), case), expected(case)) < EXACT
+    whole = DoubledCase(24, ((12,), (12,)), 3, 0, 1, 4, 4)
+    assert largest_error(evaluated(lambda q, k, v: module(q, k, v, None), whole), expected(whole)) < EXACT
+
+
+@pytest.mark.parametrize("attend", [by_merging, in_one_product])
+def test_no_value_of_a_tensor_is_asked_for(attend):
+    packed = DoubledCase(64, ((5, 20, 7), (32,)), 6, 0, 1, 4, 2).packed()
+    with FakeTensorMode():
+        tensors = [torch.randn(64, 2, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+        out = attend(packed, *tensors)
+        out.backward(torch.ones_like(out))
+    decomposed.chunk_mask.cache_clear()  # of masks without values
+    assert out.shape == (64, 2, 32) and all(tensor.grad.shape == tensor.shape for tensor in tensors)
+
+
+def test_bf16_loses_no_more_than_its_own_digits():
+    case = DoubledCase(800, ((400,),), 32, 0, 1, 2, 1)
+    found = evaluated(partial(by_merging, case.packed()), case, torch.bfloat16)
+    assert largest_error(found, expected(case)) < 2e-2
+
+
+def test_halves_that_differ_and_blocks_that_are_missing_are_refused():
+    with pytest.raises(ValueError, match="without blocks the noisy half sees nothing"):
+        AttentionPattern(None, doubled=True)
+    with pytest.raises(ValueError, match="sequence 0: the noisy half and the clean half have different segments"):
+        pack_doubled(segments(torch.tensor([0, 3, 8, 16]), 16), AttentionPattern(2, doubled=True), 16, [Run(0, 16)])
+
+
+def test_who_computes_it(monkeypatch):
+    from llada_megatron.llada_moe.model.attention import backends
+
+    pattern = AttentionPattern(32, doubled=True)
+    monkeypatch.setattr(backends, "_against_flex", lambda head_dim: None)
+    attention_backend.cache_clear()
+    assert attention_backend(pattern, "cpu", torch.float32).backend is Backend.DECOMPOSED
+    assert attention_backend(pattern, "cuda", torch.float32).backend is Backend.DECOMPOSED
+    chosen = attention_backend(pattern, "cuda", torch.bfloat16, engine=True)
+    attention_backend.cache_clear()
+    assert chosen.backend is Backend.FLEX and "no mask of a noisy and a clean half" in chosen.reason

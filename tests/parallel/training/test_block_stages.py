@@ -1,0 +1,103 @@
+"""A run over block sizes, killed in every stage, goes on to the bit; its checkpoint knows the size to sample with."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from llada_megatron.llada_moe.config import validate_run
+from llada_megatron.llada_moe.config.block_schedule import BlockSchedule, BlockStage
+from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
+from llada_megatron.llada_moe.config.intervals import CheckpointConfig, LoggingConfig, ValidationConfig
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.config.training import TrainingConfig
+from llada_megatron.llada_moe.model.patterns import AttentionPattern
+from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusionConfig
+from llada_megatron.parallel.training.metrics_file import read_metrics
+from tests.corpora import model_for, prepared_set
+from tests.ranks import RankFailure, run_ranks
+
+STAGES = ((4, 2), (32, 2), (8, 2))
+STEPS, TOKENS = 6, 32 * 4
+
+
+def train(run, kill_at):
+    """Train to the end, or until this rank is killed in step `kill_at`; the step it began with, and its objective."""
+    from llada_megatron.parallel import topology
+    from llada_megatron.parallel.training.trainer import Trainer
+
+    topology.initialize(run.layout, run.training.seed)
+    trainer = Trainer(run)
+    first = trainer.state.step
+
+    def stop():
+        if kill_at and trainer.state.step == kill_at - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return False
+
+    trainer.train(stop)
+    return first, trainer.objective.state()
+
+
+def sampled_with(path):
+    from llada_megatron.parallel import topology
+    from llada_megatron.parallel.checkpoint.loaded_model import load_checkpoint
+
+    topology.initialize(LayoutConfig(), 0)
+    return load_checkpoint(path, LayoutConfig()).model.pattern
+
+
+@pytest.fixture(scope="module")
+def make_run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("stages")
+    _, tokenizer = prepared_set(root)
+    (small, *_), (whole, _), (last, _) = STAGES
+
+    def make(name):
+        return RunConfig(
+            model=model_for(tokenizer, "tiny-dense"),
+            training=TrainingConfig(steps=STEPS, sequence_length=32, global_batch_size=4, precision="fp32"),
+            data=DataConfig(sets=[DataSetConfig(path=str(root / "set"))], validation_fraction=0.2),
+            optimizer=OptimizerConfig(learning_rate=LearningRateConfig(peak=1e-3)),
+            objective=BlockDiffusionConfig(
+                kind="block_diffusion",
+                block_size=last,
+                block_schedule=BlockSchedule(
+                    warmup=[BlockStage(block_size=small, tokens=2 * TOKENS)],
+                    stable=BlockStage(block_size=whole, tokens=2 * TOKENS),
+                    decay=[BlockStage(block_size=last, tokens=2 * TOKENS)],
+                ),
+            ),
+            checkpoint=CheckpointConfig(interval=1, keep_last=9),
+            validation=ValidationConfig(interval=2, sequences=2),
+            logging=LoggingConfig(interval=1, tensorboard=False),
+            output_dir=str(root / name),
+        )
+
+    return make
+
+
+def figures(run):
+    lines = [line for line in read_metrics(run.output_dir) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    validated = [{name: line[name] for name in sorted(line) if name.startswith("validation/")} for line in lines]
+    assert all(bool(found) == (line["step"] % 2 == 0) for line, found in zip(lines, validated, strict=True))
+    return [(line["loss"], line["grad_norm"], found) for line, found in zip(lines, validated, strict=True)]
+
+
+def test_a_run_killed_inside_every_stage_goes_on_to_the_bit(make_run):
+    whole, killed = make_run("whole"), make_run("killed")
+    validate_run(whole)
+    run_ranks(train, 1, whole, None)
+    for step in (2, 4, 6):
+        with pytest.raises(RankFailure):
+            run_ranks(train, 1, killed, step)
+    ((first, state),) = run_ranks(train, 1, killed, None)
+    assert first in (4, 5) and state == {"stage": 2, "block_size": 8}
+    assert figures(killed) == figures(whole)
+    (pattern,) = run_ranks(sampled_with, 1, whole.output_dir)
+    assert pattern == AttentionPattern(8)
