@@ -65,7 +65,7 @@ def test_commands_that_are_only_named_exist():
                 action = action[:-1]
                 assert name in cli.COMMANDS or name.startswith("--"), each
                 assert name != "bench" or set(action) <= bench.BENCHMARKS.keys(), each
-                assert name != "convert" or set(action) <= {"import", "export", "verify", "inspect"}, each
+                assert name != "convert" or set(action) <= {"import", "export", "upcycle", "verify", "inspect"}, each
             elif program == "python":
                 assert importlib.util.find_spec(action[0]), each
 

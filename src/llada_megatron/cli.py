@@ -45,6 +45,7 @@ COMMANDS = {
         "llada_megatron.tools.convert",
         "take checkpoints from and to the formats of Hugging Face, compare them, look into them",
     ),
+    "merge": ("llada_megatron.tools.merge", "average checkpoints, the best of a run by validation loss"),
     "bench": ("llada_megatron.tools.bench", "measure this machine and check the project's claims"),
     "inspect": (
         "llada_megatron.tools.inspect",

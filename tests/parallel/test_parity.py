@@ -52,16 +52,30 @@ def test_block_causal_layout_equals_one_process(name):
     assert error <= parity.GOAL, where
 
 
-HALVES = (("objective", "block_diffusion"), ("block_size", parity.BLOCK_SIZE))
+def noisy(model: str, layout: LayoutConfig, changes: dict[str, object], **keys: object) -> RunConfig:
+    """A run that has noise on the embeddings of masked tokens at the step that is measured."""
+    run = parity_run(MODELS[model], layout, **changes)
+    noise = {"mask_embedding_noise": 0.5, "mask_embedding_noise_steps": 4} | keys
+    return dataclasses.replace(run, objective=dataclasses.replace(run.objective, **noise))
 
 
-@pytest.mark.parametrize(("model", "name"), [("dense", "CP2"), ("dense", "PP2"), ("blocks", "CP2")])
-def test_layout_of_block_diffusion_equals_one_process(model, name):
-    layout = (DENSE_LAYOUTS if model == "dense" else MOE_LAYOUTS)[name]
-    error, where = parity.compare(
-        one_process(model, HALVES), parity.measure(parity_run(MODELS[model], layout, **dict(HALVES)))
-    )
+def test_noise_on_masked_embeddings_is_the_same_on_tensor_parallel_ranks():
+    alone = parity.measure(noisy("dense", LayoutConfig(), {}))
+    assert parity.compare(one_process("dense"), alone)[0] > 100 * parity.GOAL
+    error, where = parity.compare(alone, parity.measure(noisy("dense", DENSE_LAYOUTS["TP2.SP"], {})))
     assert error <= parity.GOAL, where
+
+
+@pytest.mark.parametrize(("model", "names"), [("dense", ["CP2", "PP2 interleaved"]), ("blocks", ["CP2", "TP2.SP.EP2"])])
+def test_layout_of_block_diffusion_equals_one_process(model, names):
+    """With all that a conversion from an autoregressive model may have in its first steps."""
+    halves = {"objective": "block_diffusion", "block_size": parity.BLOCK_SIZE}
+    pairs = {"complementary_masks": True, "time_per": "block", "time_sampling": "stratified"}
+    alone = parity.measure(noisy(model, LayoutConfig(), halves, **pairs))
+    for name in names:
+        layout = (DENSE_LAYOUTS if model == "dense" else MOE_LAYOUTS)[name]
+        error, where = parity.compare(alone, parity.measure(noisy(model, layout, halves, **pairs)))
+        assert error <= parity.GOAL, (name, where)
 
 
 RECOMPUTED = ["core_attn", "mlp", "moe", "moe_act", "shared_experts"]
@@ -153,12 +167,15 @@ def drawn_runs(draw) -> tuple[str, RunConfig, tuple[tuple[str, object], ...]]:
     hypothesis.assume(layout.world_size in (2, 4))
     recompute = draw(power(["none", "full", "selective"]))
     modules = draw(strategies.lists(power(RECOMPUTED), min_size=1, max_size=3)) if recompute == "selective" else []
+    block = draw(power([None, 1, parity.BLOCK_SIZE, 8]))
+    doubled = block in (1, 8) and draw(strategies.booleans())
     changes = (
+        ("objective", "block_diffusion" if doubled else "diffusion"),
         ("seed", draw(strategies.integers(0, 3))),
         ("recompute", recompute),
         ("recompute_modules", modules),
-        ("block_size", draw(power([None, 1, parity.BLOCK_SIZE]))),
-        ("replace_ratio", draw(power([0.0, 0.3]))),
+        ("block_size", block),
+        ("replace_ratio", 0.0 if doubled else draw(power([0.0, 0.3]))),
     )
     run = parity_run(MODELS[model], layout, **dict(changes))
     normalization = draw(power(["all_tokens", "masked_tokens"]))

@@ -278,6 +278,33 @@ REFUSED = {
         "objective.mask_ratio_min=0.8",
         "the band 0.8 to 0.3 must satisfy",
     ),
+    "pairs without a band": (
+        "tiny-dense objective.mask_ratio_min=0.3 objective.mask_ratio_max=0.8",
+        "objective.complementary_masks=true",
+        "1 - mask_ratio_min 0.3 is not mask_ratio_max 0.8; use 0.3 to 0.7",
+    ),
+    "half a pair": (
+        "tiny-dense objective.complementary_masks=true",
+        "training.global_batch_size=7",
+        "7 is odd, and objective.complementary_masks makes pairs of samples; use 8",
+    ),
+    "causal pairs": (
+        "tiny-dense objective.kind=autoregressive",
+        "objective.complementary_masks=true",
+        "kind autoregressive masks no token; remove complementary_masks",
+    ),
+    "noise for ever": (
+        "tiny-dense objective.mask_embedding_noise=0.1",
+        "objective.mask_embedding_noise_steps=0",
+        "0 with mask_embedding_noise 0.1: give both",
+    ),
+    "negative noise": ("tiny-dense", "objective.mask_embedding_noise=-1", "-1.0 must be a number, 0 or more"),
+    "negative noise steps": ("tiny-dense", "objective.mask_embedding_noise_steps=-1", "-1 must not be negative"),
+    "causal embedding noise": (
+        "tiny-dense objective.kind=autoregressive objective.mask_embedding_noise_steps=9",
+        "objective.mask_embedding_noise=0.1",
+        "kind autoregressive masks no token; remove mask_embedding_noise",
+    ),
     "epsilon": ("tiny-dense", "objective.epsilon=0", "0 with mask_ratio_min 0 lets the mask ratio be 0"),
     "block of nothing": ("tiny-dense", "objective.block_size=0", "0 must be greater than 0; null is full attention"),
     "causal blocks": (

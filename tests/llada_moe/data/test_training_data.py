@@ -52,6 +52,18 @@ def test_diffusion_batch_holds_the_forward_process(two_sets, make_run):
     assert set(ends.tolist()) <= set(batch.boundaries.tolist())
 
 
+def test_complementary_masks_are_of_one_window_and_validation_has_none(two_sets, make_run):
+    keys = {"mask_ratio_min": 0.2, "mask_ratio_max": 0.8, "random_length_probability": 0.0}
+    run = make_run(two_sets, objective=keys | {"complementary_masks": True})
+    batch, plain = (TrainingData(each).batch(range(16)) for each in (run, make_run(two_sets, objective=keys)))
+    assert torch.equal(batch.labels[0::2], batch.labels[1::2])
+    assert torch.equal(batch.weights[0::2] > 0, batch.weights[1::2] == 0)
+    assert torch.equal(batch.labels[0::2], plain.labels[:8]) and torch.equal(batch.inputs[0::2], plain.inputs[:8])
+    torch.testing.assert_close(batch.mask_ratio[0::2] + batch.mask_ratio[1::2], torch.ones(8))
+    held_out = [TrainingData(each, "validation") for each in (run, make_run(two_sets, objective=keys))]
+    assert equal(*(data.batch(range(4)) for data in held_out))
+
+
 def test_replaced_tokens_are_other_words_and_all_that_is_shown_is_supervised(two_sets, make_run):
     objective = {"random_length_probability": 0.5}
     operations = {"delete_token_id": 6, "insert_token_id": 7}

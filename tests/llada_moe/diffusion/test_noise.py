@@ -53,6 +53,33 @@ def test_every_coordinate_matters():
     assert len(masks | {validation.mask.tobytes()}) == 6
 
 
+@given(st.integers(0, 500), st.integers(1, 7), st.sampled_from([(0.0, 1.0, 0.5), (0.3, 0.7, 0.01)]))
+def test_both_of_a_pair_have_one_range_of_ratios_also_block_by_block(window, size, band):
+    low, high, epsilon = band
+    noise = process(complementary_masks=True, mask_ratio_min=low, mask_ratio_max=high, epsilon=epsilon)
+    least = (1 - epsilon) * low + epsilon / 2
+    pair = [SampleCoordinates(0, 0, 0, window, inverse) for inverse in (False, True)]
+    assert all(least <= noise.corrupt(one, 20).ratio <= 1 - least for one in pair)
+    one, other = (noise.corrupt(one, 20, np.arange(20) // size) for one in pair)
+    assert ((one.mask ^ other.mask) == (np.arange(20) < one.length)).all()
+    assert np.allclose(one.ratios + other.ratios, 1.0) and other.ratio == pytest.approx(other.ratios.mean())
+    assert ((one.ratios >= least) & (one.ratios <= 1 - least)).all() and len(set(one.ratios)) == -(-20 // size)
+
+
+def test_a_pair_masks_each_token_once_within_the_band():
+    keys = {"complementary_masks": True, "mask_ratio_min": 0.3, "mask_ratio_max": 0.7, "epsilon": 0.0}
+    noise = process(batch=8, time_sampling="stratified", random_length_probability=0.5, **keys)
+    strata = set()
+    for number in range(4):  # a global batch of eight samples has four pairs
+        one = noise.corrupt(SampleCoordinates(number, 0, 0, number), 64)
+        other = noise.corrupt(SampleCoordinates(number, 0, 0, number, inverse=True), 64)
+        assert one.length == other.length and one.ratio + other.ratio == pytest.approx(1.0)
+        assert ((one.mask ^ other.mask) == (np.arange(64) < one.length)).all()
+        assert 0.3 <= one.ratio <= 0.7 and 0.3 <= other.ratio <= 0.7
+        strata.add(int((one.ratio - 0.3) / 0.1))
+    assert strata == {0, 1, 2, 3}
+
+
 def test_mask_frequency_is_the_ratio():
     """Over 400 sequences of 500 tokens, within 4 standard deviations; neighbours are not correlated."""
     noise = process(random_length_probability=0.0)

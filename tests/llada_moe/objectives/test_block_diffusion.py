@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llada_megatron.llada_moe.config.block_schedule import BlockSchedule, BlockStage
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.data.batch import collate
@@ -35,9 +36,9 @@ def objective(block_size=8, **keys):
     return make_objective(config, TRAINING)
 
 
-def row_of(objective, split="train", number=0, boundaries=BOUNDARIES):
+def row_of(objective, split="train", number=0, boundaries=BOUNDARIES, inverse=False):
     make = objective.rows(dataclasses.replace(RUN, training=TRAINING, objective=objective.config), split, 100)
-    return make(TOKENS, boundaries, SampleCoordinates(number, 0, 0, 7))
+    return make(TOKENS, boundaries, SampleCoordinates(number, 0, 0, 7, inverse))
 
 
 def test_a_row_is_the_noisy_text_and_then_the_text():
@@ -64,6 +65,22 @@ def test_weights_without_times_are_for_training_only():
     assert (row_of(plain).weights == masked).all()
     assert np.array_equal(row_of(plain, "validation").weights, row_of(weighted, "validation").weights)
     assert weighted.loss_is_bound and not plain.loss_is_bound and plain.validation_is_bound
+
+
+@pytest.mark.parametrize("time_per", ["sequence", "block"])
+def test_the_second_of_a_pair_has_the_other_masks_and_is_of_the_same_stage(time_per):
+    stages = BlockSchedule(
+        warmup=[BlockStage(block_size=4, tokens=4 * 4 * 32)], stable=BlockStage(block_size=32, tokens=4 * 4 * 32)
+    )
+    pairs = objective(32, time_per=time_per, complementary_masks=True, block_schedule=stages)
+    assert pairs.has_pairs("train") and not pairs.has_pairs("validation")
+    assert len(row_of(pairs, number=7).inputs) == 64 and len(row_of(pairs, number=8).inputs) == 32  # two pairs a step
+    one, other = row_of(pairs), row_of(pairs, inverse=True)
+    assert ((one.weights[:32] > 0) ^ (other.weights[:32] > 0)).all() and one.mask_ratio + other.mask_ratio == 1
+    assert (one.inputs[32:] == other.inputs[32:]).all() and not other.weights[32:].any()
+    weights = np.where(one.weights > 0, one.weights, other.weights)[:32]
+    back = np.where(one.weights > 0, other.weights, one.weights)[:32]
+    assert (weights > 1).all() and not back.any()
 
 
 def test_every_block_with_a_time_of_its_own():

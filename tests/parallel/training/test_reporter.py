@@ -13,6 +13,7 @@ from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
+from llada_megatron.parallel.checkpoint import manifest as manifests
 from llada_megatron.parallel.training.metrics_file import read_metrics
 from tests.corpora import model_for, prepared_set
 from tests.parallel.training.test_callbacks import Recorder
@@ -79,6 +80,10 @@ def test_a_resumed_run_has_every_step_once_with_all_figures(run):
     with_figures = [line["step"] for line in lines if line.keys() >= EVERY_INTERVAL]
     assert with_figures == [2, 4, 6]
     assert [line["step"] for line in lines if "validation/bits_per_byte" in line] == [2, 4, 6]
+    kept = {step: manifests.read(path).metadata for step, path in manifests.steps(Path(run.output_dir) / "checkpoints")}
+    nats = {step: facts["validation"]["nats_per_token"] for step, facts in kept.items()}
+    bits = {step: lines[step - 1]["validation/bits_per_byte"] for step in nats}
+    assert nats.keys() == {4, 6} and nats[4] / nats[6] == pytest.approx(bits[4] / bits[6])
     assert any(name.startswith("loss_by_mask_ratio/") for name in lines[-1])
     layers = [name for name in lines[-1] if name.startswith("expert_load/layer_")]
     assert layers and all(lines[-1][name] is not None for name in layers)

@@ -9,7 +9,7 @@ from llada_megatron.llada_moe.config.fp8 import check_fp8, check_param_gather
 from llada_megatron.llada_moe.config.intervals import check_reporting
 from llada_megatron.llada_moe.config.layout import check_layout
 from llada_megatron.llada_moe.config.model import MoEConfig, check_model
-from llada_megatron.llada_moe.config.objective import ObjectiveConfig, check_noise
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig, check_embedding_noise, check_noise, check_pairs
 from llada_megatron.llada_moe.config.optimizer import check_optimizer
 from llada_megatron.llada_moe.config.parsing import Origins, Refuse, collector
 from llada_megatron.llada_moe.config.recovery import check_recovery
@@ -37,6 +37,7 @@ def validate_run(run: RunConfig, origins: Origins | None = None) -> None:
     check_optimizer(run.optimizer, run.training.steps, refuse)
     check_layout(run.model, run.layout, refuse)
     check_batch(run.training, run.model, run.layout, refuse)
+    check_pairs(run.objective, run.training.global_batch_size, refuse)
     check_reporting(run.checkpoint, run.validation, run.logging, run.output_dir, refuse)
     check_recovery(run.recovery, lambda key, message: refuse(f"recovery.{key}", message))
     problems.raise_if_any()  # what follows divides by the axes of the layout
@@ -57,6 +58,7 @@ def check_objective(objective: ObjectiveConfig, moe: MoEConfig | None, refuse: R
         return
     learnt.check(refuse)
     check_noise(objective, refuse)
+    check_embedding_noise(objective, refuse)
     if moe is not None and moe.expert_capacity > 0:
         check_routing_of_run(objective, learnt.pattern(step=0), moe, refuse)
 

@@ -5,6 +5,7 @@ Source named below: P8B = arXiv 2502.09992 and the GUIDELINES of ML-GSAI/LLaDA.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,16 @@ class ObjectiveConfig:
     mask_ratio_min: float = 0.0
     mask_ratio_max: float = 1.0
     """Band that t is drawn from (LLaDA2 SFT: 0.3-0.8)."""
+    complementary_masks: bool = False
+    """Samples 2i and 2i + 1 are one window: the second has the inverse mask, so that each token is predicted once
+    (LLaDA2 SFT; its report finds that it helps on less than 100 billion tokens). The band must be a to 1 - a, and the
+    mask ratio is p = (1 - epsilon) t + epsilon / 2, so that the second sample's 1 - p has the same range."""
+    mask_embedding_noise: float = 0.0
+    """Standard deviation of Gaussian noise on the embedding of each masked token, which falls linearly to 0 over
+    mask_embedding_noise_steps: the mask token of an autoregressive model has an embedding near 0, and gradients explode
+    (LLaDA2, which does not publish the deviation). 0 = none."""
+    mask_embedding_noise_steps: int = 0
+    """Steps that have it."""
     random_length_probability: float = 0.01
     """Share of sequences cut to a length drawn from U{1..sequence_length} (P8B: 1 %)."""
     normalization: Literal["all_tokens", "answer_length", "masked_tokens"] = "all_tokens"
@@ -57,6 +68,39 @@ def check_noise(objective: ObjectiveConfig, refuse: Refuse) -> None:
         )
     if not 0 <= objective.random_length_probability <= 1:
         refuse("objective.random_length_probability", f"{objective.random_length_probability} must lie between 0 and 1")
+
+
+def check_pairs(objective: ObjectiveConfig, global_batch_size: int, refuse: Refuse) -> None:
+    """Complementary masks: both of a pair are in the band and in one global batch (`global_batch_size` even)."""
+    if not objective.complementary_masks:
+        return
+    low, high = objective.mask_ratio_min, objective.mask_ratio_max
+    if not math.isclose(low + high, 1.0):
+        refuse(
+            "objective.complementary_masks",
+            f"the inverse of a mask of ratio t has ratio 1 - t, but 1 - mask_ratio_min {low} is not mask_ratio_max "
+            f"{high}; use 0.3 to 0.7, for example",
+        )
+    if global_batch_size % 2:
+        refuse(
+            "training.global_batch_size",
+            f"{global_batch_size} is odd, and objective.complementary_masks makes pairs of samples; use "
+            f"{global_batch_size + 1}",
+        )
+
+
+def check_embedding_noise(objective: ObjectiveConfig, refuse: Refuse) -> None:
+    """A deviation, and steps that have it, or neither."""
+    std, steps = objective.mask_embedding_noise, objective.mask_embedding_noise_steps
+    if not 0 <= std < math.inf:
+        refuse("objective.mask_embedding_noise", f"{std} must be a number, 0 or more")
+    if steps < 0:
+        refuse("objective.mask_embedding_noise_steps", f"{steps} must not be negative")
+    elif (std > 0) != (steps > 0):
+        refuse(
+            "objective.mask_embedding_noise_steps",
+            f"{steps} with mask_embedding_noise {std}: give both, for the first steps of a conversion, or neither",
+        )
 
 
 def check_plain_text(objective: ObjectiveConfig, refuse: Refuse) -> None:

@@ -43,6 +43,7 @@ class TrainingData:
         ]
         self.blend = Blend([entry.weight for entry in data.sets])
         objective = make_objective(run.objective, run.training) if objective is None else objective
+        self._pairs = objective.has_pairs(split)
         self._make_row = objective.rows(run, split, self.manifests[0].tokenizer.vocab_size)
 
     @property
@@ -51,10 +52,11 @@ class TrainingData:
         return sum(share * s.bytes_per_token for share, s in zip(self.blend.shares, self.sets, strict=True))
 
     def locate(self, number: int) -> SampleCoordinates:
-        """Set, epoch and window of sample `number`, by arithmetic alone."""
+        """Set, epoch and window of sample `number`, by arithmetic alone; both samples of a pair have the same."""
+        number, second = divmod(number, 2) if self._pairs else (number, 0)
         chosen, before = self.blend.locate(number)
         epoch, place = divmod(before, self.sets[chosen].windows)
-        return SampleCoordinates(number, chosen, epoch, self.sets[chosen].order(epoch, place, chosen))
+        return SampleCoordinates(number, chosen, epoch, self.sets[chosen].order(epoch, place, chosen), bool(second))
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The samples with these global numbers, in this order."""

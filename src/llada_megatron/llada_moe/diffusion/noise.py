@@ -19,7 +19,7 @@ from llada_megatron.llada_moe.data.packing import permute
 
 _TIME, _MASK, _LENGTH, _STRATUM, _REPLACED, _SUBSTITUTE, _ORDER = range(7)
 """Purposes: streams that never share a draw."""
-_Times = TypeVar("_Times", float, NDArray[np.float64])
+_Ratios = TypeVar("_Ratios", float, NDArray[np.float64])
 _SPLITS = {"train": 0, "validation": 1}
 
 
@@ -33,6 +33,8 @@ class SampleCoordinates:
     epoch: int
     """The pass over the set: another pass draws another mask."""
     window: int
+    inverse: bool = False
+    """Whether it has the inverse of the mask that these coordinates give, in a pair of complementary masks."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,18 @@ class ForwardProcess:
     """
 
     def __init__(self, objective: ObjectiveConfig, seed: int, global_batch_size: int, split: str = "train") -> None:
-        """Validation measures the bound itself: the whole range of t, stratified; nothing is cut or replaced."""
-        self._epsilon = objective.epsilon
+        """Validation measures the bound itself: the whole range of t, stratified; nothing is cut or replaced.
+
+        With complementary masks a number stands for a pair of samples, of which a global batch has half as many, and
+        p = (1 - epsilon) t + epsilon / 2, so that p and 1 - p have one range.
+        """
         self._seed, self._split = seed & (1 << 64) - 1, _SPLITS[split]
         training = split == "train"
         self._band = (objective.mask_ratio_min, objective.mask_ratio_max) if training else (0.0, 1.0)
-        self._strata = 1 if training and objective.time_sampling == "uniform" else global_batch_size
+        pairs = training and objective.complementary_masks
+        self._epsilon, self._least = objective.epsilon, objective.epsilon / 2 if pairs else objective.epsilon
+        numbers = global_batch_size // 2 if pairs else global_batch_size
+        self._strata = 1 if training and objective.time_sampling == "uniform" else numbers
         self._cut_probability = objective.random_length_probability if training else 0.0
         self._replace_ratio = objective.replace_ratio if training else 0.0
 
@@ -85,22 +93,30 @@ class ForwardProcess:
 
         `blocks`: `[seq]`, ascending numbers from 0 of the blocks that each have their own t; None = one t for all.
         """
-        ratios = None if blocks is None else self.mask_ratios(at, int(blocks[-1]) + 1)[blocks]
-        ratio = self.mask_ratio(at) if ratios is None else float(ratios.mean())
+        ratios = self.mask_ratio(at) if blocks is None else self.mask_ratios(at, int(blocks[-1]) + 1)[blocks]
+        mask, ratios = self.masks(at, length, ratios)
         untruncated = self._length(at, length)
-        mask = self._uniform(_MASK, at, length) < (ratio if ratios is None else ratios)
         mask[untruncated:] = False
-        return Corruption(mask, ratio, untruncated, self._replacement(at, mask, untruncated), ratios)
+        replacement = self._replacement(at, mask, untruncated)
+        if isinstance(ratios, float):
+            return Corruption(mask, ratios, untruncated, replacement)
+        return Corruption(mask, float(ratios.mean()), untruncated, replacement, ratios)
+
+    def masks(self, at: SampleCoordinates, length: int, ratios: _Ratios) -> tuple[NDArray[np.bool_], _Ratios]:
+        """Which of `length` positions are masked where `ratios`, one p or `[seq]`, are drawn for these coordinates, and
+        the p of each: the second sample of a pair has the masks that the first has not, and 1 - p."""
+        drawn = self._uniform(_MASK, at, length) < ratios
+        return (~drawn, 1.0 - ratios) if at.inverse else (drawn, ratios)
 
     def mask_ratio(self, at: SampleCoordinates) -> float:
-        """p of one sequence."""
+        """p that is drawn for one sequence, or for the first of a pair."""
         t = float(self._uniform(_TIME, at, 1)[0])
         if self._strata > 1:
             t = (self._stratum(at.number) + t) / self._strata
         return self._ratio(t)
 
     def mask_ratios(self, at: SampleCoordinates, blocks: int) -> NDArray[np.float64]:
-        """p of each of the `blocks` of a sequence.
+        """p that is drawn for each of the `blocks` of a sequence, or of the first of a pair.
 
         Stratified times are so over all blocks of a global batch (arXiv 2503.09573): [0, 1) has a stratum for each
         block of the sequence, in an order drawn for it, and each of these one for each sequence of the global batch.
@@ -111,11 +127,11 @@ class ForwardProcess:
             t = (np.argsort(self._uniform(_ORDER, at, blocks), kind="stable") + t) / blocks
         return self._ratio(t)
 
-    def _ratio(self, t: _Times) -> _Times:
+    def _ratio(self, t: _Ratios) -> _Ratios:
         """p for times drawn from U[0, 1)."""
         low, high = self._band
         t = low + (high - low) * t
-        return (1.0 - self._epsilon) * t + self._epsilon
+        return (1.0 - self._epsilon) * t + self._least
 
     def _replacement(self, at: SampleCoordinates, mask: NDArray[np.bool_], untruncated: int) -> Replacement | None:
         if self._replace_ratio <= 0.0:

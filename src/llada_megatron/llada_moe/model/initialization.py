@@ -35,7 +35,7 @@ def initialize_weights(sharded: list[ShardedTensor], seed: int, std: float, num_
         name = str(unit)
         if name not in whole:
             scale = std / math.sqrt(2 * num_layers) if entry.key.endswith(RESIDUAL_OUTPUTS) else std
-            whole = {name: _draw(seed, unit, entry.global_shape[axes:], scale)}
+            whole = {name: draw(seed, unit, entry.global_shape[axes:], scale)}
         start = entry.global_offset[axes:]
         slices = tuple(slice(a, a + n) for a, n in zip(start, entry.data.shape, strict=True))
         entry.data.copy_(whole[name][slices])
@@ -53,7 +53,12 @@ def draw_in_place(sharded: list[ShardedTensor], seed: int, std: float, num_layer
             entry.data.normal_(0.0, std)
 
 
-def _draw(seed: int, unit: tuple[Any, ...], shape: tuple[int, ...], std: float) -> torch.Tensor:
+def draw(seed: int, unit: tuple[Any, ...], shape: tuple[int, ...], std: float) -> torch.Tensor:
+    """One weight of `shape` from N(0, std), float32 on the host.
+
+    Args:
+        unit: the weight's name in a checkpoint, and where it lies on the axes that are stacked there (the expert).
+    """
     digest = hashlib.sha256(repr((seed, *unit)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
     return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)

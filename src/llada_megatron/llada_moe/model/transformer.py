@@ -15,6 +15,7 @@ from llada_megatron.llada_moe.model.attention.packed_documents import PackedBatc
 from llada_megatron.llada_moe.model.context_slices import held_runs, taken
 from llada_megatron.llada_moe.model.fixed_windows import FixedWindows
 from llada_megatron.llada_moe.model.head import Targets, selected_logits, supervised_loss
+from llada_megatron.llada_moe.model.mask_noise import MaskNoise, noisy_embedding
 from llada_megatron.llada_moe.model.patterns import FULL, AttentionPattern
 from llada_megatron.llada_moe.model.routing import BlockRouter
 from llada_megatron.llada_moe.model.spec import block_spec
@@ -57,6 +58,9 @@ class DiffusionTransformer(GPTModel):
         self, config: TransformerConfig, *args: Any, logits_chunk_mb: int, pattern: AttentionPattern, **kwargs: Any
     ) -> None:
         super().__init__(config, *args, **kwargs)
+        self._noise: MaskNoise | None = None
+        if self.pre_process:
+            self.embedding.register_forward_hook(self._with_noise, with_kwargs=True)
         packed_batches = PackedBatches()
         for layer in self.decoder.layers:
             layer.self_attention.core_attention.packed_batches = packed_batches
@@ -89,6 +93,7 @@ class DiffusionTransformer(GPTModel):
         targets: Targets | None = None,
         rows: torch.Tensor | None = None,
         pattern: AttentionPattern | None = None,
+        noise: MaskNoise | None = None,
     ) -> torch.Tensor:
         """Run the stage's layers.
 
@@ -99,6 +104,7 @@ class DiffusionTransformer(GPTModel):
             targets: return the loss of each sequence; read by the last stage, on its device.
             rows: return the logits of these rows instead, as `selected_logits` takes them.
             pattern: who attends to whom from this step on; None = as before.
+            noise: what is added to the embeddings of masked tokens (read by the first stage); None = nothing.
 
         Returns:
             On the last stage `[batch]` losses or `[rows, vocab / tensor_parallel]` logits; before it the hidden states.
@@ -106,7 +112,16 @@ class DiffusionTransformer(GPTModel):
         if pattern is not None and pattern != self.pattern:
             self.use_pattern(pattern)
         self.rotary_pos_emb.windows = boundaries if isinstance(boundaries, Windows | FixedWindows) else None
+        self._noise = noise
         return super().forward(inputs, None, boundaries, loss_mask=rows if targets is None else targets)
+
+    def _with_noise(
+        self, embedding: torch.nn.Module, _: tuple[Any, ...], arguments: dict[str, Any], output: torch.Tensor
+    ) -> torch.Tensor:
+        """Hook of the embedding."""
+        return (
+            output if self._noise is None else noisy_embedding(embedding, self._noise, arguments["input_ids"], output)
+        )
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, loss_mask: Any = None, **__: Any) -> torch.Tensor:
         if not self.post_process:

@@ -59,6 +59,9 @@ class Autoregressive(Objective):
         if 0 < replaced < 1:
             why = f"{replaced} with kind {self.kind}, which has no noise; remove the replace ratio"
             refuse("objective.replace_ratio", why)
+        for key in ("complementary_masks", "mask_embedding_noise"):
+            if getattr(self.config, key):
+                refuse(f"objective.{key}", f"kind {self.kind} masks no token; remove {key}")
 
 
 def autoregressive_row(tokens: NDArray[np.int64], boundaries: NDArray[np.int32]) -> Row:

@@ -20,8 +20,8 @@ from llada_megatron.llada_moe.config.block_schedule import (
 )
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig, check_plain_text
 from llada_megatron.llada_moe.config.parsing import Refuse
-from llada_megatron.llada_moe.objectives.interface import Objective, register
-from llada_megatron.llada_moe.objectives.masked_diffusion import diffusion_row
+from llada_megatron.llada_moe.objectives.interface import register
+from llada_megatron.llada_moe.objectives.masked_diffusion import MaskedDiffusion, diffusion_row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,12 +48,11 @@ class BlockDiffusionConfig(ObjectiveConfig):
 
 
 @register("block_diffusion")
-class BlockDiffusion(Objective):
+class BlockDiffusion(MaskedDiffusion):
     """Noise of `diffusion.noise` on the first half of `[x_t ; x_0]`; the second half is the text."""
 
     config_class = BlockDiffusionConfig
     config: BlockDiffusionConfig
-    fills_masks = True
 
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__(config)
@@ -79,9 +78,10 @@ class BlockDiffusion(Objective):
         training = run.training
         noise = ForwardProcess(self.config, training.seed, training.global_batch_size, split)
         plain = self.config.weighting == "none" and split == "train"
+        numbers = training.global_batch_size // (2 if self.has_pairs(split) else 1)  # of coordinates in a global batch
 
         def make(tokens: NDArray[np.int64], boundaries: NDArray[np.int32], at: SampleCoordinates) -> Row:
-            step = at.number // training.global_batch_size if split == "train" else self.step or 0
+            step = at.number // numbers if split == "train" else self.step or 0
             size = self.block_size(step)
             blocks = blocks_of(boundaries, size) if self.config.time_per == "block" else None
             row = diffusion_row(tokens, boundaries, noise.corrupt(at, len(tokens), blocks), run.model.mask_token_id)
@@ -116,20 +116,9 @@ class BlockDiffusion(Objective):
         return FULL if whole else AttentionPattern(size)
 
     @property
-    def supervised_share(self) -> float:
-        """The mean mask ratio."""
-        return (self.config.mask_ratio_min + self.config.mask_ratio_max) / 2
-
-    @property
     def loss_is_bound(self) -> bool:
         """The bound of a block given those before it, summed over blocks, needs what masked diffusion's bound needs."""
-        whole_range = (self.config.mask_ratio_min, self.config.mask_ratio_max) == (0.0, 1.0)
-        return whole_range and self.config.weighting == "inverse" and self.config.normalization == "all_tokens"
-
-    @property
-    def validation_is_bound(self) -> bool:
-        """Always: validation draws from the whole range of t, weighs by 1/t, cuts nothing, and counts all tokens."""
-        return True
+        return super().loss_is_bound and self.config.weighting == "inverse"
 
     @property
     def only_masks_supervised(self) -> bool:

@@ -66,6 +66,14 @@ class Objective(ABC):
         which may be fewer than the model's.
         """
 
+    def has_pairs(self, split: Split) -> bool:
+        """Whether samples 2i and 2i + 1 are the same window, the second with the inverse mask."""
+        return False
+
+    def embedding_noise(self, step: int) -> float:
+        """Standard deviation of the noise on the embeddings of masked tokens at `step` (from 0); 0 = none."""
+        return 0.0
+
     @abstractmethod
     def pattern(self, step: int) -> AttentionPattern:
         """Who attends to whom at `step` (from 0)."""

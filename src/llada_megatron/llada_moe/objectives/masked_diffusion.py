@@ -45,6 +45,15 @@ class MaskedDiffusion(Objective):
 
         return make
 
+    def has_pairs(self, split: Split) -> bool:
+        """With complementary masks, in training."""
+        return self.config.complementary_masks and split == "train"
+
+    def embedding_noise(self, step: int) -> float:
+        """It falls linearly from `mask_embedding_noise`, and is gone after `mask_embedding_noise_steps`."""
+        steps = self.config.mask_embedding_noise_steps
+        return self.config.mask_embedding_noise * (1.0 - step / steps) if step < steps else 0.0
+
     def pattern(self, step: int) -> AttentionPattern:
         """Full, or full inside blocks of `objective.block_size` and causal between them."""
         from llada_megatron.llada_moe.model.patterns import AttentionPattern

@@ -28,6 +28,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "layout": dict,
     "objective": dict,
     "recovery": dict,
+    "validation": dict,
     "versions": dict,
     "tokenizer": (dict, type(None)),
     "step": int,

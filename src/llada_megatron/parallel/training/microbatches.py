@@ -14,8 +14,9 @@ from megatron.core import parallel_state
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch
-from llada_megatron.llada_moe.model.context_slices import held_runs, taken
+from llada_megatron.llada_moe.model.context_slices import Run, held_runs, taken
 from llada_megatron.llada_moe.model.head import Targets
+from llada_megatron.llada_moe.model.mask_noise import MaskNoise
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.model.transfer import pinned, to_device
 from llada_megatron.llada_moe.objectives import Objective
@@ -61,6 +62,8 @@ class Microbatch:
     objective: Objective
     frozen: dict[str, torch.Tensor] = field(default_factory=dict)
     """By name what each frozen model of the objective makes of these sequences, `[batch]`; on the last stage."""
+    noise: MaskNoise | None = None
+    """Of the embeddings of masked tokens; None = none at this step, or not the first stage."""
 
 
 def local_numbers(run: RunConfig, step: int, data_rank: int) -> list[list[int]]:
@@ -79,8 +82,7 @@ def local_numbers(run: RunConfig, step: int, data_rank: int) -> list[list[int]]:
 
 def stage(layout: LayoutConfig, batch: Batch, pattern: AttentionPattern) -> StagedBatch:
     """What this rank takes from a batch of a step with `pattern`, ready to be copied to the device."""
-    shard, shards = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
-    runs = held_runs(batch.inputs.size(1), shard, shards, pattern.doubled)
+    runs = _held_runs(batch.inputs.size(1), pattern)
     inputs, labels, weights = (taken(tensor, runs, dim=1) for tensor in (batch.inputs, batch.labels, batch.weights))
     targets = None
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
@@ -118,6 +120,25 @@ def prepare(objective: Objective, staged: list[StagedBatch], step: int) -> list[
         )
         for one, factor, mask_ratio, positions in zip(staged, factors, mask_ratios, supervised, strict=True)
     ]
+
+
+def add_embedding_noise(run: RunConfig, microbatches: list[Microbatch], step: int) -> None:
+    """Let the first pipeline stage add noise to the embeddings of masked tokens, if the objective wants it now."""
+    std = microbatches[0].objective.embedding_noise(step)
+    if std <= 0 or not parallel_state.is_pipeline_first_stage(ignore_virtual=True):
+        return
+    samples = local_numbers(run, step, parallel_state.get_data_parallel_rank())
+    length = microbatches[0].inputs.size(1) * parallel_state.get_context_parallel_world_size()
+    runs = _held_runs(length, microbatches[0].pattern)
+    for batch, numbers in zip(microbatches, samples, strict=True):
+        where = batch.inputs.device
+        batch.noise = MaskNoise.of(std, run.training.seed, numbers, run.model.mask_token_id, runs, where)
+
+
+def _held_runs(positions: int, pattern: AttentionPattern) -> tuple[Run, ...]:
+    """What this context rank holds of sequences of so many positions."""
+    rank, ranks = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    return held_runs(positions, rank, ranks, pattern.doubled)
 
 
 def _global_counts(staged: list[StagedBatch]) -> TokenCounts:

@@ -25,6 +25,7 @@ from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.set_manifest import SetManifest
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
+from llada_megatron.llada_moe.evaluation.likelihood import Likelihood
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
 from llada_megatron.llada_moe.objectives import Objective, make_objective
 from llada_megatron.parallel.build import build_chunks, transformer_config
@@ -62,6 +63,8 @@ class RunState:
     manifests: list[SetManifest]
     step: int = 0
     history: History = field(default_factory=History)
+    validation: dict[str, Any] = field(default_factory=dict)
+    """The last validation, with the `step` after which it was; empty = none yet. JSON values."""
     remarks: list[str] = field(default_factory=list)
     """What a person should know of the checkpoint that the run goes on from."""
 
@@ -72,6 +75,14 @@ class RunState:
         optimizer = {"optimizer": optimizer_state(self.optimizer, model, loading=False)}
         scaling = {fp8_state.KEY: fp8_state.scaling_state(self.chunks)}
         store.save(self.step, self._in_high_precision(model) | optimizer | scaling, self._metadata())
+
+    def validated(self, result: Likelihood) -> None:
+        """Take note of what these weights cost on held-out text; the checkpoint of the same step keeps it."""
+        self.validation = {
+            "step": self.step,
+            "nats_per_token": result.nats_per_token,
+            "pattern": str(self.objective.pattern(self.step - 1)),
+        }
 
     def resume(self, store: CheckpointStore) -> Path | None:
         """Continue from the newest whole checkpoint of this run; None if there is none (collective).
@@ -179,6 +190,7 @@ class RunState:
             "consumed_samples": self.step * self.run.training.global_batch_size,
             "recovery": to_dict(self.history),
             "objective": self.objective.state(),
+            **({"validation": self.validation} if self.validation.get("step") == self.step else {}),
             "layout": to_dict(self.run.layout),
             "versions": {
                 "llada-megatron": __version__,

@@ -19,7 +19,14 @@ from llada_megatron.llada_moe.objectives import Objective, make_objective
 from llada_megatron.parallel import device
 from llada_megatron.parallel.training.batches_ahead import BatchesAhead
 from llada_megatron.parallel.training.distributed_optimizer import clip_gradients, gradient_norm
-from llada_megatron.parallel.training.microbatches import Microbatch, StagedBatch, local_numbers, prepare, stage
+from llada_megatron.parallel.training.microbatches import (
+    Microbatch,
+    StagedBatch,
+    add_embedding_noise,
+    local_numbers,
+    prepare,
+    stage,
+)
 
 Norm = float | torch.Tensor
 """Norm of all gradients; newer Megatron versions leave it on the GPU."""
@@ -48,7 +55,7 @@ class StepResult:
 
 def _forward_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
     batch = next(data)
-    output = model(batch.inputs, batch.boundaries, targets=batch.targets, pattern=batch.pattern)
+    output = model(batch.inputs, batch.boundaries, targets=batch.targets, pattern=batch.pattern, noise=batch.noise)
 
     def loss_function(weighted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         loss = batch.objective.loss(weighted, batch.factor, batch.frozen)
@@ -147,6 +154,7 @@ class TrainingStep:
         answers = {name: ask_frozen(self.run, models, microbatches) for name, models in self.frozen.items()}
         for number, batch in enumerate(microbatches):
             batch.frozen = {name: found[number] for name, found in answers.items() if found}
+        add_embedding_noise(self.run, microbatches, step)  # frozen models see the tokens as they are
         return run_pipeline(self.run, self.models, microbatches)
 
     def norm(self) -> Norm:

@@ -140,6 +140,7 @@ class Trainer:
             with self.reporter.untimed():
                 alive = partial(self.heartbeat.beat, number, "validation")
                 likelihood = validate(self.run, self.objective, self.models, self.held_out, number - 1, alive)
+            self.state.validated(likelihood)
             self.bits_per_byte = self.reporter.validation(number, likelihood, self.held_out.bytes_per_token)
         self.reporter.step(number, attempt, rate, self.state.history.in_force(number))
         restored = self._due(self.run.logging.interval) and self._restores_folder()

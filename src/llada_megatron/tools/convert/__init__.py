@@ -1,4 +1,4 @@
-"""`llada convert`: import and export Hugging Face checkpoints, compare two checkpoints, and show what is in one."""
+"""`llada convert`: import and export Hugging Face checkpoints, give a dense one experts, compare two, look into one."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ examples:
   llada convert import inclusionAI/LLaDA2.0-mini checkpoints/mini          downloaded from the Hugging Face hub
   llada convert import LLaDA2.0-flash/ checkpoints/flash --layout tensor_parallel=4,expert_parallel=8
   llada convert export runs/mine published/mine --dtype bf16               the newest checkpoint of a run
+  llada convert upcycle runs/dense checkpoints/moe --experts 8 --top-k 2   every expert a copy of the feed-forward
   llada convert verify checkpoints/llada-8b published/llada-8b             tensor by tensor, then logits
   llada convert inspect LLaDA-MoE-7B-A1B-Base/                             what is in it, what is missing"""
 ANY_KIND = "a Hugging Face directory, a run's directory, or a step-… directory"
@@ -28,14 +29,13 @@ SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20,
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the actions: import, export, verify and inspect."""
+    """Add the actions: import, export, upcycle, verify and inspect."""
     names = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     read = names.add_parser("import", help="a Hugging Face checkpoint to a sharded one")
     read.add_argument(
         "source", metavar="HF_DIR", help="directory with config.json and *.safetensors, or ORG/NAME[@REVISION]"
     )
     read.add_argument("target", metavar="OUT", help="directory to make: checkpoints/, tokenizer/, model.yaml")
-    read.add_argument("--layout", metavar="AXIS=N,…", help="cut it for these ranks (default: one shard)")
     read.add_argument("--mask-token-id", type=int, metavar="ID", help="for a model that was not trained with masks")
     write = names.add_parser("export", help="a sharded checkpoint to the format its family is published in")
     write.add_argument("source", metavar="CHECKPOINT", help="a run's directory, or one of its step-… directories")
@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tokenizer.add_argument("--tokenizer", metavar="PATH", help="where the checkpoint's tokenizer is, if it has moved")
     tokenizer.add_argument("--without-tokenizer", action="store_true", help="export the weights without a tokenizer")
     write.add_argument("--push", metavar="ORG/NAME", help="upload it to the Hugging Face hub, to a private repository")
+    sparse = names.add_parser(
+        "upcycle", help="a dense sharded checkpoint to a mixture of experts that computes the same"
+    )
+    sparse.add_argument("source", metavar="CHECKPOINT", help="a run's directory, or one of its step-… directories")
+    sparse.add_argument("target", metavar="OUT", help="directory to make: checkpoints/, tokenizer/, model.yaml")
+    _add_upcycle_arguments(sparse)
     compare = names.add_parser("verify", help="whether two checkpoints of any two kinds hold the same model")
     compare.add_argument("source", metavar="A", help=ANY_KIND)
     compare.add_argument("target", metavar="B", help="likewise")
@@ -55,9 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_argument("--no-logits", action="store_true", help="compare the tensors only")
     look = names.add_parser("inspect", help="family, sizes, parameters, dtypes, what is missing or too much")
     look.add_argument("source", metavar="DIR", help=ANY_KIND)
-    for direction in (read, write):
+    for direction in (read, write, sparse):
         direction.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: as stored)")
-    for action in (read, write, compare):
+    for direction in (read, sparse):
+        direction.add_argument("--layout", metavar="AXIS=N,…", help="cut it for these ranks (default: one shard)")
+    for action in (read, write, sparse, compare):
         action.add_argument("--workers", type=int, metavar="N", help="tensors at a time (default: one per core)")
 
 
@@ -65,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
     """Run one action."""
     if getattr(args, "workers", None) is not None and args.workers < 1:
         raise ConfigError(f"--workers {args.workers}: at least 1")
-    return {"import": _import, "export": _export, "verify": _verify, "inspect": _inspect}[args.action](args)
+    actions = {"import": _import, "export": _export, "upcycle": _upcycle, "verify": _verify, "inspect": _inspect}
+    return actions[args.action](args)
 
 
 def parse_size(text: str) -> int:
@@ -104,7 +113,8 @@ def parse_layout(text: str | None) -> LayoutConfig:
     return LayoutConfig(**axes, data_parallel=data, sequence_parallel=tensor > 1)
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """The dtype that `--dtype` names."""
     import torch
 
     return {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
@@ -117,7 +127,7 @@ def _import(args: argparse.Namespace) -> int:
 
     options = ImportOptions(
         layout=parse_layout(args.layout),
-        dtype=_dtype(args.dtype),
+        dtype=dtype_named(args.dtype),
         mask_token_id=args.mask_token_id,
         workers=args.workers or default_workers(),
     )
@@ -133,7 +143,7 @@ def _export(args: argparse.Namespace) -> int:
     from llada_megatron.tools.convert.tasks import default_workers
 
     options = ExportOptions(
-        dtype=_dtype(args.dtype),
+        dtype=dtype_named(args.dtype),
         shard_bytes=parse_size(args.shard_size),
         tokenizer=Path(args.tokenizer) if args.tokenizer else None,
         without_tokenizer=args.without_tokenizer,
@@ -145,6 +155,40 @@ def _export(args: argparse.Namespace) -> int:
     if args.push:
         summary["pushed_to"] = push(Path(args.target), args.push)
     return _report(args, summary, "directory")
+
+
+def _add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which experts `upcycle` makes."""
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--experts", type=int, metavar="N", help="how many, in every layer or all but the first ones")
+    which.add_argument(
+        "--model", metavar="MODEL", help="the whole model to make: a name of configs/models, or a YAML file"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="experts of a token, with --experts (default: 2)")
+    parser.add_argument("--dense-layers", type=int, metavar="N", help="first layers without experts (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the router's weights (default: 0)")
+
+
+def _upcycle(args: argparse.Namespace) -> int:
+    from llada_megatron.tools.convert.tasks import default_workers
+    from llada_megatron.tools.convert.upcycler import UpcycleOptions, upcycle_checkpoint
+
+    if args.model and (args.top_k is not None or args.dense_layers is not None):
+        raise ConfigError(
+            "--model says how many experts a token takes and which layers have them: leave out the option"
+        )
+    options = UpcycleOptions(
+        model=args.model,
+        experts=args.experts or 0,
+        top_k=2 if args.top_k is None else args.top_k,
+        leading_dense_layers=args.dense_layers or 0,
+        layout=parse_layout(args.layout),
+        dtype=dtype_named(args.dtype),
+        seed=args.seed,
+        workers=args.workers or default_workers(),
+    )
+    summary = upcycle_checkpoint(Path(args.source), Path(args.target), options)
+    return _report(args, summary | {"format": f"{summary['experts']} experts a layer"}, "checkpoint")
 
 
 def _report(args: argparse.Namespace, summary: dict[str, Any], place: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -15,16 +14,15 @@ import torch
 from llada_megatron import __version__
 from llada_megatron.llada_moe.config import dump_yaml, to_dict
 from llada_megatron.llada_moe.config.data import DataConfig
-from llada_megatron.llada_moe.config.layout import LayoutConfig, check_layout
+from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
-from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
+from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.hub_cache import repository_name
 from llada_megatron.llada_moe.huggingface.weights import Unit
-from llada_megatron.parallel.checkpoint.conversion.placement import rank_shards
-from llada_megatron.parallel.checkpoint.conversion.shard_writer import TaskWriter, finalize
+from llada_megatron.parallel.checkpoint.conversion.shard_writer import finalize
 from llada_megatron.parallel.checkpoint.manifest import step_name, write_durably
 from llada_megatron.parallel.checkpoint.search import TOKENIZER
 from llada_megatron.tools.convert.huggingface_source import (
@@ -35,7 +33,8 @@ from llada_megatron.tools.convert.huggingface_source import (
 )
 from llada_megatron.tools.convert.mask_token import mask_notes
 from llada_megatron.tools.convert.source import kept_dtype, require_finite
-from llada_megatron.tools.convert.tasks import ByteProgress, Task, TaskResult, run_tasks, workers_for_files
+from llada_megatron.tools.convert.tasks import Task, run_tasks, workers_for_files
+from llada_megatron.tools.convert.unit_tasks import batches, require_layout, write_units
 from llada_megatron.tools.convert.workspace import FILES, Workspace, file_states
 
 TASK_BYTES = 2**30
@@ -76,7 +75,7 @@ def import_checkpoint(directory: Path, target: Path, options: ImportOptions) -> 
         notes = source.require_whole() + mask_notes(source, tokenizer, options.mask_token_id)
         dtypes = _dtypes(source, options.dtype)
         run = _run(source, options.layout, dtypes)
-        _require_layout(run)
+        require_layout(run.model, run.layout)
         with Workspace(target, _plan(source, tokenizer, options)) as workspace:
             if not workspace.complete:
                 _fill(workspace, source, tokenizer, run, dtypes, options.workers)
@@ -117,20 +116,6 @@ def _dtypes(source: HuggingFaceSource, wanted: torch.dtype | None) -> dict[Unit,
     return found
 
 
-def _batches(dtypes: dict[Unit, torch.dtype], size: int) -> Iterator[tuple[list[Unit], int]]:
-    """The units in batches of about `size` bytes, each with its size in bytes."""
-    batch: list[Unit] = []
-    total = 0
-    for unit, dtype in dtypes.items():
-        batch.append(unit)
-        total += unit.elements * dtype.itemsize
-        if total >= size:
-            yield batch, total
-            batch, total = [], 0
-    if batch:
-        yield batch, total
-
-
 def _run(source: HuggingFaceSource, layout: LayoutConfig, dtypes: dict[Unit, torch.dtype]) -> RunConfig:
     """The configuration of a run of no steps, which the manifest of the checkpoint describes."""
     projection = next(dtype for unit, dtype in dtypes.items() if unit.weight.pattern == weights.QKV)
@@ -148,14 +133,6 @@ def _run(source: HuggingFaceSource, layout: LayoutConfig, dtypes: dict[Unit, tor
         output_dir="",
         layout=layout,
     )
-
-
-def _require_layout(run: RunConfig) -> None:
-    """Raises ConfigError, with every reason, if the model cannot be cut for the layout."""
-    reasons: list[str] = []
-    check_layout(run.model, run.layout, lambda key, reason: reasons.append(f"{key.removeprefix('layout.')}: {reason}"))
-    if reasons:
-        raise ConfigError(f"--layout: {'; '.join(reasons)}")
 
 
 def _plan(source: HuggingFaceSource, tokenizer: KeptTokenizer, options: ImportOptions) -> dict[str, Any]:
@@ -187,41 +164,21 @@ def _fill(
     step.mkdir(parents=True, exist_ok=True)
 
     workers = workers_for_files(workers, run.layout.world_size, len(source.tensors.files))
+
+    def read(unit: Unit) -> torch.Tensor:
+        tensor = source.read(unit, dtypes[unit])
+        require_finite(source, unit, tensor)
+        return tensor
+
     tasks = [
-        Task(number, partial(_convert, step, number, batch, source, run, dtypes), writes=size)
-        for number, (batch, size) in enumerate(_batches(dtypes, TASK_BYTES))
+        Task(number, partial(write_units, step, number, batch, read, run.model, run.layout), writes=size)
+        for number, (batch, size) in enumerate(batches(dtypes, TASK_BYTES))
     ]
     records = run_tasks(workspace, tasks, workers, "importing")
     workspace.require_unchanged(source.tensors.files)
     write_durably(workspace.output / MODEL_FILE, dump_yaml(run.model).encode())
     tokenizer.write(workspace.output / TOKENIZER)
     finalize(step, records, _metadata(source, run) | {"tokenizer": tokenizer.metadata(workspace.target / TOKENIZER)})
-
-
-def _convert(
-    step: Path,
-    number: int,
-    batch: list[Unit],
-    source: HuggingFaceSource,
-    run: RunConfig,
-    dtypes: dict[Unit, torch.dtype],
-    progress: ByteProgress,
-) -> TaskResult:
-    """One task: read each unit of the batch once, and write the shard of each rank."""
-    writer = TaskWriter(step, number)
-    try:
-        for unit in batch:
-            tensor = source.read(unit, dtypes[unit])
-            require_finite(source, unit, tensor)
-            weight = unit.weight
-            rows = unit.stop - unit.start
-            for shard in rank_shards(run.model, run.layout, weight.key, unit.index, unit.start, rows):
-                writer.append(shard.rank, weight.key, weight.global_shape, shard.offsets, tensor[shard.slices])
-            progress.advance(tensor.nbytes)
-        record = writer.close()
-        return TaskResult(record, tuple(step / name for name in record["files"]))
-    finally:
-        writer.discard()
 
 
 def _metadata(source: HuggingFaceSource, run: RunConfig) -> dict[str, Any]:

@@ -63,6 +63,10 @@ class ShardedSource:
         if "imported" in self.metadata:
             imported = self.metadata["imported"]
             history["imported from"] = f"{imported['from']} ({imported['format']})"
+        if "upcycled" in self.metadata:
+            history["upcycled from"] = str(self.metadata["upcycled"]["from"])
+        if "merged" in self.metadata:
+            history["average of"] = ", ".join(each["checkpoint"] for each in self.metadata["merged"])
         files = self.reader.manifest.files
         return {"files": len(files), "bytes": sum(stated.size for stated in files.values()), "history": history}
 

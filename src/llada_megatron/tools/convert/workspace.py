@@ -35,14 +35,17 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged ({error}): remove {path.parent} to convert anew") from None
 
 
-def file_states(paths: Iterable[Path]) -> dict[str, str]:
-    """The size and the time of the last change (UTC) of each file by name, which show that a file was changed."""
+def file_states(paths: Iterable[Path], whole_paths: bool = False) -> dict[str, str]:
+    """The size and the time of the last change (UTC) of each file, which show that a file was changed.
+
+    They are by name, or by whole path where several directories are read.
+    """
     states = {}
     for path in paths:
         found = path.stat()
         seconds, rest = divmod(found.st_mtime_ns, 10**9)
         date = datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
-        states[path.name] = f"{found.st_size:,} bytes of {date}.{rest:09}"
+        states[str(path) if whole_paths else path.name] = f"{found.st_size:,} bytes of {date}.{rest:09}"
     return states
 
 
@@ -175,10 +178,13 @@ class Workspace:
                 "make room and repeat the command (what is done is kept), or write elsewhere"
             )
 
-    def require_unchanged(self, paths: Iterable[Path]) -> None:
-        """Raises CheckpointError: one of the source's files `paths` was written since the conversion began."""
+    def require_unchanged(self, paths: Iterable[Path], whole_paths: bool = False) -> None:
+        """Raises CheckpointError: one of the source's files `paths` was written since the conversion began.
+
+        `whole_paths`: as the plan has their states.
+        """
         try:
-            now = file_states(paths)
+            now = file_states(paths, whole_paths)
         except OSError as error:
             raise CheckpointError(f"{error.filename} went away while it was converted ({error.strerror})") from error
         before = self.plan[FILES]
