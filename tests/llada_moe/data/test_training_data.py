@@ -53,7 +53,7 @@ def test_diffusion_batch_holds_the_forward_process(two_sets, make_run):
 
 
 def test_complementary_masks_are_of_one_window_and_validation_has_none(two_sets, make_run):
-    keys = {"mask_ratio_min": 0.2, "mask_ratio_max": 0.8, "random_length_probability": 0.0}
+    keys = {"mask_ratio_min": 0.2, "mask_ratio_max": 0.8, "epsilon": 0.0, "random_length_probability": 0.0}
     run = make_run(two_sets, objective=keys | {"complementary_masks": True})
     batch, plain = (TrainingData(each).batch(range(16)) for each in (run, make_run(two_sets, objective=keys)))
     assert torch.equal(batch.labels[0::2], batch.labels[1::2])

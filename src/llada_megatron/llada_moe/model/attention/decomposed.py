@@ -11,7 +11,7 @@ but these two is kept. Heads that share keys are taken as further queries, so th
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,10 @@ def attend(
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
     found = _Merged.apply(q, k, v, packed, scale) if query.device.type == "cpu" else in_one(q, k, v, packed, scale)
     return found.permute(2, 0, 1, 3).flatten(2)
+
+
+KEYS_AT_ONCE = 512
+"""Keys before a chunk that a product of the backward pass takes."""
 
 
 class Part(NamedTuple):
@@ -123,9 +127,12 @@ class _Merged(torch.autograd.Function):
             of_queries = [tensor[sequences] for tensor in (upstream, q, out, lse)]
             of_keys = [tensor[sequences] for tensor in (k, v, dk, dv)]
             for chunk in row:
-                taken = [_taken(tensor, chunk) for tensor in of_queries]
-                gradient = _chunk_gradients(*taken, *of_keys, parts(chunk, ctx.packed, q), ctx.scale)
-                _put(dq[sequences], gradient, chunk)
+                cut = parts(chunk, ctx.packed, q)
+                _put(
+                    dq[sequences],
+                    _chunk_gradients([_taken(tensor, chunk) for tensor in of_queries], of_keys, cut, ctx.scale),
+                    chunk,
+                )
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
@@ -153,31 +160,44 @@ def _product(
 
 
 def _chunk_gradients(
-    upstream: torch.Tensor,
-    q: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    cut: Parts,
-    scale: float | None,
+    of_queries: Sequence[torch.Tensor], of_keys: Sequence[torch.Tensor], cut: Parts, scale: float | None
 ) -> torch.Tensor:
-    """The gradient of a chunk's queries; those of the keys and values that they see are added to `dk` and `dv`."""
-    dq = torch.zeros_like(q, dtype=dk.dtype)
-    for part in cut.own if cut.before is None else [*cut.own, cut.before]:
-        keys, values = _keys(k, part), _keys(v, part)
-        given, mine, found = (_folded(tensor[:, :, part.queries], k) for tensor in (upstream, q, out))
-        sums = lse[:, :, part.queries].reshape(*mine.shape[:3])
-        mask = _folded_mask(part.mask, q[:, :, part.queries], k)
-        of_q, of_k, of_v = _BACKWARD(given, mine, keys, values, found, sums, 0.0, False, attn_mask=mask, scale=scale)
-        dq[:, :, part.queries] += of_q.reshape(dq[:, :, part.queries].shape)
-        lengths = [one.stop - one.start for one in part.keys]
-        for whole, gradient in ((dk, of_k), (dv, of_v)):
-            for where, piece in zip(part.keys, gradient.split(lengths, dim=2), strict=True):
-                whole[:, :, where] += piece
+    """The gradient of a chunk's queries; those of the keys and values that they see are added to `dk` and `dv`.
+
+    Args:
+        of_queries: the upstream gradient, the queries, the result and its log-sum-exp, of the chunk.
+        of_keys: `k`, `v`, `dk` and `dv` of the whole sequences.
+    """
+    dq = torch.zeros_like(of_queries[1], dtype=of_keys[2].dtype)
+    for part in cut.own if cut.before is None else [*cut.own, *_pieces(cut.before)]:
+        mine = dq[:, :, part.queries]
+        mine += _part_gradients([tensor[:, :, part.queries] for tensor in of_queries], of_keys, part, scale)
     return dq
+
+
+def _part_gradients(
+    of_queries: Sequence[torch.Tensor], of_keys: Sequence[torch.Tensor], part: Part, scale: float | None
+) -> torch.Tensor:
+    """The same of one part, for its queries. What is made here ends with it: the peak of memory is in these calls."""
+    upstream, q, out, lse = of_queries
+    k, v, dk, dv = of_keys
+    given, mine, found = (_folded(tensor, k) for tensor in (upstream, q, out))
+    sums, mask = lse.reshape(*mine.shape[:3]), _folded_mask(part.mask, q, k)
+    of_q, of_k, of_v = _BACKWARD(
+        given, mine, _keys(k, part), _keys(v, part), found, sums, 0.0, False, attn_mask=mask, scale=scale
+    )
+    lengths = [one.stop - one.start for one in part.keys]
+    for whole, gradient in ((dk, of_k), (dv, of_v)):
+        for where, piece in zip(part.keys, gradient.split(lengths, dim=2), strict=True):
+            whole[:, :, where] += piece
+    return of_q.reshape(q.shape)
+
+
+def _pieces(part: Part) -> Iterator[Part]:
+    """A part without a mask as products with few keys each: the kernel makes gradients of all keys that it is given."""
+    for keys in part.keys:
+        for first in range(keys.start, keys.stop, KEYS_AT_ONCE):
+            yield Part(part.queries, (slice(first, min(first + KEYS_AT_ONCE, keys.stop)),), None)
 
 
 def _rows(packed: DoubledDocuments) -> Iterator[tuple[slice, tuple[Chunk, ...]]]:

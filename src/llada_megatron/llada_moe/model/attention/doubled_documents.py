@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from llada_megatron.llada_moe.model.context_slices import Run
 from llada_megatron.llada_moe.model.patterns import AttentionPattern, Segment
 
-CHUNK_QUERIES = 256
+CHUNK_QUERIES = 128
 """Small blocks are attended to in chunks of about this many positions; larger blocks one by one."""
 Made = TypeVar("Made")
 
