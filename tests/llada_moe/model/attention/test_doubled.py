@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llada_megatron.llada_moe.model.attention import decomposed, flex
 from llada_megatron.llada_moe.model.attention.backends import Backend, attention_backend
-from llada_megatron.llada_moe.model.attention.doubled_documents import pack_doubled
+from llada_megatron.llada_moe.model.attention.doubled_documents import CHUNK_QUERIES, pack_doubled
 from llada_megatron.llada_moe.model.context_slices import Run, held_runs
 from llada_megatron.llada_moe.model.patterns import AttentionPattern, segments
 from llada_megatron.tools.bench.attention import attention_module
@@ -86,9 +86,9 @@ def test_it_is_a_softmax_over_what_equation_3_lets_a_query_see(attend, case):
     assert largest_error(evaluated(partial(attend, case.packed()), case), expected(case)) < EXACT
 
 
-@pytest.mark.parametrize("block", [1, 32, 100, 200, 256, 300, 600])
+@pytest.mark.parametrize("block", [1, 32, 100, 300, 750])
 def test_documents_of_many_chunks(block):
-    case = DoubledCase(1400, ((600, 100),), block, 0, 1, 4, 2)
+    case = DoubledCase(1600, ((750, 50),), block, 0, 1, 4, 2)
     assert largest_error(evaluated(partial(by_merging, case.packed()), case), expected(case)) < EXACT
 
 
@@ -131,7 +131,7 @@ def test_masks_are_as_large_as_a_chunk_and_what_is_kept_is_linear_in_length():
             decomposed.attend(query, key, value, packed, None)
         kept[half] = sum(tensor.numel() for tensor in saved)
         widest = {part.mask.shape for chunk in packed.rows[0] for part in decomposed.parts(chunk, packed, query).own}
-        assert widest == {(512, 512)}
+        assert widest == {(2 * CHUNK_QUERIES, 2 * CHUNK_QUERIES)}
     assert kept[4096] == 4 * kept[1024] < 5 * 4096 * 2 * 2 * 9
 
 
