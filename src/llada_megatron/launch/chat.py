@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `llada chat`."""
     add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="the system message")
-    parser.add_argument("--template", metavar="NAME", help="llada, or a file with a Jinja template")
+    parser.add_argument("--template", metavar="NAME", help="llada, plain, or a file with a Jinja template")
     parser.add_argument(
         "--max-new-tokens", type=int, metavar="N", help=f"the longest answer (default: {ANSWER_TOKENS})"
     )

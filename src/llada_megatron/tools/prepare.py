@@ -7,15 +7,15 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llada_megatron.console import emit_json, message
-from llada_megatron.llada_moe.errors import ConfigError, DataError, ResourceError
+from llada_megatron.llada_moe.errors import ConfigError, DataError
 from llada_megatron.llada_moe.overwriting import refuse_overwriting
+from llada_megatron.tools.chat_preparation import add_chat_arguments, check_chat_arguments
+from llada_megatron.tools.preparation_progress import no_space, progress
 from llada_megatron.tools.reading_options import add_reading_arguments, reading_of, report_dropped, sources_of
 from llada_megatron.tools.split_options import (
     add_split_arguments,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llada_megatron.llada_moe.data.encoding import Encoded, TokenizerChoice
     from llada_megatron.llada_moe.data.formats import Reading
     from llada_megatron.llada_moe.data.near_duplicates import NearDuplicates
-    from llada_megatron.llada_moe.data.set_manifest import SetManifest
+    from llada_megatron.llada_moe.data.set_manifest import SetManifest, TokenizerFacts
     from llada_megatron.llada_moe.data.sources import CorpusFile
     from llada_megatron.llada_moe.data.tokenizer import Tokenizer
 
@@ -39,14 +39,18 @@ examples:
   llada prepare web.jsonl.zst code/ --output data/mix --tokenizer data/mine.tokenizer.model --jsonl-key content
   zcat dump/*.gz | llada prepare - --output data/web --tokenizer data/mine.tokenizer.model
   llada prepare python-stdlib --output data/python --train-tokenizer --vocab-size 2048
+  llada prepare chats.jsonl --chat --output data/chats --tokenizer checkpoints/llada/tokenizer.json
+  llada prepare generated-chats --chat --output data/words --train-tokenizer --vocab-size 512 --template plain
   llada prepare --verify data/python
 
 An input is a text file, a folder (entered recursively), JSON lines or a JSON array of records, any of these compressed
-(gzip, zstd, bzip2, xz), Parquet, Arrow or a folder saved by `datasets` (with pyarrow), - for standard input, or
-python-stdlib: the source files of this Python's own standard library without its tests. What a file holds is told by
-its content. A text file, a record or a row is one document. Written are PREFIX.bin and .idx (Megatron's format),
-PREFIX.bytes (text size of each document), PREFIX.repeats (documents that repeat too much of others to be held out),
-PREFIX.tokenizer.model or .json, and PREFIX.json, which says what they hold. An interrupted run leaves no half set."""
+(gzip, zstd, bzip2, xz), Parquet, Arrow or a folder saved by `datasets` (with pyarrow), - for standard input,
+python-stdlib: the source files of this Python's own standard library without its tests, or generated-chats: short
+conversations about words. What a file holds is told by its content. A text file, a record or a row is one document.
+Written are PREFIX.bin and .idx (Megatron's format), PREFIX.bytes (text size of each document), PREFIX.repeats
+(documents that repeat too much of others to be held out), PREFIX.tokenizer.model or .json, and PREFIX.json, which says
+what they hold. With --chat a record is a conversation ({"messages": [{"role": "user", "content": "…"}, …]}), and
+PREFIX.answers says which tokens the assistant says. An interrupted run leaves no half set."""
 MANIFEST, TOKENS, TOKENIZERS = ".json", (".bin", ".idx", ".bytes"), (".tokenizer.model", ".tokenizer.json")
 _PART = "set"
 """Name of the set inside the folder where it is written."""
@@ -69,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eos-token", metavar="NAME", help="the tokenizer's end-of-text token, where it is not found by itself"
     )
     add_reading_arguments(parser)
+    add_chat_arguments(parser)
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes that tokenise (default: one per core, at most 16)"
     )
@@ -88,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     if args.verify:
         return set_verification.run(args)
     prefix = Path(args.output)
-    with _no_space(prefix):
+    with no_space(prefix):
         manifest, tokenizer = prepare(args, prefix)
     said = f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {manifest.bytes:,} bytes of text"
     print(f"{said} ({manifest.bytes_per_token:.2f} bytes per token)")
@@ -110,13 +115,16 @@ def prepare(args: argparse.Namespace, prefix: Path) -> tuple[SetManifest, Tokeni
     try:
         sources = sources_of(args, folder)
         _keep_inputs(args, prefix, [source.path for source in sources])
-        with _progress("comparing", total_size(sources)) as advance:
-            duplicates = compare_documents(args, sources, _workers(args), advance)
+        duplicates = None
+        if not args.chat:
+            with progress("comparing", total_size(sources)) as advance:
+                duplicates = compare_documents(args, sources, _workers(args), advance)
         choice = _tokenizer(args, sources, duplicates, folder)
         tokenizer = choice.load()
         if tokenizer.mask_was_added:
             message(f"{choice.path} has no mask token that text cannot produce: id {tokenizer.mask_id} is added for it")
-        manifest = _write(args, sources, duplicates, choice, tokenizer, folder, prefix)
+        write = _write_chats if args.chat else _write
+        manifest = write(args, sources, duplicates, choice, tokenizer, folder, prefix)
         _publish(folder, prefix, manifest)
         if duplicates is not None:
             message(duplicates.described())
@@ -172,7 +180,7 @@ def _write(
     tally = _Tally([0] * len(args.inputs), [0] * len(args.inputs), Dropped())
     writer = TokenWriter(folder / _PART, token_dtype(tokenizer.vocab_size))
     try:
-        with _progress("tokenising", total_size(sources)) as advance:
+        with progress("tokenising", total_size(sources)) as advance:
             for chunk, encoded in encode_corpus(chunks(sources, reading), choice, reading, workers):
                 first = tally.read - (not chunk.begins)
                 tally.read = first + len(encoded.lengths)
@@ -209,6 +217,42 @@ def _write(
     )
 
 
+def _write_chats(
+    args: argparse.Namespace,
+    sources: list[CorpusFile],
+    duplicates: NearDuplicates | None,
+    choice: TokenizerChoice,
+    tokenizer: Tokenizer,
+    folder: Path,
+    prefix: Path,
+) -> SetManifest:
+    """Tokenise conversations into the folder; returns the manifest. They are not compared with each other."""
+    from llada_megatron.llada_moe.data.set_manifest import prefix_file
+    from llada_megatron.llada_moe.data.sources import total_size
+    from llada_megatron.parallel import device
+
+    device.install()  # before the first import of megatron.core in this process, as everywhere
+    from llada_megatron.tools.chat_preparation import write_chats
+
+    copy = prefix_file(folder / _PART, _tokenizer_ending(tokenizer))
+    shutil.copyfile(choice.path if args.train_tokenizer else tokenizer.path, copy)
+    with progress("tokenising", total_size(sources)) as advance:
+        return write_chats(args, sources, tokenizer, _tokenizer_facts(tokenizer, prefix), folder / _PART, advance)
+
+
+def _tokenizer_facts(tokenizer: Tokenizer, prefix: Path) -> TokenizerFacts:
+    """What the manifest says of the tokenizer."""
+    from llada_megatron.llada_moe.data.set_manifest import TokenizerFacts
+
+    return TokenizerFacts(
+        file=prefix.name + _tokenizer_ending(tokenizer),
+        sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        mask_id=tokenizer.mask_id,
+        eos_id=tokenizer.eos_id,
+    )
+
+
 def _manifest(
     args: argparse.Namespace, sources: list[CorpusFile], tally: _Tally, tokenizer: Tokenizer, tokens: int, prefix: Path
 ) -> SetManifest:
@@ -216,19 +260,12 @@ def _manifest(
     import numpy as np
 
     from llada_megatron.llada_moe.data.indexed import token_dtype
-    from llada_megatron.llada_moe.data.set_manifest import SetManifest, SourceFacts, TokenizerFacts
+    from llada_megatron.llada_moe.data.set_manifest import SetManifest, SourceFacts
 
-    facts = TokenizerFacts(
-        file=prefix.name + _tokenizer_ending(tokenizer),
-        sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        mask_id=tokenizer.mask_id,
-        eos_id=tokenizer.eos_id,
-    )
     found, passed_over = Counter(s.input for s in sources), Counter(s.input for s in tally.dropped.files)
     files = [found[i] - passed_over[i] for i in range(len(args.inputs))]
     return SetManifest(
-        tokenizer=facts,
+        tokenizer=_tokenizer_facts(tokenizer, prefix),
         documents=sum(tally.documents),
         tokens=tokens,
         bytes=sum(tally.bytes),
@@ -253,6 +290,11 @@ def _tokenizer(
         return TokenizerChoice(args.tokenizer, args.eos_token, args.mask_token)
     message(f"training a vocabulary of {args.vocab_size}")
     path, fraction = folder / "trained.model", held_out_share(args)
+    if args.chat:
+        from llada_megatron.tools.chat_preparation import chat_texts
+
+        train_sentencepiece(chat_texts(args, sources), args.vocab_size, path)
+        return TokenizerChoice(str(path))
 
     def wanted(document: int) -> bool:
         return in_training_part(duplicates, document, fraction)
@@ -265,18 +307,18 @@ def _publish(folder: Path, prefix: Path, manifest: SetManifest) -> None:
     """Give the finished files their names; the manifest goes last and is what makes them a set."""
     import json
 
-    from llada_megatron.llada_moe.data.set_manifest import REPEATS, prefix_file, to_json
+    from llada_megatron.llada_moe.data.set_manifest import ANSWERS, REPEATS, prefix_file, to_json
 
     text = json.dumps(to_json(manifest), indent=2, ensure_ascii=False)
     # bytes of file names that are not UTF-8 become JSON escapes, which reading gives back as they were
     prefix_file(folder / _PART, MANIFEST).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-    repeats = [REPEATS] if manifest.near_duplicates else []
-    endings = [*TOKENS, *repeats, f".tokenizer{manifest.tokenizer.suffix}", MANIFEST]
+    more = [REPEATS] * (manifest.near_duplicates is not None) + [ANSWERS] * (manifest.chat is not None)
+    endings = [*TOKENS, *more, f".tokenizer{manifest.tokenizer.suffix}", MANIFEST]
     for ending in endings:
         descriptor = os.open(prefix_file(folder / _PART, ending), os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    for old in (MANIFEST, *TOKENS, REPEATS, *TOKENIZERS):
+    for old in (MANIFEST, *TOKENS, REPEATS, ANSWERS, *TOKENIZERS):
         prefix_file(prefix, old).unlink(missing_ok=True)
     for ending in endings:
         os.replace(prefix_file(folder / _PART, ending), prefix_file(prefix, ending))
@@ -299,6 +341,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if args.train_tokenizer and (args.mask_token or args.eos_token):
         raise ConfigError("--mask-token and --eos-token go with --tokenizer; a trained vocabulary has <mask> and </s>")
     check_split_arguments(args)
+    check_chat_arguments(args)
     reading_of(args)
     if args.workers is not None and args.workers < 1:
         raise ConfigError(f"--workers {args.workers}: at least 1")
@@ -308,9 +351,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 def _check_free(prefix: Path, args: argparse.Namespace) -> None:
     """Refuse to replace files that exist, unless that was asked for, or the file is the given tokenizer."""
-    from llada_megatron.llada_moe.data.set_manifest import REPEATS, prefix_file
+    from llada_megatron.llada_moe.data.set_manifest import ANSWERS, REPEATS, prefix_file
 
-    outputs = [prefix_file(prefix, ending) for ending in (*TOKENS, MANIFEST, REPEATS, *TOKENIZERS)]
+    outputs = [prefix_file(prefix, ending) for ending in (*TOKENS, MANIFEST, REPEATS, ANSWERS, *TOKENIZERS)]
     given = Path(args.tokenizer) if args.tokenizer else None
     standing = [each for each in outputs if each.exists() and not (given and given.exists() and each.samefile(given))]
     if standing and not args.overwrite:
@@ -324,9 +367,9 @@ def _keep_inputs(args: argparse.Namespace, prefix: Path, sources: list[Path]) ->
 
     PREFIX.tokenizer.model or .json may be the given tokenizer: it is replaced by its own copy.
     """
-    from llada_megatron.llada_moe.data.set_manifest import REPEATS, prefix_file
+    from llada_megatron.llada_moe.data.set_manifest import ANSWERS, REPEATS, prefix_file
 
-    outputs = [prefix_file(prefix, ending) for ending in (*TOKENS, MANIFEST, REPEATS)]
+    outputs = [prefix_file(prefix, ending) for ending in (*TOKENS, MANIFEST, REPEATS, ANSWERS)]
     refuse_overwriting("--output", outputs, [args.tokenizer])
     refuse_overwriting("--output", [*outputs, *(prefix_file(prefix, ending) for ending in TOKENIZERS)], sources)
 
@@ -344,29 +387,3 @@ def _cores() -> int:
 def _tokenizer_ending(tokenizer: Tokenizer) -> str:
     """Ending of the tokenizer's copy beside the set."""
     return f".tokenizer{tokenizer.path.suffix}"
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Any]:
-    """A bar of bytes read on stderr; nothing where that is no terminal. Yields advance(bytes)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda size: progress.advance(task, size)
-
-
-@contextmanager
-def _no_space(prefix: Path) -> Iterator[None]:
-    """A full disk is said in words."""
-    import errno
-
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"{prefix.parent}: the disk is full; free space or choose another --output") from error
-        raise

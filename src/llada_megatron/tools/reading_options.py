@@ -20,7 +20,9 @@ _EXAMPLES_SHOWN = 3
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
     parser.add_argument(
-        "--jsonl-key", default="text", metavar="KEY", help="key or column of the text in records (default: text)"
+        "--jsonl-key",
+        metavar="KEY",
+        help="key or column of the text in records (default: text; of conversations: messages)",
     )
     parser.add_argument(
         "--format",
@@ -43,7 +45,7 @@ def reading_of(args: argparse.Namespace) -> Reading:
 
     if args.skip_broken < 0:
         raise ConfigError(f"--skip-broken {args.skip_broken}: at least 0")
-    return Reading(args.jsonl_key, args.format == "text", args.skip_broken)
+    return Reading(args.jsonl_key or ("messages" if args.chat else "text"), args.format == "text", args.skip_broken)
 
 
 def sources_of(args: argparse.Namespace, spool: Path) -> list[CorpusFile]:

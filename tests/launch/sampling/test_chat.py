@@ -161,7 +161,7 @@ def test_where_a_template_is_found(tmp_path):
     assert found() == "three"
     (tmp_path / "mine.jinja").write_text("four")
     assert found(str(tmp_path / "mine.jinja")) == "four"
-    with pytest.raises(DataError, match="give llada, or a file"):
+    with pytest.raises(DataError, match="give llada, plain, or a file"):
         found("nothing")
 
 

@@ -23,7 +23,8 @@ def make_batch(seed, size):
     masked[0] = False
     zeros = torch.zeros(size, LENGTH, dtype=torch.int64)
     answer = torch.minimum(untruncated, torch.randint(0, LENGTH, (size,), generator=generator))
-    return Batch(zeros, zeros, masked / ratio[:, None], torch.zeros(1), ratio, untruncated, answer)
+    packed = torch.randint(1, 4, (size,), generator=generator)
+    return Batch(zeros, zeros, masked / ratio[:, None], torch.zeros(1), ratio, untruncated, answer, packed)
 
 
 def part(batch, rows):
@@ -53,10 +54,12 @@ def test_what_each_divides_by():
     cross_entropy = torch.rand(6, LENGTH)
     sums = (batch.weights * cross_entropy).sum(1).double()
     counts = count(batch)
-    assert counts == TokenCounts(6, int(batch.untruncated.sum()), int((batch.weights > 0).sum()))
+    packed = int(batch.conversations.sum())
+    assert counts == TokenCounts(6, int(batch.untruncated.sum()), int((batch.weights > 0).sum()), packed)
     expected = {
         "all_tokens": sums.sum() / batch.untruncated.sum(),
         "masked_tokens": sums.sum() / (batch.weights > 0).sum(),
+        "conversations": sums.sum() / packed,
         "answer_length": torch.where(batch.answer > 0, sums / batch.answer.clamp(min=1), 0.0).mean(),
     }
     for kind, value in expected.items():

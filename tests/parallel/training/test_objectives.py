@@ -126,7 +126,15 @@ def make_run(tmp_path_factory):
 
 def test_a_new_objective_is_registered_checked_and_read_back(make_run):
     run = make_run("checked", stride=3)
-    assert objective_kinds() == ["autoregressive", "block_diffusion", "diffusion", "every_other"]
+    assert objective_kinds() == [
+        "autoregressive",
+        "autoregressive_sft",
+        "block_diffusion",
+        "block_diffusion_sft",
+        "diffusion",
+        "every_other",
+        "sft",
+    ]
     validate_run(run)
     again = from_dict(RunConfig, to_dict(run))
     assert again == run and again.objective.stride == 3
@@ -137,8 +145,7 @@ def test_a_new_objective_is_registered_checked_and_read_back(make_run):
         from_dict(RunConfig, to_dict(run) | {"objective": {"kind": "diffusion", "stride": 2}})
     wrong = dataclasses.replace(run, objective=ObjectiveConfig(kind="every_othr"))
     with pytest.raises(
-        ConfigError,
-        match=r"expected one of autoregressive, block_diffusion, diffusion, every_other, found 'every_othr'",
+        ConfigError, match=r"expected one of autoregressive, .*diffusion, every_other, sft, found 'every_othr'"
     ):
         validate_run(wrong)
 

@@ -40,9 +40,9 @@ class ObjectiveConfig:
     """Steps that have it."""
     random_length_probability: float = 0.01
     """Share of sequences cut to a length drawn from U{1..sequence_length} (P8B: 1 %)."""
-    normalization: Literal["all_tokens", "answer_length", "masked_tokens"] = "all_tokens"
+    normalization: Literal["all_tokens", "answer_length", "masked_tokens", "conversations"] = "all_tokens"
     """What the weighted cross-entropy is divided by (P8B: all tokens of the batch); masked_tokens = the supervised.
-    answer_length (P8B's fine-tuning) is for samples with prompts and answers, which prepared text does not have."""
+    answer_length (P8B's fine-tuning) and conversations are for samples with prompts and answers: kind sft."""
     replace_ratio: float = 0.0
     """Training for editing, as LLaDA2.1 has it: this share of the tokens that are not masked is shown as another,
     random token, and all that are not masked are supervised too, with weight 1: which are wrong, and what they should
@@ -104,11 +104,12 @@ def check_embedding_noise(objective: ObjectiveConfig, refuse: Refuse) -> None:
 
 
 def check_plain_text(objective: ObjectiveConfig, refuse: Refuse) -> None:
-    """For objectives that read prepared text: nothing may be divided by the length of an answer."""
-    if objective.normalization == "answer_length":
+    """For objectives that read prepared text: nothing may be divided by the length or the number of answers."""
+    if objective.normalization in ("answer_length", "conversations"):
         refuse(
             "objective.normalization",
-            "answer_length needs samples with a prompt and an answer, and prepared text has none; use all_tokens",
+            f"{objective.normalization} needs samples with a prompt and an answer, and prepared text has none; use "
+            "all_tokens, or fine-tune on conversations (kind sft)",
         )
 
 

@@ -31,9 +31,12 @@ class Batch:
     mask_ratio: Tensor
     """[batch] float32: p of each sequence; 1 for autoregressive."""
     untruncated: Tensor
-    """[batch] int64: tokens that count under `all_tokens`: all but a cut-off tail; autoregressive: those supervised."""
+    """[batch] int64: tokens that count under `all_tokens`: all but a cut-off tail; autoregressive: those supervised;
+    fine-tuning: those of answers."""
     answer: Tensor
     """[batch] int64: length of the answer; all untruncated tokens for plain text."""
+    conversations: Tensor | None = None
+    """[batch] int64: how many a sequence holds, where several are packed into one; None = 1 in each."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Row:
     boundaries: NDArray[np.int32]
     mask_ratio: float
     untruncated: int
+    conversations: int = 1
 
 
 class Samples(Protocol):
@@ -77,4 +81,5 @@ def collate(rows: Sequence[Row]) -> Batch:
         mask_ratio=torch.tensor([row.mask_ratio for row in rows], dtype=torch.float32),
         untruncated=untruncated,
         answer=untruncated.clone(),
+        conversations=torch.tensor([row.conversations for row in rows], dtype=torch.int64),
     )

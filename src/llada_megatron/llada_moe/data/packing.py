@@ -129,6 +129,16 @@ def held_out(first: int, last: int, fraction: float) -> NDArray[np.int64]:
     return numbers[(mix_all(numbers) >> np.uint64(11)) * 2.0**-53 < fraction].astype(np.int64)
 
 
+def held_out_of(documents: int, fraction: float, never_held_out: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    """Numbers of the documents of a set that belong to validation, ascending; those of `never_held_out` do not."""
+    blocks = [held_out(a, min(a + _HASH_BLOCK, documents), fraction) for a in range(0, documents, _HASH_BLOCK)]
+    held = np.concatenate(blocks)
+    if never_held_out is None or not len(never_held_out):
+        return held
+    place = np.searchsorted(never_held_out, held).clip(max=len(never_held_out) - 1)
+    return held[never_held_out[place] != held]
+
+
 class PackedDataset:
     """Windows of `sequence_length` tokens over the split's documents in corpus order, without an incomplete last one.
 
@@ -155,13 +165,8 @@ class PackedDataset:
         self._file = TokenFile(prefix)
         self._length, self._seed, self._isolate = sequence_length, seed, isolate_documents
         self._split: Split = split
-        blocks = [held_out(a, min(a + _HASH_BLOCK, self._file.documents), validation_fraction) for a in
-                  range(0, self._file.documents, _HASH_BLOCK)]  # fmt: skip
-        held = np.concatenate(blocks)
         self._repeats = 0 if never_held_out is None else len(never_held_out)
-        if self._repeats:
-            held = held[never_held_out[np.searchsorted(never_held_out, held).clip(max=self._repeats - 1)] != held]
-        self._held = held
+        self._held = held = held_out_of(self._file.documents, validation_fraction, never_held_out)
         self.documents = len(held) if split == "validation" else self._file.documents - len(held)
         held_bytes = int(self._file.bytes[held].sum())
         self.bytes = held_bytes if split == "validation" else int(self._file.bytes.sum()) - held_bytes

@@ -23,6 +23,9 @@ EARLIER_SCHEMA = 1
 REPEATS = ".repeats"
 """Ending of the list of documents that are never held out (int64, ascending)."""
 
+ANSWERS = ".answers"
+"""Ending of the list of answers in a set of conversations (see `answers`)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFacts:
@@ -67,6 +70,20 @@ class NearDuplicateFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatFacts:
+    """What a set of conversations holds beside tokens: every document is a conversation."""
+
+    answers: int
+    """Turns of the assistant, each a span of PREFIX.answers."""
+    answer_tokens: int
+    """Their tokens; those that end a turn included, end-of-text tokens not."""
+    longest: int
+    """Tokens of the longest conversation, its end-of-text token included."""
+    template: str
+    """The chat template."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SetManifest:
     """Facts of a prepared set."""
 
@@ -86,6 +103,8 @@ class SetManifest:
     """The share of documents that is held out from the training of the vocabulary; None if it was trained elsewhere."""
     digests: dict[str, list[str]] | None = None
     """By ending, SHA-256 of the pieces of each file but the tokenizer (see `digests`); None in sets of old."""
+    chat: ChatFacts | None = None
+    """Of a set of conversations; None for plain text."""
 
     @property
     def sha256(self) -> str | None:
@@ -160,6 +179,7 @@ def _parse(path: Path, content: Any) -> SetManifest:
             near_duplicates=NearDuplicateFacts(**near) if (near := content.get("near_duplicates")) else None,
             vocabulary_held_out=content.get("vocabulary_held_out"),
             digests=content.get("digests"),
+            chat=ChatFacts(**chat) if (chat := content.get("chat")) else None,
         )
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged manifest ({error}); prepare the set again") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -17,12 +18,16 @@ from typing import BinaryIO
 import zstandard
 
 from llada_megatron.llada_moe.data.formats import Form, Reading, recognise
+from llada_megatron.llada_moe.data.generated_chats import generated_chats
 from llada_megatron.llada_moe.data.streams import HEAD, compression_of
 from llada_megatron.llada_moe.data.tables import begins_table, saved_splits
 from llada_megatron.llada_moe.errors import DataError
 
 PYTHON_STDLIB = "python-stdlib"
 """An input that stands for the Python source files of the running interpreter's standard library."""
+
+GENERATED_CHATS = "generated-chats"
+"""An input that stands for short conversations that are made up here (see `generated_chats`)."""
 
 STANDARD_INPUT = "-"
 """An input that stands for what comes through standard input."""
@@ -127,6 +132,8 @@ def total_size(sources: Iterable[CorpusFile]) -> int:
 def _files_of(name: str, number: int, spool: Path | None, notes: Notes) -> list[CorpusFile]:
     """The files of one input, not looked into yet."""
     path = Path(name)
+    if name == GENERATED_CHATS:
+        return [_generated(number, spool)]
     if name == STANDARD_INPUT:
         return [_spooled(None, number, spool, notes)]
     try:
@@ -166,6 +173,16 @@ def _recognised(found: list[CorpusFile], reading: Reading, notes: Notes) -> list
             f"(--jsonl-key): {_some(keyless)}"
         )
     return sources
+
+
+def _generated(number: int, folder: Path | None) -> CorpusFile:
+    """A file with the conversations of GENERATED_CHATS."""
+    if folder is None:
+        raise DataError(f"{GENERATED_CHATS}: made by `llada prepare` only")
+    target = folder / f"input-{number}"
+    with target.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps({"messages": messages}) + "\n" for messages in generated_chats())
+    return CorpusFile(target, number, True, title=f"{GENERATED_CHATS}.jsonl")
 
 
 def _spooled(path: Path | None, number: int, folder: Path | None, notes: Notes) -> CorpusFile:

@@ -7,12 +7,13 @@ their logits exist for one chunk of rows at a time, sharded over the tensor rank
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from llada_megatron.llada_moe.model.confidence import entropy_where_right
 from llada_megatron.llada_moe.model.cross_entropy import cross_entropy
 from llada_megatron.llada_moe.model.linear import plain, product
 from llada_megatron.llada_moe.model.transfer import pinned, to_device
@@ -51,6 +52,8 @@ class Targets:
     """`[all_rows]` int64: the sequence of the micro-batch that a row belongs to."""
     batch: int
     """Sequences of the micro-batch."""
+    confidence: bool = False
+    """Whether the entropies of correctly predicted rows are wanted too (see `confidence`)."""
 
     @classmethod
     def of(cls, labels: torch.Tensor, weights: torch.Tensor, tensor_rank: int = 0, tensor_shards: int = 1) -> Targets:
@@ -84,7 +87,13 @@ class Targets:
         return self._each(lambda tensor: to_device(tensor, device))
 
     def _each(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Targets:
-        return Targets(move(self.index), move(self.labels), move(self.weights), move(self.sequence), self.batch)
+        return replace(
+            self,
+            index=move(self.index),
+            labels=move(self.labels),
+            weights=move(self.weights),
+            sequence=move(self.sequence),
+        )
 
 
 def select_rows(selected: torch.Tensor, tensor_rank: int, tensor_shards: int) -> SupervisedRows:
@@ -114,15 +123,24 @@ def supervised_loss(model: Any, hidden: torch.Tensor, targets: Targets, chunk_el
         chunk_elements: logits that may exist at a time on one rank.
 
     Returns:
-        `[batch]` float32.
+        `[batch]` float32; with `targets.confidence` `[2, batch]`, below it the sums of the entropies of those rows
+        whose most likely token is the label.
     """
     step = max(1, chunk_elements // (model.output_layer.output_size_per_partition * targets.shards))
     if step >= targets.index.numel():
-        losses = _chunk_loss(model, _flat(hidden), targets.index, targets.labels)
+        losses = _chunk_loss(model, _flat(hidden), targets.index, targets.labels, targets.confidence)
     else:
         losses = _chunked_loss(model, _flat(hidden), targets, step)
     total = torch.zeros(targets.batch, device=losses.device)
-    return total.index_add(0, targets.sequence, losses * targets.weights)
+    if not targets.confidence:
+        return total.index_add(0, targets.sequence, losses * targets.weights)
+    cost, entropy = losses
+    return torch.stack(
+        [
+            total.index_add(0, targets.sequence, cost * targets.weights),
+            total.index_add(0, targets.sequence, entropy * (targets.weights != 0)),
+        ]
+    )
 
 
 def selected_logits(model: Any, hidden: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
@@ -164,9 +182,17 @@ def _logits(model: Any, rows: torch.Tensor) -> torch.Tensor:
     return logits.squeeze(1)
 
 
-def _chunk_loss(model: Any, hidden: torch.Tensor, index: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+def _chunk_loss(
+    model: Any, hidden: torch.Tensor, index: torch.Tensor, label: torch.Tensor, confidence: bool
+) -> torch.Tensor:
+    """Cross-entropy of some rows `[rows]`, or `[2, rows]`, below it their entropies where they are predicted right."""
     logits = _logits(model, hidden.index_select(0, index))
-    return cross_entropy(model.config, logits, label, model.pg_collection.tp)
+    group = model.pg_collection.tp
+    if not confidence:
+        return cross_entropy(model.config, logits, label, group)
+    # first, because the kernels of the cross-entropy may write into the logits
+    entropy = entropy_where_right(logits, label, group)
+    return torch.stack([cross_entropy(model.config, logits, label, group), entropy])
 
 
 def _chunked_loss(model: Any, hidden: torch.Tensor, targets: Targets, step: int) -> torch.Tensor:
@@ -174,8 +200,15 @@ def _chunked_loss(model: Any, hidden: torch.Tensor, targets: Targets, step: int)
     index, labels = targets.index, targets.labels.view(targets.shards, -1)
     losses = [
         checkpoint(
-            _chunk_loss, model, hidden, index[i : i + step], labels[:, i : i + step].flatten(), use_reentrant=False
-        ).view(targets.shards, -1)
+            _chunk_loss,
+            model,
+            hidden,
+            index[i : i + step],
+            labels[:, i : i + step].flatten(),
+            targets.confidence,
+            use_reentrant=False,
+        )
         for i in range(0, index.numel(), step)
     ]
-    return torch.cat(losses, dim=1).flatten()
+    whole = torch.cat([loss.unflatten(-1, (targets.shards, -1)) for loss in losses], dim=-1)
+    return whole.flatten(-2)

@@ -52,6 +52,10 @@ class Autoregressive(Objective):
     def check(self, refuse: Refuse) -> None:
         """Keys that only noise and blocks read must keep their defaults, and text has no answers."""
         check_plain_text(self.config, refuse)
+        self.check_causal(refuse)
+
+    def check_causal(self, refuse: Refuse) -> None:
+        """Keys that only noise and blocks read must keep their defaults."""
         block, replaced = self.config.block_size, self.config.replace_ratio
         if block is not None:
             why = f"{block} with kind {self.kind}, whose attention is causal; remove the block size"

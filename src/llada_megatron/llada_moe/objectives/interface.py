@@ -87,6 +87,10 @@ class Objective(ABC):
         """How often a sequence holds its text at most, at any step: what the layers compute and remember."""
         return self.pattern(step=0).copies
 
+    def remarks(self) -> list[str]:
+        """What is to be said of the samples when a run begins, a line each; asked after `samples`."""
+        return []
+
     # the loss
 
     def frozen_models(self) -> dict[str, str]:
@@ -102,6 +106,11 @@ class Objective(ABC):
         from llada_megatron.llada_moe.objectives.normalization import normalizer
 
         return normalizer(self.config.normalization, counts, batch)
+
+    def confidence_factor(self, counts: TokenCounts, batch: Batch) -> float:
+        """What the entropies of correctly predicted positions are multiplied by before they are added to the loss, so
+        that the sum over a global batch with these `counts` is normalised; 0 = they are not computed."""
+        return 0.0
 
     def loss(self, weighted: Tensor, factors: Tensor, frozen: dict[str, Tensor]) -> Tensor:
         """The scalar that is differentiated, of one micro-batch on the last pipeline stage.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from llada_megatron.llada_moe.data.batch import Batch
 
-NORMALIZATIONS = ("all_tokens", "answer_length", "masked_tokens")
+NORMALIZATIONS = ("all_tokens", "answer_length", "masked_tokens", "conversations")
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,28 @@ class TokenCounts:
     sequences: int = 0
     untruncated: int = 0
     masked: int = 0
+    conversations: int = 0
 
     def __add__(self, other: TokenCounts) -> TokenCounts:
         """Totals of two parts together."""
         return TokenCounts(
-            self.sequences + other.sequences, self.untruncated + other.untruncated, self.masked + other.masked
+            self.sequences + other.sequences,
+            self.untruncated + other.untruncated,
+            self.masked + other.masked,
+            self.conversations + other.conversations,
         )
 
 
 def count(batch: Batch) -> TokenCounts:
-    """Counts of one batch: sequences, untruncated tokens, and supervised ones (the masked, if none is replaced)."""
-    return TokenCounts(batch.inputs.shape[0], int(batch.untruncated.sum()), int((batch.weights > 0).sum()))
+    """Counts of one batch: sequences, untruncated tokens, supervised ones (the masked, if none is replaced), and
+    conversations."""
+    sequences = batch.inputs.shape[0]
+    return TokenCounts(
+        sequences=sequences,
+        untruncated=int(batch.untruncated.sum()),
+        masked=int((batch.weights > 0).sum()),
+        conversations=sequences if batch.conversations is None else int(batch.conversations.sum()),
+    )
 
 
 def normalizer(kind: str, counts: TokenCounts, batch: Batch) -> Tensor:
@@ -44,7 +55,8 @@ def normalizer(kind: str, counts: TokenCounts, batch: Batch) -> Tensor:
 
     * all_tokens: sum_b S_b / untruncated tokens (LLaDA pre-training: all tokens of the batch, cut-off tails excepted);
     * answer_length: mean over sequences of S_b / answer_b (LLaDA fine-tuning);
-    * masked_tokens: sum_b S_b / supervised tokens (the masked ones, if none is replaced).
+    * masked_tokens: sum_b S_b / supervised tokens (the masked ones, if none is replaced);
+    * conversations: sum_b S_b / conversations, of which a sequence may hold several.
 
     `counts` are those of the whole global batch; `batch` may be any part of it. A zero count gives factor 0.
     """
@@ -55,6 +67,8 @@ def normalizer(kind: str, counts: TokenCounts, batch: Batch) -> Tensor:
         return torch.full((size,), _ratio(counts.sequences * length, counts.untruncated))
     if kind == "masked_tokens":
         return torch.full((size,), _ratio(counts.sequences * length, counts.masked))
+    if kind == "conversations":
+        return torch.full((size,), _ratio(counts.sequences * length, counts.conversations))
     if kind == "answer_length":
         answer = batch.answer.to(torch.float32)
         return torch.where(answer > 0, length / answer.clamp(min=1), torch.zeros_like(answer))

@@ -21,17 +21,28 @@ LLADA = (
 )
 """The role markers of LLaDA-8B-Instruct, for checkpoints that have its tokens but not its template."""
 
+PLAIN = (
+    "{% for message in messages %}{{ message['role'] + ':\n' + message['content'] | trim }}"
+    "{% if message['role'] == 'assistant' %}{{ '</s>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+"""For vocabularies that `llada prepare` trains, whose only special tokens are the end of text and the mask."""
+
+BUILT_IN = {
+    "llada": (LLADA, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "plain": (PLAIN, ("</s>",)),
+}
+"""Templates by name, and the special tokens that each needs."""
+
 _RENDER = "llada_megatron.parallel.sampling.template_rendering:render"
 _RENDER_CPU_S = 4
 """Processor time for rendering a conversation; honest templates take milliseconds."""
 
-_LLADA_NAMES = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-
 _OPEN, _CLOSE = "\ue000", "\ue001"
 """Private-use characters around the numbers that stand for messages while a template is rendered."""
 
-Message = Mapping[str, str]
-"""`role` (system, user or assistant) and `content`."""
+Message = Mapping[str, Any]
+"""`role` (system, user, assistant or tool) and `content`; of a message that calls tools also `tool_calls`."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,11 @@ class ChatTemplate:
             ConfigError: the template refuses the conversation, or it changes the messages and one of them holds the
                 name of a special token, which then cannot be told from one of the template's own.
         """
-        whole, parts = self._parts(messages)
+        whole, parts = self.parts(messages)
+        return self.ids_of(whole, parts)
+
+    def ids_of(self, whole: str, parts: Sequence[str | SpecialToken]) -> list[int]:
+        """Ids of a text, given also as the texts and special tokens that it is made of."""
         ids: list[int] = []
         text = ""
         for part in parts:
@@ -76,7 +91,7 @@ class ChatTemplate:
     def end_of_turn(self) -> int | None:
         """The token that the template puts after an answer; None if it puts none."""
         question, answer = {"role": "user", "content": "-"}, {"role": "assistant", "content": _OPEN}
-        (text,) = self._render([[question, answer]], answer_follows=False)
+        (text,) = self.render([Rendering([question, answer], answer_follows=False)])
         found = next(self._named(text.partition(_OPEN)[2]), None)
         return None if found is None else self.tokenizer.special_ids[found[0]]
 
@@ -87,35 +102,47 @@ class ChatTemplate:
         special = set(self.tokenizer.special_ids.values())
         return [i for i in ids if i in special]
 
-    def _parts(self, messages: Sequence[Message]) -> tuple[str, list[str | _SpecialToken]]:
+    def parts(
+        self, messages: Sequence[Message], answer_follows: bool = True, tools: Sequence[Any] | None = None
+    ) -> tuple[str, list[str | SpecialToken]]:
         """The rendered conversation: as one text, and as texts and the special tokens that the template put between.
 
         The template is rendered once with numbers in the place of the messages, to know which text is its own, and once
         with the messages, to check that it only strips or keeps them.
+
+        Raises:
+            DataError, ConfigError: as `encode`.
         """
-        marked = [{"role": message["role"], "content": f"{_OPEN}{i}{_CLOSE}"} for i, message in enumerate(messages)]
-        with_marks, whole = self._render([marked, messages], answer_follows=True)
+        contents = [message["content"] or "" for message in messages]
+        marked = [
+            {**message, "content": f"{_OPEN}{i}{_CLOSE}" if contents[i] else message["content"]}
+            for i, message in enumerate(messages)
+        ]
+        with_marks, whole = self.render([Rendering(each, answer_follows, tools) for each in (marked, messages)])
         numbers = "|".join(map(str, range(len(messages))))
         pieces = re.split(f"{_OPEN}({numbers}){_CLOSE}", with_marks)
         for change in (str, str.strip):
-            changed = [change(message["content"]) for message in messages]
+            changed = [change(content) for content in contents]
             filled = [changed[int(piece)] if i % 2 else piece for i, piece in enumerate(pieces)]
             if "".join(filled) == whole:
                 parts = [([piece] if i % 2 else self._split(piece)) for i, piece in enumerate(filled)]
                 return whole, [part for piece in parts for part in piece]
-        contents = "\n".join(message["content"] for message in messages)
-        if (name := next(self._named(contents), None)) is not None:
-            raise ConfigError(f"a message holds {name[0]}, which this chat template would make a special token of")
+        if (name := self.named("\n".join(contents))) is not None:
+            raise ConfigError(f"a message holds {name}, which this chat template would make a special token of")
         return whole, self._split(whole)
 
-    def _split(self, text: str) -> list[str | _SpecialToken]:
+    def _split(self, text: str) -> list[str | SpecialToken]:
         """A text of the template, split at its special tokens."""
-        parts: list[str | _SpecialToken] = []
+        parts: list[str | SpecialToken] = []
         at = 0
         for name, start in self._named(text):
-            parts += [text[at:start], _SpecialToken(self.tokenizer.special_ids[name])]
+            parts += [text[at:start], SpecialToken(self.tokenizer.special_ids[name], name)]
             at = start + len(name)
         return [*parts, text[at:]]
+
+    def named(self, text: str) -> str | None:
+        """The first name of a special token in a text."""
+        return next((name for name, _ in self._named(text)), None)
 
     def _named(self, text: str) -> Any:
         """Names of the special tokens in a text and where each begins; of several at one position the longest."""
@@ -124,17 +151,38 @@ class ChatTemplate:
             return iter(())
         return ((match[0], match.start()) for match in re.finditer("|".join(map(re.escape, names)), text))
 
-    def _render(self, conversations: Sequence[Sequence[Message]], answer_follows: bool) -> list[str]:
-        shared = {"tools": None, "documents": None, "add_generation_prompt": answer_follows, **self.names}
-        variables = [shared | {"messages": [dict(message) for message in each]} for each in conversations]
+    def render(self, renderings: Sequence[Rendering]) -> list[str]:
+        """The texts of conversations. Raises DataError or ConfigError, as `encode`."""
+        variables = [
+            {
+                "documents": None,
+                **self.names,
+                "messages": [dict(message) for message in each.messages],
+                "tools": None if each.tools is None else list(each.tools),
+                "add_generation_prompt": each.answer_follows,
+            }
+            for each in renderings
+        ]
         return process.call("the chat template", _RENDER, self.template, variables, cpu_s=_RENDER_CPU_S)
 
 
 @dataclass(frozen=True)
-class _SpecialToken:
+class Rendering:
+    """What a chat template is rendered with."""
+
+    messages: Sequence[Message]
+    answer_follows: bool
+    """Whether the text ends where the assistant's next answer begins."""
+    tools: Sequence[Any] | None = None
+    """Descriptions of the tools that the assistant may call."""
+
+
+@dataclass(frozen=True)
+class SpecialToken:
     """A special token that the template put in."""
 
     id: int
+    name: str
 
 
 def find_template(tokenizer: Tokenizer, wanted: str | None) -> ChatTemplate:
@@ -142,23 +190,24 @@ def find_template(tokenizer: Tokenizer, wanted: str | None) -> ChatTemplate:
 
     Args:
         tokenizer: that of the checkpoint.
-        wanted: None for the template beside the tokenizer, `llada` for the role markers of LLaDA-8B-Instruct, or the
-            name of a file with a template.
+        wanted: None for the template beside the tokenizer, a name in `BUILT_IN`, or that of a file with a template.
 
     Raises:
         DataError: there is no such template, or it cannot be read.
     """
     names = _special_names(tokenizer.path.parent)
-    if wanted == "llada":
-        missing = [name for name in _LLADA_NAMES if name not in tokenizer.special_ids]
+    if wanted in BUILT_IN:
+        text, needed = BUILT_IN[wanted]
+        missing = [name for name in needed if name not in tokenizer.special_ids]
         if missing:
-            raise DataError(f"--template llada: the tokenizer {tokenizer.path} has no token {', '.join(missing)}")
-        return ChatTemplate(LLADA, tokenizer, names)
+            raise DataError(f"--template {wanted}: the tokenizer {tokenizer.path} has no token {', '.join(missing)}")
+        return ChatTemplate(text, tokenizer, names)
     if wanted is not None:
         try:
             return ChatTemplate(Path(wanted).read_text("utf-8"), tokenizer, names)
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"--template {wanted}: {error}; give llada, or a file with a Jinja template") from error
+            known = ", ".join(BUILT_IN)
+            raise DataError(f"--template {wanted}: {error}; give {known}, or a file with a Jinja template") from error
     text = _template_beside(tokenizer.path.parent)
     if text is None:
         raise DataError(

@@ -11,6 +11,7 @@ from llada_megatron.parallel.sampling.prompts import Prompt, require_text
 from llada_megatron.parallel.sampling.sequence_view import SequenceView
 
 if TYPE_CHECKING:
+    from llada_megatron.llada_moe.data.tokenizer import Tokenizer
     from llada_megatron.parallel.sampling.results import Result
     from llada_megatron.parallel.sampling.sampler import SampledStep, Sampler
 
@@ -63,11 +64,13 @@ class Conversation:
             yield AnswerStep(view, len(ids), step)
             for result in step.finished:
                 self.results.append(result)
-                self.messages = [*messages, {"role": "assistant", "content": self._answer(result)}]
+                answer = answer_text(self.template.tokenizer, result, self._end_of_turn)
+                self.messages = [*messages, {"role": "assistant", "content": answer}]
 
-    def _answer(self, result: Result) -> str:
-        """The text of an answer, up to the token that ends the assistant's turn."""
-        written = [token for run in result.written for token in run]
-        if self._end_of_turn in written:
-            written = written[: written.index(self._end_of_turn)]
-        return self.template.tokenizer.decode(written).strip()
+
+def answer_text(tokenizer: Tokenizer, result: Result, end_of_turn: int | None) -> str:
+    """The text of an answer, up to the token that ends the assistant's turn (see `ChatTemplate.end_of_turn`)."""
+    written = [token for run in result.written for token in run]
+    if end_of_turn in written:
+        written = written[: written.index(end_of_turn)]
+    return tokenizer.decode(written).strip()

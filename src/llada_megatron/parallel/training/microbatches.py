@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from megatron.core import parallel_state
@@ -60,6 +60,8 @@ class Microbatch:
     pattern: AttentionPattern
     """Who attends to whom in this step."""
     objective: Objective
+    confidence: float = 0.0
+    """Factor of the entropies of correct predictions (see `Objective.confidence_factor`)."""
     frozen: dict[str, torch.Tensor] = field(default_factory=dict)
     """By name what each frozen model of the objective makes of these sequences, `[batch]`; on the last stage."""
     noise: MaskNoise | None = None
@@ -105,11 +107,12 @@ def prepare(objective: Objective, staged: list[StagedBatch], step: int) -> list[
             [one.supervised for one in staged],
         )
     )
+    confidence = objective.confidence_factor(totals, staged[0].batch)
     tokens = torch.full((), staged[0].inputs.numel(), dtype=torch.int32, device=where)
     return [
         Microbatch(
             inputs=to_device(one.inputs, where),
-            targets=None if one.targets is None else one.targets.to(where),
+            targets=None if one.targets is None else replace(one.targets.to(where), confidence=confidence != 0),
             boundaries=one.batch.boundaries,
             factor=factor,
             mask_ratio=mask_ratio,
@@ -117,6 +120,7 @@ def prepare(objective: Objective, staged: list[StagedBatch], step: int) -> list[
             tokens=tokens,
             pattern=objective.pattern(step),
             objective=objective,
+            confidence=confidence,
         )
         for one, factor, mask_ratio, positions in zip(staged, factors, mask_ratios, supervised, strict=True)
     ]

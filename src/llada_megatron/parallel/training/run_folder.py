@@ -26,13 +26,17 @@ CONFIG = "config.yaml"
 class RunFolder:
     """The output directory of a run. The methods of rank 0 are called on rank 0 only."""
 
-    def __init__(self, run: RunConfig, facts: TokenizerFacts, started_from: Path | None) -> None:
+    def __init__(
+        self, run: RunConfig, facts: TokenizerFacts, started_from: Path | None, template: str | None = None
+    ) -> None:
         """Change nothing yet.
 
         Args:
             facts: of the tokenizer that the run's sets were prepared with.
             started_from: the step directory whose weights the run begins with, if any.
+            template: the chat template of the conversations that are learnt, if any.
         """
+        self._template = template
         self._run, self._facts, self._path = run, facts, Path(run.output_dir)
         self._places = [self._path / TOKENIZER, tokenizer_folder(started_from) if started_from else None]
         self._tokenizer: dict[str, bytes] = {}
@@ -46,6 +50,8 @@ class RunFolder:
             OSError: the folder cannot be written to.
         """
         self._tokenizer = tokenizer_to_carry(self._run, self._facts, self._places)
+        if self._template is not None:
+            self._tokenizer["chat_template.jinja"] = self._template.encode("utf-8")
         self.write()
         self._device = self._path.stat().st_dev
         try:

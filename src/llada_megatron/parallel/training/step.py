@@ -57,8 +57,11 @@ def _forward_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[t
     batch = next(data)
     output = model(batch.inputs, batch.boundaries, targets=batch.targets, pattern=batch.pattern, noise=batch.noise)
 
-    def loss_function(weighted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    def loss_function(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        weighted = sums[0] if batch.confidence else sums
         loss = batch.objective.loss(weighted, batch.factor, batch.frozen)
+        if batch.confidence:
+            loss = loss + batch.confidence * sums[1].sum()
         facts = {
             "weighted": weighted.detach(),
             "mask_ratio": batch.mask_ratio,

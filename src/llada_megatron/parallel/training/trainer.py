@@ -57,14 +57,15 @@ class Trainer:
         self.reporter = Reporter(run, self.objective, self.models, self.data, self.state.step)
         if resumed is not None:
             self.reporter.message(f"continuing from {resumed} at step {self.state.step}")
-        for remark in self.state.remarks:
+        for remark in [*self.state.remarks, *self.objective.remarks()]:
             self.reporter.warning(remark)
         self.recovery = Recovery(run, self.models, self.step, self.state, self.reporter)
         self.recovery.resume(resumed)
         self.new = resumed is None
         self.saver = Saver(run, self.store, self.reporter, resumed, self.state.step)
         # only now, so that a run that cannot continue what is there leaves the old files
-        self.folder = RunFolder(run, self.data.manifests[0].tokenizer, given)
+        first = self.data.manifests[0]
+        self.folder = RunFolder(run, first.tokenizer, given, first.chat.template if first.chat else None)
         on_rank_0(lambda: self.folder.open(self.reporter.warning))
         self.bits_per_byte: float | None = None
         self.stopping = False

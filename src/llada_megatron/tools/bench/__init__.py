@@ -24,6 +24,8 @@ BENCHMARKS = {
     "loss": "memory and time of the output layer and loss at a large vocabulary",
     "attention": "bytes written and time of attention over packed documents, against a loop over slices",
     "sample": "time, forward passes and quality of every sampling preset, against the paper's sampler",
+    "words": "whether the laptop's fine-tuned model answers questions about new words in the format that it learnt",
+    "cap": "tokens per forward pass and right answers after fine-tuning with and without confidence-aware training",
 }
 """Name (a module of this package) and what it measures. A module exposes add_arguments(parser), run(args) -> claims."""
 MOVED = ("chaos",)

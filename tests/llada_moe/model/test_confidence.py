@@ -1,0 +1,65 @@
+"""The entropy of correct predictions: value and gradient, whole and with the vocabulary sharded."""
+
+import torch
+
+from llada_megatron.llada_moe.model.confidence import entropy_where_right
+from tests.ranks import run_ranks
+
+
+class Alone:
+    """A group of one rank."""
+
+    def size(self):
+        return 1
+
+    def rank(self):
+        return 0
+
+
+def example():
+    draw = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(12, 16, generator=draw)
+    labels = torch.where(torch.arange(12) % 3 > 0, logits.argmax(1), torch.randint(16, (12,), generator=draw))
+    return logits, labels, torch.rand(12, generator=draw)
+
+
+def reference(logits, labels):
+    logs = logits.log_softmax(1)
+    return -(logs.exp() * logs).sum(1) * (logits.argmax(1) == labels)
+
+
+def test_value_and_gradient_are_those_of_the_definition():
+    logits, labels, factor = example()
+    results = []
+    for measure in (lambda z: entropy_where_right(z, labels, Alone()), lambda z: reference(z, labels)):
+        leaf = logits.double().requires_grad_() if not results else logits.clone().requires_grad_()
+        values = measure(leaf)
+        (values * factor).sum().backward()
+        results.append((values.detach().float(), leaf.grad.float()))
+    (values, gradient), (expected, expected_gradient) = results
+    torch.testing.assert_close(values, expected)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-5)
+    wrong = logits.argmax(1) != labels
+    assert wrong.any() and not values[wrong].any() and not gradient[wrong].any() and (values[~wrong] > 0).all()
+
+
+def sharded():
+    import torch.distributed
+
+    logits, labels, factor = example()
+    group = torch.distributed.group.WORLD
+    own = logits.chunk(2, dim=1)[group.rank()].clone().requires_grad_()
+    values = entropy_where_right(own, labels, group)
+    (values * factor).sum().backward()
+    return values.detach(), own.grad
+
+
+def test_shards_of_the_vocabulary_give_the_whole():
+    logits, labels, factor = example()
+    whole = logits.clone().requires_grad_()
+    values = entropy_where_right(whole, labels, Alone())
+    (values * factor).sum().backward()
+    (first, left), (second, right) = run_ranks(sharded, 2)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, values.detach())
+    torch.testing.assert_close(torch.cat([left, right], dim=1), whole.grad, atol=1e-6, rtol=1e-5)
