@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from llada_megatron.llada_moe.config.checks import validate_run
 from llada_megatron.llada_moe.data.training_data import samples_of
 from llada_megatron.llada_moe.errors import ConfigError, DataError
+from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.objectives import make_objective
 from tests.chats import EOS, MASK, Chat, chat_run, random_chats, write_chats
 
@@ -21,12 +22,12 @@ LENGTH = 64
 
 
 def open_samples(run, split="train"):
-    return samples_of(make_objective(run.objective), run, split)
+    return samples_of(make_objective(run.objective, run.training), run, split)
 
 
 def epoch(samples, run):
     """All windows of the first epoch of the one set, in the order of the samples."""
-    return samples.batch(range(samples.sets[0].windows))
+    return samples.batch(range(samples.sets[0].windows * (1 + run.objective.complementary_masks)))
 
 
 def parts(batch):
@@ -89,6 +90,33 @@ def test_one_answer_an_epoch_each_once_and_nothing_behind_it(tmp_path):
         assert sorted(turns) == [b for _, b in chat.answers]
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_complements_learn_every_answer_token_once(tmp_path, pack):
+    chats = random_chats(9, 1)
+    keys = {"answers": "all", "complementary_masks": True, "padding": "none", "pack": pack}
+    run = chat_run(write_chats(tmp_path / "chats", chats), LENGTH, 6, **keys, normalization="conversations")
+    batch = epoch(open_samples(run), run)
+    learnt = (batch.weights[0::2] > 0).int() + (batch.weights[1::2] > 0)
+    assert set(learnt.unique().tolist()) == {0, 1}
+    assert int(learnt.sum()) == sum(b - a for chat in chats for a, b in chat.answers) + 9
+    assert torch.equal(batch.labels[0::2], batch.labels[1::2])
+    torch.testing.assert_close(batch.mask_ratio[0::2] + batch.mask_ratio[1::2], torch.ones(len(batch.labels) // 2))
+
+
+def test_blocks_are_learnt_beside_the_clean_conversation(tmp_path):
+    keys = {"answers": "all", "pack": True, "padding": "block", "block_size": 8}
+    run = chat_run(write_chats(tmp_path / "chats", random_chats(9, 1)), LENGTH, 3, **keys)
+    blocks = dataclasses.replace(run, objective=dataclasses.replace(run.objective, kind="block_diffusion_sft"))
+    alone, both = (epoch(open_samples(each), each) for each in (run, blocks))
+    for name in ("inputs", "labels", "weights"):
+        assert torch.equal(getattr(both, name)[:, :LENGTH], getattr(alone, name))
+    assert torch.equal(both.inputs[:, LENGTH:], alone.labels) and not both.weights[:, LENGTH:].any()
+    assert not (both.inputs[:, LENGTH:] == MASK).any() and (both.inputs[:, :LENGTH] == MASK).any()
+    objective = make_objective(blocks.objective, blocks.training)
+    assert objective.pattern(0) == AttentionPattern(8, doubled=True) and objective.copies == 2
+    assert objective.sampling_pattern(0) == AttentionPattern(8)
+
+
 def test_weights_of_each_normaliser_and_of_validation(tmp_path):
     chats = random_chats(40, 5)
     prefix = write_chats(tmp_path / "chats", chats)
@@ -145,7 +173,11 @@ def test_packed_windows_hold_each_conversation_once(tmp_path):
         ({"padding": "block"}, "objective.padding: block without objective.block_size"),
         ({"random_length_probability": 0.1}, "objective.random_length_probability: 0.1 would cut conversations"),
         ({"replace_ratio": 0.1}, "objective.replace_ratio: 0.1 with kind sft"),
+        ({"complementary_masks": True, "mask_ratio_min": 0.3, "mask_ratio_max": 0.8}, "objective.complementary_masks"),
+        ({"kind": "block_diffusion_sft"}, "objective.block_size: null, but kind block_diffusion_sft needs"),
+        ({"kind": "block_diffusion_sft", "block_size": 64}, "objective.block_size: 64 is not a part of"),
         ({"confidence_coefficient": -1.0}, "objective.confidence_coefficient: -1.0 must be at least 0"),
+        ({"kind": "autoregressive_sft", "complementary_masks": True}, "objective.complementary_masks"),
         ({"kind": "autoregressive_sft", "confidence_coefficient": 1.0}, "objective.confidence_coefficient"),
         ({"kind": "autoregressive_sft", "weighting": "none"}, "which has no mask ratio"),
         ({"kind": "autoregressive_sft", "block_size": 4}, "objective.block_size: 4"),

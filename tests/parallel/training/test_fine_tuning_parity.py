@@ -15,6 +15,7 @@ from tests.ranks import run_ranks
 CASES = [
     *(("sft", normalization) for normalization in ("all_tokens", "answer_length", "masked_tokens", "conversations")),
     ("autoregressive_sft", "answer_length"),
+    ("block_diffusion_sft", "answer_length"),
 ]
 LENGTH = 32
 
@@ -24,7 +25,10 @@ def rank_gradients(runs):
     from llada_megatron.parallel import topology
 
     topology.initialize(runs[0].layout, runs[0].training.seed)
-    return [parity.step_gradients(run, samples_of(make_objective(run.objective), run, "train")) for run in runs]
+    return [
+        parity.step_gradients(run, samples_of(make_objective(run.objective, run.training), run, "train"))
+        for run in runs
+    ]
 
 
 def measure(runs):
@@ -46,8 +50,11 @@ def chats(tmp_path_factory):
 
 
 def run_of(chats, kind="sft", normalization="masked_tokens", confidence=1.0, **keys):
-    confidence = {"confidence_coefficient": confidence} if kind == "sft" else {}
-    return chat_run(chats, LENGTH, kind=kind, normalization=normalization, padding="none", **confidence, **keys)
+    if kind != "autoregressive_sft":
+        keys["confidence_coefficient"] = confidence
+    if kind == "block_diffusion_sft":
+        keys["block_size"] = 4
+    return chat_run(chats, LENGTH, kind=kind, normalization=normalization, padding="none", **keys)
 
 
 def with_micro_batch(run, size):
@@ -58,7 +65,7 @@ def packed(run):
     """The same conversations in as few windows as they need, all of them in one global batch."""
     objective = dataclasses.replace(run.objective, pack=True)
     run = dataclasses.replace(run, objective=objective)
-    windows = samples_of(make_objective(objective), run, "train").sets[0].windows
+    windows = samples_of(make_objective(objective, run.training), run, "train").sets[0].windows
     assert 1 < windows < 7
     return dataclasses.replace(run, training=dataclasses.replace(run.training, global_batch_size=windows))
 
@@ -89,8 +96,10 @@ def test_data_parallel_ranks_change_nothing(chats, in_one_process):
 
 @pytest.mark.parametrize("layout", ["TP2.SP", "CP2", "PP2"])
 def test_layouts_change_nothing(chats, in_one_process, layout):
-    (found,) = measure([run_of(chats, layout=DENSE_LAYOUTS[layout])])
-    require_equal(in_one_process[CASES[2], "1x8"], found, layout)
+    cases = [CASES[2], CASES[-1]]
+    found = measure([run_of(chats, *case, layout=DENSE_LAYOUTS[layout]) for case in cases])
+    for case, other in zip(cases, found, strict=True):
+        require_equal(in_one_process[case, "1x8"], other, (layout, case))
 
 
 @pytest.mark.parametrize(("model", "layout"), [("softmax", "EP2"), ("sigmoid", "PP2.EP2")])

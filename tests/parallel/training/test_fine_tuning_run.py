@@ -53,7 +53,7 @@ def run(tmp_path_factory):
         training=TrainingConfig(steps=3, sequence_length=64, global_batch_size=4, precision="fp32"),
         data=DataConfig(sets=[DataSetConfig(path=str(root / "set"))], validation_fraction=0.2),
         optimizer=OptimizerConfig(learning_rate=LearningRateConfig(peak=1e-3)),
-        objective=FineTuningConfig(kind="sft", confidence_coefficient=0.1),
+        objective=FineTuningConfig(kind="sft", complementary_masks=True, confidence_coefficient=0.1),
         layout=LayoutConfig(data_parallel=2),
         checkpoint=CheckpointConfig(interval=3),
         validation=ValidationConfig(interval=3, sequences=4),

@@ -47,6 +47,8 @@ class ChatSettings:
     padding: Literal["none", "block", "batch", "window"]
     too_long: Literal["truncate", "drop"]
     pack: bool
+    pairs: bool
+    """Samples 2i and 2i + 1 are one window, the second with the inverse masks."""
     block: int | None
 
 
@@ -153,13 +155,21 @@ class ChatSet:
 class ChatSamples:
     """The blend of a run's sets of conversations. Holds no position: resuming is asking for the next numbers."""
 
-    def __init__(self, run: RunConfig, split: Split, settings: ChatSettings, make: ConversationMaker) -> None:
-        """Open and check every set. Raises DataError or ConfigError, naming the key to change."""
+    def __init__(
+        self,
+        run: RunConfig,
+        split: Split,
+        settings: ChatSettings,
+        make: ConversationMaker,
+        finish: Callable[[Row], Row] = lambda row: row,
+    ) -> None:
+        """Open and check every set; `finish`: the last step to a row. Raises DataError or ConfigError, naming the key
+        to change."""
         if not run.data.isolate_documents:
             raise ConfigError("data.isolate_documents: false, but conversations of one window must not see each other")
         self.manifests = [read_manifest(entry.path) for entry in run.data.sets]
         check_manifests(run, self.manifests)
-        self._settings, self._make, self._split = settings, make, split
+        self._settings, self._make, self._finish, self._split = settings, make, finish, split
         self._prefixes = [entry.path for entry in run.data.sets]
         self._length, self._batch = run.training.sequence_length, run.training.global_batch_size
         self.sets = [ChatSet(run, number, manifest, split, settings) for number, manifest in enumerate(self.manifests)]
@@ -182,10 +192,11 @@ class ChatSamples:
         ]
 
     def locate(self, number: int) -> SampleCoordinates:
-        """Set, epoch and window of sample `number`, by arithmetic alone."""
+        """Set, epoch and window of sample `number`, by arithmetic alone; both samples of a pair have the same."""
+        number, second = divmod(number, 2) if self._settings.pairs else (number, 0)
         chosen, before = self.blend.locate(number)
         epoch, place = divmod(before, self.sets[chosen].windows)
-        return SampleCoordinates(number, chosen, epoch, self.sets[chosen].order(epoch, place))
+        return SampleCoordinates(number, chosen, epoch, self.sets[chosen].order(epoch, place), bool(second))
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The samples with these global numbers, in this order."""
@@ -203,9 +214,10 @@ class ChatSamples:
             size = chats.padded(len(tokens), longest)
             tokens = np.pad(tokens, (0, size - len(tokens)), constant_values=chats.eos)
             answer = np.pad(answer, (0, size - len(answer)), constant_values=True)
-            where = SampleCoordinates(ordinal if self._settings.pack else at.number, at.set, at.epoch, document)
+            place = ordinal if self._settings.pack else at.number
+            where = SampleCoordinates(place, at.set, at.epoch, document, at.inverse)
             row.add(self._make(tokens, answer, where), int(answer.sum()))
-        return row.closed()
+        return self._finish(row.closed())
 
     def _longest_of_batch(self, batch: int) -> int:
         """Tokens of the longest conversation in a global batch."""

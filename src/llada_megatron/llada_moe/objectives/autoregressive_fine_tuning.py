@@ -43,7 +43,7 @@ class AutoregressiveFineTuning(Autoregressive):
         def make(tokens: NDArray[np.int64], answer: NDArray[np.bool_], at: SampleCoordinates) -> Supervised:
             return next_answer_token(tokens, answer, 1.0 / max(1, int(answer.sum())) if per_answer else 1.0)
 
-        samples = ChatSamples(run, split, chat_settings(self.config), make)
+        samples = ChatSamples(run, split, chat_settings(self.config, pairs=False), make)
         self._remarks += samples.remarks()
         return samples
 

@@ -144,9 +144,7 @@ class BlockDiffusion(MaskedDiffusion):
             refuse("objective.replace_ratio", why)
         if config.block_schedule is not None and not check_stages(config.block_schedule, config.block_size, refuse):
             return
-        if config.block_size is None or config.block_size < 1:
-            found = "null" if config.block_size is None else config.block_size
-            refuse("objective.block_size", f"{found}, but kind {self.kind} needs the size of a block (LLaDA2: 32)")
+        check_block_size(config, refuse)
 
     def check_run(self, run: RunConfig, refuse: Refuse) -> None:
         """Every block size divides the sequence; the stages fill the run and are validated."""
@@ -172,6 +170,13 @@ class BlockDiffusion(MaskedDiffusion):
     def load_state(self, state: dict[str, Any]) -> None:
         """What `state` gave: the block size that a sampler of this checkpoint uses."""
         self._resumed, self.step = dict(state), None
+
+
+def check_block_size(config: ObjectiveConfig, refuse: Refuse) -> None:
+    """There is a block, and it has positions."""
+    if config.block_size is None or config.block_size < 1:
+        found = "null" if config.block_size is None else config.block_size
+        refuse("objective.block_size", f"{found}, but kind {config.kind} needs the size of a block (LLaDA2: 32)")
 
 
 def blocks_of(boundaries: NDArray[np.int32], size: int) -> NDArray[np.int64]:

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the prompt is shown as it is, the answer is masked, and only masked answer tokens are learnt.
 
-The loss of LLaDA's fine-tuning (arXiv 2502.09992, eq. 5), and of LLaDA2's with its attention in blocks and its band of
-mask ratios.
+The loss of LLaDA's fine-tuning (arXiv 2502.09992, eq. 5), with the band of mask ratios and the complementary masks of
+LLaDA2's, whose reading of a noisy and a clean half is `block_diffusion_fine_tuning`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llada_megatron.llada_moe.config.run import RunConfig
-    from llada_megatron.llada_moe.data.batch import Batch, Samples
+    from llada_megatron.llada_moe.data.batch import Batch, Row, Samples
     from llada_megatron.llada_moe.data.chat_samples import ChatSettings, ConversationMaker, Supervised
     from llada_megatron.llada_moe.data.packing import Split
     from llada_megatron.llada_moe.diffusion.noise import SampleCoordinates
@@ -72,13 +72,18 @@ class FineTuning(MaskedDiffusion):
         """Conversations of the run's sets; in validation with every mask ratio."""
         from llada_megatron.llada_moe.data.chat_samples import ChatSamples
 
-        samples = ChatSamples(run, split, chat_settings(self.config), self._maker(run, split))
+        settings = chat_settings(self.config, self.has_pairs(split))
+        samples = ChatSamples(run, split, settings, self._maker(run, split), self.finished)
         self._remarks += samples.remarks()
         return samples
 
     def remarks(self) -> list[str]:
         """How many conversations are longer than a window."""
         return self._remarks
+
+    def finished(self, row: Row) -> Row:
+        """The row that a step reads, from that of the masked conversations."""
+        return row
 
     def _maker(self, run: RunConfig, split: Split) -> ConversationMaker:
         from llada_megatron.llada_moe.diffusion.noise import ForwardProcess
@@ -149,7 +154,7 @@ class FineTuning(MaskedDiffusion):
             refuse("objective.confidence_coefficient", f"{config.confidence_coefficient} must be at least 0")
 
 
-def chat_settings(config: FineTuningConfig) -> ChatSettings:
+def chat_settings(config: FineTuningConfig, pairs: bool) -> ChatSettings:
     """How conversations become rows."""
     from llada_megatron.llada_moe.data.chat_samples import ChatSettings
 
@@ -158,6 +163,7 @@ def chat_settings(config: FineTuningConfig) -> ChatSettings:
         padding=config.padding,
         too_long=config.too_long,
         pack=config.pack,
+        pairs=pairs,
         block=config.block_size,
     )
 

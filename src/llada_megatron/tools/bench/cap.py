@@ -84,8 +84,11 @@ def continuations(args: argparse.Namespace) -> dict[str, RunConfig]:
         raise ConfigError(f"--coefficient {args.coefficient:g}: greater than 0")
     step = find_checkpoints(args.model)[0]
     base = run_of(step)
-    if not isinstance(base.objective, FineTuningConfig) or base.objective.kind != "sft":
-        raise ConfigError(f"{step}: a run of kind {base.objective.kind}; confidence-aware training continues kind sft")
+    if not isinstance(base.objective, FineTuningConfig) or base.objective.kind == "autoregressive_sft":
+        raise ConfigError(
+            f"{step}: a run of kind {base.objective.kind}; confidence-aware training continues kind sft or "
+            "block_diffusion_sft"
+        )
     return {
         name: dataclasses.replace(
             base,
