@@ -1,7 +1,11 @@
 """The entropy of correct predictions: value and gradient, whole and with the vocabulary sharded."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import torch
 
+from llada_megatron.llada_moe.model import head
 from llada_megatron.llada_moe.model.confidence import entropy_where_right
 from tests.ranks import run_ranks
 
@@ -63,3 +67,41 @@ def test_shards_of_the_vocabulary_give_the_whole():
     assert torch.equal(first, second)
     torch.testing.assert_close(first, values.detach())
     torch.testing.assert_close(torch.cat([left, right], dim=1), whole.grad, atol=1e-6, rtol=1e-5)
+
+
+class Head:
+    """What `supervised_loss` asks a model for; vocabulary 16, hidden 8."""
+
+    def __init__(self):
+        self.weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        self.output_layer = self
+        self.output_size_per_partition = 16
+        self.share_embeddings_and_output_weights = False
+        self.pg_collection = SimpleNamespace(tp=Alone())
+        self.config = None
+
+    def __call__(self, rows, weight=None):
+        return rows @ self.weight.t(), None
+
+
+def test_the_loss_is_the_same_to_the_bit_beside_confidence_and_in_chunks(monkeypatch):
+    def alone(config, logits, labels, group):
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+    monkeypatch.setattr(head, "cross_entropy", alone)
+    hidden = torch.randn(10, 2, 8, generator=torch.Generator().manual_seed(2))
+    labels = (hidden @ Head().weight.t()).argmax(2).t().contiguous()  # every one predicted right
+    weights = torch.rand(2, 10, generator=torch.Generator().manual_seed(3)) * (torch.arange(10) % 3 > 0)
+    targets = head.Targets.of(labels, weights)
+    gradients, values = {}, {}
+    for name, confidence, elements in (("alone", False, 10**6), ("beside", True, 10**6), ("chunked", True, 16 * 4)):
+        model = Head()
+        result = head.supervised_loss(model, hidden, dataclasses.replace(targets, confidence=confidence), elements)
+        values[name] = result.detach()
+        (result[0] if confidence else result).sum().backward()
+        gradients[name] = model.weight.grad
+    assert torch.equal(values["alone"], values["beside"][0]) and torch.equal(gradients["alone"], gradients["beside"])
+    torch.testing.assert_close(values["chunked"], values["beside"])
+    torch.testing.assert_close(gradients["chunked"], gradients["beside"])
+    entropies = reference((hidden @ Head().weight.t()).flatten(0, 1), labels.t().flatten()).view(10, 2).t()
+    torch.testing.assert_close(values["beside"][1], (entropies * (weights != 0)).sum(1).detach())

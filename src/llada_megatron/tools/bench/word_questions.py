@@ -72,6 +72,9 @@ def ask(checkpoint: Path | str, questions: Sequence[Question], schedules: Sequen
         CheckpointError, DataError: there is no checkpoint, or no tokenizer or chat template with it.
     """
     from llada_megatron.llada_moe.config.layout import LayoutConfig
+    from llada_megatron.parallel import device
+
+    device.install()  # before the first import of megatron.core in this process, as everywhere
     from llada_megatron.parallel.checkpoint.loaded_model import load_checkpoint
     from llada_megatron.parallel.sampling.sampler import Sampler
     from llada_megatron.parallel.sampling.settings import Settings
