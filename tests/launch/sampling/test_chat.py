@@ -13,7 +13,7 @@ from llada_megatron.llada_moe.errors import ConfigError, DataError
 from llada_megatron.llada_moe.guard import process
 from llada_megatron.llada_moe.guard.limits import Limits
 from llada_megatron.parallel.sampling.chat_template import LLADA, ChatTemplate, find_template
-from llada_megatron.parallel.sampling.conversation import Conversation
+from llada_megatron.parallel.sampling.conversation import Conversation, answer_text
 from tests.launch.sampling.checkpoints import SPECIAL, checkpoint, run_cli, tokenizer_in
 
 TRIMMED = LLADA
@@ -189,7 +189,7 @@ def test_an_answer_ends_where_its_turn_ends(chatty, monkeypatch):
         result = chat.results[0]
         written = [*sampler.tokenizer.encode("yes"), SPECIAL.index("<|eot_id|>"), *sampler.tokenizer.encode("no")]
         object.__setattr__(result, "written", [written])
-        assert chat._answer(result) == "yes"
+        assert answer_text(sampler.tokenizer, result, chat.template.end_of_turn) == "yes"
 
 
 def test_lines_are_answered(chatty, capsys, monkeypatch):

@@ -78,7 +78,7 @@ class Head:
         self.output_size_per_partition = 16
         self.share_embeddings_and_output_weights = False
         self.pg_collection = SimpleNamespace(tp=Alone())
-        self.config = None
+        self.config, self.training = None, True
 
     def __call__(self, rows, weight=None):
         return rows @ self.weight.t(), None
