@@ -66,6 +66,38 @@ GROUPS: list[Group] = [
         ],
     ),
     (
+        "objective",
+        "llada_moe/objectives/fine_tuning.py",
+        "tests/llada_moe/objectives/test_fine_tuning.py",
+        [
+            ("answer & drawn.mask", "drawn.mask"),
+            ('train and self.config.weighting == "none"', 'self.config.weighting == "none"'),
+            ("max(1, int(answer.sum())) if per_answer else 1", "1"),
+        ],
+    ),
+    (
+        "objective",
+        "llada_moe/data/chat_samples.py",
+        "tests/llada_moe/objectives/test_fine_tuning.py",
+        [
+            ("at.set, at.epoch, document, at.inverse)", "at.set, at.epoch, document)"),
+            ("stop = int(spans[0, 1])", "pass"),
+            ("answer[-1] = True", "pass"),
+            ("constant_values=True)", "constant_values=False)"),
+            ("return documents[first < self._window]", "return documents"),
+        ],
+    ),
+    (
+        "objective",
+        "llada_moe/model/confidence.py",
+        "tests/llada_moe/model/test_confidence.py",
+        [
+            ("right = of_label == 0", "right = of_label <= 0"),
+            ("-chances * (logs + entropy[:, None])", "-chances * logs"),
+            ("distributed.ReduceOp.SUM, group)", "distributed.ReduceOp.MAX, group)"),
+        ],
+    ),
+    (
         "attention",
         "llada_moe/model/attention/per_document.py",
         "tests/llada_moe/model/test_attention.py tests/llada_moe/model/attention/test_backends.py",
