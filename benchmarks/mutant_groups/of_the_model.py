@@ -94,6 +94,13 @@ GROUPS: list[Group] = [
         [
             ("right = of_label == 0", "right = of_label <= 0"),
             ("-chances * (logs + entropy[:, None])", "-chances * logs"),
+        ],
+    ),
+    (
+        "objective",
+        "llada_moe/model/confidence.py",
+        "tests/parallel/training/test_fine_tuning_parity.py -k TP2",
+        [
             ("distributed.ReduceOp.SUM, group)", "distributed.ReduceOp.MAX, group)"),
         ],
     ),

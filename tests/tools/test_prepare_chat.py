@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 
+from llada_megatron.llada_moe.data import sources
 from llada_megatron.llada_moe.data.answers import AnswerFile
+from llada_megatron.llada_moe.data.generated_chats import generated_chats
 from llada_megatron.llada_moe.data.indexed import TokenFile
 from llada_megatron.llada_moe.data.set_manifest import read_manifest, tokenizer_of
 from llada_megatron.llada_moe.errors import DataError
@@ -91,7 +93,8 @@ def test_options_that_do_not_go_together(prepare, options, said):
     assert code != 0 and said in err and err.count("\n") == 1
 
 
-def test_a_tokenizer_without_a_template_and_a_trained_one(prepare, capsys, tmp_path):
+def test_a_tokenizer_without_a_template_and_a_trained_one(prepare, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "generated_chats", lambda: generated_chats(300))
     (tmp_path / "bare").mkdir()
     shutil.copy("tokenizer.json", "bare/tokenizer.json")
     code, _, err = prepare(CHATS, tokenizer="bare/tokenizer.json")
@@ -105,4 +108,5 @@ def test_a_tokenizer_without_a_template_and_a_trained_one(prepare, capsys, tmp_p
     )  # fmt: skip
     assert code == 0, err
     manifest = read_manifest("set")
-    assert manifest.documents == 6000 and manifest.chat.template == PLAIN
+    assert manifest.documents == 300 and manifest.chat.template == PLAIN
+    assert manifest.vocabulary_held_out == 0.01

@@ -1,4 +1,4 @@
-"""The entropy of correct predictions: value and gradient, whole and with the vocabulary sharded."""
+"""The entropy of correct predictions: value and gradient. With the vocabulary sharded: test_fine_tuning_parity."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -7,7 +7,6 @@ import torch
 
 from llada_megatron.llada_moe.model import head
 from llada_megatron.llada_moe.model.confidence import entropy_where_right
-from tests.ranks import run_ranks
 
 
 class Alone:
@@ -45,28 +44,6 @@ def test_value_and_gradient_are_those_of_the_definition():
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-5)
     wrong = logits.argmax(1) != labels
     assert wrong.any() and not values[wrong].any() and not gradient[wrong].any() and (values[~wrong] > 0).all()
-
-
-def sharded():
-    import torch.distributed
-
-    logits, labels, factor = example()
-    group = torch.distributed.group.WORLD
-    own = logits.chunk(2, dim=1)[group.rank()].clone().requires_grad_()
-    values = entropy_where_right(own, labels, group)
-    (values * factor).sum().backward()
-    return values.detach(), own.grad
-
-
-def test_shards_of_the_vocabulary_give_the_whole():
-    logits, labels, factor = example()
-    whole = logits.clone().requires_grad_()
-    values = entropy_where_right(whole, labels, Alone())
-    (values * factor).sum().backward()
-    (first, left), (second, right) = run_ranks(sharded, 2)
-    assert torch.equal(first, second)
-    torch.testing.assert_close(first, values.detach())
-    torch.testing.assert_close(torch.cat([left, right], dim=1), whole.grad, atol=1e-6, rtol=1e-5)
 
 
 class Head:

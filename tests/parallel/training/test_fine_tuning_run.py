@@ -78,8 +78,9 @@ def test_it_trains_validates_says_what_is_too_long_and_carries_the_template(run,
     assert template.template == LLADA
 
 
-def test_the_benchmarks_ask_the_model_and_continue_its_run(run, trained, tmp_path, capsys):
+def test_the_benchmarks_ask_the_model_and_continue_its_run(run, trained, tmp_path, capsys, monkeypatch):
     """An untrained model gives no right answer, so that there is nothing to compare."""
+    monkeypatch.setattr(cap, "THRESHOLDS", (0.5,))
     code, out, err = run_cli(capsys, "bench", "words", run.output_dir, "--questions", "3", "--json", "--require")
     assert code == 1 and "protocol: 3 questions about words that are in no conversation" in err
     (format_claim, *_) = json.loads(out.splitlines()[-1])["claims"]
