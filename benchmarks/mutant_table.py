@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks.mutant_groups import of_a_run, of_the_model
+from benchmarks.mutant_groups import of_a_run, of_the_model, of_the_planner
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,6 @@ class Mutant:
 
 def mutants() -> Iterator[Mutant]:
     """All of them, area by area."""
-    for area, file, tests, changes in of_the_model.GROUPS + of_a_run.GROUPS:
+    for area, file, tests, changes in of_the_model.GROUPS + of_a_run.GROUPS + of_the_planner.GROUPS:
         for old, new in changes:
             yield Mutant(area, file, old, new, tuple(shlex.split(tests)))

@@ -51,6 +51,7 @@ COMMANDS = {
         "llada_megatron.tools.inspect",
         "show a resolved configuration, its parameters, and what each rank holds",
     ),
+    "plan": ("llada_megatron.tools.plan", "what a run needs of each GPU, and how long it takes, before it is started"),
     "env": ("llada_megatron.tools.environment", "show versions, devices and accelerations (for bug reports)"),
 }
 COMMON_OPTIONS = ("--json", "--traceback")

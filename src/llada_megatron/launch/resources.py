@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from llada_megatron.console import size_text
+from llada_megatron.console import message, size_text
 from llada_megatron.launch.ranks.rank import available_cores
 from llada_megatron.llada_moe.config import dump_yaml, load_run
 from llada_megatron.llada_moe.errors import ConfigError, DataError, ResourceError
@@ -192,6 +192,7 @@ def check_machine(run: RunConfig, oversubscribe: bool = False) -> None:
     ranks = run.layout.world_size
     if torch.cuda.is_available():
         check_gpus(ranks, torch.cuda.device_count())
+        _check_this_gpu(run)
         require_device(run.training.fp8)
         return
     fault = driver_fault()
@@ -200,6 +201,18 @@ def check_machine(run: RunConfig, oversubscribe: bool = False) -> None:
     require_device(run.training.fp8)
     check_cores(ranks, available_cores(), oversubscribe)
     check_memory(needed_bytes(run), psutil.virtual_memory().available, ranks)
+
+
+def _check_this_gpu(run: RunConfig) -> None:
+    """Refuse, or warn of, a run that is too large for the GPUs here."""
+    import torch
+
+    from llada_megatron.launch.gpu_memory import check_gpu_memory, sheet_of_memory
+
+    found = torch.cuda.get_device_properties(0)
+    warning = check_gpu_memory(run, sheet_of_memory(found.name, found.total_memory))
+    if warning:
+        message(f"warning: {warning}")
 
 
 def check_gpus(ranks: int, devices: int) -> None:

@@ -120,6 +120,7 @@ def _checks(run: RunConfig, cluster: ClusterConfig) -> list[Callable[[], None]]:
     from llada_megatron.launch.resources import check_callbacks, check_data, check_space, check_weights
 
     return [
+        lambda: _check_gpu(run, cluster),
         lambda: check_callbacks(run),
         lambda: _check_no_live_job(run),
         lambda: run_lock.check_free(run.output_dir),
@@ -128,6 +129,16 @@ def _checks(run: RunConfig, cluster: ClusterConfig) -> list[Callable[[], None]]:
         lambda: check_space(run),
         lambda: check_mounts(run, cluster, Path.cwd()),
     ]
+
+
+def _check_gpu(run: RunConfig, cluster: ClusterConfig) -> None:
+    """Refuse, or warn of, a run that is too large for the cluster's GPUs. Raises LladaError."""
+    from llada_megatron.launch.gpu_memory import check_gpu_memory
+    from llada_megatron.llada_moe.planning.gpu_sheet import load_gpu
+
+    warning = check_gpu_memory(run, load_gpu(cluster.gpu)) if cluster.gpu else None
+    if warning:
+        message(f"warning: {warning}")
 
 
 def _check_no_live_job(run: RunConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from llada_megatron.console import emit_json, message
+from llada_megatron.console import count_text, emit_json, message
 from llada_megatron.llada_moe.config import (
     ModelConfig,
     RunConfig,
@@ -16,6 +16,8 @@ from llada_megatron.llada_moe.config import (
     to_dict,
 )
 from llada_megatron.llada_moe.model.parameters import ParameterCount, RankShare, count_parameters, rank_shares
+from llada_megatron.llada_moe.planning.estimate import GIB, Assumptions, Estimate
+from llada_megatron.llada_moe.planning.gpu_sheet import load_gpu
 
 EXAMPLES = """\
 examples:
@@ -59,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     print(parameter_table(count))
     if isinstance(config, RunConfig):
         print(layout_table(config, shares))
+        print(f"\n{cost_line(config)}")
     if args.json:
         emit_json(summary(config, count, shares))
     return 0
@@ -107,6 +110,35 @@ def layout_table(run: RunConfig, shares: list[RankShare]) -> str:
     return "\n".join([head, *(f"  {line.rstrip()}" for line in lines)])
 
 
+GPU = "h100"
+"""The GPU that a run's cost is shown for; `llada plan` takes any."""
+
+
+def cost(run: RunConfig) -> Estimate:
+    """The run on `GPU`, with what `llada plan` assumes."""
+    return Estimate(run, load_gpu(GPU), Assumptions())
+
+
+def cost_line(run: RunConfig) -> str:
+    """Tokens of the whole run, and an estimate of memory and time on `GPU`."""
+    estimate = cost(run)
+    tokens = estimate.tokens_per_step * run.training.steps
+    return (
+        f"{count_text(tokens)} tokens in {run.training.steps:,} steps; estimated on {estimate.gpu.name} (`llada plan` "
+        f"for others): {estimate.card_bytes / GIB:.1f} GiB a GPU, {duration_text(estimate.run_seconds)}, "
+        f"{estimate.gpu_hours:,.1f} GPU-hours"
+    )
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds in the largest unit of which there are at least two."""
+    unit, size = next((each for each in DURATIONS if seconds >= 2 * each[1]), DURATIONS[-1])
+    return f"{seconds / size:.1f} {unit}"
+
+
+DURATIONS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
+
+
 def _row(group: list[RankShare]) -> tuple[str, ...]:
     share = group[0]
     layers = ["embedding"] * share.embedding + [spans(share.layers)] + ["output"] * share.output
@@ -141,6 +173,14 @@ def summary(config: RunConfig | ModelConfig, count: ParameterCount, shares: list
     }
     if isinstance(config, RunConfig):
         report["world_size"] = config.layout.world_size
+        estimate = cost(config)
+        report["estimate"] = {
+            "gpu": estimate.gpu.name,
+            "card_bytes": estimate.card_bytes,
+            "total_tokens": estimate.tokens_per_step * config.training.steps,
+            "run_s": estimate.run_seconds,
+            "gpu_hours": estimate.gpu_hours,
+        }
         report["ranks"] = [
             {
                 "ranks": share.ranks,

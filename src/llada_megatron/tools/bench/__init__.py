@@ -23,6 +23,7 @@ BENCHMARKS = {
     "gpu": "everything a GPU has to show: correctness first, then speed, in at most eight minutes",
     "loss": "memory and time of the output layer and loss at a large vocabulary",
     "attention": "bytes written and time of attention over packed documents, against a loop over slices",
+    "plan": "memory and step time that `llada plan` predicts, against published training runs",
     "sample": "time, forward passes and quality of every sampling preset, against the paper's sampler",
     "words": "whether the laptop's fine-tuned model answers questions about new words in the format that it learnt",
     "cap": "tokens per forward pass and right answers after fine-tuning with and without confidence-aware training",

@@ -1,0 +1,88 @@
+"""`llada plan` in the test's own process: what it prints, its exit codes, and what it refuses."""
+
+import json
+import re
+
+import pytest
+
+from llada_megatron.cli import main
+from llada_megatron.llada_moe.config import load_run
+
+MOE = "llada-moe-7b-a1b-pretrain"
+
+
+def refused(capsys, *arguments):
+    assert main(["plan", *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    return error
+
+
+def test_a_plan_says_memory_messages_time_and_what_it_assumes(capsys):
+    assert main(["plan", "small-diffusion", "--gpus", "2", "--json", "layout.tensor_parallel=2",
+                 "layout.data_parallel=1"]) == 0  # fmt: skip
+    text = capsys.readouterr().out
+    for word in ("fits:", "memory of a rank", "with each recomputation", "messages of a rank", "time of a step",
+                 "GPU-hours", "assumed", "counted in the model built on the meta device"):  # fmt: skip
+        assert word in text
+    values = json.loads(text.splitlines()[-1])
+    stage = values["stages"][0]
+    assert stage["allocated_bytes"] == pytest.approx(sum(stage["bytes"].values()))
+    assert values["step_s"] == pytest.approx(sum(values["step_parts_s"].values()))
+    assert {each["axis"] for each in values["messages"]} == {"tensor"}
+
+
+def test_a_plan_that_does_not_fit_says_what_would(capsys):
+    assert main(["plan", "small-diffusion", "--gpu", "a100", "training.micro_batch_size=16384",
+                 "training.global_batch_size=16384", "layout.data_parallel=1"]) == 1  # fmt: skip
+    assert re.search(r"DOES NOT FIT: .* it fits with training\.micro_batch_size=\d+", capsys.readouterr().out)
+
+
+def test_a_search_shows_the_best_layouts(capsys):
+    assert main(["plan", MOE, "--gpus", "8", "--search", "--top", "3", "training.global_batch_size=256"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\d+ layouts, \d+ fit", lines[0])
+    assert sum("TP" in line and "DP" in line for line in lines[2:5]) == 3
+    assert any("do not fit; the smallest of them needs" in line for line in lines)
+
+
+def test_a_search_in_vain_names_the_fewest_gpus_that_would_do(capsys, tmp_path):
+    card = tmp_path / "card.yaml"
+    card.write_text(
+        "name: card\nmemory_gib: 20\nbf16_tflops: 300\nmemory_gb_per_s: 2000\n"
+        "link_gb_per_s: 300\nnetwork_gb_per_s: 25\n"
+    )
+    assert main(["plan", MOE, "--gpus", "2", "--gpu", str(card), "--search", "training.global_batch_size=64",
+                 "training.micro_batch_size=1"]) == 1  # fmt: skip
+    assert re.search(r"no layout of 2 x card fits: .* the fewest GPUs that would are \d+", capsys.readouterr().err)
+
+
+def test_measured_loads_are_told_and_felt(capsys, tmp_path):
+    moe = load_run(MOE).model.moe
+    tokens = [2000, *[100] * (moe.num_experts - 1)]
+    file = tmp_path / "profile.json"
+    values = {
+        "schema": 1,
+        "model": {},
+        "experts": moe.num_experts,
+        "top_k": moe.top_k,
+        "layers": {str(n): {"tokens": tokens} for n in range(1, 17)},
+    }
+    file.write_text(json.dumps(values))
+    few = ("--gpus", "8", "--search", "--top", "1", "training.global_batch_size=256", "--json")
+    assert main(["plan", MOE, *few, "--profile", str(file)]) == 0
+    best = json.loads(capsys.readouterr().out.splitlines()[-1])["best"][0]
+    assert best["assumed"]["profile"] == str(file) and len(best["assumed"]["layer_imbalance"]) == 16
+    assert best["layout"]["expert_parallel"] == 1  # with one expert of every layer that full, to cut them costs most
+    with pytest.raises(SystemExit):
+        main(["plan", MOE, "--profile", str(file), "--imbalance", "2"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_wrong_input_is_one_line(capsys):
+    assert "no GPU 'h10'; did you mean 'h100'?" in refused(capsys, MOE, "--gpu", "h10")
+    assert "--gpus 0: at least 1" in refused(capsys, MOE, "--gpus", "0")
+    assert "--imbalance 0.5: a number of at least 1" in refused(capsys, MOE, "--imbalance", "0.5")
+    assert "--imbalance nan" in refused(capsys, MOE, "--imbalance", "nan")
+    assert "use 48 or 52" in refused(capsys, "llada2-flash-pretrain", "--gpus", "50")
+    assert "no layout divides them" in refused(capsys, "llada-8b-pretrain", "--gpus", "7919", "--search")
