@@ -46,6 +46,7 @@ COMMANDS = {
         "take checkpoints from and to the formats of Hugging Face, compare them, look into them",
     ),
     "merge": ("llada_megatron.tools.merge", "average checkpoints, the best of a run by validation loss"),
+    "experts": ("llada_megatron.tools.experts", "show where tokens go in a checkpoint with experts"),
     "bench": ("llada_megatron.tools.bench", "measure this machine and check the project's claims"),
     "inspect": (
         "llada_megatron.tools.inspect",

@@ -19,7 +19,7 @@ from llada_megatron.llada_moe.model.head import Targets  # noqa: E402
 from llada_megatron.llada_moe.model.transformer import build_model  # noqa: E402
 from llada_megatron.parallel import topology  # noqa: E402
 from llada_megatron.parallel.build import transformer_config  # noqa: E402
-from llada_megatron.parallel.expert_load import ExpertLoad, load_scalars, summarize  # noqa: E402
+from llada_megatron.parallel.expert_load import ExpertLoad, load_scalars, summarize, tell_mask_ratio  # noqa: E402
 
 TOKENS, EXPERTS, TOP_K = 2 * 16, 4, 2
 MODEL = ModelConfig(
@@ -81,6 +81,16 @@ def test_evaluation_does_not_count_and_close_takes_the_hooks_off():
     model.train()
     loss_of(model)
     assert all(sum(row) == 0 for row in load.reduce().values())
+
+
+def test_counts_by_the_mask_ratio_of_a_sequence():
+    model = make_model()
+    load = ExpertLoad([model])
+    tell_mask_ratio(model, torch.tensor([0.2, 0.95]))
+    loss_of(model)
+    bins = load.reduce_bins()[2]
+    assert [sum(row) for row in bins] == [0, TOKENS // 2 * TOP_K, *[0] * 7, TOKENS // 2 * TOP_K]
+    load.close()
 
 
 def test_a_dense_model_has_no_expert_load():

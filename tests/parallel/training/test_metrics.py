@@ -7,13 +7,14 @@ import json
 import math
 import resource
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada_megatron.llada_moe.objectives.interface import bits_per_byte
-from llada_megatron.parallel.training import metrics_writer
+from llada_megatron.parallel.training import metrics_file, metrics_writer
 from llada_megatron.parallel.training.metrics import MaskRatioLoss, Throughput
 from llada_megatron.parallel.training.metrics_file import last_metrics, read_metrics
 from llada_megatron.parallel.training.metrics_writer import SCHEMA, MetricsWriter
@@ -120,6 +121,21 @@ def test_steps_that_are_run_again_replace_what_was_written_of_them(tmp_path):
     assert [(event.step, event.value) for event in board.Scalars("loss")] == expected
     (text,) = board.Tensors("recovery/text_summary")
     assert (text.step, text.tensor_proto.string_val[0]) == (3, b"went back to step 2")
+
+
+def test_counts_of_experts_are_taken_back_with_their_steps_and_drawn(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    image = np.full((8, 16, 3), 255, np.uint8)
+    with MetricsWriter(tmp_path, experts=True) as writer:
+        for step in (10, 20, 30):
+            writer.write_experts(step, {"tokens": {"2": [[step]]}}, image)
+        writer.go_back(20)
+        writer.write_experts(20, {"tokens": {"2": [[7]]}}, image)
+    lines = read_metrics(tmp_path, metrics_file.EXPERTS_FILE_NAME)
+    assert [(line["step"], line["tokens"]["2"]) for line in lines] == [(10, [[10]]), (20, [[7]])]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.width, event.height) for event in board.Images("experts")] == [(10, 16, 8), (20, 16, 8)]
 
 
 @contextlib.contextmanager

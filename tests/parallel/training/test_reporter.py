@@ -14,7 +14,7 @@ from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, Optimi
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.parallel.checkpoint import manifest as manifests
-from llada_megatron.parallel.training.metrics_file import read_metrics
+from llada_megatron.parallel.training.metrics_file import EXPERTS_FILE_NAME, read_metrics
 from tests.corpora import model_for, prepared_set
 from tests.parallel.training.test_callbacks import Recorder
 from tests.ranks import RankFailure, run_ranks
@@ -30,6 +30,10 @@ EVERY_INTERVAL = {
     "peak_memory_gb_all_ranks",
     "expert_load/max_over_mean",
     "expert_load/dead",
+    "expert_load/entropy",
+    "expert_load/rank_01",
+    "expert_load/rank/step_share_lost",
+    "router/z",
 }
 
 
@@ -87,4 +91,8 @@ def test_a_resumed_run_has_every_step_once_with_all_figures(run):
     assert any(name.startswith("loss_by_mask_ratio/") for name in lines[-1])
     layers = [name for name in lines[-1] if name.startswith("expert_load/layer_")]
     assert layers and all(lines[-1][name] is not None for name in layers)
+    counts = read_metrics(run.output_dir, EXPERTS_FILE_NAME)
+    assert [(line["step"], line["steps"]) for line in counts] == [(2, 2), (4, 2), (6, 2)]
+    tokens = 2 * 4 * 32 * run.model.moe.top_k
+    assert all(sum(map(sum, bins)) == tokens for line in counts for bins in line["tokens"].values())
     assert 0 < lines[-1]["model_flops_utilization"] < 1

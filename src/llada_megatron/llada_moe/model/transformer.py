@@ -54,6 +54,9 @@ class ContiguousRotary(RotaryEmbedding):
 class DiffusionTransformer(GPTModel):
     """Predicts the tokens of the supervised rows, each seeing what the attention pattern lets it see."""
 
+    mask_ratio: torch.Tensor | None = None
+    """`[batch]`: mask ratios of the sequences of the training pass under way, for hooks that count by them."""
+
     def __init__(
         self, config: TransformerConfig, *args: Any, logits_chunk_mb: int, pattern: AttentionPattern, **kwargs: Any
     ) -> None:

@@ -6,9 +6,9 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
@@ -29,6 +29,8 @@ from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
 from llada_megatron.parallel.checkpoint.search import find_checkpoints, first_whole, run_of
 from llada_megatron.parallel.checkpoint.store import CheckpointStore
 
+Precision = Literal["fp32", "bf16"]
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -41,6 +43,8 @@ class LoadedModel:
     """The step directory it was read from."""
     metadata: dict[str, Any]
     """What its manifest says of the run: step, layout, tokenizer and so on, as JSON values."""
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    """What it is spread over now."""
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor, rows: torch.Tensor, boundaries: torch.Tensor) -> torch.Tensor:
@@ -57,26 +61,30 @@ class LoadedModel:
         if count == 0:
             return torch.zeros(0, self.run.model.vocab_size)
         where = device.current()
-        shard = self._last_stage_output(tokens.to(where), rows, boundaries)
+        here = tokens.to(where)
+        shard = self.through_stages(lambda model: model(here, boundaries, rows=rows), *tokens.shape)
         if torch.distributed.get_world_size() == 1:
             return shard.float().cpu()
         return _equal_everywhere(shard, count, self.run.model.vocab_size).cpu()
 
-    def _last_stage_output(
-        self, tokens: torch.Tensor, rows: torch.Tensor, boundaries: torch.Tensor
+    def through_stages(
+        self, forward: Callable[[DiffusionTransformer], torch.Tensor], batch: int, length: int
     ) -> torch.Tensor | None:
-        """`[rows, vocab / tensor_parallel]` on the last pipeline stage, None before it."""
+        """One pass: `forward` calls each stage's model on inputs `[batch, length]` that it knows itself (collective).
+
+        Returns what it returned on the last pipeline stage, None before it.
+        """
 
         def forward_step(_: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-            return model(tokens, boundaries, rows=rows), lambda output, non_loss_data=True: output
+            return forward(model), lambda output, non_loss_data=True: output
 
         stored = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=None,
             model=self.model,
             num_microbatches=1,
-            seq_length=tokens.shape[1],
-            micro_batch_size=tokens.shape[0],
+            seq_length=length,
+            micro_batch_size=batch,
             forward_only=True,
             collect_non_loss_data=True,
         )
@@ -91,18 +99,36 @@ class LoadedModel:
 
 
 @contextmanager
-def open_checkpoint(path: str | Path) -> Iterator[LoadedModel]:
+def open_checkpoint(path: str | Path, precision: Precision | None = None) -> Iterator[LoadedModel]:
     """Load a step directory, or the newest whole one of a run, in a world of one process.
 
     A damaged checkpoint of a run is skipped for the one before it. Nothing in the run's directory is changed: a
-    training may be writing to it.
+    training may be writing to it. `precision`: that of the model; None = that of its run.
 
     Raises:
         CheckpointError: there is none, none is whole, or it holds a model that this version does not know.
     """
     candidates = find_checkpoints(path)
     with _world_of_one() as scratch:
-        yield _load_first(candidates, LayoutConfig(), CheckpointStore(scratch))
+        yield _in_precision(_load_first(candidates, LayoutConfig(), CheckpointStore(scratch)), precision)
+
+
+@torch.no_grad()
+def _in_precision(loaded: LoadedModel, precision: Precision | None) -> LoadedModel:
+    """The same weights in a model of this precision (None = that of the run); for a moment there may be both."""
+    if precision in (None, loaded.run.training.precision):
+        return loaded
+    run = replace(loaded.run, training=replace(loaded.run.training.without_fp8(), precision=precision))
+    training = replace(run.training, recompute="none", recompute_modules=[])
+    config = build.transformer_config(run.model, loaded.layout, training)
+    with warnings.catch_warnings():  # as in `_load_first`
+        warnings.simplefilter("ignore")
+        (model,) = build.build_chunks(run.model, loaded.layout, config, loaded.model.pattern)
+    kept = loaded.model.state_dict()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            tensor.copy_(kept[name])
+    return replace(loaded, model=model.eval(), run=run)
 
 
 @contextmanager
@@ -138,10 +164,10 @@ def open_weights(
         yield chunks[0].eval()
 
 
-def load_checkpoint(path: str | Path, layout: LayoutConfig) -> LoadedModel:
+def load_checkpoint(path: str | Path, layout: LayoutConfig, precision: Precision | None = None) -> LoadedModel:
     """Load what `open_checkpoint` would, spread over the ranks of `layout`, whose process groups exist (collective)."""
     with tempfile.TemporaryDirectory(prefix="llada-") as scratch:
-        return _load_first(find_checkpoints(path), layout, CheckpointStore(scratch))
+        return _in_precision(_load_first(find_checkpoints(path), layout, CheckpointStore(scratch)), precision)
 
 
 def _equal_everywhere(shard: torch.Tensor | None, rows: int, vocab: int) -> torch.Tensor:
@@ -182,4 +208,4 @@ def _load(path: Path, layout: LayoutConfig, store: CheckpointStore) -> LoadedMod
     chunks = build.build_chunks(run.model, layout, config, pattern)
     state, metadata = store.load(path, sharded_state.model_state(chunks))
     sharded_state.load_model_state(chunks, state)
-    return LoadedModel(chunks[0].eval(), run, path, metadata)
+    return LoadedModel(chunks[0].eval(), run, path, metadata, layout)

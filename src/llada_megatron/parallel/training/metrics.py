@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from llada_megatron.llada_moe.evaluation.mask_ratio_bins import BINS, bin_names, bin_of
+
 
 class MaskRatioLoss:
     """Mean cross-entropy of the masked positions, by the mask ratio of their sequence, in equal bins of (0, 1].
@@ -20,7 +22,7 @@ class MaskRatioLoss:
     count both twice, which leaves the mean as it is. Ranks without a loss (early pipeline stages) add nothing.
     """
 
-    def __init__(self, bins: int = 10, device: torch.device | str = "cpu") -> None:
+    def __init__(self, bins: int = BINS, device: torch.device | str = "cpu") -> None:
         self.bins = bins
         self._sums = torch.zeros(2, bins, dtype=torch.float64, device=device)
 
@@ -30,10 +32,9 @@ class MaskRatioLoss:
         Under context parallelism give this rank's part of the sums and of the positions.
         """
         device = self._sums.device
-        p = mask_ratio.to(device, torch.float32)  # in float32 a ratio such as 0.2 lies on its edge, not beyond it
-        bin_of = (torch.ceil(p * self.bins).long() - 1).clamp_(0, self.bins - 1)
+        p = mask_ratio.to(device, torch.float32)
         loss = weighted_loss.detach().to(device, torch.float64) * p
-        self._sums.index_add_(1, bin_of, torch.stack([loss, masked.to(device, torch.float64)]))
+        self._sums.index_add_(1, bin_of(p, self.bins), torch.stack([loss, masked.to(device, torch.float64)]))
 
     def reset(self) -> None:
         """Forget what was added since the last `reduce`."""
@@ -48,12 +49,8 @@ class MaskRatioLoss:
             dist.all_reduce(self._sums)
         loss, count = self._sums.tolist()
         self.reset()
-        edges = [i / self.bins for i in range(self.bins + 1)]
-        return {
-            f"loss_by_mask_ratio/{edges[i]:.2g}-{edges[i + 1]:.2g}": loss[i] / count[i]
-            for i in range(self.bins)
-            if count[i] > 0
-        }
+        names = bin_names(self.bins)
+        return {f"loss_by_mask_ratio/{names[i]}": loss[i] / count[i] for i in range(self.bins) if count[i] > 0}
 
 
 class Throughput:

@@ -8,12 +8,15 @@ from typing import Any
 
 FILE_NAME = "metrics.jsonl"
 
+EXPERTS_FILE_NAME = "experts.jsonl"
+"""Beside it in a run of a MoE model: tokens per layer, mask ratio and expert, a line an interval."""
+
 _TAIL_BYTES = 64 * 2**10
 
 
-def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
+def read_metrics(run_dir: Path | str, name: str = FILE_NAME) -> list[dict[str, Any]]:
     """The lines of a run's metrics file; readable while the run goes on (a line being written is left out)."""
-    path = Path(run_dir) / FILE_NAME
+    path = Path(run_dir) / name
     if not path.exists():
         return []
     return [line for line in map(parse_line, path.read_text(encoding="utf-8").splitlines()) if line is not None]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from llada_megatron.parallel.training.metrics_file import FILE_NAME, parse_line
+from llada_megatron.parallel.training.json_lines import JsonLines
+from llada_megatron.parallel.training.metrics_file import EXPERTS_FILE_NAME, FILE_NAME
 
 RETRY_S = 60.0
 """After a failure TensorBoard is left alone for so long."""
@@ -50,6 +51,10 @@ class TensorBoard:
         """Add a text."""
         self._write(lambda writer: writer.add_text(name, text, global_step=step))
 
+    def add_image(self, step: int, name: str, image: NDArray[np.uint8]) -> None:
+        """Add an image `[height, width, 3]`."""
+        self._write(lambda writer: writer.add_image(name, image, global_step=step, dataformats="HWC"))
+
     def close(self) -> None:
         """Write what is left."""
         writer, self._writer = self._writer, None
@@ -81,6 +86,9 @@ def _summary_writer(directory: Path, purge_step: int | None) -> Any:
 SCHEMA = 1
 """Version of the lines in metrics.jsonl; raised when a key changes its meaning."""
 
+EXPERTS_SCHEMA = 1
+"""The same of experts.jsonl."""
+
 Scalar = float | int | torch.Tensor
 
 
@@ -92,17 +100,20 @@ class MetricsWriter:
     Lines that cannot be written, on a full disk for instance, wait for the next `flush`.
     """
 
-    def __init__(self, run_dir: Path | str, tensorboard: bool = True, from_step: int = 0) -> None:
+    def __init__(
+        self, run_dir: Path | str, tensorboard: bool = True, from_step: int = 0, experts: bool = False
+    ) -> None:
+        """`experts`: the model has some, and `write_experts` will be called."""
         self._path = Path(run_dir) / FILE_NAME
+        self._of_experts = experts
         self._tensorboard = tensorboard
         self._pending: list[tuple[int, dict[str, Scalar]]] = []
         self._open(from_step)
 
     def _open(self, from_step: int) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_lines_from(self._path, from_step)
-        self._file = self._path.open("ab", buffering=0)  # so that it is known how much of a line is on a full disk
-        self._unwritten, self._told = b"", False
+        self._lines = JsonLines(self._path, from_step)
+        experts = self._path.with_name(EXPERTS_FILE_NAME)
+        self._experts = JsonLines(experts, from_step) if self._of_experts or experts.exists() else None
         self._board = TensorBoard(self._path.parent / "tensorboard", from_step) if self._tensorboard else None
 
     @property
@@ -111,11 +122,8 @@ class MetricsWriter:
         return self._path.name
 
     def in_place(self) -> bool:
-        """Whether the file that lines are written to still has its name; removing a folder does not close its files."""
-        try:
-            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
-        except FileNotFoundError:
-            return False
+        """Whether the file that lines are written to still has its name."""
+        return self._lines.in_place()
 
     def go_back(self, from_step: int) -> None:
         """Drop what was written of `from_step` and later: these steps are run again, as after a resume."""
@@ -143,27 +151,27 @@ class MetricsWriter:
         self._pending.clear()
         for line in lines:
             finite = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN
-            self._unwritten += json.dumps(finite, allow_nan=False).encode() + b"\n"
-        self._write_file()
+            self._lines.append(finite)
+        self._lines.write()
         if self._board is not None:
             self._board.add(lines)
         return lines
 
-    def _write_file(self) -> None:
-        try:
-            while self._unwritten:
-                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
-        except OSError as error:
-            if not self._told:
-                logging.getLogger(__name__).warning("lines wait until %s can be written: %s", self._path, error)
-            self._told = True
-        else:
-            self._told = False
+    def write_experts(self, step: int, line: Mapping[str, Any], image: NDArray[np.uint8]) -> None:
+        """The counts of an interval that ends with `step`, and their image `[height, width, 3]` for TensorBoard."""
+        if self._experts is not None:
+            self._experts.append({"schema": EXPERTS_SCHEMA, "step": step, **line})
+            self._experts.write()
+        if self._board is not None:
+            self._board.add_image(step, "experts", image)
 
     def close(self) -> None:
         """Writes what is left and closes the files."""
         self.flush()
-        self._file.close()
+        self._lines.close()
+        if self._experts is not None:
+            self._experts.write()
+            self._experts.close()
         if self._board is not None:
             self._board.close()
 
@@ -172,21 +180,6 @@ class MetricsWriter:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _drop_lines_from(path: Path, from_step: int) -> None:
-    """Cuts the file off after its last whole line of an earlier step, which a full disk does not hinder."""
-    if not path.exists():
-        return
-    size = end = 0
-    with path.open("rb") as file:
-        for text in file:
-            size += len(text)
-            line = parse_line(text) if text.endswith(b"\n") else None
-            if line is not None and line["step"] < from_step:
-                end = size
-    if end < size:
-        os.truncate(path, end)
 
 
 def _to_numbers(pending: list[tuple[int, dict[str, Scalar]]]) -> list[tuple[int, dict[str, float | int]]]:

@@ -17,8 +17,9 @@ from llada_megatron.llada_moe.model.flops import FORMULA, flops_per_token
 from llada_megatron.llada_moe.objectives import Objective
 from llada_megatron.parallel import device, host_group
 from llada_megatron.parallel.collectives import on_rank_0
-from llada_megatron.parallel.expert_load import ExpertLoad, load_scalars
 from llada_megatron.parallel.training.callbacks import Callbacks
+from llada_megatron.parallel.training.experts.expert_monitor import ExpertMonitor
+from llada_megatron.parallel.training.experts.expert_reading import ExpertReading
 from llada_megatron.parallel.training.metrics import MaskRatioLoss, Throughput
 from llada_megatron.parallel.training.metrics_writer import MetricsWriter
 from llada_megatron.parallel.training.peak import (
@@ -44,10 +45,11 @@ class Reporter:
         self.run, self.objective, self.data, self._first_step = run, objective, data, first_step
         self.rank = torch.distributed.get_rank()
         directory = Path(run.output_dir)
-        self.writer = MetricsWriter(directory, run.logging.tensorboard, first_step + 1) if self.rank == 0 else None
+        moe = run.model.moe is not None
+        self.writer = MetricsWriter(directory, run.logging.tensorboard, first_step + 1, moe) if self.rank == 0 else None
         self.callbacks = Callbacks(run)
         self.progress = TrainingProgress(run.training.steps, first_step, rank=self.rank)
-        self.expert_load = ExpertLoad(models)
+        self.expert_load = ExpertMonitor(run, models)
         self.by_ratio = MaskRatioLoss(device=device.current())
         self.throughput: Throughput | None = None
         self._peak_flops: float | None = None
@@ -140,12 +142,16 @@ class Reporter:
         """Reduce and write everything since the last interval (collective)."""
         if not self._waiting:
             return
-        figures = self._figures()
+        ran = sum("skipped" not in facts for _, facts in self._waiting)
+        reading = self.expert_load.read(ran)
+        figures = self._figures(reading)
         last, facts = self._waiting.pop()
         for number, line in [*self._waiting, (last, facts | figures)]:
             self._write(number, line)
         self._waiting.clear()
         if self.writer is not None:
+            if reading is not None:
+                self.writer.write_experts(last, reading.line(), reading.image())
             self.callbacks.log(self.writer.flush())
         self.progress.update(last, _known(self.last_loss), figures.get("tokens_per_second"), self._utilization(figures))
 
@@ -180,17 +186,13 @@ class Reporter:
         if self.writer is not None:
             self.writer.write_text(step, "recovery", text)
 
-    def _figures(self) -> dict[str, float]:
+    def _figures(self, reading: ExpertReading | None) -> dict[str, float]:
         memory = torch.tensor(peak_memory_gb(device.current()), dtype=torch.float64, device=device.current())
         torch.distributed.all_reduce(memory)
-        figures = {
-            "peak_memory_gb_all_ranks": float(memory),
-            **self.by_ratio.reduce(),
-            **load_scalars(self.expert_load.reduce()),
-        }
-        if self.throughput is None:
-            return figures
-        return figures | self.throughput.read(self._measured_peak(self.throughput))
+        figures = {"peak_memory_gb_all_ranks": float(memory), **self.by_ratio.reduce()}
+        if self.throughput is not None:
+            figures |= self.throughput.read(self._measured_peak(self.throughput))
+        return figures | ({} if reading is None else reading.scalars(figures.get("seconds_per_step")))
 
     def validation(self, number: int, result: Likelihood, bytes_per_token: float) -> float | None:
         """Keep the held-out bits per byte for the line of step `number`, which is reported next; returns them.

@@ -17,6 +17,7 @@ from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch, Samples
 from llada_megatron.llada_moe.objectives import Objective, make_objective
 from llada_megatron.parallel import device
+from llada_megatron.parallel.expert_load import tell_mask_ratio
 from llada_megatron.parallel.training.batches_ahead import BatchesAhead
 from llada_megatron.parallel.training.distributed_optimizer import clip_gradients, gradient_norm
 from llada_megatron.parallel.training.microbatches import (
@@ -55,6 +56,7 @@ class StepResult:
 
 def _forward_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
     batch = next(data)
+    tell_mask_ratio(model, batch.mask_ratio)
     output = model(batch.inputs, batch.boundaries, targets=batch.targets, pattern=batch.pattern, noise=batch.noise)
 
     def loss_function(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
