@@ -11,12 +11,12 @@ from llada_megatron.llada_moe.config import validate_run
 from llada_megatron.llada_moe.config.block_schedule import BlockSchedule, BlockStage
 from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
 from llada_megatron.llada_moe.config.intervals import CheckpointConfig, LoggingConfig, ValidationConfig
-from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusionConfig
+from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
 from llada_megatron.parallel.training.metrics_file import read_metrics
 from tests.corpora import model_for, prepared_set
 from tests.ranks import RankFailure, run_ranks
@@ -41,14 +41,6 @@ def train(run, kill_at):
 
     trainer.train(stop)
     return first, trainer.objective.state()
-
-
-def sampled_with(path):
-    from llada_megatron.parallel import topology
-    from llada_megatron.parallel.checkpoint.loaded_model import load_checkpoint
-
-    topology.initialize(LayoutConfig(), 0)
-    return load_checkpoint(path, LayoutConfig()).model.pattern
 
 
 @pytest.fixture(scope="module")
@@ -99,5 +91,5 @@ def test_a_run_killed_inside_every_stage_goes_on_to_the_bit(make_run):
     ((first, state),) = run_ranks(train, 1, killed, None)
     assert first in (4, 5) and state == {"stage": 2, "block_size": 8}
     assert figures(killed) == figures(whole)
-    (pattern,) = run_ranks(sampled_with, 1, whole.output_dir)
-    assert pattern == AttentionPattern(8)
+    with open_checkpoint(whole.output_dir) as loaded:
+        assert loaded.model.pattern == AttentionPattern(8)

@@ -124,7 +124,6 @@ def expected(parent):
     "layout",
     [
         None,
-        "tensor_parallel=2,expert_parallel=2",
         "tensor_parallel=2,expert_tensor_parallel=2",
         "pipeline_parallel=2,expert_parallel=2",
     ],

@@ -80,13 +80,13 @@ def in_one_product(packed, q, k, v):
 
 
 @pytest.mark.parametrize("attend", [by_merging, in_one_product])
-@settings(derandomize=True, deadline=None, max_examples=80)
+@settings(derandomize=True, deadline=None, max_examples=40)
 @given(case=doubled_cases())
 def test_it_is_a_softmax_over_what_equation_3_lets_a_query_see(attend, case):
     assert largest_error(evaluated(partial(attend, case.packed()), case), expected(case)) < EXACT
 
 
-@pytest.mark.parametrize("block", [1, 32, 100, 300, 750])
+@pytest.mark.parametrize("block", [1, 32, 300])
 def test_documents_of_many_chunks(block):
     case = DoubledCase(1600, ((750, 50),), block, 0, 1, 4, 2)
     assert largest_error(evaluated(partial(by_merging, case.packed()), case), expected(case)) < EXACT
