@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from llada_megatron import cli
 from llada_megatron.tools.bench import attention
 
 
@@ -32,3 +33,8 @@ def test_the_numbers_of_documents_are_powers_of_eight_up_to_the_most():
 
 def test_documents_are_as_equal_as_they_can_be():
     assert attention.document_boundaries(10, 4).tolist() == [0, 2, 5, 8, 10]
+
+
+def test_more_documents_than_positions_are_refused(capsys):
+    assert cli.main(["bench", "attention", "--length", "256"]) == 2
+    assert "--documents 512: a window of --length 256 holds 1 to 256" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import message
+from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.tools.bench import Claim, at_most, doubled_attention, reported
 
 if TYPE_CHECKING:
@@ -41,7 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> list[Claim]:
-    """Measures full attention, attention over causal blocks, and over `[x_t ; x_0]`."""
+    """Measures full attention, attention over causal blocks, and over `[x_t ; x_0]`.
+
+    Raises:
+        ConfigError: more documents than positions.
+    """
+    if not 1 <= args.documents <= args.length:
+        raise ConfigError(f"--documents {args.documents}: a window of --length {args.length} holds 1 to {args.length}")
     import torch
 
     from llada_megatron.tools.bench.measurement import single_process
