@@ -101,10 +101,15 @@ def test_norms_are_run_again_by_transformer_engine_only():
 def test_transformer_engines_modules_take_uneven_stages_and_what_is_run_again():
     pipeline = {"pipeline_parallel": 2, "pipeline_layers": [3, 1], "data_parallel": 2, "expert_parallel": 2}
     again = {"precision": "bf16", "recompute": "selective", "recompute_modules": ["layernorm", "moe_act"]}
+    quantised = again | {"fp8": {"recipe": "tensorwise"}}
     case = {"model": "tiny-moe", "layout": pipeline, "training": again}
     beside = {"data_parallel": 2, "expert_parallel": 2, "overlap_shared_experts": True}
-    first, last, shared = built([case | {"rank": 0}, case | {"rank": 3}, case | {"layout": beside, "rank": 0}])
-    assert not {"error"} & (first.keys() | last.keys() | shared.keys()), (first, last, shared)
+    eight = case | {"training": quantised}
+    cases = [eight | {"rank": 0}, eight | {"rank": 3}, eight | {"layout": beside, "rank": 0}, case | {"rank": 0}]
+    first, last, shared, ours = built(cases)
+    assert not {"error"} & (first.keys() | last.keys() | shared.keys() | ours.keys()), (first, last, shared, ours)
+    assert first["config"]["recompute_modules"] == ["layernorm", "moe_act"]
+    assert ours["config"]["recompute_modules"] == ["layernorm"]  # experts in bfloat16 never keep their activations
     assert first["config"]["recompute_granularity"] == last["config"]["recompute_granularity"] == "selective"
     experts = [sum(each["modules"]["TEColumnParallelGroupedLinear"].values()) for each in (first, last, shared)]
     assert experts == [2, 1, 3]  # of four layers the first is dense

@@ -62,22 +62,21 @@ def transformer_config(
         **recipes.transformer_fields(training.fp8 if training is not None else None, model.moe is not None),
     }
     if training is not None:
-        fields |= _recompute_fields(training)
+        fields |= _recompute_fields(training, keeps_activations=fields.get("moe_grouped_gemm", False))
     return TransformerConfig(**fields)
 
 
-def _recompute_fields(training: TrainingConfig) -> dict[str, Any]:
+def _recompute_fields(training: TrainingConfig, keeps_activations: bool) -> dict[str, Any]:
     """What is run again in the backward pass. Our own experts never keep their activations, so that `moe_act` is for
-    Transformer Engine's only (Megatron refuses it for others)."""
+    Transformer Engine's only (Megatron refuses it for others): `keeps_activations` says whether the model has those."""
     if training.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    engine = transformer_engine_active()
-    if "layernorm" in training.recompute_modules and not engine:
+    if "layernorm" in training.recompute_modules and not transformer_engine_active():
         raise ConfigError(
             "training.recompute_modules: layernorm needs Transformer Engine (Megatron asks it about FP8 before it runs "
             "a norm again), which this process does not use; leave it out"
         )
-    modules = [part for part in training.recompute_modules if part != "moe_act" or engine]
+    modules = [part for part in training.recompute_modules if part != "moe_act" or keeps_activations]
     return {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
 
 

@@ -114,6 +114,15 @@ def test_what_cannot_work_is_refused_up_front(run_file, case):
     assert message in str(caught.value) and len(str(caught.value).splitlines()) <= 5
 
 
+def test_no_stage_lets_a_token_be_routed_by_those_it_has_to_predict(run_file):
+    """The check of the last stage's size alone would pass the small ones before it."""
+    with pytest.raises(ConfigError) as caught:
+        load_run(run_file, ["model=llada2.2-mini", "objective.block_size=32", f"{STAGES}.decay.1.block_size=32"])
+    said = str(caught.value)
+    assert f"{STAGES}.warmup.0.block_size: 1 is not a multiple of model.moe.routing_block_size 32: tokens would" in said
+    assert f"{STAGES}.stable.block_size" not in said
+
+
 def test_a_stage_without_a_step_is_refused(run_file):
     tokens = {"warmup.0": 250, "warmup.1": 4, "stable": 258}  # the first stage's last step completes the second
     overrides = [f"{STAGES}.{name}.tokens={count}" for name, count in tokens.items()]

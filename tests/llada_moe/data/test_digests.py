@@ -131,6 +131,17 @@ def test_verify_may_change_when_a_run_is_continued(prefix, make_run):
         refuse_changed_run("step-1", {"run": to_dict(run)}, make_run([prefix], data={"validation_fraction": 0.5}))
 
 
+def test_a_key_newer_than_the_checkpoint_had_its_default_there(prefix, make_run):
+    """Else a run could change what its step numbers stand for at the first resume after an update."""
+    from llada_megatron.llada_moe.config import to_dict
+
+    saved = to_dict(make_run([prefix]))
+    del saved["objective"]["complementary_masks"]
+    refuse_changed_run("step-1", {"run": saved}, make_run([prefix]))
+    with pytest.raises(Exception, match=r"objective\.complementary_masks was False and is True"):
+        refuse_changed_run("step-1", {"run": saved}, make_run([prefix], objective={"complementary_masks": True}))
+
+
 @pytest.mark.parametrize("arguments", [("a.txt", "--verify", "set"), ("--verify", "set", "--output", "x"), ("a.txt",)])
 def test_what_goes_with_verify_and_what_prepare_needs(arguments, capsys):
     assert main(["prepare", *arguments]) == 2

@@ -160,7 +160,7 @@ def test_a_rank_that_holds_all_experts_trains_as_with_the_dispatcher():
         torch.manual_seed(0)
         layer = build_model(MODEL, transformer_config(MODEL, LayoutConfig())).decoder.layers[0].mlp.train()
         x = torch.randn(7, 2, MODEL.hidden_size, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        layer.config.recompute_granularity = None if at_once else "selective"  # which is left to Megatron
+        layer.moe_layer_recompute = not at_once  # which is left to Megatron
         layer.token_dispatcher.token_dispatch = None if at_once else layer.token_dispatcher.token_dispatch
         with grouped.everywhere():
             out, bias = layer(x)
@@ -203,6 +203,22 @@ def test_a_gpu_takes_grouped_products_where_they_fit():
     assert not usable(torch.bfloat16, 20)
     assert not usable(torch.float32, 24)
     assert not usable(torch.bfloat16, 24, quantized=True)
+
+
+@pytest.mark.parametrize(("capability", "public", "fits"), [
+    ((8, 0), True, False), ((9, 0), True, True), ((9, 0), False, True), ((10, 0), True, True), ((10, 0), False, False)
+])  # fmt: skip
+def test_a_gpu_without_the_kernel_keeps_its_other_experts(monkeypatch, capability, public, fits):
+    grouped._has_kernel.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    if public:
+        monkeypatch.setattr(torch.nn.functional, "grouped_mm", grouped.GROUPED_MM, raising=False)
+    else:
+        monkeypatch.delattr(torch.nn.functional, "grouped_mm", raising=False)
+    assert grouped.serves(torch.bfloat16, 24) is fits
+    grouped._has_kernel.cache_clear()
 
 
 class _OnCuda:

@@ -203,3 +203,7 @@ def test_throughput_relates_tokens_per_second_to_the_peak(monkeypatch):
     now[0] += 2.0
     figures = throughput.read(peak_flops=1000.0)
     assert figures == {"tokens_per_second": 8.0, "seconds_per_step": 1.0, "model_flops_utilization": 0.4}
+    throughput.add(8, 150.0)  # a step of another pattern
+    throughput.add(8)
+    now[0] += 2.0
+    assert throughput.read(peak_flops=1000.0)["model_flops_utilization"] == 0.8

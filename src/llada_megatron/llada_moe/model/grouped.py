@@ -9,6 +9,7 @@ this tensor is a view of them (`lay_out`, and `RegisteredBackwards` for Megatron
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -37,6 +38,16 @@ def usable(x: torch.Tensor, first: Sequence[torch.Tensor]) -> bool:
 def serves(dtype: torch.dtype, ffn: int) -> bool:
     """Whether a GPU computes experts of this width in grouped products (the width of the model is a multiple of 8)."""
     return _in_one_call(dtype, ffn)
+
+
+@functools.cache
+def _has_kernel() -> bool:
+    """Whether the GPU has the kernel; on others torch walks over the groups and waits for the device (pytorch issue
+    186620), and before 2.10 refuses. Yes without a GPU, for tensors without data."""
+    if not torch.cuda.is_available() or not torch.cuda.device_count():
+        return True
+    major = torch.cuda.get_device_capability()[0]
+    return major == 9 or (major > 9 and hasattr(torch.nn.functional, "grouped_mm"))
 
 
 @contextlib.contextmanager
@@ -82,7 +93,12 @@ def _zero_without_rows(product: torch.Tensor, ends: torch.Tensor) -> torch.Tenso
 
 def _in_one_call(dtype: torch.dtype, *widths: int) -> bool:
     """Whether torch has one kernel for it."""
-    return GROUPED_MM is not None and dtype is torch.bfloat16 and all(width % ALIGNMENT == 0 for width in widths)
+    return (
+        GROUPED_MM is not None
+        and _has_kernel()
+        and dtype is torch.bfloat16
+        and all(width % ALIGNMENT == 0 for width in widths)
+    )
 
 
 def forward(

@@ -81,11 +81,13 @@ class DirectExperts(MoELayer):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **arguments: Any) -> tuple[torch.Tensor, None]:
         """What Megatron's module computes; `hidden_states` `[seq, batch, hidden]`."""
-        if self.token_dispatcher.tp_ep_group.size() > 1:
+        if self.token_dispatcher.tp_ep_group.size() > 1 or self.shared_expert_overlap:
+            # beside an overlapped shared expert the dispatcher exchanges what that one leaves to it
             return super().forward(hidden_states, *args, **arguments)
         at_once = not self.config.fp8 and grouped.usable(hidden_states, expert_weights(self.experts)[0])
         if not unrecorded(self):
-            if at_once and isinstance(self.experts, SequentialMLP) and self.config.recompute_granularity is None:
+            again = self.moe_layer_recompute or self.shared_experts_recompute
+            if at_once and isinstance(self.experts, SequentialMLP) and not again:
                 return self._trained_at_once(hidden_states), None
             return super().forward(hidden_states, *args, **arguments)
         if not (at_once or isinstance(self.experts, SequentialMLP)):

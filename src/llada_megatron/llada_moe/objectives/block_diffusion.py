@@ -159,6 +159,10 @@ class BlockDiffusion(MaskedDiffusion):
                 near = max(divisor for divisor in range(1, min(size, length) + 1) if length % divisor == 0)
                 why = f"{size} does not divide training.sequence_length {length}; use {near}"
                 refuse(f"objective.{key}", why)
+            moe = run.model.moe
+            if schedule is not None and moe is not None and moe.expert_capacity > 0 and size % moe.routing_block_size:
+                why = f"{size} is not a multiple of model.moe.routing_block_size {moe.routing_block_size}"
+                refuse(f"objective.{key}", f"{why}: tokens would be routed by those of a later block")
 
     def state(self) -> dict[str, Any]:
         """The stage of the last step, and its block size."""

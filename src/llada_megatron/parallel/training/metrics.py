@@ -61,12 +61,13 @@ class Throughput:
 
     def __init__(self, flops_per_token: float) -> None:
         self._flops_per_token = flops_per_token
-        self._tokens, self._steps = 0, 0
+        self._tokens, self._steps, self._flops = 0, 0, 0.0
         self._since = time.perf_counter()
 
-    def add(self, tokens: int) -> None:
-        """Counts a finished step of `tokens` tokens over all ranks."""
+    def add(self, tokens: int, flops_per_token: float | None = None) -> None:
+        """Counts a finished step of `tokens` tokens over all ranks; `flops_per_token`: of this step, if it differs."""
         self._tokens += tokens
+        self._flops += tokens * (self._flops_per_token if flops_per_token is None else flops_per_token)
         self._steps += 1
 
     @contextmanager
@@ -78,7 +79,7 @@ class Throughput:
 
     def restart(self) -> None:
         """Starts the interval anew, e.g. after warm-up."""
-        self._tokens, self._steps, self._since = 0, 0, time.perf_counter()
+        self._tokens, self._steps, self._flops, self._since = 0, 0, 0.0, time.perf_counter()
 
     def read(self, peak_flops: float) -> dict[str, float]:
         """Figures since the last reading, which it ends. Read after `flush`, which waits for the device.
@@ -86,10 +87,10 @@ class Throughput:
         `peak_flops`: measured FLOP/s of all ranks together.
         """
         seconds = max(time.perf_counter() - self._since, 1e-9)
-        tokens_per_second, steps = self._tokens / seconds, max(self._steps, 1)
+        tokens_per_second, steps, flops = self._tokens / seconds, max(self._steps, 1), self._flops
         self.restart()
         return {
             "tokens_per_second": tokens_per_second,
             "seconds_per_step": seconds / steps,
-            "model_flops_utilization": tokens_per_second * self._flops_per_token / peak_flops,
+            "model_flops_utilization": flops / seconds / peak_flops,
         }

@@ -14,6 +14,7 @@ from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch, Samples
 from llada_megatron.llada_moe.evaluation.likelihood import Likelihood
 from llada_megatron.llada_moe.model.flops import FORMULA, flops_per_token
+from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.objectives import Objective
 from llada_megatron.parallel import device, host_group
 from llada_megatron.parallel.collectives import on_rank_0
@@ -52,6 +53,8 @@ class Reporter:
         self.expert_load = ExpertMonitor(run, models)
         self.by_ratio = MaskRatioLoss(device=device.current())
         self.throughput: Throughput | None = None
+        self._lengths: list[int] = []
+        self._works: dict[AttentionPattern, float] = {}
         self._peak_flops: float | None = None
         self._peak_precision = ""
         self.last_loss = float("nan")
@@ -65,13 +68,8 @@ class Reporter:
             ResourceError: a callback cannot start.
         """
         on_rank_0(lambda: self.callbacks.start(self._first_step))
-        work = flops_per_token(
-            self.run.model,
-            self.run.training.sequence_length,
-            keys_per_query=self._keys_per_query(batches),
-            supervised_share=self.objective.supervised_share,
-            copies=self.objective.pattern(self._first_step).copies,
-        ).total
+        self._lengths = torch.cat([batch.boundaries.diff() for batch in batches]).tolist()
+        work = self._work(self.objective.pattern(self._first_step))
         self.throughput = Throughput(work)
         logging.getLogger(__name__).info("model FLOPs per token %.4g; %s", work, FORMULA)
 
@@ -98,12 +96,22 @@ class Reporter:
                 return dtype
         return last
 
-    def _keys_per_query(self, batches: list[Batch]) -> float:
-        """Keys that a token sees on average, in the segments of these batches."""
-        lengths = torch.cat([batch.boundaries.diff() for batch in batches]).tolist()
-        pattern = self.objective.pattern(self._first_step)
-        seen = sum(length * pattern.keys_per_query(length) for length in lengths if length)
-        sums = torch.tensor([seen, sum(lengths)], dtype=torch.float64)
+    def _work(self, pattern: AttentionPattern) -> float:
+        """FLOPs of a token in a step of this pattern, with documents as in the first step (collective when new)."""
+        if pattern not in self._works:
+            self._works[pattern] = flops_per_token(
+                self.run.model,
+                self.run.training.sequence_length,
+                keys_per_query=self._keys_per_query(pattern),
+                supervised_share=self.objective.supervised_share,
+                copies=pattern.copies,
+            ).total
+        return self._works[pattern]
+
+    def _keys_per_query(self, pattern: AttentionPattern) -> float:
+        """Keys that a token sees on average, in the segments of the first step's batches."""
+        seen = sum(length * pattern.keys_per_query(length) for length in self._lengths if length)
+        sums = torch.tensor([seen, sum(self._lengths)], dtype=torch.float64)
         host_group.data_parallel().all_reduce(sums)
         return float(sums[0] / sums[1])
 
@@ -112,7 +120,7 @@ class Reporter:
 
         `decisions`: those of the recovery policy that hold for it.
         """
-        facts: dict[str, float] = {"skipped": 1} if attempt is None else self._ran(attempt)
+        facts: dict[str, float] = {"skipped": 1} if attempt is None else self._ran(attempt, number)
         facts |= {
             "learning_rate": rate,
             "consumed_sequences": number * self.run.training.global_batch_size,
@@ -125,12 +133,13 @@ class Reporter:
         if number % self.run.logging.interval == 0 or number == self.run.training.steps:
             self.interval()
 
-    def _ran(self, attempt: StepAttempt) -> dict[str, float]:
+    def _ran(self, attempt: StepAttempt, number: int) -> dict[str, float]:
         losses = attempt.losses
         if losses.weighted.numel() and self.objective.only_masks_supervised:
             self.by_ratio.add(losses.weighted, losses.mask_ratio, losses.supervised)
         if self.throughput is not None:
-            self.throughput.add(self.run.training.global_batch_size * self.run.training.sequence_length)
+            tokens = self.run.training.global_batch_size * self.run.training.sequence_length
+            self.throughput.add(tokens, self._work(self.objective.pattern(number - 1)))
         self.last_loss = attempt.loss
         return {
             "loss": attempt.loss,

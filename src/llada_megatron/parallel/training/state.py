@@ -22,6 +22,7 @@ from llada_megatron import __version__
 from llada_megatron.llada_moe.config import from_dict, to_dict
 from llada_megatron.llada_moe.config.fp8 import FP8Config
 from llada_megatron.llada_moe.config.model import ModelConfig
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.set_manifest import SetManifest
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
@@ -249,7 +250,9 @@ def refuse_changed_run(path: Path, metadata: dict[str, Any], run: RunConfig) -> 
     Raises:
         ConfigError: names each changed key, what it was and what it is.
     """
-    saved, present = metadata["run"], to_dict(run)
+    present = to_dict(run)
+    # a key of the objective that is newer than the checkpoint had its default value there
+    saved = metadata["run"] | {"objective": to_dict(ObjectiveConfig()) | metadata["run"]["objective"]}
     changes = [change for key in FROZEN for change in _changes(key, _at(saved, key), _at(present, key))]
     if changes:
         raise ConfigError(

@@ -20,7 +20,14 @@ MEASURED_ALIKE = (
     "data.isolate_documents",
     "training.sequence_length",
     "training.seed",
+    "training.global_batch_size",  # the strata of a batch
     "objective.kind",
+    "objective.epsilon",
+    "objective.time_per",
+    "objective.answers",
+    "objective.padding",
+    "objective.too_long",
+    "objective.pack",
     "validation.sequences",
 )
 """Keys of a run that decide which samples and masks its validation loss is measured on."""
