@@ -117,9 +117,9 @@ def test_what_cannot_work_is_refused_up_front(run_file, case):
 def test_no_stage_lets_a_token_be_routed_by_those_it_has_to_predict(run_file):
     """The check of the last stage's size alone would pass the small ones before it."""
     with pytest.raises(ConfigError) as caught:
-        load_run(run_file, ["model=llada2.2-mini", "objective.block_size=32", f"{STAGES}.decay.1.block_size=32"])
+        load_run(run_file, ["model=llada2.2-mini", "model.moe.routing_block_size=8"])
     said = str(caught.value)
-    assert f"{STAGES}.warmup.0.block_size: 1 is not a multiple of model.moe.routing_block_size 32: tokens would" in said
+    assert f"{STAGES}.warmup.0.block_size: 1 is not a multiple of model.moe.routing_block_size 8: tokens would" in said
     assert f"{STAGES}.stable.block_size" not in said
 
 
