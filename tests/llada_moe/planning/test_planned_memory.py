@@ -10,7 +10,8 @@ from llada_megatron.llada_moe.model.parameters import count_parameters, rank_sha
 from llada_megatron.llada_moe.planning.activations import in_flight, kept_of_layer
 from llada_megatron.llada_moe.planning.held_parameters import Held, shard, stage_parameters, state_bytes
 from llada_megatron.llada_moe.planning.memory import fullest, memory_by_stage
-from llada_megatron.llada_moe.planning.workload import Workload, of_run, stack_of
+from llada_megatron.llada_moe.planning.traffic import context_bytes
+from llada_megatron.llada_moe.planning.workload import Workload, of_run, stack_of, widths_of
 
 MODELS = ("llada-8b", "llada-moe-7b-a1b", "llada2-mini", "llada2-flash", "small-dense", "small-moe", "tiny-moe-softmax")
 LAYOUTS = (
@@ -102,3 +103,22 @@ def test_context_parallelism_keeps_the_keys_of_the_whole_sequence():
     elsewhere = replace(made, gathered_keys=False)
     more = kept_of_layer(made, 0) - kept_of_layer(elsewhere, 0)
     assert more == made.tokens * 2 * 2 * RUN.model.num_key_value_heads * RUN.model.head_dim
+
+
+def test_weights_that_are_kept_in_fp8_take_about_a_byte():
+    words = ["training.fp8.recipe=blockwise", "training.fp8.param_gather=true"]
+    run = load_run("llada-8b-pretrain", words)
+    tables = 2 * run.model.vocab_size * run.model.hidden_size / count_parameters(run.model).trainable
+    assert widths_of(run).weight == widths_of(run).gathered == pytest.approx(1 + tables)
+    left_out = widths_of(load_run("llada-8b-pretrain", [*words, "training.fp8.num_layers_at_end_in_bf16=16"]))
+    assert left_out.weight == pytest.approx(1 + tables + (1 - tables) / 2)
+    assert widths_of(load_run("llada-8b-pretrain", words[:1])).weight == 2.0
+
+
+def test_a_key_head_is_never_cut():
+    """Ranks that share one keep it whole: as many as there are ranks."""
+    layout = LayoutConfig(tensor_parallel=8, sequence_parallel=True, context_parallel=2)
+    made = replace(of_run(load_run("llada2-mini-pretrain")), layout=layout)
+    more = replace(made, stack=replace(made.stack, key_heads=8))
+    assert made.stack.key_heads == 4
+    assert kept_of_layer(made, 0) == kept_of_layer(more, 0) and context_bytes(made, 0) == context_bytes(more, 0)

@@ -6,7 +6,8 @@ import pytest
 
 from llada_megatron.llada_moe.config import load_run
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.llada_moe.model.flops import flops_per_token
+from llada_megatron.llada_moe.model.flops import block_causal_keys, flops_per_token
+from llada_megatron.llada_moe.objectives.fine_tuning import FineTuningConfig
 from llada_megatron.llada_moe.planning.estimate import Assumptions, Estimate
 from llada_megatron.llada_moe.planning.gpu_sheet import GPUS, load_gpu
 from llada_megatron.llada_moe.planning.step_time import exchange_seconds_per_byte, step_time
@@ -96,10 +97,20 @@ def test_block_diffusion_holds_the_text_twice_where_it_has_blocks():
     once = of_run(run, copies=1)
     made = estimate.workload
     assert made.tokens == 2 * once.tokens and made.tokens * made.supervised == once.tokens  # the output layer sees one
-    assert made.keys == once.keys  # a position of either half sees as many
+    assert made.keys == block_causal_keys(4096, 32) and once.keys == 4096  # one block: full attention
     assert estimate.largest_share == pytest.approx(1 - 20000 / 25500, abs=0.01)  # the stable stage is one block
     shorter = step_time(of_run(run, 1.3, copies=1), H100).total
     mean = estimate.largest_share * estimate.time.total + (1 - estimate.largest_share) * shorter
     assert estimate.run_seconds == pytest.approx(25500 * mean) and shorter < estimate.time.total
     each, layers = flops_per_token(run.model, 4096, keys_per_query=made.keys), estimate.flops_per_step
     assert layers / estimate.tokens_per_step == pytest.approx(2 * each.total - each.output_layer)
+
+
+def test_an_objective_says_itself_what_is_attended_to_and_learnt():
+    run = load_run("llada-8b-pretrain")
+    causal = of_run(replace(run, objective=FineTuningConfig(kind="autoregressive_sft")))
+    assert (causal.keys, causal.supervised_mean) == ((4096 + 1) / 2, 1.0)
+    masked = of_run(replace(run, objective=FineTuningConfig(kind="sft", mask_ratio_min=0.3, mask_ratio_max=0.8)))
+    assert masked.keys == 4096 and masked.supervised_mean == pytest.approx(0.55)
+    blocks = replace(run, objective=replace(run.objective, block_size=1024))
+    assert of_run(blocks, documents=8).keys == 512  # a document that is shorter than a block sees itself

@@ -2,11 +2,17 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from llada_megatron.cli import main
 from llada_megatron.llada_moe.config import load_run
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.planning.estimate import Assumptions, Estimate
+from llada_megatron.llada_moe.planning.gpu_sheet import load_gpu
+from llada_megatron.llada_moe.planning.layout_search import Found
+from llada_megatron.tools.plan.report import assumptions, search_table
 
 MOE = "llada-moe-7b-a1b-pretrain"
 
@@ -36,6 +42,23 @@ def test_a_plan_that_does_not_fit_says_what_would(capsys):
     assert main(["plan", "small-diffusion", "--gpu", "a100", "training.micro_batch_size=16384",
                  "training.global_batch_size=16384", "layout.data_parallel=1"]) == 1  # fmt: skip
     assert re.search(r"DOES NOT FIT: .* it fits with training\.micro_batch_size=\d+", capsys.readouterr().out)
+
+
+def test_what_of_a_layout_is_planned_as_something_else_is_said():
+    layout = LayoutConfig(tensor_parallel=8, sequence_parallel=True, expert_dispatcher="allgather")
+    run = replace(load_run("llada2-mini-pretrain"), layout=layout)
+    text = assumptions(Estimate(run, load_gpu("h100"), Assumptions()))
+    assert "layout.expert_dispatcher allgather is planned as alltoall" in text
+    assert "tensor 8 is more than the 4 key heads" in text
+    plain = assumptions(Estimate(replace(run, layout=LayoutConfig()), load_gpu("h100"), Assumptions()))
+    assert "alltoall" not in plain and "key heads" not in plain
+
+
+def test_a_search_says_what_of_the_layout_it_takes_back():
+    run = load_run(MOE, ["layout.pipeline_parallel=2", "layout.pipeline_layers=[7,9]"])
+    found = Found([Estimate(run, load_gpu("h100"), Assumptions())], [])
+    assert "\nall of them with layout.pipeline_layers=null" in search_table(found, 1, run)
+    assert "all of them" not in search_table(found, 1, load_run(MOE))
 
 
 def test_a_search_shows_the_best_layouts(capsys):

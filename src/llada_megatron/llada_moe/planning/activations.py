@@ -42,8 +42,9 @@ def _attention(workload: Workload) -> float:
     latent = stack.latent
     if latent is None:
         shards = workload.layout.context_parallel if workload.gathered_keys else 1
-        kept += size * (2 * stack.query_features + 2 * shards * stack.key_features) / tensor
-        return kept + size * (stack.query_features + stack.key_features) / tensor * stack.qk_norm
+        queries, keys = stack.query_features / tensor, stack.key_features_of_rank(tensor)
+        kept += size * (2 * queries + 2 * shards * keys)
+        return kept + size * (queries + keys) * stack.qk_norm
     ranks = 2 * latent.query_rank + 2 * latent.key_value_rank + latent.position_head
     heads = stack.heads * (2 * (latent.head + latent.position_head) + 2 * latent.value_head)
     if "mla_up_proj" in workload.modules:

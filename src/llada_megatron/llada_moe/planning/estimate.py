@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,11 +14,9 @@ from llada_megatron.llada_moe.planning.held_parameters import Held, stage_parame
 from llada_megatron.llada_moe.planning.memory import StageMemory, fullest, memory_by_stage
 from llada_megatron.llada_moe.planning.step_time import StepTime, step_time
 from llada_megatron.llada_moe.planning.traffic import Traffic, traffic
-from llada_megatron.llada_moe.planning.workload import Workload, of_run
+from llada_megatron.llada_moe.planning.workload import Workload, of_run, steps_looked_at
 
 GIB = 2**30
-LOOKED_AT = 1000
-"""Steps of a run whose attention pattern is asked for, at equal distances."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ class Estimate:
     def largest_share(self) -> float:
         """Share of the run's steps whose sequences hold their text as often as those that are planned."""
         objective, steps = make_objective(self.run.objective, self.run.training), self.run.training.steps
-        looked_at = range(0, steps, math.ceil(steps / LOOKED_AT))
+        looked_at = steps_looked_at(steps)
         return sum(objective.pattern(step).copies == objective.copies for step in looked_at) / len(looked_at)
 
     @cached_property

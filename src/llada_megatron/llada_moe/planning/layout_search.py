@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
+from llada_megatron.llada_moe.config.fp8 import check_fp8
 from llada_megatron.llada_moe.config.layout import LayoutConfig, check_layout, divisors
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import RecomputedModule, TrainingConfig, check_batch
@@ -110,6 +111,8 @@ def _allowed(run: RunConfig, layout: LayoutConfig, refused: Counter[str]) -> boo
 def _batch_allowed(training: TrainingConfig, run: RunConfig, layout: LayoutConfig, refused: Counter[str]) -> bool:
     problems: list[str] = []
     check_batch(training, run.model, layout, lambda key, reason: problems.append(key))
+    if not problems:
+        check_fp8(training, run.model, layout, lambda key, reason: problems.append(key))
     refused.update(problems[:1])
     return not problems
 
@@ -158,6 +161,13 @@ def smallest_change(estimate: Estimate) -> str | None:
 
 
 def _changes(run: RunConfig, near: int) -> Iterator[tuple[str, RunConfig]]:
+    yield from _changes_of_training(run)
+    for each in candidates(run, run.layout.world_size, near):
+        if each.layout.context_parallel == run.layout.context_parallel:
+            yield _layout_words(each, run), each
+
+
+def _changes_of_training(run: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     training = run.training
     options = [(training.recompute, tuple(training.recompute_modules)), *recomputations(run)[1:]]
     micros = [size for size in divisors(training.micro_batch_size)[::-1]]
@@ -170,12 +180,9 @@ def _changes(run: RunConfig, near: int) -> Iterator[tuple[str, RunConfig]]:
                 words += [f"training.recompute_modules=[{','.join(modules)}]"]
             if words and _batch_allowed(changed, run, run.layout, Counter()):
                 yield " ".join(words), replace(run, training=changed)
-    for each in candidates(run, run.layout.world_size, near):
-        if each.layout.context_parallel == run.layout.context_parallel:
-            yield _layout_words(each), each
 
 
-def _layout_words(run: RunConfig) -> str:
+def _layout_words(run: RunConfig, before: RunConfig) -> str:
     layout, training = run.layout, run.training
     words = [
         f"layout.{key}={getattr(layout, key)}".lower()
@@ -189,8 +196,49 @@ def _layout_words(run: RunConfig) -> str:
             "expert_parallel",
         )
     ]
+    words += taken_back(before)
     words.append(f"training.micro_batch_size={training.micro_batch_size} training.recompute={training.recompute}")
     return " ".join([*words, f"training.recompute_modules=[{','.join(training.recompute_modules)}]"])
+
+
+def taken_back(run: RunConfig) -> list[str]:
+    """Keys of the run's layout that no layout of a search has, as overrides."""
+    layout = run.layout
+    words = ["layout.pipeline_layers=null"] * (layout.pipeline_layers is not None)
+    return words + ["layout.expert_tensor_parallel=1"] * (layout.expert_tensor_parallel > 1)
+
+
+def more_gpus(estimate: Estimate) -> str:
+    """How many GPUs a run that does not fit would need at least, as more data-parallel ranks of its layout."""
+    cell = estimate.run.layout.world_size // estimate.run.layout.data_parallel
+    found = _fewest_replicas(estimate)
+    if found is None:
+        return (
+            f"no number of {estimate.gpu.name} as more data-parallel ranks fits either; `llada plan --search` tries "
+            "other layouts on 2, 4, 8, … times as many GPUs"
+        )
+    data, changes = found
+    return (
+        f"the fewest GPUs that would do in this layout are {cell * data}: "
+        f"{' '.join([f'layout.data_parallel={data}', *changes.split()])}"
+    )
+
+
+def _fewest_replicas(estimate: Estimate) -> tuple[int, str] | None:
+    """The fewest data-parallel ranks, more than the run has, with which it or a change of its training fits."""
+    run = estimate.run
+    cell = run.layout.world_size // run.layout.data_parallel
+    for data in divisors(run.training.global_batch_size):
+        if data <= run.layout.data_parallel or cell * data > LARGEST_CLUSTER:
+            continue
+        wider = replace(run, layout=replace(run.layout, data_parallel=data))
+        if not _allowed(run, wider.layout, Counter()):
+            continue
+        changes = [("", wider)] * _batch_allowed(run.training, run, wider.layout, Counter())
+        for words, changed in (*changes, *_changes_of_training(wider)):
+            if replace(estimate, run=changed, counted=None).fits:
+                return data, words
+    return None
 
 
 def fewest_gpus(run: RunConfig, gpu: GpuSheet, assumed: Assumptions, more_than: int) -> int | None:

@@ -161,7 +161,7 @@ def _tensor_parallel(workload: Workload, gpu: GpuSheet, moe: bool) -> float:
 def _context_parallel(workload: Workload, gpu: GpuSheet) -> float:
     """Keys and values of all shards gathered, and their gradients scattered."""
     layout, ranks = workload.layout, workload.layout.context_parallel
-    shard = 2 * 2 * workload.stack.key_features / layout.tensor_parallel * workload.tokens
+    shard = 2 * 2 * workload.stack.key_features_of_rank(layout.tensor_parallel) * workload.tokens
     near = ranks * layout.tensor_parallel <= gpu.gpus_per_node
     seconds = 2 * shard * (ranks - 1) / (gpu.link_rate if near else gpu.network_rate)
     return seconds + 2 * (FIXED_S + STEP_S * (ranks - 1))

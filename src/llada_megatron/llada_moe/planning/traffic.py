@@ -113,7 +113,7 @@ def context_bytes(workload: Workload, stage: int) -> float:
     layout, stack = workload.layout, workload.stack
     if layout.context_parallel == 1:
         return 0.0
-    both = 2 * stack.key_features / layout.tensor_parallel * workload.tokens * element(workload)
+    both = 2 * stack.key_features_of_rank(layout.tensor_parallel) * workload.tokens * element(workload)
     passes = 2 + (workload.recompute == "full")
     return passes * both * (layout.context_parallel - 1) * len(workload.stage_layers[stage]) * workload.micro_batches
 

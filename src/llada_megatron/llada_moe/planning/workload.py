@@ -12,11 +12,18 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
-from llada_megatron.llada_moe.model.flops import DIFFUSION_SUPERVISED_SHARE, block_causal_keys
+from llada_megatron.llada_moe.model.parameters import count_parameters
 from llada_megatron.llada_moe.objectives import make_objective
 
 if TYPE_CHECKING:
+    from llada_megatron.llada_moe.config.fp8 import FP8Config
+    from llada_megatron.llada_moe.config.model import ModelConfig
     from llada_megatron.llada_moe.config.run import RunConfig
+    from llada_megatron.llada_moe.model.patterns import AttentionPattern
+    from llada_megatron.llada_moe.objectives import Objective
+
+LOOKED_AT = 1000
+"""Steps of a run whose attention pattern is asked for, at equal distances."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +75,11 @@ class Stack:
         """Features of all key heads, and of all value heads."""
         return self.key_heads * self.head_dim
 
+    def key_features_of_rank(self, tensor: int) -> float:
+        """Features of the key heads that one of `tensor` tensor ranks attends with, and of its value heads: a head is
+        never cut, and where there are fewer than ranks, several ranks have the same."""
+        return max(self.key_heads / tensor, 1) * self.head_dim
+
     @property
     def matrices(self) -> int:
         """Matrices of a feed-forward."""
@@ -83,6 +95,7 @@ class Widths:
     """Bytes of a parameter in each of its forms."""
 
     weight: float = 2.0
+    """The mean over the model, where the layers' weights are in FP8."""
     gradient: float = 4.0
     main: float = 4.0
     moments: float = 8.0
@@ -135,8 +148,6 @@ class Workload:
     """DeepEP or HybridEP in the place of NCCL and a sort."""
     gathered_keys: bool = False
     """Each context rank gathers and keeps the keys and values of the whole sequence; otherwise they go round."""
-    gathered_dispatch: bool = False
-    """Every token goes to every expert rank."""
 
     @property
     def tokens(self) -> float:
@@ -206,13 +217,11 @@ def of_run(
         copies: how often a sequence holds its text, of which the output layer sees one; None = as in the largest steps.
     """
     training, moe = run.training, run.model.moe
-    copies = make_objective(run.objective, training).copies if copies is None else copies
+    objective = make_objective(run.objective, training)
+    copies = objective.copies if copies is None else copies
     length = training.sequence_length / documents
-    keys, block = length, run.objective.block_size
-    if run.objective.kind == "autoregressive":
-        keys = (length + 1) / 2
-    elif block is not None:
-        keys = block_causal_keys(max(block, round(length)), block)
+    pattern = pattern_with(objective, training.steps, copies)
+    keys = length if pattern.block is None else pattern.keys_per_query(max(1, round(length)))
     chunk = (training.logits_chunk_mb or 2048) * 2**20
     rows = training.sequence_length * training.micro_batch_size / run.layout.context_parallel
     return Workload(
@@ -226,7 +235,7 @@ def of_run(
         modules=frozenset(training.recompute_modules),
         keys_per_query=keys,
         supervised=1 / copies,
-        supervised_mean=(1.0 if run.objective.kind == "autoregressive" else DIFFUSION_SUPERVISED_SHARE) / copies,
+        supervised_mean=objective.supervised_share / copies,
         logit_bytes=12.0,
         logits_limit=3.0 * chunk,
         logits_again=4.0 * rows * run.model.vocab_size / run.layout.tensor_parallel > chunk,
@@ -234,8 +243,22 @@ def of_run(
         layer_imbalance=layer_imbalance,
         gathered_keys=True,
         fused_dispatch=run.layout.expert_dispatcher == "flex",
-        gathered_dispatch=run.layout.expert_dispatcher == "allgather",
     )
+
+
+def steps_looked_at(steps: int) -> range:
+    """At most `LOOKED_AT` of a run's steps (from 0), at equal distances."""
+    return range(0, steps, math.ceil(steps / LOOKED_AT))
+
+
+def pattern_with(objective: Objective, steps: int, copies: int) -> AttentionPattern:
+    """Who attends to whom at the steps whose sequences hold their text `copies` times: of the last step where it is
+    such a one, else of the first that is."""
+    for step in (steps - 1, *steps_looked_at(steps)):
+        pattern = objective.pattern(step)
+        if pattern.copies == copies:
+            return pattern
+    raise ValueError(f"no step's sequences hold their text {copies} times")
 
 
 def stack_of(run: RunConfig) -> Stack:
@@ -275,4 +298,15 @@ def widths_of(run: RunConfig) -> Widths:
     if run.training.precision == "fp32":
         return Widths(weight=4.0, gradient=4.0, main=0.0, moments=8.0, gathered=4.0, compute="fp32")
     compute = "bf16" if fp8 is None else ("mxfp8" if fp8.recipe == "mxfp8" else "fp8")
-    return Widths(gradient=4.0 if optimizer.main_grads_dtype == "fp32" else 2.0, moments=moments, compute=compute)
+    weight = 1.0 + share_in_bf16(run.model, fp8) if fp8 is not None and fp8.param_gather else 2.0
+    gradient = 4.0 if optimizer.main_grads_dtype == "fp32" else 2.0
+    return Widths(weight=weight, gradient=gradient, moments=moments, gathered=weight, compute=compute)
+
+
+def share_in_bf16(model: ModelConfig, fp8: FP8Config) -> float:
+    """Share of a model's parameters that stay in bf16 where the weights of its layers are kept in FP8: embedding,
+    output layer, and the layers that `training.fp8` leaves out; routers and norms are not counted."""
+    total = count_parameters(model).trainable
+    tables = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    left_out = (fp8.num_layers_at_start_in_bf16 + fp8.num_layers_at_end_in_bf16) / model.num_layers
+    return (tables + left_out * (total - tables)) / total

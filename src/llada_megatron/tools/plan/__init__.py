@@ -115,9 +115,13 @@ def _search(config: RunConfig, args: argparse.Namespace, gpu: GpuSheet, assumed:
         least = found.too_large[0].card_bytes / 2**30
         raise ResourceError(
             f"no layout of {gpus} x {gpu.name} fits: the smallest needs {least:.1f} of {gpu.memory_gib:g} GiB; "
-            + (f"the fewest GPUs that would are {needed}" if needed else "no number of these GPUs would")
+            + (
+                f"of 2, 4, 8, … times as many, the fewest GPUs that would are {needed}"
+                if needed
+                else "2, 4, 8, … times as many would not either"
+            )
         )
-    print(search_table(found, args.top))
+    print(search_table(found, args.top, config))
     if args.json:
         emit_json(
             {

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import count_text, rate_text, size_text
 from llada_megatron.llada_moe.planning.estimate import GIB, Estimate
 from llada_megatron.llada_moe.planning.held_parameters import Held
-from llada_megatron.llada_moe.planning.layout_search import Found, every_recomputation, smallest_change
+from llada_megatron.llada_moe.planning.layout_search import (
+    Found,
+    every_recomputation,
+    more_gpus,
+    smallest_change,
+    taken_back,
+)
 from llada_megatron.llada_moe.planning.memory import StageMemory
+
+if TYPE_CHECKING:
+    from llada_megatron.llada_moe.config.run import RunConfig
 
 BAR = 40
 LETTERS = {
@@ -45,7 +54,8 @@ def head(estimate: Estimate) -> str:
     if not estimate.fits:
         change = smallest_change(estimate)
         verdict = f"DOES NOT FIT: {need:.1f} GiB on the fullest rank, {card:.1f} on a card"
-        verdict += f"; it fits with {change}" if change else "; no change of recomputation or layout fits"
+        without = f"no change of recomputation or layout fits; {more_gpus(estimate)}"
+        verdict += f"; it fits with {change}" if change else f"; {without}"
     return f"{layout.world_size} x {gpu.name}: {axes}\n{verdict}"
 
 
@@ -147,6 +157,7 @@ def assumptions(estimate: Estimate) -> str:
             f"  parameters: {counted}; kernels: Transformer Engine with flash attention, activations in bf16",
             f"  {loads_text(estimate)}; {assumed.documents:g} documents a window",
             *copies_lines(estimate),
+            *layout_lines(estimate),
             f"  products reach {gpu.gemm_share:.0%} of {gpu.bf16_tflops:g} TFLOP/s (less where a rank's matrix is "
             f"narrow; half of that at {gpu.grouped_half_rows:.0f} rows for each expert), attention "
             f"{gpu.attention_share:.0%}",
@@ -167,6 +178,19 @@ def copies_lines(estimate: Estimate) -> list[str]:
     return [f"  the steps whose sequences hold their text {copies} times, {estimate.largest_share:.0%} of the run's"]
 
 
+def layout_lines(estimate: Estimate) -> list[str]:
+    """What of the layout is planned as something else, or is not counted."""
+    layout, lines = estimate.run.layout, []
+    if layout.expert_dispatcher == "allgather":
+        lines.append("  layout.expert_dispatcher allgather is planned as alltoall, which keeps and sends less")
+    if layout.tensor_parallel > estimate.run.model.num_key_value_heads:
+        lines.append(
+            f"  tensor {layout.tensor_parallel} is more than the {estimate.run.model.num_key_value_heads} key heads: "
+            "the gather of queries, keys and values among the ranks that share a head is not counted"
+        )
+    return lines
+
+
 def loads_text(estimate: Estimate) -> str:
     """How many rows the fullest expert rank gets, and where that is from."""
     assumed, workload = estimate.assumed, estimate.workload
@@ -185,8 +209,8 @@ def loads_text(estimate: Estimate) -> str:
     )
 
 
-def search_table(found: Found, top: int) -> str:
-    """The best layouts, and why the others fall."""
+def search_table(found: Found, top: int, run: RunConfig) -> str:
+    """The best layouts of `run`, and why the others fall."""
     rows = [["step s", "tokens/s/GPU", "peak", "GiB", "layout", "micro-batch", "recompute"]]
     for each in found.ranked[:top]:
         training = each.run.training
@@ -202,6 +226,8 @@ def search_table(found: Found, top: int) -> str:
             ]
         )
     lines = [f"{found.examined} layouts, {len(found.ranked)} fit", *aligned(rows)]
+    if taken_back(run):
+        lines.append(f"all of them with {' '.join(taken_back(run))}")
     if found.ranked[top:]:
         lines.append(f"{len(found.ranked) - top} more fit and are slower: {slower(found, top)}")
     if found.too_large:

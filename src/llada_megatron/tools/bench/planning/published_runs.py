@@ -165,7 +165,6 @@ def workload_of(case: dict[str, Any]) -> Workload:
         overlap_tensor=bool(overlap.get("tp_comm")) or case["framework"] == "Megatron-Bridge",
         graphs=_graphs(graph),
         fused_dispatch=dispatcher.startswith("flex"),
-        gathered_dispatch=dispatcher == "allgather",
     )
 
 
