@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.llada_moe.planning.estimate import GIB, Assumptions, Estimate
 from llada_megatron.llada_moe.planning.gpu_sheet import GpuSheet, load_gpu
-from llada_megatron.llada_moe.planning.layout_search import smallest_change
+from llada_megatron.llada_moe.planning.layout_search import more_gpus, smallest_change
 
 if TYPE_CHECKING:
     from llada_megatron.llada_moe.config.run import RunConfig
@@ -28,7 +28,8 @@ def sheet_of_memory(name: str, total_bytes: int) -> GpuSheet:
 
 def check_gpu_memory(run: RunConfig, gpu: GpuSheet) -> str | None:
     """Refuse a run whose tensors alone are surely larger than the memory of a GPU; a warning where they may be, or
-    leave too little. Experts are taken to be loaded evenly.
+    leave too little, and of a run in FP8, whose memory was never held against a measurement. Experts are taken to be
+    loaded evenly.
 
     Raises:
         ResourceError: with the estimate and the smallest change that fits.
@@ -38,12 +39,14 @@ def check_gpu_memory(run: RunConfig, gpu: GpuSheet) -> str | None:
         return None
     needed = estimate.worst.allocated / GIB
     change = smallest_change(estimate)
-    advice = f"it would fit with {change}" if change else "take more GPUs; `llada plan --search` says how many"
+    advice = f"it would fit with {change}" if change else f"no change of it fits; {more_gpus(estimate)}"
     found = (
         f"the ranks of pipeline stage {estimate.worst.stage} need about {needed:.1f} GiB of tensors each, and "
         f"{estimate.card_bytes / GIB:.1f} GiB with what the allocator, CUDA and NCCL keep; {gpu.name} has "
         f"{gpu.memory_gib:.1f} GiB; {advice}"
     )
+    if run.training.fp8 is not None:
+        return f"{found} (an estimate that was never held against a run in FP8)"
     if needed > SURE * gpu.memory_gib:
         raise ResourceError(found)
     return found

@@ -23,6 +23,8 @@ from llada_megatron.parallel.training.callbacks import find_callback
 from llada_megatron.parallel.training.recovery.policy import may_go_back
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llada_megatron.llada_moe.config.model import ModelConfig
     from llada_megatron.llada_moe.config.run import RunConfig
 
@@ -203,7 +205,20 @@ def check_machine(run: RunConfig, oversubscribe: bool = False) -> None:
     check_memory(needed_bytes(run), psutil.virtual_memory().available, ranks)
 
 
-def _check_this_gpu(run: RunConfig) -> None:
+def check_gpu_of_rank(run: RunConfig, rank: int) -> None:
+    """What `check_machine` does for the ranks that it is asked to start, in one that is started already: refuse a run
+    that is too large for the GPUs of its machine, where it has some; rank 0 warns.
+
+    Raises:
+        ResourceError: with the estimate and the change by which it would fit.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        _check_this_gpu(run, message if rank == 0 else lambda text: None)
+
+
+def _check_this_gpu(run: RunConfig, say: Callable[[str], None] = message) -> None:
     """Refuse, or warn of, a run that is too large for the GPUs here."""
     import torch
 
@@ -212,7 +227,7 @@ def _check_this_gpu(run: RunConfig) -> None:
     found = torch.cuda.get_device_properties(0)
     warning = check_gpu_memory(run, sheet_of_memory(found.name, found.total_memory))
     if warning:
-        message(f"warning: {warning}")
+        say(f"warning: {warning}")
 
 
 def check_gpus(ranks: int, devices: int) -> None:

@@ -40,7 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; returns the exit code (130 after Ctrl-C, 143 after SIGTERM)."""
     from llada_megatron.launch.ranks.rank_info import check_world, find_rank_info
-    from llada_megatron.launch.resources import check_callbacks, check_data, check_inputs, check_space, check_weights
+    from llada_megatron.launch.resources import (
+        check_callbacks,
+        check_data,
+        check_gpu_of_rank,
+        check_inputs,
+        check_space,
+        check_weights,
+    )
     from llada_megatron.launch.run_lock import check_free
     from llada_megatron.llada_moe.config import load_run
 
@@ -58,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         check_data(config)
         check_weights(config)
         check_space(config)
+        _prepare_environment(info)
+        check_gpu_of_rank(config, info.rank)
     except LladaError as error:
         if info.rank != 0:  # every rank finds the same error; rank 0 reports it
             return error.exit_code
@@ -118,8 +127,6 @@ def _train_as_rank(config: RunConfig, info: RankInfo, args: argparse.Namespace) 
     from llada_megatron.launch.ranks.rank import run_joined_rank
     from llada_megatron.launch.ranks.training_rank import training_work
 
-    os.environ.update(info.environment())
-    os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
     logs = Path(config.output_dir) / "logs"
     if info.rank == 0:
         message(announcement(config, here=False))
@@ -128,6 +135,13 @@ def _train_as_rank(config: RunConfig, info: RankInfo, args: argparse.Namespace) 
     if info.rank != 0:
         return 128 + signal.SIGINT if stopped else 0
     return _finish(result, signal.SIGINT if stopped else None, args)
+
+
+def _prepare_environment(info: RankInfo) -> None:
+    """What torch and CUDA read when they begin: it must stand before anything asks for the GPU."""
+    os.environ.update(info.environment())
+    os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _finish(result: dict[str, Any], stopped_by: int | None, args: argparse.Namespace) -> int:
