@@ -6,12 +6,12 @@ from llada_megatron.llada_moe.data.chat_records import ChatRecord
 from llada_megatron.llada_moe.data.tokenizer_files import load_tokenizer
 from llada_megatron.llada_moe.errors import DataError
 from llada_megatron.parallel.sampling.answer_spans import chat_tokens
-from llada_megatron.parallel.sampling.chat_template import LLADA, ChatTemplate
+from llada_megatron.parallel.sampling.chat_template import LLADA, PLAIN, ChatTemplate, Rendering
 from tests.launch.sampling.checkpoints import SPECIAL, tokenizer_in
 
 LINES = (
     "{% if tools %}{{ tools | tojson }}{% endif %}"
-    "{% for m in messages %}<|start_header_id|>{{ m.role }}:{{ m.content }}{% if m.tool_calls %}"
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}:{{ m.content or '' }}{% if m.tool_calls %}"
     "{{ m.tool_calls | tojson }}{% endif %}<|eot_id|>{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant:{% endif %}"
 )
@@ -22,6 +22,7 @@ FORGETFUL = (
     "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant:{% endif %}"
 )
 """Earlier answers are written without what stands before a bar."""
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
 EOT = SPECIAL.index("<|eot_id|>")
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -67,12 +68,24 @@ def test_a_template_that_rewrites_history_gives_a_document_for_each_answer(token
 
 def test_calls_of_tools_are_answers(tokenizer):
     template = ChatTemplate(LINES, tokenizer, {})
-    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
-    messages = [MESSAGES[1], call, {"role": "tool", "content": "2"}, MESSAGES[2]]
+    messages = [MESSAGES[1], CALL, {"role": "tool", "content": "2"}, MESSAGES[2]]
     (chat,) = chat_tokens(template, record(messages, [{"a": 1}]))
     assert tokenizer.decode(chat.ids).startswith('[{"a": 1}]')
     assert [tokenizer.decode(chat.ids[a:b]) for a, b in chat.answers][1].startswith("add|2")
-    assert '[{"name": "f"}]' in tokenizer.decode(chat.ids[slice(*chat.answers[0])])
+    assert tokenizer.decode(chat.ids[slice(*chat.answers[0])]).startswith('[{"name": "f"}]')
+
+
+@pytest.mark.parametrize("text", [LLADA, PLAIN])
+def test_a_message_without_content_has_no_text_in_the_built_in_templates(tokenizer, text):
+    template = ChatTemplate(text, tokenizer, {})
+    none, empty = ([MESSAGES[1], {**CALL, "content": content}] for content in (None, ""))
+    assert template.render([Rendering(none, False)]) == template.render([Rendering(empty, False)])
+
+
+def test_a_template_that_refuses_a_conversation_without_its_calls_reads_them(tokenizer):
+    refused = "{% if not add_generation_prompt and not (tools and messages[1].tool_calls) %}"
+    reads = LINES + refused + "{{ raise_exception('no call') }}{% endif %}"
+    assert chat_tokens(ChatTemplate(reads, tokenizer, {}), record([MESSAGES[1], CALL], [{"a": 1}]))
 
 
 @pytest.mark.parametrize(
@@ -81,6 +94,8 @@ def test_calls_of_tools_are_answers(tokenizer):
         (LINES, MESSAGES[:3], [{"name": "<|eot_id|>"}], "<|eot_id|> in a call or description of tools"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}{{ 'A' if add_generation_prompt }}", MESSAGES[:3], None,
          "message 3: the chat template does not begin an answer with its generation prompt"),
+        (LLADA, [MESSAGES[1], CALL], None, "the chat template does not write tool calls; give --template FILE"),
+        (LLADA, MESSAGES[:3], [{"name": "f"}], "the chat template does not write the descriptions of tools"),
         ("{{ raise_exception('no') }}", MESSAGES[:3], None, "the chat template refuses this conversation: no"),
     ],
 )  # fmt: skip

@@ -6,6 +6,7 @@ token that ends the turn. Prompt and answer are encoded apart, as sampling meets
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,10 +35,12 @@ def chat_tokens(template: ChatTemplate, record: ChatRecord) -> list[ChatTokens]:
 
     Raises:
         DataError: with where the record stands: the template refuses it or cannot be run on it, does not begin an
-            answer with its generation prompt, or would make special tokens out of the record's own text.
+            answer with its generation prompt, leaves out its calls or descriptions of tools, or would make special
+            tokens out of the record's own text.
     """
     try:
         _refuse_names(template, record)
+        _refuse_unwritten(template, record)
         return _chat_tokens(template, record)
     except (ConfigError, DataError) as error:
         raise DataError(f"{record.where}: {error}") from error
@@ -123,6 +126,27 @@ def _refuse_names(template: ChatTemplate, record: ChatRecord) -> None:
     for text in _texts([others, record.tools]):
         if (name := template.named(text)) is not None:
             raise DataError(f"{name} in a call or description of tools, where it would become a special token")
+
+
+def _refuse_unwritten(template: ChatTemplate, record: ChatRecord) -> None:
+    """Calls and tools that a template leaves out would not be learnt, and what answers them would have no cause.
+    Raises DataError."""
+    messages, tools = record.messages, record.tools
+    without: dict[str, Rendering] = {}
+    if any(message.get("tool_calls") for message in messages):
+        bare = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+        without["tool calls"] = Rendering(bare, answer_follows=False, tools=tools)
+    if tools:
+        without["the descriptions of tools"] = Rendering(messages, answer_follows=False)
+    if not without:
+        return
+    whole = template.render([Rendering(messages, answer_follows=False, tools=tools)])
+    for what, rendering in without.items():
+        other = None
+        with contextlib.suppress(ConfigError, DataError):  # a template that refuses such a conversation reads them
+            other = template.render([rendering])
+        if other == whole:
+            raise DataError(f"the chat template does not write {what}; give --template FILE with one that does")
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -16,13 +16,13 @@ from llada_megatron.llada_moe.guard import process
 
 LLADA = (
     "{{ '<|startoftext|>' }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
-    "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "'<|end_header_id|>\n\n' + (message['content'] or '') | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 """The role markers of LLaDA-8B-Instruct, for checkpoints that have its tokens but not its template."""
 
 PLAIN = (
-    "{% for message in messages %}{{ message['role'] + ':\n' + message['content'] | trim }}"
+    "{% for message in messages %}{{ message['role'] + ':\n' + (message['content'] or '') | trim }}"
     "{% if message['role'] == 'assistant' %}{{ '</s>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
