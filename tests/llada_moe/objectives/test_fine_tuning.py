@@ -166,6 +166,25 @@ def test_packed_windows_hold_each_conversation_once(tmp_path):
         assert sum(len(chats[d].tokens) for d in chat_set.documents[list(chat_set.members(window))]) <= 128
 
 
+def test_a_packed_conversation_gets_another_stratum_in_each_epoch(tmp_path, monkeypatch):
+    keys = {"pack": True, "padding": "none", "time_sampling": "stratified"}
+    run = chat_run(write_chats(tmp_path / "chats", random_chats(16, 8)), 128, 8, **keys)
+    samples = open_samples(run)
+    make, strata = samples._make, {}
+
+    def noted(tokens, answer, at):
+        made = make(tokens, answer, at)
+        time = (made.mask_ratio - run.objective.epsilon) / (1 - run.objective.epsilon)
+        strata.setdefault(at.window, []).append(int(8 * time))
+        return made
+
+    monkeypatch.setattr(samples, "_make", noted)
+    samples.batch(range(10 * samples.sets[0].windows))
+    assert len(strata) == 16 and all(len(drawn) == 10 and len(set(drawn)) > 2 for drawn in strata.values())
+    for drawn in zip(*strata.values(), strict=True):  # an epoch has each stratum twice
+        assert sorted(drawn) == [stratum for stratum in range(8) for _ in range(2)]
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [

@@ -214,7 +214,7 @@ class ChatSamples:
             size = chats.padded(len(tokens), longest)
             tokens = np.pad(tokens, (0, size - len(tokens)), constant_values=chats.eos)
             answer = np.pad(answer, (0, size - len(answer)), constant_values=True)
-            place = ordinal if self._settings.pack else at.number
+            place = at.epoch * len(chats.documents) + ordinal if self._settings.pack else at.number
             where = SampleCoordinates(place, at.set, at.epoch, document, at.inverse)
             row.add(self._make(tokens, answer, where), int(answer.sum()))
         return self._finish(row.closed())
