@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import resource
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada_megatron.llada_moe.objectives.interface import bits_per_byte
-from llada_megatron.parallel.training import metrics_file, metrics_writer
+from llada_megatron.parallel.training import json_lines, metrics_file, metrics_writer
 from llada_megatron.parallel.training.metrics import MaskRatioLoss, Throughput
 from llada_megatron.parallel.training.metrics_file import last_metrics, read_metrics
 from llada_megatron.parallel.training.metrics_writer import SCHEMA, MetricsWriter
@@ -73,6 +74,23 @@ def test_a_file_that_needs_no_change_is_not_touched(tmp_path):
     before = (tmp_path / "metrics.jsonl").stat().st_ino
     write_steps(tmp_path, [], from_step=3)
     assert (tmp_path / "metrics.jsonl").stat().st_ino == before
+
+
+def test_a_resumed_run_reads_one_line_only_of_those_that_it_keeps_and_drops(tmp_path, monkeypatch):
+    file = tmp_path / "metrics.jsonl"
+    middle = b'{"schema":1,"step":%d,' + b"[" * 100_000 + b"\n"  # not JSON, and not read
+    last = b'{"schema": 1, "step": 20, "loss": 1.0}\n'
+    kept = b"".join(middle % step for step in range(1, 20)) + last
+    file.write_bytes(kept + b"".join(middle % step for step in range(21, 30)) + b'{"schema":1,"step":30')
+    parsed = []
+    monkeypatch.setattr(json_lines, "parse_line", lambda text: parsed.append(text) or metrics_file.parse_line(text))
+    write_steps(tmp_path, [21], from_step=21)
+    assert parsed == [last]
+    text = file.read_bytes()
+    assert text[: len(kept)] == kept and text[len(kept) :].startswith(b'{"schema":1,"step":21,"loss":0.04')
+    file.write_bytes(b'{"step":3}\n' + last.replace(b"}", b""))  # of an earlier step, and not a line
+    write_steps(tmp_path, [], from_step=21)
+    assert file.read_bytes() == b'{"step":3}\n'
 
 
 def test_a_line_half_written_is_left_out_by_the_reader(tmp_path):
@@ -136,6 +154,15 @@ def test_counts_of_experts_are_taken_back_with_their_steps_and_drawn(tmp_path):
     assert [(line["step"], line["tokens"]["2"]) for line in lines] == [(10, [[10]]), (20, [[7]])]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.width, event.height) for event in board.Images("experts")] == [(10, 16, 8), (20, 16, 8)]
+
+
+def test_a_run_without_pillow_goes_on_without_images(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with MetricsWriter(tmp_path, experts=True) as writer:
+        for step in (10, 20):
+            writer.write_experts(step, {"tokens": {}}, np.full((8, 16, 3), 255, np.uint8))
+    assert [line["step"] for line in read_metrics(tmp_path, metrics_file.EXPERTS_FILE_NAME)] == [10, 20]
+    assert caplog.text.count("TensorBoard gets no images (pip install pillow)") == 1
 
 
 @contextlib.contextmanager

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import mmap
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llada_megatron.parallel.training.metrics_file import parse_line
+
+_STEP = re.compile(rb'\{\s*(?:"schema":\s*\d+,\s*)?"step":\s*(\d+)[,}]')
+"""The beginning of a line, which may go on for megabytes."""
+_BEGINNING = 256
 
 
 class JsonLines:
@@ -29,7 +35,7 @@ class JsonLines:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Keep a line for `write`."""
-        self._unwritten += json.dumps(line, allow_nan=False).encode() + b"\n"
+        self._unwritten += json.dumps(line, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
     def in_place(self) -> bool:
         """Whether the file that lines are written to still has its name; removing a folder does not close its files."""
@@ -57,14 +63,24 @@ class JsonLines:
 
 def _drop_lines_from(path: Path, from_step: int) -> None:
     """Cuts the file off after its last whole line of an earlier step, which a full disk does not hinder."""
-    if not path.exists():
+    size = path.stat().st_size if path.exists() else 0
+    if not size:  # which cannot be mapped
         return
-    size = end = 0
-    with path.open("rb") as file:
-        for text in file:
-            size += len(text)
-            line = parse_line(text) if text.endswith(b"\n") else None
-            if line is not None and line["step"] < from_step:
-                end = size
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        end = text.rfind(b"\n") + 1
+        while end:
+            start = text.rfind(b"\n", 0, end - 1) + 1
+            if _is_before(text, start, end, from_step):
+                break
+            end = start
     if end < size:
         os.truncate(path, end)
+
+
+def _is_before(text: mmap.mmap, start: int, end: int, from_step: int) -> bool:
+    """Whether a whole line at bytes [start, end) is of an earlier step; it is read whole only where it may be."""
+    found = _STEP.match(text[start : min(end, start + _BEGINNING)])
+    if found is not None and int(found[1]) >= from_step:
+        return False
+    line = parse_line(text[start:end])
+    return line is not None and line["step"] < from_step

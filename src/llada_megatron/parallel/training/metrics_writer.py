@@ -34,6 +34,7 @@ class TensorBoard:
         self._purge_step: int | None = from_step
         self._writer: Any = None
         self._closed_until = 0.0
+        self._draws = True
         self._write(lambda writer: None)
 
     def add(self, lines: list[Mapping[str, Any]]) -> None:
@@ -52,8 +53,14 @@ class TensorBoard:
         self._write(lambda writer: writer.add_text(name, text, global_step=step))
 
     def add_image(self, step: int, name: str, image: NDArray[np.uint8]) -> None:
-        """Add an image `[height, width, 3]`."""
-        self._write(lambda writer: writer.add_image(name, image, global_step=step, dataformats="HWC"))
+        """Add an image `[height, width, 3]`. Where Pillow is missing there are no images, and one warning."""
+        if not self._draws:
+            return
+        try:
+            self._write(lambda writer: writer.add_image(name, image, global_step=step, dataformats="HWC"))
+        except ImportError as error:  # releases of TensorBoard differ in whether they bring it
+            self._draws = False
+            logging.getLogger(__name__).warning("TensorBoard gets no images (pip install pillow): %s", error)
 
     def close(self) -> None:
         """Write what is left."""
