@@ -8,6 +8,7 @@ import io
 import json
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,12 +16,16 @@ from PIL import Image
 
 from llada_megatron import cli
 from llada_megatron.llada_moe.config import load_model
-from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.llada_moe.errors import ConfigError, DataError
 from llada_megatron.llada_moe.evaluation.load_colours import colours
+from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusionConfig
 from llada_megatron.llada_moe.planning.expert_loads import read_loads
+from llada_megatron.tools.experts import profiling
+from llada_megatron.tools.experts.expert_trial import Trial
 from llada_megatron.tools.experts.heatmaps import relative
 from llada_megatron.tools.experts.profile_reading import reading
 from tests.browser import shown
+from tests.chats import MASK, random_chats, write_chats
 from tests.tools.convert.checkpoints import WORDS, config_of, tensors_of, to_sharded, with_tokenizer, write
 
 DEAD_LAYER, DEAD_EXPERT = 3, 5
@@ -135,6 +140,49 @@ def test_another_checkpoint_of_the_model_is_routed_otherwise(capsys, made, tmp_p
     assert "pairs have another set of experts" in printed.out
 
 
+def test_a_checkpoint_without_masks_is_compared_on_unmasked_text(capsys, made, tmp_path):
+    causal = with_tokenizer(write(tmp_path / "causal", tensors(MODEL), config_of(MODEL)))
+    (causal / "generation_config.json").write_text('{"attention_pattern": "causal"}')
+    code, found, _ = experts(capsys, made, made / "run", "--compare", str(causal))
+    assert code == 2 and found["error"].endswith("both read the text unmasked with --ratios 0")
+    code, profile, _ = experts(capsys, made, causal, "--compare", str(made / "run"))
+    assert code == 0 and profile["rows"] == TOKENS  # at the one ratio that both can be read at
+    assert all(0 < change["differ"] < 1 for change in list(profile["change"]["layers"].values())[1:])
+
+
+def loaded(objective=None, model=MODEL, tokenizer=None):
+    """What is known of a checkpoint before its model runs."""
+    run = SimpleNamespace(model=model, objective=objective, training=None)
+    return SimpleNamespace(run=run, metadata={"tokenizer": tokenizer})
+
+
+def test_another_number_of_dense_layers_is_another_model():
+    moe = dataclasses.replace(MODEL.moe, leading_dense_layers=2)
+    other = loaded(model=dataclasses.replace(MODEL, moe=moe))
+    with pytest.raises(ConfigError, match=r"--compare b: another model than a \(layers, leading dense layers"):
+        profiling.compared(other, SimpleNamespace(compare="b", checkpoint="a"), [0.5], None, MODEL)
+
+
+def test_passes_over_two_copies_of_the_text_are_not_compared():
+    trained = loaded(objective=BlockDiffusionConfig(kind="block_diffusion", block_size=4))
+    with pytest.raises(ConfigError, match=r"--passes: a was trained .* side by side \(kind block_diffusion\)"):
+        profiling.reported(trained, SimpleNamespace(passes=True, checkpoint="a", data=[]), [0.5], [], None)
+
+
+def test_a_set_of_another_tokenizer_of_the_same_size_is_refused(tmp_path):
+    args = SimpleNamespace(data=[str(write_chats(tmp_path / "set", random_chats(30, 0)))], tokens=32, length=8)
+    model = dataclasses.replace(MODEL, mask_token_id=MASK)
+    for tokenizer in (None, {"sha256": "0" * 64}):
+        assert profiling._text(args, loaded(model=model, tokenizer=tokenizer), None).tokens == 32
+    with pytest.raises(DataError, match=r"another tokenizer than the checkpoint's \(000000000000, not 111111111111\)"):
+        profiling._text(args, loaded(model=model, tokenizer={"sha256": "1" * 64}), None)
+
+
+def test_a_trial_says_how_far_its_gain_is_from_the_expected_one():
+    assert Trial("x", before=2.0, expected=1.5, measured=1.6).gain_error == pytest.approx(0.2)
+    assert Trial("x", before=1.5, expected=1.5, measured=1.6).gain_error is None
+
+
 def test_sampling_and_training_route_alike_but_for_rounding(capsys, made):
     code, found, _ = experts(capsys, made, made / "run", "--passes")
     assert code == 0 and found["precision"] == "fp32"
@@ -164,8 +212,9 @@ def test_advice_for_several_numbers_of_ranks(capsys, made):
     assert code == 0 and [row["ranks"] for row in found["ranks"]] == [2, 4]
     assert all(row["placed"]["lost"] < row["now"]["lost"] for row in found["ranks"])
     assert "--try placement=" in printed.out
-    code, tried, _ = experts(capsys, made, made / "run", "--try", "placement=4")
+    code, tried, printed = experts(capsys, made, made / "run", "--try", "placement=4")
     assert code == 0 and tried["expected"] < tried["before"] and tried["error"] < 0.1
+    assert f"measured gain is {tried['gain_error']:.1%} from the expected gain" in printed.out
 
 
 def test_ranks_tell_the_same_profile_as_one_process(capsys, made):
@@ -209,6 +258,11 @@ def test_the_planner_reads_a_profile_of_its_own_model_only(capsys, made, tmp_pat
         (["--try", "bias", "--layout", "tensor_parallel=2"], "--layout: --try changes the weights of a whole model"),
         (["--layout", "expert_parallel=3"], "--layout: layout.expert_parallel: 3 does not divide num_experts 8"),
         (["--passes", "--compare", "x"], "--compare: two checkpoints are compared by their profiles"),
+        (["--passes", "--output", "x"], "--output: --passes and --advise write no files; --json"),
+        (["--advise", "2", "--seed", "0"], "--seed: is for profiles, without --passes"),
+        (["--passes", "--block", "8"], "--block: is for profiles"),
+        (["--try", "bias", "--capacity", "4"], "--capacity: is for profiles"),
+        (["--seed", "-1"], "--seed -1: at least 0"),
     ],
 )
 def test_wrong_input(capsys, made, options, problem):

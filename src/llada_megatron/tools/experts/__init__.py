@@ -20,11 +20,13 @@ examples:
   llada experts runs/demo --data data/demo --output experts/        also page.html, PNG files and profile.json
   llada experts runs/demo --data data/demo --compare runs/earlier   what changed in the routing
   llada experts runs/demo --data data/demo --passes                 sampling against training passes
-  llada experts runs/large --data data/demo --layout tensor_parallel=2,expert_parallel=4    over eight GPUs
+  llada experts runs/large --data data/demo --layout tensor_parallel=2,expert_parallel=4    over four GPUs
   llada experts runs/demo --data data/demo --advise 2,4             what imbalance costs, and what would help
   llada experts runs/demo --data data/demo --try placement=2 --output placed/   move the experts, and measure"""
 
 _BAR = 24
+_BLOCK = 32
+"""Tokens of a block where --block does not say."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,14 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ratios", default="0.1,0.3,0.5,0.7,0.9", metavar="P,…", help="mask ratios, 0 to 1 (default %(default)s)"
     )
-    parser.add_argument("--block", type=int, default=32, metavar="N", help="tokens of a block (default %(default)s)")
+    parser.add_argument("--block", type=int, metavar="N", help=f"tokens of a block (default {_BLOCK})")
     parser.add_argument(
         "--capacity", type=int, metavar="N", help="experts open to a block (default: LLaDA2.2's share, 48 of 256)"
     )
     parser.add_argument(
         "--compare", metavar="CHECKPOINT", help="another checkpoint of the same model, on the same text"
     )
-    parser.add_argument("--output", metavar="DIR", help="write page.html, profile.json and PNG files")
+    parser.add_argument(
+        "--output", metavar="DIR", help="write page.html, profile.json and PNG files; with --try the changed weights"
+    )
     parser.add_argument("--tokenizer", metavar="FILE", help="where the checkpoint's tokenizer is, if it has moved")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="compute in it (default: that of the run)")
     parser.add_argument(
@@ -75,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ADVICE",
         help="instead: apply `placement=RANKS` or `bias`, print expected beside measured; --output takes the weights",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the masks (default %(default)s)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the masks of a profile (default 0)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,11 +91,12 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{name} {value}: at least 1")
     if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
         raise ConfigError(f"--output {args.output}: not a directory")
+    if args.seed is not None and args.seed < 0:
+        raise ConfigError(f"--seed {args.seed}: at least 0")
     other = args.passes or args.advise or args.tried
-    if other and args.compare:
-        raise ConfigError(
-            "--compare: two checkpoints are compared by their profiles, without --passes, --advise, --try"
-        )
+    if other:
+        _refuse_options_of_profiles(args)
+    args.block, args.seed = args.block or _BLOCK, args.seed or 0
     ranks = parse_ranks(args.advise) if args.advise else []
     if args.tried:
         parse_trial(args.tried)
@@ -116,6 +121,19 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         emit_json(profile)
     return 0
+
+
+def _refuse_options_of_profiles(args: argparse.Namespace) -> None:
+    """Raises ConfigError: an option that --passes, --advise or --try would leave unread."""
+    if args.compare:
+        raise ConfigError(
+            "--compare: two checkpoints are compared by their profiles, without --passes, --advise, --try"
+        )
+    for name in ("block", "capacity", "seed"):
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name}: is for profiles, without --passes, --advise, --try")
+    if args.output and not args.tried:
+        raise ConfigError("--output: --passes and --advise write no files; --json prints their figures for programs")
 
 
 def _other(args: argparse.Namespace, options: OpenOptions, ratios: list[float], ranks: list[int]) -> int:

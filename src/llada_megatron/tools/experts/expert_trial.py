@@ -48,6 +48,12 @@ class Trial:
         """How far the measured change is from the expected level, as a share of it."""
         return abs(self.measured - self.expected) / self.expected if self.expected else 0.0
 
+    @property
+    def gain_error(self) -> float | None:
+        """How far the measured gain is from the expected one, as a share of it; None where no gain was expected."""
+        gain = self.before - self.expected
+        return abs(self.measured - self.expected) / gain if gain > 0 else None
+
 
 class ExpertTrial:
     """The two halves of a text, and what the first says."""

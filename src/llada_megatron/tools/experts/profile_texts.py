@@ -29,7 +29,12 @@ class ProfileText:
 
 
 def read_texts(
-    inputs: list[str], tokenizer: Tokenizer | None, model: ModelConfig, tokens: int, length: int
+    inputs: list[str],
+    tokenizer: Tokenizer | None,
+    model: ModelConfig,
+    tokens: int,
+    length: int,
+    digest: str | None = None,
 ) -> ProfileText:
     """Windows of `length` with `tokens` tokens in all, equally many of each source.
 
@@ -37,13 +42,14 @@ def read_texts(
         inputs: prefixes of prepared sets, text files, JSON lines or folders. What `llada prepare` took as several
             inputs is several sources.
         tokenizer: of the checkpoint; None = it has none, and only prepared sets can be read.
+        digest: SHA-256 of the tokenizer that the checkpoint was trained with; None = it is not known.
 
     Raises:
         DataError: an input cannot be read, is of another tokenizer, or has fewer tokens than asked.
     """
     found: dict[str, Iterator[NDArray[np.int64]]] = {}
     for name in inputs:
-        found |= _prepared(name, model) if _is_prepared(name) else _files(name, tokenizer)
+        found |= _prepared(name, model, digest) if _is_prepared(name) else _files(name, tokenizer)
     wanted = tokens // length // len(found)
     if wanted < 1:
         raise ConfigError(
@@ -73,7 +79,7 @@ def _is_prepared(name: str) -> bool:
     return not Path(name).exists() and prefix_file(name, ".idx").exists()
 
 
-def _prepared(prefix: str, model: ModelConfig) -> dict[str, Iterator[NDArray[np.int64]]]:
+def _prepared(prefix: str, model: ModelConfig, digest: str | None) -> dict[str, Iterator[NDArray[np.int64]]]:
     """The documents of a prepared set by its inputs, which lie one after the other."""
     from llada_megatron.llada_moe.data.indexed import TokenFile
     from llada_megatron.llada_moe.data.set_manifest import read_manifest
@@ -84,6 +90,11 @@ def _prepared(prefix: str, model: ModelConfig) -> dict[str, Iterator[NDArray[np.
         raise DataError(
             f"--data {prefix}: prepared for {facts.vocab_size} ids with mask id {facts.mask_id}, but the checkpoint "
             f"has {model.vocab_size} and mask id {model.mask_token_id}; give text, or a set of its tokenizer"
+        )
+    if digest not in (None, facts.sha256):
+        raise DataError(
+            f"--data {prefix}: prepared with another tokenizer than the checkpoint's ({facts.sha256[:12]}, not "
+            f"{digest[:12]}); give text, or a set of its tokenizer"
         )
     file = TokenFile(prefix)
 

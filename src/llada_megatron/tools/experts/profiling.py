@@ -57,7 +57,7 @@ def profile_of(
     }
     profile = facts | profile
     if args.compare:
-        before = with_checkpoint(args.compare, options, compared, args, ratios, text, model)
+        before = with_checkpoint(args.compare, options, compared, args, found.trace.ratios, text, model)
         changes = zip(found.trace.layers, routing_changes(before, found.trace), strict=True)
         layers = {str(layer): asdict(change) for layer, change in changes}
         profile["change"] = {"against": args.compare, "layers": layers}
@@ -72,7 +72,7 @@ def traced(loaded: LoadedModel, args: argparse.Namespace, ratios: list[float]) -
     if args.capacity is not None and not moe.top_k <= args.capacity <= moe.num_experts:
         raise ConfigError(f"--capacity {args.capacity}: {moe.top_k} (top_k) to {moe.num_experts} (all experts)")
     tokenizer = _tokenizer(loaded, args.tokenizer)
-    text = _text(args, model, tokenizer)
+    text = _text(args, loaded, tokenizer)
     trace = _trace(args, loaded, text, ratios)
     pieces = None if tokenizer is None else pieces_of(trace.tokens, tokenizer, model)
     return Traced(trace, text, pieces, model, int(loaded.metadata["step"]))
@@ -81,11 +81,17 @@ def traced(loaded: LoadedModel, args: argparse.Namespace, ratios: list[float]) -
 def compared(
     loaded: LoadedModel, args: argparse.Namespace, ratios: list[float], text: ProfileText, model: ModelConfig
 ) -> RoutingTrace:
-    """The routing of the other checkpoint on the same text (collective). Raises ConfigError: it is another model."""
+    """The routing of the other checkpoint on the same text (collective). Raises ConfigError: it is another model, or it
+    cannot read the text at `ratios`, as the first did."""
     if _shape(loaded.run.model) != _shape(model):
         raise ConfigError(
-            f"--compare {args.compare}: another model than {args.checkpoint} (layers, experts, top_k, vocabulary and "
-            f"mask {_shape(loaded.run.model)} against {_shape(model)})"
+            f"--compare {args.compare}: another model than {args.checkpoint} (layers, leading dense layers, experts, "
+            f"top_k, vocabulary and mask {_shape(loaded.run.model)} against {_shape(model)})"
+        )
+    if not make_objective(loaded.run.objective).fills_masks and ratios != [0.0]:
+        raise ConfigError(
+            f"--compare {args.compare}: trained without masks, unlike {args.checkpoint}; both read the text unmasked "
+            "with --ratios 0"
         )
     return _trace(args, loaded, text, ratios)
 
@@ -96,7 +102,12 @@ def reported(
     """What is asked for in the place of a profile: agreement of passes, advice for `ranks`, or a trial (`reports`)."""
     from llada_megatron.tools.experts import reports
 
-    text = _text(args, loaded.run.model, _tokenizer(loaded, args.tokenizer))
+    if args.passes and make_objective(loaded.run.objective, loaded.run.training).copies > 1:
+        raise ConfigError(
+            f"--passes: {args.checkpoint} was trained on a noisy and a clean copy of the text side by side (kind "
+            f"{loaded.run.objective.kind}), and only passes over one copy can be compared"
+        )
+    text = _text(args, loaded, _tokenizer(loaded, args.tokenizer))
     ratios = _usable(loaded, ratios)
     if args.passes:
         return reports.passes(loaded, text.windows, ratios)
@@ -108,7 +119,8 @@ def reported(
 def _shape(model: ModelConfig) -> tuple[int, ...]:
     moe = model.moe
     assert moe is not None
-    return (model.num_layers, moe.num_experts, moe.top_k, model.vocab_size, model.mask_token_id)
+    layers = (model.num_layers, moe.leading_dense_layers)
+    return (*layers, moe.num_experts, moe.top_k, model.vocab_size, model.mask_token_id)
 
 
 def _tokenizer(loaded: LoadedModel, path: str | None) -> Tokenizer | None:
@@ -124,12 +136,14 @@ def _tokenizer(loaded: LoadedModel, path: str | None) -> Tokenizer | None:
         return None
 
 
-def _text(args: argparse.Namespace, model: ModelConfig, tokenizer: Tokenizer | None) -> ProfileText:
+def _text(args: argparse.Namespace, loaded: LoadedModel, tokenizer: Tokenizer | None) -> ProfileText:
+    model = loaded.run.model
     longest = model.max_sequence_length
     length = min(512, longest) if args.length is None else args.length
     if length > longest:
         raise ConfigError(f"--length {length}: the model's max_sequence_length is {longest}")
-    return read_texts(args.data, tokenizer, model, args.tokens, length)
+    digest = (loaded.metadata.get("tokenizer") or {}).get("sha256") or (tokenizer and tokenizer.sha256)
+    return read_texts(args.data, tokenizer, model, args.tokens, length, digest)
 
 
 def _usable(loaded: LoadedModel, ratios: list[float]) -> list[float]:

@@ -91,6 +91,8 @@ def trial(
         f"  expected  {result.expected:.3f}  (simulated on one half of the text)",
         f"  measured  {result.measured:.3f}  (on the other half, {result.error:.1%} from what was expected)",
     ]
+    if result.gain_error is not None:
+        lines.append(f"  the measured gain is {result.gain_error:.1%} from the expected gain")
     if target is not None:
         lines.append(f"weights: {save_weights(loaded, target, changed)}; start a run from them with checkpoint.load")
-    return lines, asdict(result) | {"error": result.error} | changed
+    return lines, asdict(result) | {"error": result.error, "gain_error": result.gain_error} | changed
