@@ -69,6 +69,16 @@ def test_a_broken_conversation_ends_it_or_is_left_out(prepare):
     assert prepare([{"messages": [USER]}], "--skip-broken", "1", "--overwrite")[0] == 1
 
 
+def test_prepare_says_that_answers_of_a_rewritten_conversation_are_held_out_apart(prepare, tmp_path):
+    (tmp_path / "forgetful.jinja").write_text(
+        "{% for m in messages %}<|start_header_id|>{{ m.content if loop.last or m.role == 'user' }}<|eot_id|>"
+        "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>{% endif %}"
+    )
+    code, _, err = prepare(CHATS, "--template", "forgetful.jinja")
+    assert code == 0 and "1 conversations became one document for each answer" in err
+    assert "answers of one conversation may stand in both parts" in err
+
+
 def test_text_in_the_place_of_conversations_takes_the_answers_away(prepare, capsys, tmp_path):
     assert prepare(CHATS)[0] == 0
     (tmp_path / "a.txt").write_text("words " * 50)

@@ -215,5 +215,6 @@ def _report(counts: _Counts) -> None:
     if counts.rewritten:
         message(
             f"{counts.rewritten} conversations became one document for each answer: the chat template writes earlier "
-            "turns otherwise once others follow"
+            "turns otherwise once others follow. data.validation_fraction holds out documents, so that answers of one "
+            "conversation may stand in both parts"
         )
