@@ -26,6 +26,7 @@ from llada_megatron.llada_moe.config.model import ModelConfig  # noqa: E402
 from llada_megatron.llada_moe.model.patterns import FULL  # noqa: E402
 from llada_megatron.llada_moe.planning.held_parameters import Held  # noqa: E402
 from llada_megatron.parallel.build import build_chunks, transformer_config  # noqa: E402
+from llada_megatron.parallel.topology import make_groups  # noqa: E402
 
 
 @contextlib.contextmanager
@@ -33,17 +34,7 @@ def as_rank(layout: LayoutConfig, rank: int) -> Iterator[None]:
     """Inside, this process is one rank of a layout whose other ranks do not exist."""
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tensor_parallel,
-            pipeline_model_parallel_size=layout.pipeline_parallel,
-            virtual_pipeline_model_parallel_size=layout.pipeline_chunks_per_rank
-            if layout.pipeline_chunks_per_rank > 1
-            else None,
-            context_parallel_size=layout.context_parallel,
-            expert_model_parallel_size=layout.expert_parallel,
-            expert_tensor_parallel_size=layout.expert_tensor_parallel,
-            create_gloo_process_groups=False,
-        )
+        make_groups(layout)
         model_parallel_cuda_manual_seed(0)
         yield
     finally:

@@ -84,6 +84,13 @@ def initialize(layout: LayoutConfig, seed: int) -> None:
             f"data {layout.data_parallel}), but {world} joined; "
             f"set layout.data_parallel or start {layout.world_size} processes"
         )
+    make_groups(layout)
+    host_group.data_parallel()
+    model_parallel_cuda_manual_seed(seed)
+
+
+def make_groups(layout: LayoutConfig) -> None:
+    """Megatron's groups of ranks; nothing else of a rank is set up (collective)."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel,
@@ -95,8 +102,6 @@ def initialize(layout: LayoutConfig, seed: int) -> None:
         expert_tensor_parallel_size=layout.expert_tensor_parallel,
         create_gloo_process_groups=False,  # tensors on the host are reduced by host_group
     )
-    host_group.data_parallel()
-    model_parallel_cuda_manual_seed(seed)
 
 
 def coordinates() -> RankCoordinates:

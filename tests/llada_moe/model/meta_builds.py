@@ -28,22 +28,13 @@ from llada_megatron.llada_moe.model.transformer import (  # noqa: E402
     build_model,
 )
 from llada_megatron.parallel.build import transformer_config  # noqa: E402
+from llada_megatron.parallel.topology import make_groups  # noqa: E402
 
 
 def join(layout: LayoutConfig, rank: int) -> None:
     """Process groups that know their sizes and ranks and communicate nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor_parallel,
-        pipeline_model_parallel_size=layout.pipeline_parallel,
-        virtual_pipeline_model_parallel_size=layout.pipeline_chunks_per_rank
-        if layout.pipeline_chunks_per_rank > 1
-        else None,
-        context_parallel_size=layout.context_parallel,
-        expert_model_parallel_size=layout.expert_parallel,
-        expert_tensor_parallel_size=layout.expert_tensor_parallel,
-        create_gloo_process_groups=False,
-    )
+    make_groups(layout)
     model_parallel_cuda_manual_seed(0)
 
 
