@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING
 
 from llada_megatron.llada_moe.config.parsing import Refuse
 from llada_megatron.llada_moe.objectives.autoregressive import Autoregressive
-from llada_megatron.llada_moe.objectives.fine_tuning import FineTuningConfig, chat_settings, check_conversations
+from llada_megatron.llada_moe.objectives.fine_tuning import (
+    FineTuningConfig,
+    chat_settings,
+    check_conversations,
+    conversation_factors,
+)
 from llada_megatron.llada_moe.objectives.interface import register
 
 if TYPE_CHECKING:
@@ -52,11 +57,8 @@ class AutoregressiveFineTuning(Autoregressive):
         return self._remarks
 
     def factors(self, counts: TokenCounts, batch: Batch) -> Tensor:
-        """As `objective.normalization` says; weights are already divided by each answer's length where it says so."""
-        from llada_megatron.llada_moe.objectives.normalization import normalizer
-
-        kind = self.config.normalization
-        return normalizer("conversations" if kind == "answer_length" else kind, counts, batch)
+        """As `objective.normalization` says."""
+        return conversation_factors(self.config, counts, batch)
 
     @property
     def loss_is_bound(self) -> bool:

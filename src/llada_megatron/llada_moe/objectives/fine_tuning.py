@@ -57,6 +57,15 @@ class FineTuningConfig(ObjectiveConfig):
     for the mean over those that are right alone, which is larger by one over the accuracy."""
 
 
+def conversation_factors(config: FineTuningConfig, counts: TokenCounts, batch: Batch) -> Tensor:
+    """Normalisation of each sequence `[batch]`; weights are already divided by each answer's length where
+    `normalization` says so."""
+    from llada_megatron.llada_moe.objectives.normalization import normalizer
+
+    kind = config.normalization
+    return normalizer("conversations" if kind == "answer_length" else kind, counts, batch)
+
+
 @register("sft")
 class FineTuning(MaskedDiffusion):
     """Masked diffusion over the answers of conversations."""
@@ -104,11 +113,8 @@ class FineTuning(MaskedDiffusion):
         return make
 
     def factors(self, counts: TokenCounts, batch: Batch) -> Tensor:
-        """As `objective.normalization` says; weights are already divided by each answer's length where it says so."""
-        from llada_megatron.llada_moe.objectives.normalization import normalizer
-
-        kind = self.config.normalization
-        return normalizer("conversations" if kind == "answer_length" else kind, counts, batch)
+        """As `objective.normalization` says."""
+        return conversation_factors(self.config, counts, batch)
 
     def confidence_factor(self, counts: TokenCounts, batch: Batch) -> float:
         """The coefficient per masked token, for a sum that is divided by the positions of the global batch. The number
