@@ -274,5 +274,5 @@ def wrap(run: RunConfig, chunks: list[DiffusionTransformer]) -> list[Distributed
 def add_to_main_gradients(chunks: list[DiffusionTransformer]) -> None:
     """Let experts whose gradients lie side by side in the buffer add to it themselves (see `PermutedExperts`)."""
     for experts in (module for chunk in chunks for module in chunk.modules() if isinstance(module, PermutedExperts)):
-        gradients = [[weight.main_grad for weight in weights] for weights in expert_weights(experts)]
-        experts.adds_to_main_gradients = all(grouped.view_of(part) is not None for part in gradients)
+        places = [grouped.view_of([weight.main_grad for weight in weights]) for weights in expert_weights(experts)]
+        experts.main_gradients = None if any(place is None for place in places) else places

@@ -164,11 +164,9 @@ def grouped_experts_state(cuda: bool, transformer_engine: bool) -> dict[str, Any
     if not cuda:
         return _state(False, "one expert after the other on a CPU")
     if transformer_engine:
-        others = "Transformer Engine's grouped product in FP8 and float32"
-        return _state(
-            True,
-            f"torch's grouped_mm in bfloat16, {others}" if GROUPED_MM else others.replace(" in FP8 and float32", ""),
-        )
+        theirs = "Transformer Engine's grouped product"
+        ours = f"torch's grouped_mm in bfloat16, {theirs} in FP8 and float32"
+        return _state(True, theirs if GROUPED_MM is None else ours)
     if GROUPED_MM is None:
         return _state(False, "one expert after the other: this torch has no grouped_mm")
     return _state(True, "torch's grouped_mm in bfloat16, one expert after the other in float32")

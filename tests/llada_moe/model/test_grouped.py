@@ -130,7 +130,7 @@ def test_weight_gradients_are_added_to_megatrons_buffer_at_once():
         )
         if at_once:
             add_to_main_gradients([experts])
-            assert experts.adds_to_main_gradients
+            assert experts.main_gradients is not None
         for seed in (1, 2):
             x = torch.randn(16, MODEL.hidden_size, generator=torch.Generator().manual_seed(seed))
             with grouped.everywhere():
@@ -152,7 +152,7 @@ def test_experts_elsewhere_in_memory_are_left_to_autograd():
     for weight in (weight for part in expert_weights(experts) for weight in part):
         weight.main_grad = torch.zeros_like(weight)
     add_to_main_gradients([experts])
-    assert not experts.adds_to_main_gradients
+    assert experts.main_gradients is None
 
 
 def test_a_rank_that_holds_all_experts_trains_as_with_the_dispatcher():

@@ -27,9 +27,9 @@ _silu_backward = torch.ops.aten.silu_backward
 class PermutedExperts(SequentialMLP):
     """SwiGLU experts over tokens that the dispatcher has sorted by expert."""
 
-    adds_to_main_gradients = False
-    """Whether the backward pass adds weight gradients to Megatron's gradient buffer itself, one addition for all
-    experts; set where no hook waits for the gradient of each parameter."""
+    main_gradients: list[torch.Tensor] | None = None
+    """Places in Megatron's gradient buffer of the first matrices and of the second ones, `[experts, out, in]` each, to
+    which the backward pass adds, once for all experts; set where no hook waits for each parameter's gradient."""
 
     def __init__(self, num_local_experts: int, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         own = copy.copy(config)
@@ -60,17 +60,11 @@ class PermutedExperts(SequentialMLP):
             ends = grouped.ends_of(tokens_per_expert, x.device)
             if unrecorded(self):
                 return grouped.forward(x, probs, ends, grouped.stacked(first), grouped.stacked(second))[0], None
-            return grouped.GroupedExperts.apply(x, probs, ends, self._main_gradients(), *first, *second), None
+            return grouped.GroupedExperts.apply(x, probs, ends, self.main_gradients, *first, *second), None
         counts = tokens_per_expert.tolist()
         if unrecorded(self):
             return self._unrecorded(x, probs, counts), None
         return _Experts.apply(x, probs, counts, *first, *second), None
-
-    def _main_gradients(self) -> list[torch.Tensor | None] | None:
-        """Megatron's gradients of the first matrices and of the second ones, `[experts, out, in]` each, to add to."""
-        if not self.adds_to_main_gradients:
-            return None
-        return [grouped.view_of([weight.main_grad for weight in weights]) for weights in expert_weights(self)]
 
     def _unrecorded(self, x: torch.Tensor, probs: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """The forward pass without a graph: the activation of all experts at once, the weights of those with tokens."""
