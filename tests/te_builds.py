@@ -3,12 +3,14 @@
 Call `built(cases)`, which runs it in a process of its own: Megatron must be imported after Transformer Engine, which is
 the real one where it is installed and else the stub with the real one's signatures (`tests.te_stub`). A case is
 
-    {"model": name or file, "overrides": [...], "layout": {...}, "training": {...} or None (no training), "rank": 0}
+    {"model": name or file, "overrides": [...], "layout": {...}, "training": {...} or None (no training), "rank": 0,
+     "sampling": an FP8 recipe in which a checkpoint of that training is opened (optional)}
 
 and a result has, for the chunks of that rank, `config` (the layers' TransformerConfig, its plain values),
 `modules` (class of each Transformer Engine module → its numbers by `fuse_wgrad_accumulation`, "fused" or "plain"),
 `output_layer` (whether its gradient is fused; None = not on this stage), `recipe` (class of the FP8 recipe that the
-layers are run with), `parameters` and `devices`; or `error`, what building raised.
+layers are run with), `parameters`, `padded` (classes of the modules whose input gets rows until FP8 can tile it) and
+`devices`; or `error`, what building raised.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +66,26 @@ def result(case: dict[str, Any]) -> dict[str, Any]:
     try:
         model = load_model(case["model"], case.get("overrides", []))
         config = build.transformer_config(model, layout, training)
+        if case.get("sampling"):
+            return summary(opened(model, layout, training, case["sampling"]))
         with device.on_meta():
             return summary(build.build_chunks(model, layout, config, FULL))
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         leave()
+
+
+def opened(model: Any, layout: Any, training: Any, recipe: str) -> list[Any]:
+    """The empty chunks that a checkpoint is read into, with the linear layers that add rows."""
+    from llada_megatron.llada_moe.config import load_run
+    from llada_megatron.llada_moe.model.patterns import FULL
+    from llada_megatron.parallel import device
+    from llada_megatron.parallel.checkpoint.loaded_model import empty_chunks
+
+    run = replace(load_run("demo"), model=model, layout=layout, training=training)
+    with device.on_meta():
+        return empty_chunks(run, layout, FULL, recipe)
 
 
 def summary(chunks: list[Any]) -> dict[str, Any]:
@@ -91,6 +107,7 @@ def summary(chunks: list[Any]) -> dict[str, Any]:
         "output_layer": None if head is None else head.gradient_accumulation_fusion,
         "recipe": recipe(config),
         "parameters": sum(parameter.numel() for parameter in parameters),
+        "padded": sorted({type(m).__name__ for chunk in chunks for m in chunk.modules() if "forward" in vars(m)}),
         "devices": sorted({str(parameter.device) for parameter in parameters}),
     }
 

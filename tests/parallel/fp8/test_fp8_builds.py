@@ -34,6 +34,11 @@ CASES = [
     for family, recipe, layout in itertools.product(FAMILIES, CLASSES, LAYOUTS)
     if layout != "EP2" or family in ("llada_moe", "qwen3_moe", "llada2")
 ]
+SAMPLED = [
+    ("llada", "tensorwise", "TP2.SP"),
+    ("llada_moe", "blockwise", "EP2"),
+    ("llada2", "tensorwise", "EP2"),
+]
 
 
 def training(recipe):
@@ -55,7 +60,29 @@ def results():
         }
         for family, recipe, layout in CASES
     ]
-    return dict(zip(CASES, built(cases), strict=True))
+    sampled = [
+        {
+            "model": FAMILIES[family][0],
+            "overrides": ["num_layers=2", *FAMILIES[family][1]],
+            "layout": LAYOUTS[layout],
+            "training": training("blockwise"),
+            "sampling": recipe,
+        }
+        for family, recipe, layout in SAMPLED
+    ]
+    return dict(zip([*CASES, *(("sampled", *case) for case in SAMPLED)], built(cases + sampled), strict=True))
+
+
+@pytest.mark.parametrize(("family", "recipe", "layout"), SAMPLED)
+def test_a_model_is_opened_in_fp8(results, family, recipe, layout):
+    got, trained = results["sampled", family, recipe, layout], results[family, recipe, layout]
+    assert "error" not in got, got
+    assert (got["recipe"], got["parameters"]) == (CLASSES[recipe], trained["parameters"])
+    assert got["config"]["fp8_param"] and not got["config"]["moe_router_padding_for_quantization"]
+    assert got["config"]["num_layers_at_start_in_bf16"] == 1
+    assert got["modules"].keys() == trained["modules"].keys()
+    linear = {name for name in got["modules"] if "Linear" in name and "Grouped" not in name}
+    assert set(got["padded"]) == linear and not trained["padded"]
 
 
 @pytest.mark.parametrize(("family", "recipe", "layout"), CASES)

@@ -63,6 +63,7 @@ def build_save_and_load(run, folder):
 
     from llada_megatron.parallel import build, sharded_state, topology
     from llada_megatron.parallel.checkpoint.store import CheckpointStore
+    from llada_megatron.parallel.fp8 import fp8_weights
     from llada_megatron.parallel.training.state import RunState
 
     topology.initialize(run.layout, run.training.seed)
@@ -101,6 +102,13 @@ def build_save_and_load(run, folder):
             weight.copy_(torch.ones_like(weight.as_subclass(torch.Tensor)))
     sharded_state.load_model_state(chunks, store.load(store.directory_of(1), as_saved())[0])
     assert values(chunks) == before
+    rounded, other = values(chunks), values(usual)
+    with fp8_weights.filling(chunks), torch.no_grad():  # as a model is opened in FP8, whatever it held before
+        state = sharded_state.model_state(chunks)
+        for entry in nested_values(state):
+            entry.data.zero_()
+        sharded_state.load_model_state(chunks, store.load(store.directory_of(1), state)[0])
+    assert values(chunks) == rounded and other != rounded
     # a run that keeps its weights in bf16 reads the same file
     sharded_state.load_model_state(usual, store.load(store.directory_of(1), sharded_state.model_state(usual))[0])
     assert values(usual) == before

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from llada_megatron.launch.sampling.prompt_sources import PromptOptions
+from llada_megatron.llada_moe.config.fp8 import INFERENCE_RECIPES
 from llada_megatron.llada_moe.config.layout import LayoutConfig, check_layout, data_parallel_for_experts
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 from llada_megatron.parallel.sampling.prompts import GAP_WORD, Extent
@@ -77,6 +78,9 @@ def add_method(parser: argparse.ArgumentParser, temperature: float = 0.0, batche
         default="auto",
         help="whether a GPU replays passes as CUDA graphs (auto = where it can)",
     )
+    group.add_argument(
+        "--fp8", choices=INFERENCE_RECIPES, help="keep the layers' weights in FP8 and compute in it, on a GPU"
+    )
     if batched:
         group.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts that run together")
 
@@ -119,6 +123,7 @@ def settings_of(args: argparse.Namespace, default_tokens: int = 64) -> Settings:
         seed=args.seed,
         batch_size=getattr(args, "batch_size", 1),
         cuda_graphs=args.cuda_graphs,
+        fp8=args.fp8,
         layout=_layout(axes, args.checkpoint),
     )
 

@@ -105,7 +105,8 @@ def rank_work(settings: Settings, begin: Callable[[], PromptBatch]) -> Work:
         topology.join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         topology.initialize(settings.layout, settings.seed)
         batch = begin()
-        session = Session(load_checkpoint(batch.settings.checkpoint, settings.layout), batch.settings)
+        loaded = load_checkpoint(batch.settings.checkpoint, settings.layout, fp8=settings.fp8)
+        session = Session(loaded, batch.settings)
         coordinates = topology.coordinates()
         saves = coordinates.tensor == 0 and coordinates.pipeline == 0
         replicas = parallel_state.get_data_parallel_world_size()

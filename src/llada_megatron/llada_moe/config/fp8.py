@@ -27,6 +27,9 @@ TOKEN_MULTIPLE = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 
 AMAX_HISTORY_LENGTH = 1024
 
+INFERENCE_RECIPES = ("blockwise", "tensorwise")
+"""Recipes that a model can be sampled with: their scales come from the tensor at hand, and they keep weights in FP8."""
+
 _KEEPS_NO_WEIGHTS = {
     "delayed": "a weight that was never used has no maxima and would be rounded with a scale of 1",
     "mxfp8": "Megatron would gather the weights through the buffer of the gradients, which is not supported",
@@ -75,7 +78,7 @@ def check_fp8(training: TrainingConfig, model: ModelConfig, layout: LayoutConfig
         )
     _check_history(fp8, refuse)
     _check_bf16_layers(fp8, model.num_layers, layout, refuse)
-    _check_widths(fp8.recipe, model, layout, refuse)
+    check_widths(fp8.recipe, model, layout, refuse)
     _check_tokens(fp8.recipe, training, layout, refuse)
 
 
@@ -128,7 +131,7 @@ def _check_bf16_layers(fp8: FP8Config, layers: int, layout: LayoutConfig, refuse
         refuse("training.fp8", f"no layer is left in FP8 of {layers}: lower the num_layers_… keys, or remove it")
 
 
-def _check_widths(recipe: str, model: ModelConfig, layout: LayoutConfig, refuse: Refuse) -> None:
+def check_widths(recipe: str, model: ModelConfig, layout: LayoutConfig, refuse: Refuse) -> None:
     """Both sides of every weight of a layer, as a rank holds it."""
     multiple = WIDTH_MULTIPLE[recipe]
     for key, value, factors, axis in _sides(model):

@@ -22,12 +22,14 @@ from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch
 from llada_megatron.llada_moe.model.head import Targets
+from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
 from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.parallel import build, device, sharded_state, topology
 from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
 from llada_megatron.parallel.checkpoint.search import find_checkpoints, first_whole, run_of
 from llada_megatron.parallel.checkpoint.store import CheckpointStore
+from llada_megatron.parallel.fp8 import fp8_inference, fp8_weights
 
 Precision = Literal["fp32", "bf16"]
 
@@ -99,18 +101,22 @@ class LoadedModel:
 
 
 @contextmanager
-def open_checkpoint(path: str | Path, precision: Precision | None = None) -> Iterator[LoadedModel]:
+def open_checkpoint(
+    path: str | Path, precision: Precision | None = None, fp8: str | None = None
+) -> Iterator[LoadedModel]:
     """Load a step directory, or the newest whole one of a run, in a world of one process.
 
     A damaged checkpoint of a run is skipped for the one before it. Nothing in the run's directory is changed: a
-    training may be writing to it. `precision`: that of the model; None = that of its run.
+    training may be writing to it. `precision`: that of the model; None = that of its run. `fp8`: a recipe of FP8 that
+    its layers keep their weights and compute in, without `precision`.
 
     Raises:
         CheckpointError: there is none, none is whole, or it holds a model that this version does not know.
+        ConfigError, ResourceError: FP8 cannot be, for the reason that is given.
     """
     candidates = find_checkpoints(path)
     with _world_of_one() as scratch:
-        yield _in_precision(_load_first(candidates, LayoutConfig(), CheckpointStore(scratch)), precision)
+        yield _in_precision(_load_first(candidates, LayoutConfig(), CheckpointStore(scratch), fp8), precision)
 
 
 @torch.no_grad()
@@ -164,10 +170,12 @@ def open_weights(
         yield chunks[0].eval()
 
 
-def load_checkpoint(path: str | Path, layout: LayoutConfig, precision: Precision | None = None) -> LoadedModel:
+def load_checkpoint(
+    path: str | Path, layout: LayoutConfig, precision: Precision | None = None, fp8: str | None = None
+) -> LoadedModel:
     """Load what `open_checkpoint` would, spread over the ranks of `layout`, whose process groups exist (collective)."""
     with tempfile.TemporaryDirectory(prefix="llada-") as scratch:
-        return _in_precision(_load_first(find_checkpoints(path), layout, CheckpointStore(scratch)), precision)
+        return _in_precision(_load_first(find_checkpoints(path), layout, CheckpointStore(scratch), fp8), precision)
 
 
 def _equal_everywhere(shard: torch.Tensor | None, rows: int, vocab: int) -> torch.Tensor:
@@ -185,27 +193,47 @@ def _equal_everywhere(shard: torch.Tensor | None, rows: int, vocab: int) -> torc
     return whole
 
 
-def _load_first(candidates: list[Path], layout: LayoutConfig, store: CheckpointStore) -> LoadedModel:
+def _load_first(
+    candidates: list[Path], layout: LayoutConfig, store: CheckpointStore, fp8: str | None = None
+) -> LoadedModel:
+    if fp8 is not None:
+        fp8_inference.require(fp8, run_of(candidates[0]), layout)
+
     def report(text: str) -> None:
         if torch.distributed.get_rank() == 0:
             message(text)
 
     with warnings.catch_warnings():  # torch and Megatron warn of coming changes in their own internals
         warnings.simplefilter("ignore")
-        return first_whole(candidates, lambda path: _load(path, layout, store), report)
+        return first_whole(candidates, lambda path: _load(path, layout, store, fp8), report)
 
 
-def _load(path: Path, layout: LayoutConfig, store: CheckpointStore) -> LoadedModel:
+def _load(path: Path, layout: LayoutConfig, store: CheckpointStore, fp8: str | None) -> LoadedModel:
     run = run_of(path)
-    training = replace(run.training.without_fp8(), recompute="none", recompute_modules=[])
-    config = build.transformer_config(run.model, layout, training)
     objective = make_objective(run.objective, run.training)
     saved = store.metadata(path)
     if "step" not in saved:
         raise DamagedCheckpointError(f"{path}: its manifest does not say of which step it is")
     objective.load_state(saved.get("objective", {}))
     pattern = objective.sampling_pattern(int(saved["step"]))
-    chunks = build.build_chunks(run.model, layout, config, pattern)
-    state, metadata = store.load(path, sharded_state.model_state(chunks))
-    sharded_state.load_model_state(chunks, state)
+    chunks = empty_chunks(run, layout, pattern, fp8)
+    with fp8_weights.filling(chunks):
+        state, metadata = store.load(path, sharded_state.model_state(chunks))
+        sharded_state.load_model_state(chunks, state)
     return LoadedModel(chunks[0].eval(), run, path, metadata, layout)
+
+
+@torch.no_grad()  # so that Transformer Engine keeps of FP8 weights what the forward pass reads
+def empty_chunks(
+    run: RunConfig, layout: LayoutConfig, pattern: AttentionPattern, fp8: str | None = None
+) -> list[DiffusionTransformer]:
+    """The chunks of this rank for passes outside training, without weights. `fp8`: as for `open_checkpoint`."""
+    usual = replace(run.training.without_fp8(), recompute="none", recompute_modules=[])
+    if fp8 is None:
+        return build.build_chunks(run.model, layout, build.transformer_config(run.model, layout, usual), pattern)
+    training = fp8_inference.training_keys(fp8, replace(usual, fp8=run.training.fp8))
+    config = build.transformer_config(run.model, layout, training)
+    fp8_inference.adapt(config)
+    chunks = build.build_chunks(run.model, layout, config, pattern)
+    fp8_inference.pad_products(chunks)
+    return chunks

@@ -21,14 +21,23 @@ _Place = tuple[torch.nn.Module, str, Any]
 def initialising(chunks: list[torch.nn.Module]) -> Iterator[None]:
     """Inside, FP8 weights are plain tensors, to be written in place; then they are quantised, and what was written is
     what the optimizer's main weights begin with (as they do where weights are in bf16)."""
+    written = [weight for _, _, weight in _places(chunks)]
+    with filling(chunks) as plain:
+        yield
+        for weight, values in zip(written, plain, strict=True):
+            weight.get_high_precision_init_val().copy_(values.detach())
+
+
+@contextlib.contextmanager
+def filling(chunks: list[torch.nn.Module]) -> Iterator[list[torch.Tensor]]:
+    """Inside, FP8 weights are the plain tensors that are yielded, to be written in place; then they are quantised."""
     places = _places(chunks)
     with in_high_precision(chunks):
-        yield
-        written = [module._parameters[name] for module, name, _ in places]
+        plain = [module._parameters[name] for module, name, _ in places]
+        yield plain
     with torch.no_grad():
-        for (_, _, weight), plain in zip(places, written, strict=True):
-            weight.copy_(plain)
-            weight.get_high_precision_init_val().copy_(plain)
+        for (_, _, weight), values in zip(places, plain, strict=True):
+            weight.copy_(values)
 
 
 @contextlib.contextmanager

@@ -83,8 +83,12 @@ def adapt_delayed_scaling() -> None:
     recipe.__init__ = make
 
 
-def require_device(fp8: FP8Config | None) -> None:
+def require_device(fp8: FP8Config | None, key: str = "training.fp8", instead: str = _INSTEAD) -> None:
     """Refuse FP8 where this process could not run it; nothing without FP8.
+
+    Args:
+        key: what asked for it.
+        instead: how to do without.
 
     Raises:
         ResourceError: there is no GPU, it has no such FP8, or Transformer Engine cannot be used here.
@@ -97,29 +101,30 @@ def require_device(fp8: FP8Config | None) -> None:
 
     if not torch.cuda.is_available():
         raise ResourceError(
-            f"training.fp8 (recipe {fp8.recipe}) needs a GPU with FP8, and none can be seen here; {_INSTEAD}"
+            f"{key} (recipe {fp8.recipe}) needs a GPU with FP8, and none can be seen here; {instead}"
         )
     for index in range(torch.cuda.device_count()):
-        reason = obstacle(fp8.recipe, torch.cuda.get_device_capability(index), torch.version.cuda or "0")
+        reason = obstacle(fp8.recipe, torch.cuda.get_device_capability(index), torch.version.cuda or "0", instead)
         if reason is not None:
-            raise ResourceError(f"training.fp8: GPU {index} ({torch.cuda.get_device_name(index)}): {reason}")
+            raise ResourceError(f"{key}: GPU {index} ({torch.cuda.get_device_name(index)}): {reason}")
     engine = transformer_engine()
     if not engine.active:
-        raise ResourceError(f"training.fp8 needs Transformer Engine: {engine.detail}; or {_INSTEAD}")
+        raise ResourceError(f"{key} needs Transformer Engine: {engine.detail}; or {instead}")
 
 
-def obstacle(recipe: str, capability: tuple[int, int], cuda: str) -> str | None:
+def obstacle(recipe: str, capability: tuple[int, int], cuda: str, instead: str = _INSTEAD) -> str | None:
     """Why a GPU cannot run `recipe`, and what it can; None when it can.
 
     Args:
         capability: the device's compute capability.
         cuda: the CUDA version that torch was built for, "12.8".
+        instead: how to do without FP8.
     """
     reason = _obstacle(recipe, capability, cuda)
     if reason is None:
         return None
     usable = [other for other in _CAPABILITY if _obstacle(other, capability, cuda) is None]
-    return f"{reason}; " + (f"use recipe {' or '.join(usable)}, or " if usable else "") + _INSTEAD
+    return f"{reason}; " + (f"use recipe {' or '.join(usable)}, or " if usable else "") + instead
 
 
 def _obstacle(recipe: str, capability: tuple[int, int], cuda: str) -> str | None:

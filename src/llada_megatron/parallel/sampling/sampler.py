@@ -82,6 +82,7 @@ class Sampler:
         max_new_tokens: int = 64,
         trained_for_editing: bool = False,
         cuda_graphs: GraphUse = "auto",
+        fp8: str | None = None,
     ) -> Iterator[Sampler]:
         """Load a checkpoint in this process, which must not be in another process group meanwhile.
 
@@ -103,9 +104,11 @@ class Sampler:
             trained_for_editing: the model was trained for editing, although its configuration does not say so.
             cuda_graphs: whether a GPU replays passes as CUDA graphs: where it can ("auto"), or "always", which is an
                 error where it cannot, or "never".
+            fp8: the recipe of FP8 ("blockwise", "tensorwise") in which a GPU keeps the layers' weights and computes.
 
         Raises:
-            ConfigError: the method does not exist, or does not fit the model.
+            ConfigError: the method does not exist, or does not fit the model; or FP8 does not.
+            ResourceError: FP8 is asked for where no GPU or no Transformer Engine has it.
             CheckpointError: there is no complete checkpoint.
             DataError: the tokenizer is not the one that the checkpoint was trained with.
         """
@@ -125,6 +128,7 @@ class Sampler:
             max_new_tokens=max_new_tokens,
             trained_for_editing=trained_for_editing,
             cuda_graphs=cuda_graphs,
+            fp8=fp8,
         )
         with open_sampler(settings) as sampler:
             yield sampler
@@ -229,7 +233,7 @@ def open_sampler(settings: Settings) -> Iterator[Sampler]:
             "this process is in a process group already (another Sampler, a training): leave that first, or make a "
             "Sampler of the model that is loaded there"
         )
-    with open_checkpoint(settings.checkpoint) as loaded:
+    with open_checkpoint(settings.checkpoint, fp8=settings.fp8) as loaded:
         yield Sampler(loaded, settings)
 
 

@@ -40,6 +40,8 @@ class Settings:
     batch_size: int = 8
     """Sequences that run together on one replica of the model."""
     cuda_graphs: GraphUse = "auto"
+    fp8: str | None = None
+    """The recipe of FP8 in which the layers keep their weights and compute; None = in the precision of the run."""
     layout: LayoutConfig = field(default_factory=LayoutConfig)
 
     def __post_init__(self) -> None:

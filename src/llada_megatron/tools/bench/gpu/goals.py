@@ -169,6 +169,9 @@ def _sampler(known: Known, part: str) -> Iterator[Claim]:
             yield at_least(text, ratio, "x", GRAPHS_GOAL)
         elif ratio == ratio:
             yield reported(text, ratio, "x")
+        for way in (way for each, way in passes if each == batch and "FP8" in way):
+            ratio = passes[batch, way] / passes.get((batch, "without graphs"), math.nan)
+            yield reported(f"{part}: {batch}: passes a second, {way} over bf16", ratio, "x")
 
 
 def _reported(known: Known, part: str) -> Iterator[Claim]:

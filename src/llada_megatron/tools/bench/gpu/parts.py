@@ -86,9 +86,9 @@ PARTS = (
     Part(
         "sampler",
         AS_TRAINED,
-        30,
+        55,
         "sampling_speed:compare",
-        "LLaDA-MoE-7B-A1B's shape, blocks of 32, batches of 1 and 32",
+        "LLaDA-MoE-7B-A1B's shape, blocks of 32, batches of 1 and 32, in bf16 and FP8",
     ),
     Part("checkpoint", AS_TRAINED, 20, "checkpoint_speed:compare", "a checkpoint saved and loaded"),
     Part("profile", AS_TRAINED, 12, "kernel_profile:profile", "the kernels of one training step, by kind"),

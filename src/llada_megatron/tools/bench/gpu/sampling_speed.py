@@ -5,17 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
 from llada_megatron.llada_moe.config import load_model
+from llada_megatron.llada_moe.config.fp8 import INFERENCE_RECIPES
+from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.llada_moe.model.initialization import draw_in_place
+from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.llada_moe.sampling.presets import choose
 from llada_megatron.llada_moe.sampling.token_buffer import continuation
 from llada_megatron.parallel import device
 from llada_megatron.parallel.build import build_run_chunks
-from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
+from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel, empty_chunks
+from llada_megatron.parallel.fp8 import fp8_weights
 from llada_megatron.parallel.sampling.cuda_graphs import Recorder, obstacle_to, recorder_of
 from llada_megatron.parallel.sampling.generator import SequenceGenerator
+from llada_megatron.parallel.sharded_state import apply_factories_copy
 from llada_megatron.tools.bench.gpu.part_run import PartRun, release_memory
+from llada_megatron.tools.bench.gpu.precisions import precisions
 from llada_megatron.tools.bench.gpu.workloads import workload
 from llada_megatron.tools.bench.sampling.graph_figures import Rerunner
 
@@ -26,23 +36,46 @@ _PROMPT, _NEW_TOKENS, _BLOCK = 256, 64, 32
 _TOY_PROMPT, _TOY_NEW_TOKENS, _TOY_BLOCK = 8, 8, 4
 
 
-def cell(batch: int, graphs: bool) -> str:
+def cell(batch: int, graphs: bool, fp8: str | None = None) -> str:
     """The name of a measurement."""
-    return f"batch {batch}, {'with' if graphs else 'without'} graphs"
+    return f"batch {batch}, {'with' if graphs else 'without'} graphs" + (f", FP8 {fp8}" if fp8 else "")
 
 
 def compare(part: PartRun) -> None:
     """The weights are a new model's: few confident tokens, so about a pass for each token."""
     batches = TOY_BATCHES if part.toy else BATCHES
-    cells = {cell(batch, graphs): (batch, graphs) for batch in batches for graphs in (False, True)}
-    if not part.missing(cells):
-        return
     model = load_model("tiny-moe-softmax" if part.toy else "llada-moe-7b-a1b")
     run = workload(model, 64 if part.toy else 4096, 1, 1).run
-    loaded = LoadedModel(build_run_chunks(run, draw_in_place)[0].eval(), run, Path(), {})
-    for name, (batch, graphs) in cells.items():
-        part.measure(name, _figures, part.toy, loaded, batch, graphs)
+    for fp8 in (None, *_recipes(part)):
+        ways = [(batch, graphs) for batch in batches for graphs in ((False, True) if fp8 is None else (False,))]
+        cells = {cell(batch, graphs, fp8): (batch, graphs) for batch, graphs in ways}
+        if not part.missing(cells):
+            continue
+        loaded = _new_model(run, fp8)
+        for name, (batch, graphs) in cells.items():
+            part.measure(name, _figures, part.toy, loaded, batch, graphs)
+            release_memory()
+        del loaded
         release_memory()
+
+
+def _recipes(part: PartRun) -> list[str]:
+    """The recipes that a model can be sampled with on this machine."""
+    names = [precision.training["fp8"].recipe for precision in precisions(part.machine) if precision.fp8]
+    return [name for name in names if name in INFERENCE_RECIPES]
+
+
+def _new_model(run: RunConfig, fp8: str | None) -> LoadedModel:
+    if fp8 is None:
+        chunks = build_run_chunks(run, draw_in_place)
+    else:
+        chunks = empty_chunks(run, run.layout, make_objective(run.objective).sampling_pattern(step=0), fp8)
+        with torch.no_grad(), fp8_weights.filling(chunks):
+            sharded = [
+                each for each in nested_values(apply_factories_copy(chunks[0])) if isinstance(each, ShardedTensor)
+            ]
+            draw_in_place(sharded, run.training.seed, run.model.init_std, run.model.num_layers)
+    return LoadedModel(chunks[0].eval(), run, Path(), {})
 
 
 def _recorder(loaded: LoadedModel) -> Recorder:
