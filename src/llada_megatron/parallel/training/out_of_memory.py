@@ -12,8 +12,9 @@ import torch
 from llada_megatron.console import size_text
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import ResourceError
-from llada_megatron.llada_moe.model.activation_memory import activation_memory
 from llada_megatron.llada_moe.model.parameters import rank_shares
+from llada_megatron.llada_moe.planning.memory import memory_by_stage
+from llada_megatron.llada_moe.planning.workload import of_run
 from llada_megatron.parallel.build import default_logits_chunk_mb
 from llada_megatron.parallel.training.peak import peak_memory_gb
 
@@ -60,13 +61,15 @@ def describe(
 
 
 ACTIVATIONS = "activations"
+_OF_A_STEP = (ACTIVATIONS, "layer at work", "all-to-all", "logits", "recomputed layer")
+"""Parts of the planner's memory that come and go in a step."""
 
 
 def memory_parts(run: RunConfig, models: Sequence[torch.nn.Module], optimizer: object | None) -> dict[str, float]:
     """Bytes of this rank's parameters, gradients, optimizer and activations.
 
     The first three are those of the tensors that are there, or of the parameters that this rank is to hold; the
-    activations are an estimate (`llada_moe.model.activation_memory`).
+    activations are the planner's estimate (`llada_moe.planning`).
     """
     seen: set[int] = set()
     parameters = [parameter for model in models for parameter in model.parameters()]
@@ -102,8 +105,11 @@ def savings(run: RunConfig) -> dict[str, float]:
 
 
 def activations(run: RunConfig) -> float:
-    """Bytes that one rank keeps for the backward pass (an estimate)."""
-    return activation_memory(run, _chunk_mb(run)).total
+    """Bytes that a rank of the fullest stage holds beside its parameters, gradients and optimizer (the planner's
+    estimate): what is kept for the backward pass, and what a layer, an exchange or the loss needs meanwhile."""
+    training = dataclasses.replace(run.training, logits_chunk_mb=_chunk_mb(run))
+    stages = memory_by_stage(of_run(dataclasses.replace(run, training=training)))
+    return max(sum(stage.parts[part] for part in _OF_A_STEP) for stage in stages)
 
 
 def _chunk_mb(run: RunConfig) -> int:
