@@ -47,7 +47,7 @@ def _of_guide(guide: Path) -> Iterator[Documented]:
     for span in re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)):
         line = " ".join(span.replace("\\|", "|").split())
         for each in _of_line(guide.name, line):
-            name = 3 if each.words[0] == "python" or each.words[1:2] in (("bench",), ("convert",)) else 2
+            name = 3 if each.words[0] == "python" or each.words[1:2] in (("bench",), ("convert",), ("eval",)) else 2
             bare = len(each.words) <= (1 if each.words[0] == "make" else name)
             yield Documented(each.where, each.words, bare)
 

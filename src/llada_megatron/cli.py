@@ -41,6 +41,7 @@ COMMANDS = {
     "sample": ("llada_megatron.launch.sample", "generate or infill text with a checkpoint"),
     "watch": ("llada_megatron.launch.watch", "show a text while it is unmasked, in the terminal or as a page"),
     "chat": ("llada_megatron.launch.chat", "talk with an instruction model"),
+    "eval": ("llada_megatron.launch.evaluation", "measure what a model is worth: likelihood, multiple choice"),
     "convert": (
         "llada_megatron.tools.convert",
         "take checkpoints from and to the formats of Hugging Face, compare them, look into them",

@@ -100,10 +100,7 @@ def settings_of(args: argparse.Namespace, default_tokens: int = 64) -> Settings:
         raise ConfigError(f"--temperature {args.temperature}: 0 or more")
     if args.checkpoint is None:
         raise ConfigError("which CHECKPOINT? Give a run's output directory, or one of its checkpoints")
-    if not Path(args.checkpoint).is_dir():
-        hub = args.checkpoint.count("/") == 1 and not args.checkpoint.startswith(("/", "."))
-        more = f"; of a repository of the Hugging Face hub, `llada convert import {args.checkpoint} OUT` comes first"
-        raise CheckpointError(f"there is no checkpoint at {args.checkpoint}{more if hub else ''}")
+    require_checkpoint(args.checkpoint)
     method, axes = _split(args.overrides)
     if args.steps is not None:
         method["schedule.steps"] = str(args.steps)
@@ -126,6 +123,22 @@ def settings_of(args: argparse.Namespace, default_tokens: int = 64) -> Settings:
         fp8=args.fp8,
         layout=_layout(axes, args.checkpoint),
     )
+
+
+def require_checkpoint(path: str) -> None:
+    """Refuse what is no directory. Raises CheckpointError."""
+    if not Path(path).is_dir():
+        hub = path.count("/") == 1 and not path.startswith(("/", "."))
+        more = f"; of a repository of the Hugging Face hub, `llada convert import {path} OUT` comes first"
+        raise CheckpointError(f"there is no checkpoint at {path}{more if hub else ''}")
+
+
+def layout_of(overrides: Sequence[str], checkpoint: str) -> LayoutConfig:
+    """The layout of a command without a sampling method. Raises ConfigError for anything but `layout.AXIS=N`."""
+    method, axes = _split(overrides)
+    if method:
+        raise ConfigError(f"{next(iter(method))}: nothing is sampled here; {', '.join(f'layout.{a}=N' for a in _AXES)}")
+    return _layout(axes, checkpoint)
 
 
 def inputs_of(args: argparse.Namespace) -> list[str | Path | None]:

@@ -15,7 +15,7 @@ _FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
 
 _SECOND = 0x94D049BB133111EB - (1 << 64)
 
-REMASKING, TOKEN, GAP = range(3)
+REMASKING, TOKEN, GAP, MASK_COUNT, MASK_PLACE = range(5)
 """Purposes of random draws; two purposes never share a draw."""
 
 

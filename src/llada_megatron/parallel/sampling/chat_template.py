@@ -87,6 +87,10 @@ class ChatTemplate:
         as_a_whole = self.tokenizer.encode_with_names(whole)
         return as_a_whole if self._special(as_a_whole) == self._special(ids) else ids
 
+    def text(self, messages: Sequence[Message]) -> str:
+        """The conversation that `encode` encodes, as text. Raises what `encode` raises."""
+        return self._parts(messages)[0]
+
     @property
     def end_of_turn(self) -> int | None:
         """The token that the template puts after an answer; None if it puts none."""
@@ -215,6 +219,17 @@ def find_template(tokenizer: Tokenizer, wanted: str | None) -> ChatTemplate:
             "conversation, or its template was lost; use llada sample, or give --template llada or --template FILE"
         )
     return ChatTemplate(text, tokenizer, names)
+
+
+PLAIN_TEXT_NOTE = (
+    "this checkpoint has a chat template: it was trained to answer inside it, and the likelihood of plain text says "
+    "little of it"
+)
+
+
+def has_template(tokenizer: Tokenizer) -> bool:
+    """Whether a template came with a checkpoint's tokenizer. Raises DataError if it cannot be read."""
+    return _template_beside(tokenizer.path.parent) is not None
 
 
 def _template_beside(folder: Path) -> str | None:

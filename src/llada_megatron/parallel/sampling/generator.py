@@ -67,7 +67,7 @@ class SequenceGenerator:
             ConfigError: the layout is one that sampling does not support.
         """
         config = loaded.model.config
-        _require_layout(config)
+        require_layout(config)
         self.report = GenerationReport()
         self._loaded, self._method, self._batch_size = loaded, method, batch_size
         self._recorder = recorder
@@ -185,7 +185,7 @@ class SequenceGenerator:
         self._counted_at = now
 
 
-def _require_layout(config: TransformerConfig) -> None:
+def require_layout(config: TransformerConfig) -> None:
     """Refuse layouts that cannot run a pass over parts of sequences. Raises ConfigError."""
     refused = {
         "context_parallel": config.context_parallel_size > 1,

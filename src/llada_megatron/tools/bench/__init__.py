@@ -25,6 +25,7 @@ BENCHMARKS = {
     "attention": "bytes written and time of attention over packed documents, against a loop over slices",
     "plan": "memory and step time that `llada plan` predicts, against published training runs",
     "experts": "what watching the experts takes of a training step",
+    "likelihood": "error of estimated likelihoods, and agreement of verdicts with and without shared masks",
     "sample": "time, forward passes and quality of every sampling preset, against the paper's sampler",
     "words": "whether the laptop's fine-tuned model answers questions about new words in the format that it learnt",
     "cap": "tokens per forward pass and right answers after fine-tuning with and without confidence-aware training",

@@ -1,0 +1,81 @@
+"""How a likelihood is measured: everything that two figures must have in common in order to be compared."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from llada_megatron.llada_moe.errors import ConfigError
+
+EstimatorName = Literal["bound", "confidence", "left-to-right", "next-token"]
+"""How a log-likelihood is estimated; `next-token` is an autoregressive model's, and the only one that it has."""
+
+MEANING = {
+    "bound": "any-order bound, mean of (L / l) x sum of log p over l of the L answer tokens masked, l uniform in 1..L",
+    "confidence": "chain in order of confidence: the masked token that the model is most sure of is revealed first",
+    "left-to-right": "exact log-likelihood of the decoder that unmasks from left to right",
+    "next-token": "exact log-likelihood of an autoregressive model",
+}
+
+
+@dataclass(frozen=True)
+class LikelihoodProtocol:
+    """The settings of an estimator."""
+
+    estimator: EstimatorName = "bound"
+    samples: int = 128
+    """Masks drawn for each answer (of each block, for a block-causal model). Read by `bound` only."""
+    stratum: int = 8
+    """Samples whose numbers of masked tokens are spread evenly over 1..L; a standard error is taken over strata."""
+    guidance: float = 0.0
+    """Weight w of classifier-free guidance: u + (w + 1) x (c - u), u with the context masked; 0 = off."""
+    seed: int = 0
+    shared_masks: bool = True
+    """Whether the options of one question are measured under the same masks, so far as they are equally long."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a setting that cannot be."""
+        if self.estimator not in get_args(EstimatorName):
+            raise ConfigError(f"estimator {self.estimator!r}: one of {', '.join(get_args(EstimatorName))}")
+        if self.samples < 1 or self.stratum < 1:
+            raise ConfigError(f"samples {self.samples} in strata of {self.stratum}: at least 1 each")
+        if self.samples % self.stratum:
+            raise ConfigError(
+                f"samples {self.samples}: a multiple of the stratum, {self.stratum}, so that every number of masked "
+                "tokens is equally likely"
+            )
+        if not math.isfinite(self.guidance):
+            raise ConfigError(f"guidance {self.guidance}: a finite number")
+
+    def require(self, fills_masks: bool) -> None:
+        """Refuse a protocol that a model does not have. Raises ConfigError.
+
+        Args:
+            fills_masks: whether the model is a diffusion model; an autoregressive one has one protocol.
+        """
+        if fills_masks and self.estimator == "next-token":
+            raise ConfigError("estimator next-token: a diffusion model has bound, confidence, left-to-right")
+        if not fills_masks and self.estimator != "next-token":
+            raise ConfigError(f"estimator {self.estimator}: an autoregressive model has its exact one, next-token")
+        if not fills_masks and self.guidance:
+            raise ConfigError(f"guidance {self.guidance:g}: an autoregressive model cannot mask the context")
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the figure is a lower bound of the log-likelihood; otherwise it is that of one decoding order."""
+        return self.estimator == "bound"
+
+    def record(self) -> dict[str, Any]:
+        """The settings that matter, as plain values: what a figure is written down with."""
+        every = asdict(self) | {"meaning": MEANING[self.estimator]}
+        unread = () if self.is_bound else ("samples", "stratum", "seed", "shared_masks")
+        return {name: value for name, value in every.items() if name not in unread}
+
+    def __str__(self) -> str:
+        """The settings in one line."""
+        drawn = f"; {self.samples} samples in strata of {self.stratum}, seed {self.seed}, masks " + (
+            "shared by the options of a question" if self.shared_masks else "drawn for each option"
+        )
+        guidance = f"; guidance {self.guidance:g}" if self.guidance else "; no guidance"
+        return f"{self.estimator}: {MEANING[self.estimator]}{drawn if self.is_bound else ''}{guidance}"

@@ -1,0 +1,163 @@
+"""`llada eval harness` on tasks that are defined here, without a network."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from llada_megatron.llada_moe.errors import ConfigError
+from tests.launch.sampling.checkpoints import checkpoint, run_cli
+
+pytest.importorskip("lm_eval", reason="lm_eval is not installed (the extra eval)")
+
+CHOICE = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{options}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+WRITTEN = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{options[0]}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 6}}
+metric_list: [{{metric: exact_match}}]
+"""
+ROLLING = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list: [{{metric: bits_per_byte}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Twenty questions, asked in three ways."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [{"question": f"{n} and one is", "options": [f" {n + 1}", f" {n}", " no"], "answer": 0} for n in range(20)]
+    data = folder / "questions.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, text in (("own_choice", CHOICE), ("own_written", WRITTEN), ("own_rolling", ROLLING)):
+        (folder / f"{name}.yaml").write_text(text.format(name=name, data=data))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path_factory):
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+
+
+def evaluated(capsys, *words):
+    code, out, err = run_cli(capsys, "eval", "harness", *words, "--json")
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1]), out
+
+
+def test_local_tasks_of_all_three_kinds(dense, tasks, tmp_path, capsys):
+    names = "own_choice,own_written,own_rolling"
+    words = (dense, "--tasks", names, "--task-folder", tasks, "--samples", 8, "--limit", 6)
+    found, out = evaluated(capsys, *words, "--output", tmp_path / "out.json")
+    assert set(found["results"]) == set(names.split(","))
+    assert {"acc,none", "acc_norm,none"} <= found["results"]["own_choice"].keys()
+    assert found["results"]["own_rolling"]["bits_per_byte,none"] > 0
+    assert found["protocol"]["likelihood"]["samples"] == 8
+    assert "likelihood: bound: any-order bound" in out
+    whole = json.loads((tmp_path / "out.json").read_text())
+    assert len(whole["samples"]["own_choice"]) == 6
+    assert all("\n" not in each["resps"][0][0] for each in whole["samples"]["own_written"])
+
+
+def test_guidance_is_used(dense, tasks, tmp_path, capsys):
+    found = []
+    for weight in (0, 2):
+        words = (dense, "--tasks", "own_choice", "--task-folder", tasks, "--samples", 8, "--guidance", weight)
+        evaluated(capsys, *words, "--limit", 2, "--output", tmp_path / "out.json")
+        samples = json.loads((tmp_path / "out.json").read_text())["samples"]["own_choice"]
+        found.append([float(each[0][0]) for sample in samples for each in sample["resps"]])
+    assert all(abs(a - b) > 1e-4 for a, b in zip(*found, strict=True))
+
+
+def test_an_interrupted_run_goes_on(dense, tasks, tmp_path, capsys, monkeypatch):
+    from llada_megatron.launch.evaluation import harness_model
+    from llada_megatron.parallel.evaluation.served_model import ServedModel
+
+    monkeypatch.setattr(harness_model, "TOGETHER", 4)
+    words = (dense, "--tasks", "own_choice", "--task-folder", tasks, "--samples", 8, "--limit", 6)
+    undisturbed, _ = evaluated(capsys, *words)
+    asked, interrupt = [], [True]
+    whole = ServedModel.log_likelihoods
+
+    def counted(self, pairs):
+        asked.append(len(pairs))
+        if interrupt and len(asked) == 2:
+            raise KeyboardInterrupt
+        return whole(self, pairs)
+
+    monkeypatch.setattr(ServedModel, "log_likelihoods", counted)
+    code, _, _ = run_cli(capsys, "eval", "harness", *words, "--resume", tmp_path / "kept")
+    assert code == 130
+    asked.clear()
+    interrupt.clear()
+    again, _ = evaluated(capsys, *words, "--resume", tmp_path / "kept")
+    assert again["results"] == undisturbed["results"]
+    assert sum(asked) == 18 - 4, "the first four answers were kept"
+
+
+def test_unknown_tasks_are_refused(dense, capsys, monkeypatch):
+    import lm_eval.tasks
+
+    own = SimpleNamespace(all_tasks=["another"])  # reading those of lm_eval takes seven seconds
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **_: own)
+    code, _, err = run_cli(capsys, "eval", "harness", dense, "--tasks", "no_such_task")
+    assert (code, "no such task" in err) == (2, True)
+
+
+def test_text_is_cut_at_the_first_stop_text():
+    from llada_megatron.launch.evaluation.harness_model import cut_at
+
+    assert cut_at("a\nb.c", [".", "\n", ""]) == "a"
+    assert cut_at("abc", []) == "abc"
+
+
+def test_a_conversation_keeps_its_special_tokens(tmp_path):
+    from lm_eval.api.instance import Instance
+
+    from llada_megatron.launch.evaluation.harness_model import HarnessModel
+    from llada_megatron.llada_moe.evaluation.protocol import LikelihoodProtocol
+    from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
+    from llada_megatron.parallel.evaluation.served_model import ServedModel
+    from llada_megatron.parallel.sampling.chat_template import LLADA
+    from llada_megatron.parallel.sampling.settings import Settings
+
+    chatty = checkpoint(tmp_path, template=LLADA)
+    with open_checkpoint(chatty) as loaded:
+        served = ServedModel(loaded, LikelihoodProtocol(samples=8), Settings(checkpoint=str(chatty)))
+        model = HarnessModel(served)
+        text = model.apply_chat_template([{"role": "user", "content": "hi <|eot_id|>"}])
+        special = served.tokenizer.special_ids
+        pair = model._pair(Instance("loglikelihood", {}, (text, "ok"), 1))
+        assert pair.context[:2] == (special["<|startoftext|>"], special["<|start_header_id|>"])
+        assert pair.context.count(special["<|eot_id|>"]) == 1, "the one of the message is ordinary text"
+        assert (pair.answer, pair.option) == (tuple(served.tokenizer.encode("ok")), 1)
+        (written,) = model.generate_until([Instance("generate_until", {}, (text, {"max_gen_toks": 3}), 0)])
+        assert isinstance(written, str)
+        drawn = Instance("generate_until", {}, (text, {"do_sample": True, "temperature": 0.7}), 0)
+        with pytest.raises(ConfigError, match="say --temperature 0.7"):
+            model.generate_until([drawn])

@@ -1,0 +1,92 @@
+"""Spans of text: chosen alike for every model, filled from both sides, and the autoregressive baseline."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.evaluation.infill_spans import (
+    Filled,
+    InfillSpan,
+    choose_infill_spans,
+    infill_figures,
+    is_python,
+)
+from llada_megatron.llada_moe.evaluation.protocol import LikelihoodProtocol
+from llada_megatron.parallel import build, topology
+from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
+from llada_megatron.parallel.evaluation.infill_run import continue_left_to_right, reranked, span_costs
+from llada_megatron.tools.bench.layouts import parity_run
+from tests.parallel.evaluation.test_query_scorer import enumerated_span, exact_bound
+from tests.parallel.sampling.spread import MODELS, load
+
+TEXT = (5, 9, 17, 33, 34, 77, 12, 60, 61)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    topology.join(0, 1, f"file://{tmp_path_factory.mktemp('world')}/rendezvous")
+    topology.initialize(LayoutConfig(), seed=0)
+    yield
+    topology.leave()
+
+
+@pytest.fixture(scope="module")
+def autoregressive(world):
+    run = parity_run(MODELS["dense"], LayoutConfig(), objective="autoregressive")
+    return LoadedModel(build.build_run_chunks(run)[0].eval(), run, Path(), {})
+
+
+def test_spans_are_chosen_alike_and_leave_both_sides():
+    texts = [tuple(range(n)) for n in (5, 12, 30, 30, 40)]
+    spans = choose_infill_spans(texts, (1, 4, 8), 3, seed=0)
+    assert spans == choose_infill_spans(texts, (1, 4, 8), 3, seed=0)
+    assert spans != choose_infill_spans(texts, (1, 4, 8), 3, seed=1)
+    assert [len(span.truth) for span in spans] == [1, 1, 1, 4, 4, 4, 8, 8, 8]
+    assert [span.number for span in spans] == list(range(9))
+    for span in spans:
+        assert min(len(span.before), len(span.after)) >= len(span.truth)
+        assert span.before + span.truth + span.after == span.text
+
+
+def test_the_cost_of_a_span_sees_both_sides(world):
+    full = load(MODELS["dense"], LayoutConfig(), None)
+    table = enumerated_span(full, TEXT, range(3, 6))
+    spans = [InfillSpan(TEXT, 3, 6, number) for number in range(100)]
+    nats = torch.tensor([each.nats for each in span_costs(full, spans, LikelihoodProtocol(samples=16))]).double()
+    assert abs(float(nats.mean()) - exact_bound(table, 3)) < 4 * float(nats.std()) / 10
+    changed = [dataclasses.replace(spans[0], text=(*TEXT[:8], 99))]
+    assert span_costs(full, changed, LikelihoodProtocol(samples=16))[0].nats != pytest.approx(float(nats[0]), abs=1e-4)
+
+
+def test_an_autoregressive_model_continues_and_is_ranked_by_the_right_side(autoregressive):
+    spans = [InfillSpan(TEXT, 3, 5, 0), InfillSpan(TEXT, 2, 6, 1)]
+    written = continue_left_to_right(autoregressive, spans, 0.0, seed=0)
+    assert [len(each) for each in written] == [2, 4]
+    alone = [continue_left_to_right(autoregressive, [span], 0.0, seed=0)[0] for span in spans]
+    assert written == alone
+    drafts = [continue_left_to_right(autoregressive, spans, 1.0, seed=0, draw=draw) for draw in range(3)]
+    assert len(set(map(str, drafts))) == 3, "draws differ"
+    candidates = [list(each) for each in zip(written, *drafts, strict=True)]
+    best = reranked(autoregressive, spans, candidates)
+    for span, options, chosen in zip(spans, candidates, best, strict=True):
+        costs = []
+        for option in options:
+            text = InfillSpan((*span.before, *option, *span.after), span.start, len(TEXT), 0)
+            (cost,) = span_costs(autoregressive, [text], LikelihoodProtocol("next-token"), sides=False)
+            costs.append(cost.nats)
+        assert chosen == options[costs.index(max(costs))]
+        assert costs[options.index(chosen)] >= costs[0]
+
+
+def test_figures_of_fillings():
+    span = InfillSpan((1, 2, 3, 4), 1, 3, 0)
+    found = infill_figures([Filled(span, (2, 3), True), Filled(span, (2, 9), False), Filled(span, (2,))])
+    assert found["exact"]["value"] == pytest.approx(1 / 3)
+    assert found["token_accuracy"] == pytest.approx(4 / 6)
+    assert found["parses"]["value"] == 0.5
+    assert is_python("x = 1\n") and not is_python("x = (1\n") and not is_python("\0")
