@@ -129,6 +129,32 @@ def test_unknown_tasks_are_refused(dense, capsys, monkeypatch):
     assert (code, "no such task" in err) == (2, True)
 
 
+def test_wrong_command_lines(dense, tmp_path, capsys):
+    for words, told in [
+        (("--shots", -1), "--shots -1: at least 0"),
+        (("--limit", 0), "--limit 0: at least 1"),
+        (("--task-folder", tmp_path / "none"), "there is no such folder"),
+        (("--template", "llada"), "--template belongs to --chat-template"),
+        (("--output", tmp_path / "none" / "x.json"), "there is no such folder"),
+    ]:
+        code, _, err = run_cli(capsys, "eval", "harness", dense, "--tasks", "any", *words)
+        assert (code, told in err, len(err.splitlines())) == (2, True, 1), err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("own_unsafe", CHOICE + "unsafe_code: true\n", "runs programs that the model writes"),
+        ("own_broken", CHOICE.replace("questions", "broken"), "line 2"),
+    ],
+)
+def test_tasks_that_cannot_be_run_are_one_line(dense, tasks, tmp_path, capsys, name, text, told):
+    (tmp_path / "questions.jsonl").write_text((tasks / "questions.jsonl").read_text() + "{\n")
+    (tmp_path / f"{name}.yaml").write_text(text.format(name=name, data=tmp_path / "questions.jsonl"))
+    code, _, err = run_cli(capsys, "eval", "harness", dense, "--tasks", name, "--task-folder", tmp_path)
+    assert (code in (1, 2), told in err.splitlines()[-1]) == (True, True), err
+
+
 def test_text_is_cut_at_the_first_stop_text():
     from llada_megatron.launch.evaluation.harness_model import cut_at
 

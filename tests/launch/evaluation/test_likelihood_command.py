@@ -118,8 +118,9 @@ def test_wrong_command_lines(dense, tmp_path, capsys):
     ]:
         code, _, err = run_cli(capsys, "eval", "likelihood", dense, file, *words)
         assert (code, told in err) == (2, True), err
-    code, _, err = run_cli(capsys, "eval", "likelihood", dense, tmp_path / "none.jsonl")
-    assert (code, "No such file" in err) == (1, True)
+    for words in ((tmp_path / "none.jsonl",), (file, "--output", tmp_path / "none" / "out.jsonl")):
+        code, _, err = run_cli(capsys, "eval", "likelihood", dense, *words)
+        assert (code, "No such file" in err) == (1, True)
 
 
 def test_a_pair_is_cut_as_the_harness_cuts_it():
@@ -133,6 +134,7 @@ def test_a_pair_is_cut_as_the_harness_cuts_it():
 def test_a_file_that_is_no_file_of_results_is_refused(tmp_path):
     from llada_megatron.llada_moe.errors import DataError
 
-    (tmp_path / "x").write_text("hello\n")
-    with pytest.raises(DataError, match="not a file of results"):
-        LikelihoodFile(tmp_path / "x", {})
+    for content in ("hello\n", '{"protocol": 3}\n', '{"protocol": {}}\n3\n'):
+        (tmp_path / "x").write_text(content)
+        with pytest.raises(DataError, match="not a file of results"):
+            LikelihoodFile(tmp_path / "x", {})

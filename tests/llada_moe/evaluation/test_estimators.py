@@ -140,7 +140,7 @@ def test_protocols_that_cannot_be_are_refused():
     with pytest.raises(ConfigError, match="one of bound"):
         LikelihoodProtocol(estimator="elbo")
     with pytest.raises(ConfigError, match="has its exact one"):
-        estimate(table, [pair], LikelihoodProtocol(), AUTOREGRESSIVE)
+        estimate(table, [pair], LikelihoodProtocol("bound"), AUTOREGRESSIVE)
     with pytest.raises(ConfigError, match="next-token: a diffusion model"):
         estimate(table, [pair], LikelihoodProtocol("next-token"), FULL)
     with pytest.raises(ConfigError, match="cannot mask"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,7 @@ class HarnessModel(LM):
         seed: int = 0,
         max_new_tokens: int | None = None,
         greedy: bool = False,
-        template: str | None = None,
+        template: ChatTemplate | str | None = None,
         batch_size: int | str | None = None,
         device: str | None = None,
         max_batch_size: int | None = None,
@@ -72,7 +73,7 @@ class HarnessModel(LM):
             seed: of the masks and of sampling.
             max_new_tokens: of every text, whatever a task says; None = what the task says, else 256.
             greedy: compute `is_greedy`, which takes a forward pass for each token of every answer.
-            template: see `find_template`.
+            template: for conversations; a name or file as `find_template` takes it, None = the checkpoint's own.
             batch_size: texts that are written together; "auto" is the default of 8.
             device: ignored: the device is that of this process.
             max_batch_size: ignored.
@@ -83,9 +84,10 @@ class HarnessModel(LM):
             served = self._opened(
                 checkpoint, tokenizer, preset, estimator, (samples, stratum, guidance, seed), batch_size
             )
-        self.served, self._length, self._greedy, self._wanted = served, max_new_tokens, greedy, template
+        self.served, self._length, self._greedy = served, max_new_tokens, greedy
         self._rendered: dict[str, list[int]] = {}
-        self._template: ChatTemplate | None = None
+        self._wanted = None if isinstance(template, ChatTemplate) else template
+        self._template = template if isinstance(template, ChatTemplate) else None
         self.shortened = 0
         """Prompts and contexts whose beginning did not fit the model."""
 
@@ -104,7 +106,6 @@ class HarnessModel(LM):
 
         device.install()
         from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
-        from llada_megatron.parallel.evaluation.query_scorer import kind_of
         from llada_megatron.parallel.evaluation.served_model import ServedModel
 
         samples, stratum, guidance, seed = drawn
@@ -118,8 +119,7 @@ class HarnessModel(LM):
             batch_size=size,
         )
         loaded = self._open.enter_context(open_checkpoint(checkpoint))
-        chosen = estimator or ("bound" if kind_of(loaded).fills_masks else "next-token")
-        protocol = LikelihoodProtocol(chosen, int(samples), int(stratum), float(guidance), int(seed))  # type: ignore[arg-type]
+        protocol = LikelihoodProtocol(estimator, int(samples), int(stratum), float(guidance), int(seed))  # type: ignore[arg-type]
         return ServedModel(loaded, protocol, settings)
 
     # what lm_eval asks for
@@ -155,10 +155,12 @@ class HarnessModel(LM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations, cut at the first end of text that was written and at the first of the task's stop texts."""
         found: list[str] = []
+        asked: Counter[str] = Counter()
         for some in _chunks(requests):
-            prompts: list[Prompt] = []
+            prompts = []
             for request in some:
-                prompts.append(self._prompt(request, {prompt.number for prompt in prompts}))
+                prompts.append(self._prompt(request, asked[request.args[0]]))
+                asked[request.args[0]] += 1
             results = self.served.generate(prompts)
             answers = [cut_at(self._answer(result), _until(r)) for r, result in zip(some, results, strict=True)]
             found += self._kept("generate_until", some, answers)
@@ -175,8 +177,8 @@ class HarnessModel(LM):
                 "this task begins the assistant's answer itself (gen_prefix); run it without the template"
             )
         template = self._chat_template()
-        text = template.text(chat_history)
-        self._rendered[text] = template.encode(chat_history)
+        text, parts = template.parts(chat_history)
+        self._rendered[text] = template.ids_of(text, parts)
         return text
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -224,8 +226,11 @@ class HarnessModel(LM):
         longest = max(begun, key=len)
         return self._rendered[longest] + encode_behind(self.served.tokenizer.encode, context[len(longest) :])
 
-    def _prompt(self, request: Instance, taken: set[int]) -> Prompt:
-        """The prompt of a request, numbered by its text: draws do not depend on which requests are left to do."""
+    def _prompt(self, request: Instance, times: int) -> Prompt:
+        """The prompt of a request that was asked so many `times` before.
+
+        Its number, which draws depend on, comes from its text: it is the same whichever requests are left to do.
+        """
         context, arguments = request.args
         temperature = arguments.get("temperature", 0.0) if arguments.get("do_sample", False) else 0.0
         if temperature != self.served.settings.temperature and arguments.get("do_sample", False):
@@ -238,10 +243,8 @@ class HarnessModel(LM):
             ids = self.served.tokenizer.encode(context)
         room = self.served.room(new)
         self.shortened += len(ids) > room
-        number = _digest(context) + 1
-        while number in taken:
-            number += 1
-        return replace(Prompt.of(ids[max(0, len(ids) - room) :], number), max_new_tokens=new)
+        kept = ids[max(0, len(ids) - room) :]
+        return replace(Prompt.of(kept, 1 + _digest((context, times))), max_new_tokens=new)
 
     def _answer(self, result: Result) -> str:
         """What was written before an end of text, and before the end of the turn where there is a chat template."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import emit_json
+from llada_megatron.launch.evaluation.protocol_options import add_protocol, protocol_of
 from llada_megatron.launch.evaluation.spread_job import SpreadJob, run_spread
 from llada_megatron.launch.sampling.options import add_method, add_model, require_checkpoint, settings_of
 from llada_megatron.llada_moe.errors import ConfigError, DataError
@@ -34,12 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--spans", type=int, default=64, metavar="N", help="spans of each length (64)")
     what.add_argument("--python", action="store_true", help="also ask whether the text still parses as Python")
     what.add_argument("--find-length", action="store_true", help="also let the model choose the length of each span")
-    what.add_argument("--samples", type=int, default=32, metavar="N", help="masks drawn for the cost of a span (32)")
     against = parser.add_argument_group("what it is compared with")
     against.add_argument("--autoregressive", metavar="CHECKPOINT", help="an autoregressive model, same tokenizer")
     against.add_argument(
         "--candidates", type=int, default=8, metavar="N", help="its drafts that the right side ranks (8)"
     )
+    add_protocol(parser, samples=32, chains=False)
     add_method(parser)
     parser.add_argument("--local", action="store_true", help="start the ranks here, even in a job of torchrun or srun")
     parser.set_defaults(max_new_tokens=None)  # nothing is continued: a span has its own length
@@ -199,9 +200,7 @@ def run(args: argparse.Namespace) -> int:
         require_checkpoint(args.autoregressive)
     work = InfillWork(
         settings=settings,
-        protocol=LikelihoodProtocol(
-            samples=args.samples, stratum=min(8, args.samples), guidance=args.guidance, seed=args.seed
-        ),
+        protocol=protocol_of(args),
         texts=None if args.texts is None else _texts(args.texts),
         windows=args.windows,
         lengths=lengths,

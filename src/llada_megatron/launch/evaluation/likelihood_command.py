@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import emit_json, message
+from llada_megatron.launch.evaluation.protocol_options import add_protocol, protocol_of
 from llada_megatron.launch.evaluation.spread_job import SpreadJob, run_spread
 from llada_megatron.launch.sampling.options import layout_of, require_checkpoint
 from llada_megatron.llada_moe.errors import ConfigError, DataError
-from llada_megatron.llada_moe.evaluation.protocol import MEANING, LikelihoodProtocol
+from llada_megatron.llada_moe.evaluation.protocol import LikelihoodProtocol
 from llada_megatron.llada_moe.overwriting import refuse_overwriting
 
 if TYPE_CHECKING:
@@ -29,21 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="lines of JSON: questions with options, or texts")
     parser.add_argument("overrides", nargs="*", metavar="layout.AXIS=N", help="ranks that the model is spread over")
     parser.add_argument("--tokenizer", metavar="FILE", help="where the checkpoint's tokenizer is now, if it was moved")
-    defaults = LikelihoodProtocol()
-    how = parser.add_argument_group("how it is measured")
-    how.add_argument(
-        "--estimator", choices=list(MEANING), help="bound (default), or next-token of an autoregressive model"
-    )
-    how.add_argument(
-        "--samples", type=int, default=defaults.samples, metavar="N", help="masks drawn for an answer (128)"
-    )
-    how.add_argument(
-        "--stratum",
-        type=int,
-        default=defaults.stratum,
-        metavar="N",
-        help="samples with evenly spread numbers of masks (8)",
-    )
+    add_protocol(parser)
+    how = parser.add_argument_group("further settings")
     how.add_argument("--guidance", type=float, default=0.0, metavar="W", help="classifier-free guidance (0 = off)")
     how.add_argument("--seed", type=int, default=0, help="seed of the masks")
     how.add_argument("--independent-masks", action="store_true", help="draw other masks for each option of a question")
@@ -60,10 +48,7 @@ class LikelihoodWork:
     """The work of each rank."""
 
     lines: Sequence[ScoredLine]
-    protocol: LikelihoodProtocol | None
-    """None: the bound, or the exact value of an autoregressive model."""
-    settings: LikelihoodProtocol
-    """What `protocol` is made from where it is None."""
+    protocol: LikelihoodProtocol
     tokenizer: str | None
     positions: int
     output: str | None
@@ -83,9 +68,7 @@ class LikelihoodWork:
         from llada_megatron.parallel.sampling.checkpoint_tokenizer import checkpoint_tokenizer
 
         kind = kind_of(loaded)
-        protocol = self.protocol or (
-            self.settings if kind.fills_masks else replace(self.settings, estimator="next-token")
-        )
+        protocol = self.protocol.of_model(kind.fills_masks)
         textual = any(
             isinstance(content, str) and content for line in self.lines for content in (line.context, *line.answers)
         )
@@ -139,18 +122,9 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise DataError(f"{args.file}: {error.strerror}") from error
     lines = parse_scored_lines(content.decode("utf-8-sig", "surrogateescape").split("\n"), args.file)
-    settings = LikelihoodProtocol(
-        estimator=args.estimator or "bound",
-        samples=args.samples,
-        stratum=min(args.stratum, args.samples) if args.stratum == LikelihoodProtocol().stratum else args.stratum,
-        guidance=args.guidance,
-        seed=args.seed,
-        shared_masks=not args.independent_masks,
-    )
     work = LikelihoodWork(
         lines=lines[: args.limit],
-        protocol=settings if args.estimator else None,
-        settings=settings,
+        protocol=protocol_of(args, shared_masks=not args.independent_masks),
         tokenizer=args.tokenizer,
         positions=args.positions,
         output=args.output,

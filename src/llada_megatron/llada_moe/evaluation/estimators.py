@@ -64,7 +64,7 @@ def estimate(score: Score, pairs: Sequence[Pair], protocol: LikelihoodProtocol, 
         ConfigError: the protocol is not one of this model.
         DataError: an autoregressive model was given an empty context.
     """
-    protocol.require(model.fills_masks)
+    protocol = protocol.of_model(model.fills_masks)
     if not model.fills_masks:
         return _next_token(score, pairs)
     cut = [parts(pair, model.block) for pair in pairs]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from llada_megatron.llada_moe.errors import ConfigError
@@ -23,7 +23,8 @@ MEANING = {
 class LikelihoodProtocol:
     """The settings of an estimator."""
 
-    estimator: EstimatorName = "bound"
+    estimator: EstimatorName | None = None
+    """None = what `of_model` chooses: the bound, or next-token of an autoregressive model."""
     samples: int = 128
     """Masks drawn for each answer (of each block, for a block-causal model). Read by `bound` only."""
     stratum: int = 8
@@ -36,7 +37,7 @@ class LikelihoodProtocol:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a setting that cannot be."""
-        if self.estimator not in get_args(EstimatorName):
+        if self.estimator not in (None, *get_args(EstimatorName)):
             raise ConfigError(f"estimator {self.estimator!r}: one of {', '.join(get_args(EstimatorName))}")
         if self.samples < 1 or self.stratum < 1:
             raise ConfigError(f"samples {self.samples} in strata of {self.stratum}: at least 1 each")
@@ -48,27 +49,37 @@ class LikelihoodProtocol:
         if not math.isfinite(self.guidance):
             raise ConfigError(f"guidance {self.guidance}: a finite number")
 
-    def require(self, fills_masks: bool) -> None:
-        """Refuse a protocol that a model does not have. Raises ConfigError.
+    def of_model(self, fills_masks: bool) -> LikelihoodProtocol:
+        """This protocol for a model: with the estimator that such a model has where none was chosen.
 
         Args:
             fills_masks: whether the model is a diffusion model; an autoregressive one has one protocol.
+
+        Raises:
+            ConfigError: the model does not have what was chosen.
         """
-        if fills_masks and self.estimator == "next-token":
+        chosen = replace(self, estimator=self.estimator or ("bound" if fills_masks else "next-token"))
+        if fills_masks and chosen.estimator == "next-token":
             raise ConfigError("estimator next-token: a diffusion model has bound, confidence, left-to-right")
-        if not fills_masks and self.estimator != "next-token":
-            raise ConfigError(f"estimator {self.estimator}: an autoregressive model has its exact one, next-token")
-        if not fills_masks and self.guidance:
-            raise ConfigError(f"guidance {self.guidance:g}: an autoregressive model cannot mask the context")
+        if not fills_masks and chosen.estimator != "next-token":
+            raise ConfigError(f"estimator {chosen.estimator}: an autoregressive model has its exact one, next-token")
+        if not fills_masks and chosen.guidance:
+            raise ConfigError(f"guidance {chosen.guidance:g}: an autoregressive model cannot mask the context")
+        return chosen
 
     @property
     def is_bound(self) -> bool:
-        """Whether the figure is a lower bound of the log-likelihood; otherwise it is that of one decoding order."""
-        return self.estimator == "bound"
+        """Whether masks are drawn, and the figure is a lower bound; otherwise it is that of one decoding order."""
+        return self.estimator in (None, "bound")
+
+    @property
+    def meaning(self) -> str:
+        """What the estimator estimates."""
+        return MEANING[self.estimator or "bound"]
 
     def record(self) -> dict[str, Any]:
         """The settings that matter, as plain values: what a figure is written down with."""
-        every = asdict(self) | {"meaning": MEANING[self.estimator]}
+        every = asdict(self) | {"meaning": self.meaning}
         unread = () if self.is_bound else ("samples", "stratum", "seed", "shared_masks")
         return {name: value for name, value in every.items() if name not in unread}
 
@@ -78,4 +89,4 @@ class LikelihoodProtocol:
             "shared by the options of a question" if self.shared_masks else "drawn for each option"
         )
         guidance = f"; guidance {self.guidance:g}" if self.guidance else "; no guidance"
-        return f"{self.estimator}: {MEANING[self.estimator]}{drawn if self.is_bound else ''}{guidance}"
+        return f"{self.estimator or 'bound'}: {self.meaning}{drawn if self.is_bound else ''}{guidance}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,20 @@ def score_lines(
 ) -> Iterator[list[dict[str, Any]]]:
     """Records of all lines, `TOGETHER` at a time. Collective: every rank gives the same lines and consumes all.
 
+    Every line is read as token ids before the first is scored, so that a line which cannot be scored costs nothing.
+
     Raises:
         ConfigError: the protocol or the layout is not one of the model.
         DataError: a line that cannot be scored, with its number.
     """
     kind, model = kind_of(loaded), loaded.run.model
-    protocol.require(kind.fills_masks)
+    protocol = protocol.of_model(kind.fills_masks)
+    every = [line.pairs(tokenizer, kind, model.max_sequence_length, model.eos_token_id) for line in lines]
+    known_ids([pair for line in every for answer in line for pair in answer], model.vocab_size)
     scorer = QueryScorer(loaded, protocol.guidance, positions)
     for start in range(0, len(lines), TOGETHER):
-        some = lines[start : start + TOGETHER]
-        cut = [line.pairs(tokenizer, kind, model.max_sequence_length, model.eos_token_id) for line in some]
+        some, cut = lines[start : start + TOGETHER], every[start : start + TOGETHER]
         flat = [pair for line in cut for answer in line for pair in answer]
-        known_ids(flat, model.vocab_size)
         found = iter(estimate(scorer, flat, protocol, kind))
         each = [[together([next(found) for _ in answer]) for answer in line] for line in cut]
         yield [record_of(line, estimates) for line, estimates in zip(some, each, strict=True)]
@@ -50,7 +53,7 @@ class LikelihoodFile:
     """Results as lines of JSON below a line that says how they were measured; an interrupted file is continued."""
 
     def __init__(self, path: Path, protocol: dict[str, Any], overwrite: bool = False) -> None:
-        """Read what is there.
+        """Read what is there, or begin the file.
 
         Args:
             path: of the file, which need not exist.
@@ -59,41 +62,38 @@ class LikelihoodFile:
 
         Raises:
             ConfigError: the file holds results of another protocol, checkpoint or input.
+            DataError: it cannot be read or written, or holds something else.
         """
         self.path, self._protocol = path, protocol
         self.records: list[dict[str, Any]] = []
-        if overwrite:
-            path.unlink(missing_ok=True)
-        if path.exists():
-            self._read()
-
-    @property
-    def done(self) -> set[int]:
-        """Numbers of the lines that have a result."""
-        return {each["number"] for each in self.records}
+        try:
+            if not overwrite and path.exists():
+                self._read()
+            if overwrite or not path.exists() or not path.stat().st_size:
+                path.write_text(json.dumps({"protocol": protocol}) + "\n", "utf-8")
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from error
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Write results to the end of the file."""
         with open(self.path, "a", encoding="utf-8") as stream:
-            if not stream.tell():
-                stream.write(json.dumps({"protocol": self._protocol}) + "\n")
-            stream.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in records)
+            stream.writelines(json.dumps(each) + "\n" for each in records)
         self.records += records
 
     def _read(self) -> None:
         """The results so far; a last line that was cut off is removed."""
-        text = self.path.read_text("utf-8", "surrogateescape")
-        whole = text[: text.rfind("\n") + 1]
+        content = self.path.read_bytes()
+        end = content.rfind(b"\n") + 1
         try:
-            head, *rest = [json.loads(line) for line in whole.splitlines()] or [{"protocol": self._protocol}]
-            found, self.records = head["protocol"], rest
+            head, *records = [json.loads(line) for line in content[:end].splitlines()] or [{"protocol": self._protocol}]
+            found, self.records = dict(head["protocol"]), [dict(each) for each in records]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.path}: not a file of results ({error}); give another, or --overwrite") from error
         if found != self._protocol:
-            differ = [key for key in self._protocol if found.get(key) != self._protocol[key]]
+            differ = [key for key in {**self._protocol, **found} if found.get(key) != self._protocol.get(key)]
             raise ConfigError(
                 f"{self.path}: its results were measured otherwise ({', '.join(differ)}); give another file, "
                 "or --overwrite"
             )
-        if whole != text:
-            self.path.write_text(whole, "utf-8")
+        if end < len(content):
+            os.truncate(self.path, end)

@@ -52,8 +52,8 @@ class ServedModel:
             DataError: the tokenizer is missing, or another model's.
         """
         self.kind, self.model = kind_of(loaded), loaded.run.model
-        protocol.require(self.kind.fills_masks)
-        self.loaded, self.protocol, self.settings = loaded, protocol, settings
+        self.protocol = protocol.of_model(self.kind.fills_masks)
+        self.loaded, self.settings = loaded, settings
         self.tokenizer = checkpoint_tokenizer(loaded, settings.tokenizer)
         self._scorer = QueryScorer(loaded, protocol.guidance, positions)
         self._session: Session | None = None

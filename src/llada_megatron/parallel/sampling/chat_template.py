@@ -87,10 +87,6 @@ class ChatTemplate:
         as_a_whole = self.tokenizer.encode_with_names(whole)
         return as_a_whole if self._special(as_a_whole) == self._special(ids) else ids
 
-    def text(self, messages: Sequence[Message]) -> str:
-        """The conversation that `encode` encodes, as text. Raises what `encode` raises."""
-        return self._parts(messages)[0]
-
     @property
     def end_of_turn(self) -> int | None:
         """The token that the template puts after an answer; None if it puts none."""
