@@ -145,7 +145,7 @@ def test_wrong_command_lines(dense, tmp_path, capsys):
     ("name", "text", "told"),
     [
         ("own_unsafe", CHOICE + "unsafe_code: true\n", "runs programs that the model writes"),
-        ("own_broken", CHOICE.replace("questions", "broken"), "line 2"),
+        ("own_broken", CHOICE, "row 20"),
     ],
 )
 def test_tasks_that_cannot_be_run_are_one_line(dense, tasks, tmp_path, capsys, name, text, told):

@@ -72,7 +72,7 @@ def test_guidance_and_estimators_change_the_figure(dense, tmp_path, capsys):
     file = written(tmp_path / "in.jsonl", LINES[2:3])
     found = []
     for words in ((), ("--guidance", 2), ("--estimator", "confidence"), ("--estimator", "left-to-right")):
-        code, out, err = run_cli(capsys, "eval", "likelihood", dense, file, "--json", *words)
+        code, out, err = run_cli(capsys, "eval", "likelihood", dense, file, "--samples", 8, "--json", *words)
         assert code == 0, err
         found.append(json.loads(out.splitlines()[-1])["nats_per_token"]["value"])
     assert len(set(found)) == 4

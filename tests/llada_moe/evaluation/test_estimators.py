@@ -81,26 +81,6 @@ class Table:
         return found
 
 
-def test_shared_masks_raise_the_agreement_of_verdicts():
-    length, options, questions = 6, 4, 80
-    table = Table(0, 200, length)
-    generator = torch.Generator().manual_seed(1)
-    texts = torch.randint(1, 200, (questions, 1, length), generator=generator).repeat(1, options, 1)
-    changed = torch.randint(1, 200, (questions, options, 2), generator=generator)
-    texts[:, :, 3:5] = changed  # options that differ in two of six tokens
-    pairs = [Pair((1,), tuple(texts[q, o].tolist()), q, o) for q in range(questions) for o in range(options)]
-
-    def verdicts(protocol):
-        nats = torch.tensor([each.nats for each in estimate(table, pairs, protocol, FULL)])
-        return nats.view(questions, options).argmax(1)
-
-    long_run = verdicts(LikelihoodProtocol(samples=128))
-    one = LikelihoodProtocol(samples=1, stratum=1)
-    shared = (verdicts(one) == long_run).double().mean()
-    independent = (verdicts(replace(one, shared_masks=False)) == long_run).double().mean()
-    assert shared > independent + 0.08
-
-
 def test_equal_masks_are_run_once_and_one_position_once():
     table = Table(0, 10, 8)
     short, single = estimate(table, [Pair((1,), (2, 3)), Pair((1,), (4,))], LikelihoodProtocol(), FULL)

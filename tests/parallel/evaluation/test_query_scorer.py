@@ -113,13 +113,12 @@ def test_the_bound_is_within_four_standard_errors(full, oracle, score):
 
 def test_the_error_falls_with_the_square_root_of_the_samples(full, oracle, score):
     exact = exact_bound(oracle, 4)
-    pairs = [dataclasses.replace(PAIR, question=q) for q in range(300)]
+    pairs = [dataclasses.replace(PAIR, question=q) for q in range(200)]
     errors = []
-    for samples in (8, 32, 128):
+    for samples in (8, 32):
         found = estimate(score, pairs, LikelihoodProtocol(samples=samples), kind_of(full))
         errors.append(math.sqrt(sum((each.nats - exact) ** 2 for each in found) / len(found)))
-    for more, fewer in itertools.pairwise(errors):
-        assert 1.6 < more / fewer < 2.5
+    assert 1.6 < errors[0] / errors[1] < 2.5
 
 
 def test_chains_are_what_enumeration_says(full, oracle, score):
@@ -230,7 +229,7 @@ def test_a_batch_gives_what_each_text_alone_gives(full):
 
 FULL = ModelKind(MASK, True)
 LAYOUTS = {
-    "TP2.PP2": ("dense", LayoutConfig(tensor_parallel=2, pipeline_parallel=2)),
+    "PP2": ("dense", LayoutConfig(pipeline_parallel=2)),  # tensor ranks: test_served_model
     "EP2": ("experts", LayoutConfig(data_parallel=2, expert_parallel=2)),
 }
 

@@ -132,7 +132,8 @@ class HarnessWork:
                 f"--tasks: one runs programs that the model writes, which is never done here ({error})"
             ) from error
         except (OSError, DatasetsError) as error:
-            raise DataError(f"lm_eval: {' '.join(str(error.__cause__ or error).split())}") from error
+            why = " ".join(str(error.__cause__ or error).split())
+            raise DataError(f"data of {', '.join(self.tasks)} cannot be read: {why}") from error
         if found is None:
             raise ConfigError("lm_eval gave no results")
         return found

@@ -169,17 +169,14 @@ class HarnessModel(LM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text. Its token ids are kept, since no text of a message may give a special token.
 
-        Raises:
-            ConfigError: an answer that is begun for the model, which the template cannot express.
+        Without `add_generation_prompt` the last message is the beginning of the answer, which the task wrote.
         """
-        if not add_generation_prompt:
-            raise ConfigError(
-                "this task begins the assistant's answer itself (gen_prefix); run it without the template"
-            )
+        begun = "" if add_generation_prompt else chat_history[-1]["content"]
         template = self._chat_template()
-        text, parts = template.parts(chat_history)
-        self._rendered[text] = template.ids_of(text, parts)
-        return text
+        text, parts = template.parts(chat_history if add_generation_prompt else chat_history[:-1])
+        ids = template.ids_of(text, parts)
+        self._rendered[text + begun] = ids + encode_behind(self.served.tokenizer.encode, begun)
+        return text + begun
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The Jinja template, which lm_eval writes into its results."""

@@ -7,6 +7,7 @@ masks are those that `llada eval likelihood` draws.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,18 +98,25 @@ def _estimates(question: _Question, number: int, count: int, shared: bool) -> ND
     """What `count` samples say of each option `[options]`."""
     import numpy as np
 
+    masked = np.stack([_masked(number, 0 if shared else option, count, shared) for option in range(OPTIONS)])
+    return question.samples(masked).mean(1)
+
+
+@functools.cache
+def _masked(number: int, option: int, count: int, shared: bool) -> NDArray[np.float64]:
+    """Which positions of an option are masked in each sample: `[samples, length]` of 0 and 1."""
+    import numpy as np
+
     from llada_megatron.llada_moe.evaluation.estimators import draw
     from llada_megatron.llada_moe.evaluation.protocol import LikelihoodProtocol
     from llada_megatron.llada_moe.evaluation.queries import Pair, parts
 
     protocol = LikelihoodProtocol(samples=count, stratum=min(8, count), shared_masks=shared)
-    masked = np.zeros((OPTIONS, count, LENGTH))
-    for option in range(OPTIONS):
-        pair = Pair((), (0,) * LENGTH, number, option)
-        strata = draw(parts(pair, None)[0], pair, 0, protocol)
-        for sample, positions in enumerate(itertools.chain.from_iterable(strata)):
-            masked[option, sample, list(positions)] = 1.0
-    return question.samples(masked).mean(1)
+    pair = Pair((), (0,) * LENGTH, number, option)
+    masked = np.zeros((count, LENGTH))
+    for sample, positions in enumerate(itertools.chain.from_iterable(draw(parts(pair, None)[0], pair, 0, protocol))):
+        masked[sample, list(positions)] = 1.0
+    return masked
 
 
 def _agreement(questions: Sequence[_Question], count: int, shared: bool) -> float:
