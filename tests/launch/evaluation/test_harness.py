@@ -120,6 +120,25 @@ def test_an_interrupted_run_goes_on(dense, tasks, tmp_path, capsys, monkeypatch)
     assert sum(asked) == 18 - 4, "the first four answers were kept"
 
 
+def test_lm_eval_opens_a_checkpoint_by_the_name_of_the_model(dense):
+    """As `simple_evaluate(model="llada", model_args=…)` does."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.registry import get_model
+
+    from llada_megatron.launch.evaluation import harness_model
+
+    assert get_model("llada") is harness_model.HarnessModel
+    asked, own = {"checkpoint": str(dense), "samples": 8}, {"batch_size": None, "max_batch_size": None, "device": None}
+    model = get_model("llada").create_from_arg_obj(asked, own)
+    try:
+        ((nats, greedy),) = model.loglikelihood([Instance("loglikelihood", {}, ("one and one is", " two"), 0)])
+    finally:
+        model.close()
+    assert nats < 0 and greedy is False
+    with pytest.raises(ConfigError, match="which checkpoint"):
+        harness_model.HarnessModel()
+
+
 def test_unknown_tasks_are_refused(dense, capsys, monkeypatch):
     import lm_eval.tasks
 
@@ -136,9 +155,42 @@ def test_wrong_command_lines(dense, tmp_path, capsys):
         (("--task-folder", tmp_path / "none"), "there is no such folder"),
         (("--template", "llada"), "--template belongs to --chat-template"),
         (("--output", tmp_path / "none" / "x.json"), "there is no such folder"),
+        (("--published", "llada-8b-base"), "--tasks any: nothing published for LLaDA-8B-Base; arc_challenge"),
+        (("--published", "llada-8b-base", "--block-length", 8), "--block-length: --published NAME has its own"),
+        (("--published", "none"), "no list of published figures 'none'"),
     ]:
         code, _, err = run_cli(capsys, "eval", "harness", dense, "--tasks", "any", *words)
         assert (code, told in err, len(err.splitlines())) == (2, True, 1), err
+    code, _, err = run_cli(capsys, "eval", "harness", dense)
+    assert (code, "Give --tasks A,B or --published NAME" in err) == (2, True)
+
+
+PUBLISHED = """
+model: a model
+source: a report
+rows:
+  - {task: own_choice, shots: 0, samples: 8, guidance: 0.5, metrics: [acc, acc_norm], figures: [CHOICE]}
+  - {task: own_written, shots: 0, new_tokens: 3, metrics: [exact_match], figures: [0.4, 90]}
+"""
+
+
+def test_published_figures_are_measured_with_their_settings_and_compared(dense, tasks, tmp_path, capsys):
+    file = tmp_path / "published.yaml"
+    words = (dense, "--published", file, "--task-folder", tasks, "--limit", 2, "--output", tmp_path / "out.json")
+    for figure in (0, 50):
+        file.write_text(PUBLISHED.replace("CHOICE", str(figure)))
+        found, out, err = run_cli(capsys, "eval", "harness", *words, "--json")
+        rows = json.loads(out.splitlines()[-1])["rows"]
+        assert [row["measured"].keys() for row in rows] == [{"acc", "acc_norm"}, {"exact_match"}], err
+        assert rows[1]["accepted"] and rows[1]["measured"]["exact_match"] == 0.0
+        near = min(abs(value - figure) for value in rows[0]["measured"].values())
+        assert rows[0]["accepted"] == (near <= max(1, 2 * rows[0]["errors"]["acc"])), rows[0]
+        assert found == (0 if rows[0]["accepted"] else 1)
+        if figure == 0:
+            assert "accepted  own_written" in out and "published 0.4 or 90" in out
+    choice, written = json.loads((tmp_path / "out.json").read_text())["parts"]
+    assert choice["protocol"]["likelihood"]["guidance"] == 0.5
+    assert written["protocol"]["sampling"]["block_length"] == written["protocol"]["max_new_tokens"] == 3
 
 
 @pytest.mark.parametrize(
@@ -184,6 +236,13 @@ def test_a_conversation_keeps_its_special_tokens(tmp_path):
         assert (pair.answer, pair.option) == (tuple(served.tokenizer.encode("ok")), 1)
         (written,) = model.generate_until([Instance("generate_until", {}, (text, {"max_gen_toks": 3}), 0)])
         assert isinstance(written, str)
+        begun = model.apply_chat_template(
+            [{"role": "user", "content": "hi <|eot_id|>"}, {"role": "assistant", "content": "The <|eot_id|>"}], False
+        )
+        assert begun == text + "The <|eot_id|>", "an answer that the task begins"
+        assert model._ids(begun) == [*pair.context, *served.tokenizer.encode("The <|eot_id|>")]
+        again = [model._prompt(Instance("generate_until", {}, (text, {}), 0), times).number for times in (0, 0, 1)]
+        assert again[0] == again[1] != again[2], "draws of a question that is asked several times differ"
         drawn = Instance("generate_until", {}, (text, {"do_sample": True, "temperature": 0.7}), 0)
         with pytest.raises(ConfigError, match="say --temperature 0.7"):
             model.generate_until([drawn])

@@ -51,14 +51,22 @@ class ServedModel:
             ConfigError: the protocol is not one of the model.
             DataError: the tokenizer is missing, or another model's.
         """
-        self.kind, self.model = kind_of(loaded), loaded.run.model
-        self.protocol = protocol.of_model(self.kind.fills_masks)
-        self.loaded, self.settings = loaded, settings
+        self.kind, self.model, self.loaded = kind_of(loaded), loaded.run.model, loaded
         self.tokenizer = checkpoint_tokenizer(loaded, settings.tokenizer)
-        self._scorer = QueryScorer(loaded, protocol.guidance, positions)
-        self._session: Session | None = None
+        self._positions = positions
         self._ranks = torch.distributed.get_world_size()
         self._announces = driven and self._ranks > 1 and torch.distributed.get_rank() == 0
+        self._set(protocol, settings)
+
+    def use(self, protocol: LikelihoodProtocol, settings: Settings) -> None:
+        """Measure and write by other settings from now on, with the same tokenizer. Raises what the class does."""
+        self._announce("_set", protocol, settings)
+        self._set(protocol, settings)
+
+    def _set(self, protocol: LikelihoodProtocol, settings: Settings) -> None:
+        self.protocol, self.settings = protocol.of_model(self.kind.fills_masks), settings
+        self._scorer = QueryScorer(self.loaded, protocol.guidance, self._positions)
+        self._session: Session | None = None
 
     def log_likelihoods(self, pairs: Sequence[Pair]) -> list[Estimate]:
         """The log-likelihood of each pair's answer, as the protocol says."""
@@ -110,17 +118,17 @@ class ServedModel:
             torch.distributed.broadcast_object_list(told, src=0)
             if told[0] is None:
                 return
-            name, argument = told[0]
-            getattr(self, name)(argument)
+            name, arguments = told[0]
+            getattr(self, name)(*arguments)
 
     def release(self) -> None:
         """On rank 0: let the other ranks return."""
         if self._announces:
             torch.distributed.broadcast_object_list([None], src=0)
 
-    def _announce(self, name: str, argument: Any) -> None:
+    def _announce(self, name: str, *arguments: Any) -> None:
         if self._announces:
-            torch.distributed.broadcast_object_list([(name, argument)], src=0)
+            torch.distributed.broadcast_object_list([(name, arguments)], src=0)
 
     def _sampling(self) -> Session:
         if self._session is None:
