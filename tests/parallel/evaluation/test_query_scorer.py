@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 
@@ -11,10 +10,11 @@ import pytest
 import torch
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.evaluation import estimators
 from llada_megatron.llada_moe.evaluation.estimators import bound_queries, estimate
 from llada_megatron.llada_moe.evaluation.protocol import LikelihoodProtocol
-from llada_megatron.llada_moe.evaluation.queries import ModelKind, Pair
-from llada_megatron.llada_moe.model.patterns import whole_sequences
+from llada_megatron.llada_moe.evaluation.queries import ModelKind, Pair, ask, parts
+from llada_megatron.llada_moe.model.patterns import AttentionPattern, whole_sequences
 from llada_megatron.parallel import topology
 from llada_megatron.parallel.evaluation.query_scorer import QueryScorer, kind_of
 from tests.parallel.sampling.spread import GRID, MASK, MODELS, load
@@ -172,6 +172,44 @@ def test_a_block_causal_model_sums_over_its_blocks(blocks):
     assert left.nats == pytest.approx(in_order(first, [(6, 7)]) + in_order(second, [(8, 9, 10)]), abs=1e-5)
 
 
+MANY = Pair(tuple(range(20, 31)), tuple(range(40, 70)), 3)
+"""Its answer lies in five blocks."""
+
+
+def apart(own, masked, mask_id, rows=None):
+    """Every part by a query of its own."""
+    return [each for b, m in masked.items() for each in ask(own, {b: m}, mask_id, rows and {b: rows[b]})]
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["dense", "routed by blocks"])
+def test_blocks_asked_at_once_give_what_each_alone_gives(world, monkeypatch, name, guidance):
+    """One run of [x_t ; x_0] in the place of one of each block's prefix, beside texts that are run as they are."""
+    loaded = load(MODELS[name], LayoutConfig(), GRID)
+    kind, scorer = kind_of(loaded), QueryScorer(loaded, guidance)
+    cut = parts(MANY, GRID)
+    masked = {b: (part.first, part.stop - 1) for b, part in enumerate(cut)}
+    (joint,) = ask(cut, masked, MASK)
+    alone = [each.query for each in apart(cut, masked, MASK)]
+    assert (joint.query.positions, sum(each.positions for each in alone)) == (82, 16 + 24 + 32 + 40 + 41)
+    together, *others = scorer([joint.query, *alone])
+    assert torch.allclose(together, torch.cat(others), atol=2e-5)
+    for protocol in (
+        LikelihoodProtocol(samples=8),
+        LikelihoodProtocol("confidence"),
+        LikelihoodProtocol("left-to-right"),
+    ):
+        (at_once,) = estimate(scorer, [MANY], protocol, kind)
+        with monkeypatch.context() as patch:
+            patch.setattr(estimators, "ask", apart)
+            (one_by_one,) = estimate(scorer, [MANY], protocol, kind)
+        assert at_once.nats == pytest.approx(one_by_one.nats, abs=1e-3)
+        assert at_once.standard_error == one_by_one.standard_error or protocol.is_bound
+        assert at_once.queries < one_by_one.queries / 2
+    assert estimators.greedy(scorer, [MANY], kind) == [False]
+    assert loaded.model.pattern == AttentionPattern(GRID)
+
+
 def test_an_autoregressive_model_has_its_exact_value(full):
     from llada_megatron.llada_moe.model.patterns import CAUSAL
 
@@ -229,32 +267,27 @@ def test_a_batch_gives_what_each_text_alone_gives(full):
 
 FULL = ModelKind(MASK, True)
 LAYOUTS = {
-    "PP2": ("dense", LayoutConfig(pipeline_parallel=2)),  # tensor ranks: test_served_model
-    "EP2": ("experts", LayoutConfig(data_parallel=2, expert_parallel=2)),
+    "PP2": ("routed by blocks", LayoutConfig(pipeline_parallel=2), GRID),  # tensor ranks: test_served_model
+    "EP2": ("experts", LayoutConfig(data_parallel=2, expert_parallel=2), None),
 }
 
 
-def scored(model, layout):
+def scored(model, layout, block):
     """On a rank: the estimates of pairs, in passes of few positions, so that replicas have unequally many."""
     topology.initialize(layout, 0)
-    loaded = load(MODELS[model], layout, None)
-    found = []
+    loaded = load(MODELS[model], layout, block)
+    kind, found = kind_of(loaded), []
     for protocol in (LikelihoodProtocol(samples=8, guidance=0.5), LikelihoodProtocol("confidence")):
         scorer = QueryScorer(loaded, protocol.guidance, positions=100)
-        found += [each.nats for each in estimate(scorer, ragged()[:5], protocol, FULL)]
+        found += [each.nats for each in estimate(scorer, [*ragged()[:4], MANY], protocol, kind)]
     torch.distributed.barrier()
-    return found
-
-
-@functools.cache
-def one_process(model):
-    (found,) = run_ranks(scored, 1, model, LayoutConfig(), timeout=60.0)
     return found
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_gives_what_one_process_gives(name):
-    model, layout = LAYOUTS[name]
-    ranks = run_ranks(scored, layout.world_size, model, layout, timeout=90.0)
+    model, layout, block = LAYOUTS[name]
+    (alone,) = run_ranks(scored, 1, model, LayoutConfig(), block, timeout=60.0)
+    ranks = run_ranks(scored, layout.world_size, model, layout, block, timeout=90.0)
     assert all(found == ranks[0] for found in ranks), "ranks disagree"
-    assert ranks[0] == pytest.approx(one_process(model), abs=1e-3, rel=1e-5)
+    assert ranks[0] == pytest.approx(alone, abs=1e-3, rel=1e-5)

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         keep_samples=args.output is not None,
         resume=args.resume,
     )
-    result = run_spread(SpreadJob(args.checkpoint, settings.layout, work), args.local)
+    result = run_spread(SpreadJob(args.checkpoint, settings.layout, work, settings.fp8), args.local)
     if result is None:
         return 0
     found = result["parts"]

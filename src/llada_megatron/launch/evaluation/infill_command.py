@@ -210,7 +210,7 @@ def run(args: argparse.Namespace) -> int:
         autoregressive=args.autoregressive,
         candidates=args.candidates,
     )
-    result = run_spread(SpreadJob(args.checkpoint, settings.layout, work), args.local)
+    result = run_spread(SpreadJob(args.checkpoint, settings.layout, work, settings.fp8), args.local)
     if result is not None:
         _show(result, work.protocol)
         if args.json:

@@ -14,6 +14,7 @@ from llada_megatron.console import emit_json, message
 from llada_megatron.launch.evaluation.protocol_options import add_protocol, protocol_of
 from llada_megatron.launch.evaluation.spread_job import SpreadJob, run_spread
 from llada_megatron.launch.sampling.options import layout_of, require_checkpoint
+from llada_megatron.llada_moe.config.fp8 import INFERENCE_RECIPES
 from llada_megatron.llada_moe.errors import ConfigError, DataError
 from llada_megatron.llada_moe.evaluation.protocol import LikelihoodProtocol
 from llada_megatron.llada_moe.overwriting import refuse_overwriting
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--guidance", type=float, default=0.0, metavar="W", help="classifier-free guidance (0 = off)")
     how.add_argument("--seed", type=int, default=0, help="seed of the masks")
     how.add_argument("--independent-masks", action="store_true", help="draw other masks for each option of a question")
+    how.add_argument("--fp8", choices=INFERENCE_RECIPES, help="keep the layers' weights in FP8, on a GPU")
     how.add_argument("--limit", type=int, metavar="N", help="the first N lines only")
     how.add_argument("--positions", type=int, default=8192, metavar="N", help="positions of one forward pass (8192)")
     output = parser.add_argument_group("output")
@@ -51,6 +53,7 @@ class LikelihoodWork:
     protocol: LikelihoodProtocol
     tokenizer: str | None
     positions: int
+    fp8: str | None
     output: str | None
     source: str
     """Digest of the input file."""
@@ -81,6 +84,7 @@ class LikelihoodWork:
             "checkpoint": str(loaded.path.resolve()),
             "input": self.source,
             "precision": str(loaded.model.config.params_dtype).removeprefix("torch."),
+            "fp8": self.fp8,
         }
         held: list[LikelihoodFile] = []  # on rank 0 only
 
@@ -127,11 +131,13 @@ def run(args: argparse.Namespace) -> int:
         protocol=protocol_of(args, shared_masks=not args.independent_masks),
         tokenizer=args.tokenizer,
         positions=args.positions,
+        fp8=args.fp8,
         output=args.output,
         source=hashlib.sha256(content).hexdigest()[:16],
         overwrite=args.overwrite,
     )
-    result = run_spread(SpreadJob(args.checkpoint, layout_of(args.overrides, args.checkpoint), work), args.local)
+    layout = layout_of(args.overrides, args.checkpoint)
+    result = run_spread(SpreadJob(args.checkpoint, layout, work, args.fp8), args.local)
     if result is None:
         return 0
     _show(result)

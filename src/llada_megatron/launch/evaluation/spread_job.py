@@ -30,6 +30,8 @@ class SpreadJob:
     layout: LayoutConfig
     work: Callable[[LoadedModel], dict[str, Any]]
     """Collective; an object that can be pickled. What rank 0 returns, of JSON values, is the result."""
+    fp8: str | None = None
+    """As for `open_checkpoint`."""
 
 
 def run_spread(job: SpreadJob, local: bool = False) -> dict[str, Any] | None:
@@ -56,7 +58,7 @@ def _here(job: SpreadJob) -> dict[str, Any]:
     device.install()
     from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
 
-    with open_checkpoint(job.checkpoint) as loaded:
+    with open_checkpoint(job.checkpoint, fp8=job.fp8) as loaded:
         return job.work(loaded)
 
 
@@ -93,7 +95,7 @@ def _rank_work(job: SpreadJob) -> Work:
 
         topology.join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         topology.initialize(job.layout, seed=0)
-        result = job.work(load_checkpoint(job.checkpoint, job.layout))
+        result = job.work(load_checkpoint(job.checkpoint, job.layout, fp8=job.fp8))
         topology.leave()
         return result
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -22,8 +23,10 @@ from llada_megatron.llada_moe.evaluation.queries import (
     AnswerPart,
     ModelKind,
     Pair,
+    PartQuery,
     Query,
     Score,
+    ask,
     next_token_query,
     parts,
 )
@@ -121,16 +124,15 @@ def greedy(score: Score, pairs: Sequence[Pair], model: ModelKind) -> list[bool]:
     if not model.fills_masks:
         found = score([next_token_query(pair) for pair in pairs])
         return [bool((rows[:, 0] >= rows[:, 1]).all()) for rows in found]
-    cut = [part for pair in pairs for part in parts(pair, model.block)]
-    owner = [i for i, pair in enumerate(pairs) for _ in parts(pair, model.block)]
+    cut = [parts(pair, model.block) for pair in pairs]
+    opened = [{b: list(range(part.first, part.stop)) for b, part in enumerate(own)} for own in cut]
     right = [True] * len(pairs)
-    opened = [list(range(part.first, part.stop)) for part in cut]
-    while live := [i for i, positions in enumerate(opened) if positions and right[owner[i]]]:
-        answers = score([cut[i].query(opened[i], model.mask_id) for i in live])
-        for i, rows in zip(live, answers, strict=True):
-            chosen = int(rows[:, 1].argmax())
-            right[owner[i]] &= bool(rows[chosen, 0] >= rows[chosen, 1])
-            del opened[i][chosen]
+    while asked := _of_round(cut, opened, model.mask_id):
+        for p, b, _, values in _answers(score, asked):
+            chosen = int(values[:, 1].argmax())
+            right[p] &= bool(values[chosen, 0] >= values[chosen, 1])
+            del opened[p][b][chosen]
+        opened = [positions if right[p] else {} for p, positions in enumerate(opened)]
     return right
 
 
@@ -148,27 +150,50 @@ def _bound(
     mask_id: int,
 ) -> list[Estimate]:
     """Equal masks of a part are run once, however often they were drawn: a short answer has few."""
-    queries: list[Query] = []
-    places: dict[tuple[int, int, tuple[int, ...]], int] = {}
     drawn = [
         [draw(part, pair, b, protocol) for b, part in enumerate(own)] for pair, own in zip(pairs, cut, strict=True)
     ]
-    for p, of_pair in enumerate(drawn):
-        for b, strata in enumerate(of_pair):
-            for masked in (masked for stratum in strata for masked in stratum):
-                if places.setdefault((p, b, masked), len(queries)) == len(queries):
-                    queries.append(cut[p][b].query(masked, mask_id))
-    sums = [_sum(rows) for rows in score(queries)]
-    asked = Counter(p for p, _, _ in places)
+    asked: list[tuple[int, PartQuery]] = []
+    for p, own in enumerate(cut):
+        asked += [(p, each) for each in _of_samples(own, drawn[p], mask_id)]
+    sums: dict[tuple[int, int, tuple[int, ...]], float] = {}
+    for p, b, rows, values in _answers(score, asked):
+        sums[p, b, rows] = _sum(values)
 
     def of_part(p: int, b: int) -> list[float]:
         length = cut[p][b].length
         return [
-            sum(length / len(masked) * sums[places[p, b, masked]] for masked in stratum) / len(stratum)
+            sum(length / len(masked) * sums[p, b, masked] for masked in stratum) / len(stratum)
             for stratum in drawn[p][b]
         ]
 
-    return [_joined(own, [of_part(p, b) for b in range(len(own))], pairs[p], asked[p]) for p, own in enumerate(cut)]
+    run = Counter(p for p, _ in asked)
+    return [_joined(own, [of_part(p, b) for b in range(len(own))], pairs[p], run[p]) for p, own in enumerate(cut)]
+
+
+def _of_samples(
+    own: Sequence[AnswerPart], drawn: Sequence[Sequence[Sequence[tuple[int, ...]]]], mask_id: int
+) -> Iterator[PartQuery]:
+    """The queries of one answer, sample by sample, without those parts that had the same masks before."""
+    samples = [list(chain.from_iterable(strata)) for strata in drawn]
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    for sample in range(max(map(len, samples), default=0)):
+        new = {
+            b: each[sample] for b, each in enumerate(samples) if sample < len(each) and (b, each[sample]) not in seen
+        }
+        seen |= set(new.items())
+        yield from ask(own, new, mask_id)
+
+
+def _answers(
+    score: Score, asked: Sequence[tuple[int, PartQuery]]
+) -> Iterator[tuple[int, int, tuple[int, ...], Tensor]]:
+    """Number of the pair and of the part, the rows of the text, and what the model says of them `[rows, 2]`."""
+    for (p, each), values in zip(asked, score([each.query for _, each in asked]), strict=True):
+        at = 0
+        for b, count in zip(each.parts, each.counts, strict=True):
+            yield p, b, each.query.rows[at : at + count], values[at : at + count]
+            at += count
 
 
 def _joined(own: Sequence[AnswerPart], found: Sequence[Sequence[float]], pair: Pair, queries: int) -> Estimate:
@@ -185,32 +210,41 @@ def _joined(own: Sequence[AnswerPart], found: Sequence[Sequence[float]], pair: P
 def _in_order_of_confidence(
     score: Score, pairs: Sequence[Pair], cut: Sequence[Sequence[AnswerPart]], mask_id: int
 ) -> list[Estimate]:
-    """All answers advance together by one token a round, so that a round is one batch."""
-    flat = [(p, part) for p, own in enumerate(cut) for part in own]
-    opened = [list(range(part.first, part.stop)) for _, part in flat]
-    totals = [0.0] * len(pairs)
-    while live := [i for i, positions in enumerate(opened) if positions]:
-        answers = score([flat[i][1].query(opened[i], mask_id) for i in live])
-        for i, rows in zip(live, answers, strict=True):
-            surest = int(rows[:, 0].argmax())
-            totals[flat[i][0]] += float(rows[surest, 0])
-            del opened[i][surest]
-    return [_exact(total, pair, len(pair.answer)) for total, pair in zip(totals, pairs, strict=True)]
+    """All parts of all answers advance together by one token a round, so that a round is one batch."""
+    opened = [{b: list(range(part.first, part.stop)) for b, part in enumerate(own)} for own in cut]
+    totals, run = [0.0] * len(pairs), Counter[int]()
+    while asked := _of_round(cut, opened, mask_id):
+        run.update(p for p, _ in asked)
+        for p, b, _, values in _answers(score, asked):
+            surest = int(values[:, 0].argmax())
+            totals[p] += float(values[surest, 0])
+            del opened[p][b][surest]
+    return [_exact(total, pair, run[p]) for p, (total, pair) in enumerate(zip(totals, pairs, strict=True))]
+
+
+def _of_round(
+    cut: Sequence[Sequence[AnswerPart]], opened: Sequence[dict[int, list[int]]], mask_id: int
+) -> list[tuple[int, PartQuery]]:
+    """Queries about all that is still masked, with the number of the pair of each."""
+    return [
+        (p, each)
+        for p, (own, positions) in enumerate(zip(cut, opened, strict=True))
+        for each in ask(own, {b: masked for b, masked in positions.items() if masked}, mask_id)
+    ]
 
 
 def _from_left_to_right(
     score: Score, pairs: Sequence[Pair], cut: Sequence[Sequence[AnswerPart]], mask_id: int
 ) -> list[Estimate]:
-    owner, queries = [], []
+    asked: list[tuple[int, PartQuery]] = []
     for p, own in enumerate(cut):
-        for part in own:
-            for position in range(part.first, part.stop):
-                owner.append(p)
-                queries.append(part.query(range(position, part.stop), mask_id, rows=[position]))
-    totals = [0.0] * len(pairs)
-    for p, rows in zip(owner, score(queries), strict=True):
-        totals[p] += _sum(rows)
-    return [_exact(total, pair, len(pair.answer)) for total, pair in zip(totals, pairs, strict=True)]
+        for step in range(max((part.length for part in own), default=0)):
+            masked = {b: range(x.first + step, x.stop) for b, x in enumerate(own) if step < x.length}
+            asked += [(p, each) for each in ask(own, masked, mask_id, {b: [m[0]] for b, m in masked.items()})]
+    totals, run = [0.0] * len(pairs), Counter(p for p, _ in asked)
+    for p, _, _, values in _answers(score, asked):
+        totals[p] += _sum(values)
+    return [_exact(total, pair, run[p]) for p, (total, pair) in enumerate(zip(totals, pairs, strict=True))]
 
 
 def _exact(nats: float, pair: Pair, queries: int) -> Estimate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,14 @@ class Query:
     """The token that each of the rows is to predict."""
     given: int
     """The first positions are the context, which guidance masks in a second copy of the text."""
+    clean: tuple[int, ...] = ()
+    """The text without masks, where several blocks of a block-causal model are asked at once: `[x_t ; x_0]`, in which
+    each block of `tokens` sees itself and the clean blocks before it. Empty: `tokens` is all there is."""
+
+    @property
+    def positions(self) -> int:
+        """That run, without the second copy of guidance."""
+        return len(self.tokens) + len(self.clean)
 
 
 Score = Callable[[Sequence[Query]], "list[Tensor]"]
@@ -108,6 +116,42 @@ def parts(pair: Pair, block: int | None) -> list[AnswerPart]:
         end = (number + 1) * block
         cut.append(AnswerPart(text[:end], max(given, number * block), min(end, stop), given))
     return cut
+
+
+@dataclass(frozen=True)
+class PartQuery:
+    """A query, and the numbers of the parts of an answer that it asks: its rows are theirs, one after the other."""
+
+    query: Query
+    parts: tuple[int, ...]
+    counts: tuple[int, ...]
+    """Rows of each part."""
+
+
+def ask(
+    own: Sequence[AnswerPart],
+    masked: Mapping[int, Sequence[int]],
+    mask_id: int,
+    rows: Mapping[int, Sequence[int]] | None = None,
+) -> list[PartQuery]:
+    """Ask some parts of one answer: each by a query of its own, or all by one where that runs fewer positions.
+
+    Args:
+        own: all parts of the answer.
+        masked: by the number of each part that is asked, in ascending order, the positions that are masked in it.
+        mask_id: of the model.
+        rows: which of them are asked about; None = all.
+    """
+    asked = masked if rows is None else rows
+    whole = own[max(masked)].tokens if masked else ()
+    if sum(len(own[b].tokens) for b in masked) <= 2 * len(whole):
+        return [PartQuery(own[b].query(m, mask_id, asked[b]), (b,), (len(asked[b]),)) for b, m in masked.items()]
+    tokens = list(whole)
+    for position in (position for each in masked.values() for position in each):
+        tokens[position] = mask_id
+    read = tuple(row for b in masked for row in asked[b])
+    query = Query(tuple(tokens), read, tuple(whole[row] for row in read), own[0].given, whole)
+    return [PartQuery(query, tuple(masked), tuple(len(asked[b]) for b in masked))]
 
 
 def next_token_query(pair: Pair) -> Query:

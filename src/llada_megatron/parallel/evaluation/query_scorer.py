@@ -10,13 +10,14 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from llada_megatron.llada_moe.evaluation.queries import ModelKind, Query
+from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.model.transfer import to_device
 from llada_megatron.llada_moe.model.windows import Window
 from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.llada_moe.sampling.loop import Method
 from llada_megatron.llada_moe.sampling.passes import Pass
 from llada_megatron.llada_moe.sampling.token_buffer import LogitRows
-from llada_megatron.parallel import host_group
+from llada_megatron.parallel import device, host_group
 from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
 from llada_megatron.parallel.sampling.generator import require_layout
 from llada_megatron.parallel.sampling.not_finite import not_finite
@@ -84,7 +85,7 @@ class QueryScorer:
         counts = [len(query.rows) for query in queries]
         found = torch.zeros(sum(counts), 2, dtype=torch.float64)
         batches = self._batches(queries, counts)
-        capacity = max(len(query.tokens) for query in queries)
+        capacity = max(query.positions for query in queries)
         runner = StageRunner(self._loaded.model, Method(), 0, capacity)
         sent = SentMessages()
         own = batches[self._replica :: self._replicas]
@@ -102,12 +103,14 @@ class QueryScorer:
         return list(found.split(counts))
 
     def _batches(self, queries: Sequence[Query], counts: Sequence[int]) -> list[_Batch]:
-        """Queries in passes, the longest first, so that a lack of memory shows at once."""
+        """Queries in passes, the longest first, so that a lack of memory shows at once; `[x_t ; x_0]` apart."""
         places = list(torch.arange(sum(counts)).split(list(counts)))
-        order = sorted(range(len(queries)), key=lambda i: -len(queries[i].tokens))
+        order = sorted(range(len(queries)), key=lambda i: -queries[i].positions)
+        groups = [[i for i in order if bool(queries[i].clean) == clean] for clean in (False, True)]
         return [
             _Batch([queries[i] for i in numbers], torch.cat([places[i] for i in numbers]))
-            for numbers in self._filled(order, [len(query.tokens) for query in queries])
+            for group in groups
+            for numbers in self._filled(group, [query.positions for query in queries])
         ]
 
     def _filled(self, order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -128,7 +131,7 @@ class QueryScorer:
         work = self._pass(batch.queries)
         self.positions_run += work.tokens.numel()
         hidden = None if self._pipeline.first else self._pipeline.receive_hidden(work.tokens.numel())
-        output = runner.forward(work, hidden)
+        output = self._in_blocks(work, hidden) if batch.queries[0].clean else runner.forward(work, hidden)
         if not self._pipeline.last:
             sent.finish()
             self._pipeline.send_hidden(output, sent)
@@ -137,23 +140,40 @@ class QueryScorer:
         return values if parallel_state.get_tensor_model_parallel_rank() == 0 else None
 
     def _pass(self, queries: Sequence[Query]) -> Pass:
-        """All texts one after another; with guidance once more, their contexts masked."""
+        """All texts one after another; with guidance once more, their contexts masked; then their clean halves."""
         mask_id = self._loaded.run.model.mask_token_id
-        lengths = [len(query.tokens) for query in queries]
-        tokens = [list(query.tokens) for query in queries]
-        asked = torch.zeros(sum(lengths), dtype=torch.bool)
+        copies = [False, True] if self._guidance else [False]
+        texts, rows = [], []
+        for half in ("tokens", "clean"):
+            for masked in copies:
+                for query in queries:
+                    text = list(getattr(query, half))
+                    kept = min(query.given, len(text)) if masked else 0
+                    texts.append([mask_id] * kept + text[kept:])
+                    rows.append(query.rows if half == "tokens" else ())
+        asked = torch.zeros(sum(map(len, texts)), dtype=torch.bool)
         start = 0
-        for query, length in zip(queries, lengths, strict=True):
-            asked[[start + row for row in query.rows]] = True
-            start += length
-        if self._guidance:
-            tokens += [[mask_id] * query.given + list(query.tokens[query.given :]) for query in queries]
-            lengths, asked = lengths * 2, asked.repeat(2)
-        windows = [Window(0, 0, length, length) for length in lengths]
+        for text, own in zip(texts, rows, strict=True):
+            asked[[start + row for row in own]] = True
+            start += len(text)
+        windows = [Window(0, 0, len(text), len(text)) for text in texts if text]
         none = torch.zeros(0, dtype=torch.int64)
-        rows = LogitRows(none, none, none, none, none)
-        packed = torch.tensor([token for text in tokens for token in text], dtype=torch.int64)
-        return Pass(packed, windows, asked, rows, none)
+        packed = torch.tensor([token for text in texts for token in text], dtype=torch.int64)
+        return Pass(packed, windows, asked, LogitRows(none, none, none, none, none), none)
+
+    @torch.inference_mode()
+    def _in_blocks(self, work: Pass, hidden: Tensor | None) -> Tensor:
+        """This stage's layers over texts `[x_t ; x_0]`, as block-diffusion training runs them."""
+        model, own = self._loaded.model, self._loaded.model.pattern
+        lengths = torch.tensor([0, *(window.width for window in work.windows)])
+        if hidden is not None:
+            model.set_input_tensor(hidden)
+        model.use_pattern(AttentionPattern(own.block, doubled=True))
+        try:
+            tokens = to_device(work.tokens[None], device.current())
+            return model(tokens, lengths.cumsum(0).to(torch.int32), rows=work.output_mask[None])
+        finally:
+            model.use_pattern(own)
 
     @torch.inference_mode()
     def _log_probabilities(self, logits: Tensor, labels: Tensor) -> Tensor:
