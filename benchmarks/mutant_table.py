@@ -10,7 +10,9 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks.mutant_groups import of_a_run, of_the_model, of_the_planner
+from benchmarks.mutant_groups import of_a_run, of_the_evaluation, of_the_model, of_the_planner
+
+_EVERY = [*of_the_model.GROUPS, *of_a_run.GROUPS, *of_the_planner.GROUPS, *of_the_evaluation.GROUPS]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,6 @@ class Mutant:
 
 def mutants() -> Iterator[Mutant]:
     """All of them, area by area."""
-    for area, file, tests, changes in of_the_model.GROUPS + of_a_run.GROUPS + of_the_planner.GROUPS:
+    for area, file, tests, changes in _EVERY:
         for old, new in changes:
             yield Mutant(area, file, old, new, tuple(shlex.split(tests)))
