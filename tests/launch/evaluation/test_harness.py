@@ -243,6 +243,8 @@ def test_a_conversation_keeps_its_special_tokens(tmp_path):
         assert model._ids(begun) == [*pair.context, *served.tokenizer.encode("The <|eot_id|>")]
         again = [model._prompt(Instance("generate_until", {}, (text, {}), 0), times).number for times in (0, 0, 1)]
         assert again[0] == again[1] != again[2], "draws of a question that is asked several times differ"
+        ids = [*served.tokenizer.encode("ok"), special["<|eot_id|>"], *served.tokenizer.encode("junk")]
+        assert model._answer(SimpleNamespace(written=[ids], new="ok junk")) == "ok", "the turn ended there"
         drawn = Instance("generate_until", {}, (text, {"do_sample": True, "temperature": 0.7}), 0)
         with pytest.raises(ConfigError, match="say --temperature 0.7"):
             model.generate_until([drawn])
