@@ -177,17 +177,15 @@ rows:
 def test_published_figures_are_measured_with_their_settings_and_compared(dense, tasks, tmp_path, capsys):
     file = tmp_path / "published.yaml"
     words = (dense, "--published", file, "--task-folder", tasks, "--limit", 2, "--output", tmp_path / "out.json")
-    for figure in (0, 50):
-        file.write_text(PUBLISHED.replace("CHOICE", str(figure)))
+    for figures, code in (("999", 1), ("0, 50, 100", 0)):  # of two documents nothing else can be
+        file.write_text(PUBLISHED.replace("CHOICE", figures))
         found, out, err = run_cli(capsys, "eval", "harness", *words, "--json")
+        assert found == code, err
         rows = json.loads(out.splitlines()[-1])["rows"]
-        assert [row["measured"].keys() for row in rows] == [{"acc", "acc_norm"}, {"exact_match"}], err
-        assert rows[1]["accepted"] and rows[1]["measured"]["exact_match"] == 0.0
-        near = min(abs(value - figure) for value in rows[0]["measured"].values())
-        assert rows[0]["accepted"] == (near <= max(1, 2 * rows[0]["errors"]["acc"])), rows[0]
-        assert found == (0 if rows[0]["accepted"] else 1)
-        if figure == 0:
-            assert "accepted  own_written" in out and "published 0.4 or 90" in out
+        assert [row["measured"].keys() for row in rows] == [{"acc", "acc_norm"}, {"exact_match"}]
+        assert [row["accepted"] for row in rows] == [code == 0, True]
+        assert ("REJECTED  own_choice" in out) == (code == 1)
+        assert "accepted  own_written" in out and "published 0.4 or 90" in out
     choice, written = json.loads((tmp_path / "out.json").read_text())["parts"]
     assert choice["protocol"]["likelihood"]["guidance"] == 0.5
     assert written["protocol"]["sampling"]["block_length"] == written["protocol"]["max_new_tokens"] == 3

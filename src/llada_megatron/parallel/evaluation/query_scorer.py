@@ -161,7 +161,7 @@ class QueryScorer:
         packed = torch.tensor([token for text in texts for token in text], dtype=torch.int64)
         return Pass(packed, windows, asked, LogitRows(none, none, none, none, none), none)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # layers keep what they make of the boundaries, also for training
     def _in_blocks(self, work: Pass, hidden: Tensor | None) -> Tensor:
         """This stage's layers over texts `[x_t ; x_0]`, as block-diffusion training runs them."""
         model, own = self._loaded.model, self._loaded.model.pattern
