@@ -42,6 +42,7 @@ from llada_megatron.parallel.fp8 import fp8_state, fp8_weights, recipes
 from llada_megatron.parallel.fusions import fusion_fields
 from llada_megatron.parallel.overlap import connect
 from llada_megatron.parallel.sharded_state import apply_factories_copy
+from llada_megatron.parallel.topology import release_at_leave
 
 
 def transformer_config(
@@ -265,6 +266,7 @@ def wrap(run: RunConfig, chunks: list[DiffusionTransformer]) -> list[Distributed
         DistributedDataParallel(config, reduction, module, disable_bucketing=index > 0)
         for index, module in enumerate(modules)
     ]
+    release_at_leave(wrapped)
     connect(wrapped)
     if not run.layout.overlap_grad_reduce:
         add_to_main_gradients(chunks)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+from collections.abc import Sequence
+from weakref import WeakSet
 
 import torch
 from megatron.core import parallel_state
@@ -15,6 +17,8 @@ from llada_megatron.llada_moe.errors import ConfigError, ResourceError
 from llada_megatron.parallel import device, host_group, machine
 from llada_megatron.parallel.coordinates import RankCoordinates
 from llada_megatron.parallel.host_group import TIME_LIMIT_S
+
+_WRAPPED: WeakSet[torch.nn.Module] = WeakSet()
 
 
 def join(rank: int, world_size: int, init_method: str = "env://", timeout_s: float = TIME_LIMIT_S) -> None:
@@ -116,8 +120,20 @@ def coordinates() -> RankCoordinates:
     )
 
 
+def release_at_leave(models: Sequence[torch.nn.Module]) -> None:
+    """Take models apart that are wrapped for training when this process leaves its groups.
+
+    Megatron's hooks on the parameters know the model, and the parameters' nodes of the autograd graph know the hooks.
+    Python's collector does not see these, so that models, optimizers and groups, with three threads each, would stay.
+    """
+    _WRAPPED.update(models)
+
+
 def leave() -> None:
-    """Release every process group."""
+    """Release every process group, and the models that were trained on them."""
+    for model in list(_WRAPPED):
+        vars(model).clear()
+    _WRAPPED.clear()
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
