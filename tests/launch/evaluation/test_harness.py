@@ -199,7 +199,8 @@ def test_published_figures_are_measured_with_their_settings_and_compared(dense, 
     ],
 )
 def test_tasks_that_cannot_be_run_are_one_line(dense, tasks, tmp_path, capsys, name, text, told):
-    (tmp_path / "questions.jsonl").write_text((tasks / "questions.jsonl").read_text() + "{\n")
+    broken = "{\n" if name == "own_broken" else ""
+    (tmp_path / "questions.jsonl").write_text((tasks / "questions.jsonl").read_text() + broken)
     (tmp_path / f"{name}.yaml").write_text(text.format(name=name, data=tmp_path / "questions.jsonl"))
     code, _, err = run_cli(capsys, "eval", "harness", dense, "--tasks", name, "--task-folder", tmp_path)
     assert (code in (1, 2), told in err.splitlines()[-1]) == (True, True), err
@@ -239,7 +240,8 @@ def test_a_conversation_keeps_its_special_tokens(tmp_path):
         )
         assert begun == text + "The <|eot_id|>", "an answer that the task begins"
         assert model._ids(begun) == [*pair.context, *served.tokenizer.encode("The <|eot_id|>")]
-        again = [model._prompt(Instance("generate_until", {}, (text, {}), 0), times).number for times in (0, 0, 1)]
+        asked = Instance("generate_until", {}, (text, {"max_gen_toks": 3}), 0)
+        again = [model._prompt(asked, times).number for times in (0, 0, 1)]
         assert again[0] == again[1] != again[2], "draws of a question that is asked several times differ"
         ids = [*served.tokenizer.encode("ok"), special["<|eot_id|>"], *served.tokenizer.encode("junk")]
         assert model._answer(SimpleNamespace(written=[ids], new="ok junk")) == "ok", "the turn ended there"
