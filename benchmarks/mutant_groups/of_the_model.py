@@ -16,7 +16,7 @@ GROUPS: list[Group] = [
             ("objective.epsilon / 2 if pairs", "objective.epsilon if pairs"),
             ("global_batch_size // 2 if pairs", "global_batch_size if pairs"),
             ("mask[untruncated:] = False", "pass"),
-            ("< self._replace_ratio) & ~mask", "< self._replace_ratio)"),
+            ("< ratio) & ~mask", "< ratio)"),
             ("return 1 + int(size * length)", "return int(size * length)"),
             ("[0, stream, at.epoch, at.window]", "[0, stream, 0, at.window]"),
             ("_SUBSTITUTE, _ORDER = range(7)", "_SUBSTITUTE, _ORDER = 0, 1, 2, 3, 1, 5, 6"),
@@ -33,10 +33,10 @@ GROUPS: list[Group] = [
         "-k 'diffusion or replaced'",
         [
             ("np.float32(1.0 / noise.ratio if noise.ratio > 0 else 0.0)", "np.float32(1.0)"),
-            ("np.where(noise.mask, weights, np.float32(1.0))[: noise.length]", "weights[: noise.length]"),
-            ("whole_range and not self.config.replace_ratio and", "whole_range and"),
+            ("np.where(noise.mask, weights, np.float32(shown_weight))[: noise.length]", "weights[: noise.length]"),
+            ("whole_range and not self.config.trains_editing and", "whole_range and"),
             ('self.config.normalization == "all_tokens"', "True"),
-            ("return not self.config.replace_ratio", "return True"),
+            ("return not self.config.trains_editing", "return True"),
         ],
     ),
     (

@@ -19,7 +19,14 @@ from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.tools.bench import parity
-from llada_megatron.tools.bench.layouts import DENSE_LAYOUTS, MODELS, MOE_LAYOUTS, parity_run
+from llada_megatron.tools.bench.layouts import (
+    DENSE_LAYOUTS,
+    EDITING,
+    MODELS,
+    MOE_LAYOUTS,
+    parity_run,
+    with_operations,
+)
 from tests.ranks import run_ranks
 
 CORE = [
@@ -54,20 +61,24 @@ def test_block_causal_layout_equals_one_process(name):
 
 def noisy(model: str, layout: LayoutConfig, changes: dict[str, object], **keys: object) -> RunConfig:
     """A run that has noise on the embeddings of masked tokens at the step that is measured."""
-    run = parity_run(MODELS[model], layout, **changes)
+    run = parity_run(with_operations(MODELS[model]), layout, editing=EDITING, **changes)
     noise = {"mask_embedding_noise": 0.5, "mask_embedding_noise_steps": 4} | keys
     return dataclasses.replace(run, objective=dataclasses.replace(run.objective, **noise))
 
 
-@pytest.mark.parametrize(("model", "names"), [("dense", ["CP2", "PP2 interleaved"]), ("blocks", ["CP2", "TP2.SP.EP2"])])
+@pytest.mark.parametrize(
+    ("model", "names"), [("dense", ["CP2", "PP2 interleaved"]), ("blocks", ["TP2.SP.CP2", "TP2.SP.EP2"])]
+)
 def test_layout_of_block_diffusion_equals_one_process(model, names):
-    """With all that a conversion from an autoregressive model may have in its first steps."""
+    """With all that a conversion from an autoregressive model may have in its first steps, and with wrong tokens."""
     halves = {"objective": "block_diffusion", "block_size": parity.BLOCK_SIZE}
     pairs = {"complementary_masks": True, "time_per": "block", "time_sampling": "stratified"}
     alone = parity.measure(noisy(model, LayoutConfig(), halves, **pairs))
     if model == "dense":
         quiet = parity.measure(noisy(model, LayoutConfig(), halves, **pairs, mask_embedding_noise=0.0))
         assert parity.compare(quiet, alone)[0] > 100 * parity.GOAL
+        masks = parity.measure(noisy(model, LayoutConfig(), halves, **pairs, editing=None))
+        assert parity.compare(masks, alone)[0] > 100 * parity.GOAL
     for name in names:
         layout = (DENSE_LAYOUTS if model == "dense" else MOE_LAYOUTS)[name]
         error, where = parity.compare(alone, parity.measure(noisy(model, layout, halves, **pairs)))

@@ -101,7 +101,18 @@ REFUSED = {
     "last": ("objective.block_size=4", "4, but the schedule ends with blocks of 8: a model writes in blocks"),
     "nothing": (f"{STAGES}.stable.block_size=0", "objective.block_schedule.stable.block_size: 0 must be at least 1"),
     "no tokens": (f"{STAGES}.decay.0.tokens=0", "objective.block_schedule.decay.0.tokens: 0 must be at least 1"),
-    "editing": ("objective.replace_ratio=0.1", "block_diffusion, which does not train for editing; use kind diffusion"),
+    "replaced": (
+        "objective.replace_ratio=0.1",
+        "0.1 with kind block_diffusion, which has a section for it: objective.",
+    ),
+    "editing": ("objective.editing.share=1.5", "objective.editing.share: 1.5 must lie between 0 and 1"),
+    "no noise": ("objective.editing.replace_ratio=0", "objective.editing.share: 0.5 without a wrong token; give a"),
+    "ratio": ("objective.editing.surplus_ratio=1", "objective.editing.surplus_ratio: 1.0 must be at least 0 and less"),
+    "weight": ("objective.editing.weight=0", "objective.editing.weight: 0.0 must be greater than 0"),
+    "operations": (
+        "objective.editing.missing_ratio=0.1",
+        "0.1, but the model has no delete_token_id and insert_token_id",
+    ),
     "answers": ("objective.normalization=answer_length", "prepared text has none"),
 }
 
@@ -112,6 +123,16 @@ def test_what_cannot_work_is_refused_up_front(run_file, case):
     with pytest.raises(ConfigError) as caught:
         load_run(run_file, [override])
     assert message in str(caught.value) and len(str(caught.value).splitlines()) <= 5
+
+
+def test_text_does_not_move_where_one_block_is_the_whole_window(run_file):
+    """The stable stage's, also where the model has the operations; a model without a mask cannot be trained at all."""
+    operations = ["model.delete_token_id=7", "model.insert_token_id=8"]
+    with pytest.raises(ConfigError, match=r"objective\.editing\.surplus_ratio: 0\.1 with a block of 64: text moves"):
+        load_run(run_file, ["objective.editing.surplus_ratio=0.1", *operations])
+    with pytest.raises(ConfigError, match=r"model\.mask_token_id: -1 is outside the vocabulary"):
+        load_run(run_file, ["objective.editing.share=0.5", "model.mask_token_id=-1"])
+    assert load_run(run_file, ["objective.editing.share=0.25"]).objective.editing.replace_ratio == 0.1
 
 
 def test_no_stage_lets_a_token_be_routed_by_those_it_has_to_predict(run_file):

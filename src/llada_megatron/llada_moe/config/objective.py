@@ -46,7 +46,12 @@ class ObjectiveConfig:
     replace_ratio: float = 0.0
     """Training for editing, as LLaDA2.1 has it: this share of the tokens that are not masked is shown as another,
     random token, and all that are not masked are supervised too, with weight 1: which are wrong, and what they should
-    be. 0 = off. LLaDA2.1's own rate is not published."""
+    be. 0 = off. LLaDA2.1's own rate is not published. Block diffusion has a section `editing` instead."""
+
+    @property
+    def trains_editing(self) -> bool:
+        """Whether the model learns to correct tokens. Its predictions at written positions mean nothing otherwise."""
+        return self.replace_ratio > 0
 
 
 def check_noise(objective: ObjectiveConfig, refuse: Refuse) -> None:

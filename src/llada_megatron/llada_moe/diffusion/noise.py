@@ -14,10 +14,12 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from llada_megatron.llada_moe.config.editing import EditingConfig
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.data.packing import permute
 
 _TIME, _MASK, _LENGTH, _STRATUM, _REPLACED, _SUBSTITUTE, _ORDER = range(7)
+_EDITED, _MISSING, _SURPLUS, _ADDITION = range(7, 11)
 """Purposes: streams that never share a draw."""
 _Ratios = TypeVar("_Ratios", float, NDArray[np.float64])
 _SPLITS = {"train": 0, "validation": 1}
@@ -48,6 +50,18 @@ class Replacement:
 
 
 @dataclass(frozen=True)
+class Moves:
+    """Where the draft of a sequence has tokens too few or too many (read by `edit_script.arrange`)."""
+
+    missing: NDArray[np.bool_]
+    """[seq], True = the token is left out."""
+    surplus: NDArray[np.bool_]
+    """[seq], True = another token is put before this one."""
+    choice: NDArray[np.float64]
+    """[seq], draws of U[0, 1): which one."""
+
+
+@dataclass(frozen=True)
 class Corruption:
     """One sequence's noise."""
 
@@ -62,6 +76,8 @@ class Corruption:
     """None = every token that is not masked is shown as it is."""
     ratios: NDArray[np.float64] | None = None
     """[seq], p of each position where blocks have their own; None = `ratio` everywhere."""
+    moves: Moves | None = None
+    """None = every token is shown at its place."""
 
 
 class ForwardProcess:
@@ -69,11 +85,19 @@ class ForwardProcess:
 
     Published form: P8B and its GUIDELINES (epsilon 1e-3, t over [0, 1), 1 % of the sequences cut to a length from
     U{1..seq}); the band on t is LLaDA2's. A sequence may come out without a masked token, as in the published code.
-    With a replace ratio, each untruncated token that is not masked is replaced with that probability (T2T of LLaDA2.1).
+    With a replace ratio, each untruncated token that is not masked is replaced with that probability (T2T of LLaDA2.1);
+    with `editing`, so it is in a share of the sequences, whose blocks may also lose and gain tokens (LLaDA2.2).
     """
 
-    def __init__(self, objective: ObjectiveConfig, seed: int, global_batch_size: int, split: str = "train") -> None:
-        """Validation measures the bound itself: the whole range of t, stratified; nothing is cut or replaced.
+    def __init__(
+        self,
+        objective: ObjectiveConfig,
+        seed: int,
+        global_batch_size: int,
+        split: str = "train",
+        editing: EditingConfig | None = None,
+    ) -> None:
+        """Validation measures the bound itself: the whole range of t, stratified; nothing is cut, replaced or moved.
 
         With complementary masks a number stands for a pair of samples, of which a global batch has half as many, and
         p = (1 - epsilon) t + epsilon / 2, so that p and 1 - p have one range.
@@ -86,6 +110,7 @@ class ForwardProcess:
         numbers = global_batch_size // 2 if pairs else global_batch_size
         self._strata = 1 if training and objective.time_sampling == "uniform" else numbers
         self._cut_probability = objective.random_length_probability if training else 0.0
+        self._editing = editing if training else None
         self._replace_ratio = objective.replace_ratio if training else 0.0
 
     def corrupt(self, at: SampleCoordinates, length: int, blocks: NDArray[np.int64] | None = None) -> Corruption:
@@ -97,10 +122,10 @@ class ForwardProcess:
         mask, ratios = self.masks(at, length, ratios)
         untruncated = self._length(at, length)
         mask[untruncated:] = False
-        replacement = self._replacement(at, mask, untruncated)
+        replacement, moves = self._replacement(at, mask, untruncated), self._moves(at, length)
         if isinstance(ratios, float):
-            return Corruption(mask, ratios, untruncated, replacement)
-        return Corruption(mask, float(ratios.mean()), untruncated, replacement, ratios)
+            return Corruption(mask, ratios, untruncated, replacement, None, moves)
+        return Corruption(mask, float(ratios.mean()), untruncated, replacement, ratios, moves)
 
     def masks(self, at: SampleCoordinates, length: int, ratios: _Ratios) -> tuple[NDArray[np.bool_], _Ratios]:
         """Which of `length` positions are masked where `ratios`, one p or `[seq]`, are drawn for these coordinates, and
@@ -134,11 +159,29 @@ class ForwardProcess:
         return (1.0 - self._epsilon) * t + self._least
 
     def _replacement(self, at: SampleCoordinates, mask: NDArray[np.bool_], untruncated: int) -> Replacement | None:
-        if self._replace_ratio <= 0.0:
+        ratio, edited = self._replace_ratio, self._edited(at)
+        if edited is not None:
+            ratio = edited.replace_ratio
+        elif ratio <= 0.0:
             return None
-        replaced = (self._uniform(_REPLACED, at, len(mask)) < self._replace_ratio) & ~mask
+        replaced = (self._uniform(_REPLACED, at, len(mask)) < ratio) & ~mask
         replaced[untruncated:] = False
         return Replacement(replaced, self._uniform(_SUBSTITUTE, at, len(mask)))
+
+    def _moves(self, at: SampleCoordinates, length: int) -> Moves | None:
+        edited = self._edited(at)
+        if edited is None or not edited.moves:
+            return None
+        missing = self._uniform(_MISSING, at, length) < edited.missing_ratio
+        surplus = self._uniform(_SURPLUS, at, length) < edited.surplus_ratio
+        return Moves(missing, surplus, self._uniform(_ADDITION, at, length))
+
+    def _edited(self, at: SampleCoordinates) -> EditingConfig | None:
+        """What is wrong in a sequence besides its masks; None = nothing. Both samples of a pair have it, or neither."""
+        editing = self._editing
+        if editing is None or editing.share <= 0.0:
+            return None
+        return editing if self._uniform(_EDITED, at, 1)[0] < editing.share else None
 
     def _stratum(self, number: int) -> int:
         """Which stratum sample n takes: each of its global batch another one, in an order drawn per batch."""

@@ -18,6 +18,7 @@ from llada_megatron.llada_moe.config.block_schedule import (
     named_stages,
     tokens_per_step,
 )
+from llada_megatron.llada_moe.config.editing import EditingConfig, check_editing, check_operations
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig, check_plain_text
 from llada_megatron.llada_moe.config.parsing import Refuse
 from llada_megatron.llada_moe.objectives.interface import register
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
     from llada_megatron.llada_moe.config.run import RunConfig
     from llada_megatron.llada_moe.data.batch import Row
     from llada_megatron.llada_moe.data.packing import Split
-    from llada_megatron.llada_moe.diffusion.noise import SampleCoordinates
+    from llada_megatron.llada_moe.diffusion.noise import ReplacementVocabulary, SampleCoordinates
     from llada_megatron.llada_moe.model.patterns import AttentionPattern
     from llada_megatron.llada_moe.objectives.interface import RowMaker
+    from llada_megatron.llada_moe.objectives.moved_text import Mover
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,13 @@ class BlockDiffusionConfig(ObjectiveConfig):
     """Weight of a masked token: 1/t (LLaDA2's eq. 1), or 1 (its fine-tuning). Validation weighs by 1/t."""
     block_schedule: BlockSchedule | None = None
     """Block sizes that change during the run, the last of which is block_size."""
+    editing: EditingConfig | None = None
+    """Wrong tokens beside masks in a share of the sequences (LLaDA2.1, LLaDA2.2); null = masks only."""
+
+    @property
+    def trains_editing(self) -> bool:
+        """Where sequences have wrong tokens."""
+        return self.editing is not None and self.editing.share > 0
 
 
 @register("block_diffusion")
@@ -72,11 +81,16 @@ class BlockDiffusion(MaskedDiffusion):
 
     def rows(self, run: RunConfig, split: Split, vocab_size: int) -> RowMaker:
         """Noise is a function of the seed and the sample's coordinates, as in masked diffusion, and so is the stage of
-        a training sample; a validation has the block size of its step."""
-        from llada_megatron.llada_moe.diffusion.noise import ForwardProcess
+        a training sample; a validation has the block size of its step, and no wrong tokens."""
+        import numpy as np
+
+        from llada_megatron.llada_moe.diffusion.noise import ForwardProcess, ReplacementVocabulary
 
         training = run.training
-        noise = ForwardProcess(self.config, training.seed, training.global_batch_size, split)
+        editing = self.config.editing or EditingConfig(share=0.0)
+        noise = ForwardProcess(self.config, training.seed, training.global_batch_size, split, editing)
+        vocabulary = ReplacementVocabulary(vocab_size, run.model.special_ids) if self.config.trains_editing else None
+        mover = _mover(run, vocabulary, editing)
         plain = self.config.weighting == "none" and split == "train"
         numbers = training.global_batch_size // (2 if self.has_pairs(split) else 1)  # of coordinates in a global batch
 
@@ -84,9 +98,12 @@ class BlockDiffusion(MaskedDiffusion):
             step = at.number // numbers if split == "train" else self.step or 0
             size = self.block_size(step)
             blocks = blocks_of(boundaries, size) if self.config.time_per == "block" else None
-            row = diffusion_row(tokens, boundaries, noise.corrupt(at, len(tokens), blocks), run.model.mask_token_id)
+            drawn = noise.corrupt(at, len(tokens), blocks)
+            row = diffusion_row(tokens, boundaries, drawn, run.model.mask_token_id, vocabulary, editing.weight)
             if plain:
-                row = replace(row, weights=(row.weights > 0).astype(row.weights.dtype))
+                row = replace(row, weights=np.where(drawn.mask, np.float32(1.0), row.weights))
+            if drawn.moves is not None and mover is not None:
+                row = mover.moved(row, drawn.moves, blocks_of(row.boundaries, size), size)
             return doubled_row(row, tokens) if size < len(tokens) else row
 
         return make
@@ -116,32 +133,43 @@ class BlockDiffusion(MaskedDiffusion):
         return FULL if whole else AttentionPattern(size)
 
     @property
+    def supervised_share(self) -> float:
+        """The mean mask ratio, and all positions of the sequences that have wrong tokens."""
+        share = self.config.editing.share if self.config.editing is not None else 0.0
+        return share + (1.0 - share) * (self.config.mask_ratio_min + self.config.mask_ratio_max) / 2
+
+    @property
     def loss_is_bound(self) -> bool:
         """The bound of a block given those before it, summed over blocks, needs what masked diffusion's bound needs."""
         return super().loss_is_bound and self.config.weighting == "inverse"
 
     @property
     def only_masks_supervised(self) -> bool:
-        """Where a sequence has one mask ratio, by which its masked tokens are weighted."""
-        return self.config.time_per == "sequence" and self.config.weighting == "inverse"
+        """Where a sequence has one mask ratio, by which its masked tokens are weighted, and no wrong tokens."""
+        own = self.config.time_per == "sequence" and self.config.weighting == "inverse"
+        return own and not self.config.trains_editing
 
     def description(self) -> str:
         """The loss, with its blocks, the band of mask ratios and how times are drawn."""
         schedule = self.config.block_schedule
         sizes = [self.config.block_size] if schedule is None else [stage.block_size for stage in schedule.stages]
         band = f"{self.config.mask_ratio_min:g} to {self.config.mask_ratio_max:g}"
+        editing, edits = self.config.editing, ""
+        if editing is not None and editing.share > 0:
+            edits = f"; {editing.share:g} of the sequences have wrong tokens, and are learnt everywhere"
         return (
             f"block diffusion in blocks of {', then '.join(map(str, sizes))}: cross-entropy of masked tokens, share "
-            f"masked from {band}, {self.config.time_sampling} times per {self.config.time_per}"
+            f"masked from {band}, {self.config.time_sampling} times per {self.config.time_per}{edits}"
         )
 
     def check(self, refuse: Refuse) -> None:
-        """Blocks have positions, the stages are in order, text has no answers, and no token is replaced."""
+        """Blocks have positions, the stages are in order, text has no answers, and there is something to be edited."""
         check_plain_text(self.config, refuse)
         config = self.config
         if config.replace_ratio:
-            why = f"{config.replace_ratio} with kind {self.kind}, which does not train for editing; use kind diffusion"
-            refuse("objective.replace_ratio", why)
+            why = f"{config.replace_ratio} with kind {self.kind}, which has a section for it: objective.editing"
+            refuse("objective.replace_ratio", f"{why}.replace_ratio, beside its share of the sequences")
+        check_editing(config.editing, refuse)
         if config.block_schedule is not None and not check_stages(config.block_schedule, config.block_size, refuse):
             return
         check_block_size(config, refuse)
@@ -154,6 +182,7 @@ class BlockDiffusion(MaskedDiffusion):
             check_steps(schedule, run.training, run.validation, refuse)
         else:
             sizes = [("block_size", self.config.block_size or 1)]
+        check_operations(self.config.editing, run.model, max(size for _, size in sizes), length, refuse)
         for key, size in sizes:
             if length % size:
                 near = max(divisor for divisor in range(1, min(size, length) + 1) if length % divisor == 0)
@@ -174,6 +203,17 @@ class BlockDiffusion(MaskedDiffusion):
     def load_state(self, state: dict[str, Any]) -> None:
         """What `state` gave: the block size that a sampler of this checkpoint uses."""
         self._resumed, self.step = dict(state), None
+
+
+def _mover(run: RunConfig, vocabulary: ReplacementVocabulary | None, editing: EditingConfig) -> Mover | None:
+    """What moves text, for a model that learns to delete and to insert."""
+    from llada_megatron.llada_moe.diffusion.edit_script import Operations
+    from llada_megatron.llada_moe.objectives.moved_text import Mover
+
+    delete_id, insert_id = run.model.delete_token_id, run.model.insert_token_id
+    if vocabulary is None or not editing.moves or delete_id is None or insert_id is None:
+        return None
+    return Mover(Operations(delete_id, insert_id, run.model.mask_token_id), vocabulary, editing.weight)
 
 
 def check_block_size(config: ObjectiveConfig, refuse: Refuse) -> None:

@@ -63,14 +63,14 @@ class MaskedDiffusion(Objective):
     @property
     def supervised_share(self) -> float:
         """The mean mask ratio; all positions where tokens are replaced."""
-        return 1.0 if self.config.replace_ratio else (self.config.mask_ratio_min + self.config.mask_ratio_max) / 2
+        return 1.0 if self.config.trains_editing else (self.config.mask_ratio_min + self.config.mask_ratio_max) / 2
 
     @property
     def loss_is_bound(self) -> bool:
         """The negative evidence lower bound per token needs the whole range of t, only masked tokens supervised, and
         the sum divided by all tokens."""
         whole_range = (self.config.mask_ratio_min, self.config.mask_ratio_max) == (0.0, 1.0)
-        return whole_range and not self.config.replace_ratio and self.config.normalization == "all_tokens"
+        return whole_range and not self.config.trains_editing and self.config.normalization == "all_tokens"
 
     @property
     def validation_is_bound(self) -> bool:
@@ -80,7 +80,7 @@ class MaskedDiffusion(Objective):
     @property
     def only_masks_supervised(self) -> bool:
         """Unless tokens are replaced: those that are not masked are supervised then, too."""
-        return not self.config.replace_ratio
+        return not self.config.trains_editing
 
     def description(self) -> str:
         """The loss, with the band of mask ratios and how times are drawn."""
@@ -101,12 +101,13 @@ def diffusion_row(
     noise: Corruption,
     mask_id: int,
     vocabulary: ReplacementVocabulary | None = None,
+    shown_weight: float = 1.0,
 ) -> Row:
     """A masked sequence [seq]: its own tokens are the labels (no shift), weighted 1/p where masked.
 
     A cut makes the tail a segment of its own, to which no untruncated token attends. Where the noise replaces tokens by
-    others of `vocabulary`, all untruncated tokens that are not masked are weighted 1, also those shown as they are: a
-    model that is only ever asked about wrong tokens would learn that what it sees is wrong.
+    others of `vocabulary`, all untruncated tokens that are not masked are weighted `shown_weight`, also those shown as
+    they are: a model that is only ever asked about wrong tokens would learn that what it sees is wrong.
     """
     import numpy as np
 
@@ -121,7 +122,7 @@ def diffusion_row(
         if vocabulary is None:
             raise ValueError("noise that replaces tokens needs the vocabulary to replace them by")
         inputs = np.where(noise.replacement.replaced, vocabulary.other(tokens, noise.replacement.choice), inputs)
-        weights[: noise.length] = np.where(noise.mask, weights, np.float32(1.0))[: noise.length]
+        weights[: noise.length] = np.where(noise.mask, weights, np.float32(shown_weight))[: noise.length]
     if noise.length < len(tokens) and noise.length not in boundaries:
         boundaries = np.sort(np.append(boundaries, np.int32(noise.length)))
     return Row(inputs, tokens, weights, boundaries, noise.ratio, noise.length)

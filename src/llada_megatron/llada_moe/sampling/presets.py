@@ -194,10 +194,11 @@ def _editing(editor: Editor, model: ModelConfig, trained: bool) -> Editor:
         return editor
     if not trained:
         raise ConfigError(
-            f"editor {name_of(editor)}: this model was not trained for editing (objective.replace_ratio 0): it never "
-            "learnt to predict a token at a position that holds one, and editing would destroy the text; use a model "
-            "trained with objective.replace_ratio > 0, or the editor wino, which needs no training; if this model was "
-            "trained for it elsewhere, say so with --trained-for-editing"
+            f"editor {name_of(editor)}: this model was not trained for editing (objective.replace_ratio 0, and no "
+            "objective.editing): it never learnt to predict a token at a position that holds one, and editing would "
+            "destroy the text; use a model trained with objective.replace_ratio > 0 or objective.editing, or the "
+            "editor wino, which needs no training; if this model was trained for it elsewhere, say so with "
+            "--trained-for-editing"
         )
     if isinstance(editor, Levenshtein):
         if model.delete_token_id is None or model.insert_token_id is None:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
+from llada_megatron.llada_moe.config.editing import EditingConfig
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
 from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
@@ -61,6 +62,15 @@ BLOCKS = dataclasses.replace(
     ),
 )
 """Routed by blocks that no rank's share of the sequence holds whole."""
+EDITING = EditingConfig(share=0.5, replace_ratio=0.3, missing_ratio=0.1, surplus_ratio=0.1)
+"""All that may be wrong beside masks."""
+
+
+def with_operations(model: ModelConfig) -> ModelConfig:
+    """The model with ids to delete and to insert."""
+    return dataclasses.replace(model, delete_token_id=125, insert_token_id=124)
+
+
 MODELS = {"dense": DENSE, "tied": TIED, "softmax": SOFTMAX, "sigmoid": SIGMOID, "blocks": BLOCKS}
 
 
@@ -109,6 +119,7 @@ MOE_LAYOUTS = {
     "PP2": _layout(pipeline_parallel=2),
     "PP2 interleaved": _layout(pipeline_parallel=2, pipeline_chunks_per_rank=2),
     "CP2": _layout(context_parallel=2),
+    "TP2.SP.CP2": _layout(tensor_parallel=2, sequence_parallel=True, context_parallel=2),
     "CP2.EP2": _layout(context_parallel=2, expert_parallel=2),
     "PP2.EP2": _layout(pipeline_parallel=2, data_parallel=2, expert_parallel=2),
     "PP2.EP2 uneven": _layout(pipeline_parallel=2, pipeline_layers=[3, 1], data_parallel=2, expert_parallel=2),
@@ -123,10 +134,15 @@ def parity_run(
     objective: str = "diffusion",
     block_size: int | None = None,
     replace_ratio: float = 0.0,
+    editing: EditingConfig | None = None,
     recompute: str = "none",
     **training: object,
 ) -> RunConfig:
-    """A small run of `model` under `layout`; the same loss and gradients as under any other."""
+    """A small run of `model` under `layout`; the same loss and gradients as under any other.
+
+    `editing`: for block diffusion only.
+    """
+    own = {} if editing is None else {"editing": editing}
     return RunConfig(
         model=model,
         objective=config_class(objective)(
@@ -134,6 +150,7 @@ def parity_run(
             block_size=block_size,
             random_length_probability=0.25,
             replace_ratio=replace_ratio,
+            **own,
         ),
         training=TrainingConfig(
             **{

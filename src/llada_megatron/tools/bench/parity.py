@@ -14,7 +14,14 @@ from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.tools.bench import Claim, at_most
-from llada_megatron.tools.bench.layouts import DENSE_LAYOUTS, MODELS, MOE_LAYOUTS, parity_run
+from llada_megatron.tools.bench.layouts import (
+    DENSE_LAYOUTS,
+    EDITING,
+    MODELS,
+    MOE_LAYOUTS,
+    parity_run,
+    with_operations,
+)
 
 if TYPE_CHECKING:
     from llada_megatron.llada_moe.data.batch import Samples
@@ -46,7 +53,7 @@ def run(args: argparse.Namespace) -> list[Claim]:
     for name, case in cases():
         if args.only.lower() not in name.lower() or (args.fast and name not in FAST):
             continue
-        family = f"{name.split(' ')[0]} {case.objective}"
+        family = f"{name.split(' ')[0]} {case.objective} {case.model.delete_token_id}"
         if family not in references:
             references[family] = measure(dataclasses.replace(case, layout=LayoutConfig()))
         error, where = compare(references[family], measure(case))
@@ -82,6 +89,11 @@ def cases() -> Iterator[tuple[str, RunConfig]]:
         yield f"dense {name} block diffusion", parity_run(MODELS["dense"], DENSE_LAYOUTS[name], **halves)
     for name in ("EP2", "TP2.SP.EP2", "CP2.EP2", "PP2.EP2"):
         yield f"sigmoid {name} block diffusion", parity_run(MODELS["sigmoid"], MOE_LAYOUTS[name], **halves)
+    dense, blocks = with_operations(MODELS["dense"]), with_operations(MODELS["blocks"])
+    for name in ("TP2.SP.CP2", "PP2 interleaved"):
+        yield f"dense {name} editing", parity_run(dense, DENSE_LAYOUTS[name], editing=EDITING, **halves)
+    for name in ("TP2.SP.EP2", "TP2.SP.CP2", "CP2.EP2", "PP2.EP2"):
+        yield f"blocks {name} editing", parity_run(blocks, MOE_LAYOUTS[name], editing=EDITING, **halves)
     yield (
         "dense PP2 block diffusion recomputed",
         parity_run(MODELS["dense"], DENSE_LAYOUTS["PP2"], recompute="full", **halves),

@@ -125,4 +125,4 @@ def never_written(model: ModelConfig, editor: Editor) -> tuple[int, ...]:
 
 def trained_for_editing(objective: ObjectiveConfig) -> bool:
     """Whether a model was trained to correct tokens. Predictions of another one at sampled positions mean nothing."""
-    return objective.replace_ratio > 0
+    return objective.trains_editing

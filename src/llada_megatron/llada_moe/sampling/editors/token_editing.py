@@ -18,7 +18,8 @@ class TokenEditing:
     """Replace a sampled token by another prediction more probable than a threshold (LLaDA2.1 report, "T2T").
 
     A block ends with the first step that changes nothing, or after `max_post_steps`. The threshold for masks is that of
-    the schedule. The rule needs a model that was trained on replaced tokens (`objective.replace_ratio`).
+    the schedule. The rule needs a model that was trained on replaced tokens (`objective.replace_ratio`, or
+    `objective.editing` of block diffusion).
     """
 
     edit_threshold: float = 0.5
