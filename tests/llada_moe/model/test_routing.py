@@ -111,29 +111,39 @@ def test_gradients_are_those_of_the_weights(one_rank):
     torch.testing.assert_close(found, wanted)
 
 
+CUT, WHOLE = (MOE, SEGMENTS), (dataclasses.replace(MOE, routing_block_size=3), torch.arange(0, 73, 12).int())
+"""Blocks that ranks cut, and blocks that each lie on one rank."""
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_ranks_that_cut_blocks_choose_as_one_process(one_rank, name):
+def test_ranks_choose_as_one_process_and_say_nothing_where_blocks_are_whole(one_rank, name):
     layout = LAYOUTS[name]
-    parts = run_ranks(routed_part, layout.world_size, layout)
-    router = make_router(MOE, LayoutConfig())
-    router.boundaries = SEGMENTS
-    expected = router.routing(drawn_logits())[0].view(SEQ, BATCH, -1)
-    found = torch.cat([torch.from_numpy(values) for _, values in sorted(parts, key=lambda part: part[0])])
-    assert torch.equal(found, expected)
+    parts = sorted(run_ranks(routed_part, layout.world_size, layout), key=lambda part: part[0])
+    for number, (moe, boundaries) in enumerate((CUT, WHOLE)):
+        router = make_router(moe, LayoutConfig())
+        router.boundaries = boundaries
+        expected = router.routing(drawn_logits())[0].view(SEQ, BATCH, -1)
+        assert torch.equal(torch.cat([torch.from_numpy(routed[number]) for _, routed, _ in parts]), expected)
+    assert {messages for _, _, messages in parts} == {1}
 
 
 def routed_part(layout: LayoutConfig):
-    """This rank's weights, and the position of its first token."""
+    """The position of this rank's first token, its weights for cut and for whole blocks, and messages about maxima."""
     from megatron.core import parallel_state
 
     topology.initialize(layout, seed=1)
     context, tensor = parallel_state.get_context_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
     count = SEQ // layout.world_size
     first = (context * layout.tensor_parallel + tensor) * count
-    router = make_router(MOE, layout)
-    router.boundaries = SEGMENTS
-    weights, _ = router.routing(drawn_logits()[first : first + count])
-    return first, weights.detach().view(count, BATCH, -1).numpy()
+    reduce, messages, found = torch.distributed.all_reduce, [], []
+    torch.distributed.all_reduce = lambda *words, **keys: (messages.append(words), reduce(*words, **keys))[1]
+    for moe, boundaries in (CUT, WHOLE):
+        router = make_router(moe, layout)
+        router.boundaries = boundaries
+        weights, _ = router.routing(drawn_logits()[first : first + count])
+        found.append(weights.detach().view(count, BATCH, -1).numpy())
+    torch.distributed.all_reduce = reduce
+    return first, found, len(messages)
 
 
 @given(

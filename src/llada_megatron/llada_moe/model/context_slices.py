@@ -7,6 +7,7 @@ beginning and one from its end, so that all ranks have the same number of keys t
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -35,6 +36,20 @@ def held_runs(positions: int, rank: int, ranks: int, doubled: bool) -> tuple[Run
     pieces = (rank, 2 * ranks - 1 - rank)
     runs = [Run(at + piece * number, at + piece * (number + 1)) for at in (0, half) for number in pieces]
     return tuple(_joined(runs))
+
+
+@cache
+def slice_starts(positions: int, ranks: int, doubled: bool, shards: int) -> tuple[int, ...]:
+    """Where the runs of all ranks begin, and those that `shards` tensor ranks hold of them under sequence parallelism;
+    arguments as of `held_runs`."""
+    part, starts = positions // ranks // shards, []
+    for rank in range(ranks):
+        held = 0
+        for run in held_runs(positions, rank, ranks, doubled):
+            cut = run.start + (-held) % part
+            starts += [run.start, *range(cut, run.stop, part)]
+            held += run.stop - run.start
+    return tuple(sorted(set(starts)))
 
 
 def _joined(runs: list[Run]) -> list[Run]:

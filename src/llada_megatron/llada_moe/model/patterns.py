@@ -99,6 +99,15 @@ def block_numbers(boundaries: torch.Tensor, size: int, positions: torch.Tensor) 
     return first[segment] + (positions - starts[segment]) // size, total
 
 
+def begin_blocks(boundaries: torch.Tensor, size: int, positions: torch.Tensor) -> bool:
+    """Whether a block, as `block_numbers` counts them, begins at each of `positions`; all on the host."""
+    import torch
+
+    starts = boundaries.long()
+    segment = torch.searchsorted(starts, positions, right=True) - 1
+    return not bool(((positions - starts[segment]) % size).any())
+
+
 @dataclass(frozen=True)
 class Band:
     """Queries [start, stop) of a segment, of one or more blocks, and the keys [0, keys) that they see together.

@@ -13,9 +13,9 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from llada_megatron.llada_moe.model.context_slices import held_runs
+from llada_megatron.llada_moe.model.context_slices import held_runs, slice_starts
 from llada_megatron.llada_moe.model.layer import DirectLayer
-from llada_megatron.llada_moe.model.patterns import block_numbers, whole_sequences
+from llada_megatron.llada_moe.model.patterns import begin_blocks, block_numbers, whole_sequences
 from llada_megatron.llada_moe.model.windows import Windows
 
 
@@ -23,7 +23,8 @@ class BlockRouter(TopKRouter):
     """Megatron's router, whose bias closes to each token the experts that its block did not choose.
 
     Blocks are counted from the start of each segment, as those of block-causal attention are. They may lie on several
-    ranks of sequence and context parallelism: their maxima are reduced over these ranks.
+    ranks of sequence and context parallelism: their maxima are reduced over these ranks, unless every rank has whole
+    blocks, which is known from the boundaries on the host.
     """
 
     def __init__(
@@ -52,20 +53,21 @@ class BlockRouter(TopKRouter):
     @torch.no_grad()
     def _bias_of_tokens(self, logits: torch.Tensor) -> torch.Tensor:
         """The expert bias, -inf where an expert is closed: `[tokens, experts]`, sequence-major like the logits."""
-        blocks, count = self._blocks(*logits.shape[:2], logits.device)
+        blocks, count, whole = self._blocks(*logits.shape[:2], logits.device)
         ranked = logits.float().sigmoid().flatten(0, 1) + self.expert_bias
         best = ranked.new_full((count, ranked.shape[1]), float("-inf"))
         best.scatter_reduce_(0, blocks[:, None].expand_as(ranked), ranked, "amax")
-        if self.tp_cp_group.size() > 1:
+        if self.tp_cp_group.size() > 1 and not whole:
             torch.distributed.all_reduce(best, torch.distributed.ReduceOp.MAX, group=self.tp_cp_group)
         chosen = best.topk(self.expert_capacity, dim=1).indices
         closed = torch.ones_like(best, dtype=torch.bool).scatter_(1, chosen, False)
         return self.expert_bias.masked_fill(closed, float("-inf"))[blocks]
 
-    def _blocks(self, seq: int, batch: int, device: torch.device) -> tuple[torch.Tensor, int]:
-        """Block numbers of this rank's tokens `[seq * batch]`, and how many blocks all ranks have."""
+    def _blocks(self, seq: int, batch: int, device: torch.device) -> tuple[torch.Tensor, int, bool]:
+        """Block numbers of this rank's tokens `[seq * batch]`, how many blocks all ranks have, and whether each lies on
+        one rank."""
         if isinstance(self.boundaries, Windows):
-            return self.boundaries.block_numbers(self.block_size)
+            return *self.boundaries.block_numbers(self.block_size), False
         slices, place = (self.tp_group.size(), self.tp_group.rank()) if self.config.sequence_parallel else (1, 0)
         ranks = self.cp_group.size()
         whole = seq * slices * ranks
@@ -74,7 +76,9 @@ class BlockRouter(TopKRouter):
         runs = held_runs(whole, self.cp_group.rank(), ranks, self.doubled)
         mine = torch.cat([torch.arange(*run, device=device) for run in runs])[place * seq : (place + 1) * seq]
         positions = mine[:, None] + torch.arange(batch, device=device) * whole
-        return block_numbers(boundaries, self.block_size, positions.flatten())
+        starts = torch.tensor(slice_starts(whole, ranks, self.doubled, slices))
+        alone = begin_blocks(boundaries, self.block_size, starts + torch.arange(batch)[:, None] * whole)
+        return *block_numbers(boundaries, self.block_size, positions.flatten()), alone
 
 
 class BlockRoutedLayer(DirectLayer):
