@@ -28,7 +28,8 @@ def make_batch(seed, size):
 
 
 def part(batch, rows):
-    return Batch(*(x if name == "boundaries" else x[rows] for name, x in vars(batch).items()))
+    own = ("boundaries", "drafted")
+    return Batch(**{name: x if name in own else x[rows] for name, x in vars(batch).items()})
 
 
 def loss(kind, batch, cross_entropy, counts):

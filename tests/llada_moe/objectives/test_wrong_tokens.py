@@ -127,6 +127,20 @@ def test_whole_blocks_move_and_are_labelled_by_what_puts_them_right(seed, window
             assert not set(row.inputs[at]) & (SPECIAL - {MASK, 7})
 
 
+@CASES
+@given(st.integers(0, 2**40), st.integers(0, 500), KEYS, st.floats(0.05, 0.9))
+def test_what_the_model_predicts_itself_is_a_mask_until_then(seed, window, keys, ratio):
+    editing = {"share": 1.0, "draft_share": 1.0, "draft_ratio": ratio, **MOVES}
+    row, text = row_of(objective(editing, **keys), window, seed)
+    plain, _ = row_of(objective(None, **keys), window, seed)
+    drafted = row.drafted
+    assert drafted is not None and not drafted[row.untruncated :].any() and not (drafted & (plain.weights > 0)).any()
+    assert (row.inputs[drafted] == MASK).all() and (row.weights[drafted] == 1).all()
+    assert np.array_equal(row.inputs[~drafted], plain.inputs[~drafted]) and np.array_equal(row.labels[:LENGTH], text)
+    assert plain.drafted is None and row_of(objective({"share": 1.0}, **keys), window, seed)[0].drafted is None
+    assert objective(editing).writes_drafts and not objective({"share": 1.0}).writes_drafts
+
+
 def test_moved_text_teaches_both_operations():
     rows = [row_of(objective({"share": 1.0, **MOVES}), window)[0] for window in range(40)]
     labels = np.concatenate([row.labels[:LENGTH] for row in rows])

@@ -31,8 +31,19 @@ class EditingConfig:
     """Share of the tokens that a block leaves out: the model learns to insert (LLaDA2.2)."""
     surplus_ratio: float = 0.0
     """Random tokens that a block has too many, per token: the model learns to delete (LLaDA2.2)."""
+    draft_share: float = 0.0
+    """Of the sequences with wrong tokens, those whose wrong tokens are the model's own (the multi-turn forward of
+    LLaDA2.1): it predicts some of the tokens that are not masked in a pass of its own, without gradients, and then sees
+    its predictions in their place. Nothing else is wrong there. Above 0, each step has one more forward pass."""
+    draft_ratio: float = 0.5
+    """Share of the tokens that are not masked that the model has predicted itself."""
     weight: float = 1.0
     """Of each token that is not masked in those sequences, beside 1/t of a masked one."""
+
+    @property
+    def drafts(self) -> bool:
+        """Whether some sequences show what the model has predicted itself."""
+        return self.share > 0 and self.draft_share > 0
 
     @property
     def moves(self) -> bool:
@@ -44,12 +55,17 @@ def check_editing(editing: EditingConfig | None, refuse: Refuse) -> None:
     """Shares and ratios that are probabilities, something that is wrong, and a weight."""
     if editing is None:
         return
-    if not 0 <= editing.share <= 1:
-        refuse(f"{KEY}.share", f"{editing.share} must lie between 0 and 1; it is a share of the sequences")
-    for key in ("replace_ratio", "missing_ratio", "surplus_ratio"):
+    for key in ("share", "draft_share"):
+        if not 0 <= getattr(editing, key) <= 1:
+            refuse(f"{KEY}.{key}", f"{getattr(editing, key)} must lie between 0 and 1; it is a share of the sequences")
+    for key in ("replace_ratio", "missing_ratio", "surplus_ratio", "draft_ratio"):
         if not 0 <= getattr(editing, key) < 1:
             refuse(f"{KEY}.{key}", f"{getattr(editing, key)} must be at least 0 and less than 1")
-    if editing.share > 0 and not editing.replace_ratio and not editing.moves:
+    if editing.draft_share > 0 and not editing.draft_ratio:
+        refuse(
+            f"{KEY}.draft_ratio", f"0 with draft_share {editing.draft_share}: no token is the model's own; ours: 0.5"
+        )
+    if editing.share > 0 and editing.draft_share < 1 and not editing.replace_ratio and not editing.moves:
         refuse(f"{KEY}.share", f"{editing.share} without a wrong token; give a replace_ratio (ours: 0.1), or share 0")
     if not 0 < editing.weight < math.inf:
         refuse(f"{KEY}.weight", f"{editing.weight} must be greater than 0")

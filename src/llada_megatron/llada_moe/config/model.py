@@ -83,6 +83,11 @@ class ModelConfig:
         ids = (self.mask_token_id, self.eos_token_id, self.delete_token_id, self.insert_token_id)
         return {i for i in ids if i is not None}
 
+    @property
+    def never_drafted(self) -> set[int]:
+        """Ids that a model does not write into its own draft; the end of text it does."""
+        return self.special_ids - {self.eos_token_id}
+
 
 MOST_LAYERS, MOST_EXPERTS = 10_000, 65_536
 """Ten times the deepest published Transformers, and more experts than any: what counts and lays out a model walks over

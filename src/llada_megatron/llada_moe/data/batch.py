@@ -37,6 +37,8 @@ class Batch:
     """[batch] int64: length of the answer; all untruncated tokens for plain text."""
     conversations: Tensor | None = None
     """[batch] int64: how many a sequence holds, where several are packed into one; None = 1 in each."""
+    drafted: Tensor | None = None
+    """[batch, seq] bool: masks that become the model's own predictions before the step; None = there are none."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Row:
     mask_ratio: float
     untruncated: int
     conversations: int = 1
+    drafted: NDArray[np.bool_] | None = None
 
 
 class Samples(Protocol):
@@ -82,4 +85,12 @@ def collate(rows: Sequence[Row]) -> Batch:
         untruncated=untruncated,
         answer=untruncated.clone(),
         conversations=torch.tensor([row.conversations for row in rows], dtype=torch.int64),
+        drafted=_drafted(rows),
     )
+
+
+def _drafted(rows: Sequence[Row]) -> Tensor | None:
+    if all(row.drafted is None for row in rows):
+        return None
+    none = np.zeros(len(rows[0].inputs), bool)
+    return torch.from_numpy(np.stack([none if row.drafted is None else row.drafted for row in rows]))

@@ -19,7 +19,7 @@ from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.data.packing import permute
 
 _TIME, _MASK, _LENGTH, _STRATUM, _REPLACED, _SUBSTITUTE, _ORDER = range(7)
-_EDITED, _MISSING, _SURPLUS, _ADDITION = range(7, 11)
+_EDITED, _MISSING, _SURPLUS, _ADDITION, _DRAFTED = range(7, 12)
 """Purposes: streams that never share a draw."""
 _Ratios = TypeVar("_Ratios", float, NDArray[np.float64])
 _SPLITS = {"train": 0, "validation": 1}
@@ -47,6 +47,8 @@ class Replacement:
     """[seq], True = another token is shown; none is masked."""
     choice: NDArray[np.float64]
     """[seq], draws of U[0, 1): which one (read by `ReplacementVocabulary.other`)."""
+    drafted: bool = False
+    """Whether the others are the model's own predictions."""
 
 
 @dataclass(frozen=True)
@@ -159,18 +161,19 @@ class ForwardProcess:
         return (1.0 - self._epsilon) * t + self._least
 
     def _replacement(self, at: SampleCoordinates, mask: NDArray[np.bool_], untruncated: int) -> Replacement | None:
-        ratio, edited = self._replace_ratio, self._edited(at)
+        ratio, edited, drafted = self._replace_ratio, self._edited(at), False
         if edited is not None:
-            ratio = edited.replace_ratio
+            drafted = self._drafted(at, edited)
+            ratio = edited.draft_ratio if drafted else edited.replace_ratio
         elif ratio <= 0.0:
             return None
         replaced = (self._uniform(_REPLACED, at, len(mask)) < ratio) & ~mask
         replaced[untruncated:] = False
-        return Replacement(replaced, self._uniform(_SUBSTITUTE, at, len(mask)))
+        return Replacement(replaced, self._uniform(_SUBSTITUTE, at, len(mask)), drafted)
 
     def _moves(self, at: SampleCoordinates, length: int) -> Moves | None:
         edited = self._edited(at)
-        if edited is None or not edited.moves:
+        if edited is None or not edited.moves or self._drafted(at, edited):
             return None
         missing = self._uniform(_MISSING, at, length) < edited.missing_ratio
         surplus = self._uniform(_SURPLUS, at, length) < edited.surplus_ratio
@@ -182,6 +185,9 @@ class ForwardProcess:
         if editing is None or editing.share <= 0.0:
             return None
         return editing if self._uniform(_EDITED, at, 1)[0] < editing.share else None
+
+    def _drafted(self, at: SampleCoordinates, edited: EditingConfig) -> bool:
+        return bool(self._uniform(_DRAFTED, at, 1)[0] < edited.draft_share)
 
     def _stratum(self, number: int) -> int:
         """Which stratum sample n takes: each of its global batch another one, in an order drawn per batch."""

@@ -6,7 +6,7 @@ their logits exist for one chunk of rows at a time, sharded over the tensor rank
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,6 +96,48 @@ class Targets:
         )
 
 
+@dataclass(frozen=True)
+class DraftRows:
+    """Positions of one micro-batch whose most likely token is wanted; made on the host, as `Targets`."""
+
+    index: torch.Tensor
+    """`[rows]` int64: rows of this rank's flattened hidden states `[seq * batch]`."""
+    real: torch.Tensor
+    """`[positions]` int64: those among the rows of all slices of the sequence that are no padding."""
+    position: torch.Tensor
+    """`[positions]` int64: what they are of the flattened `[seq * batch]`."""
+    never: torch.Tensor
+    """`[ids]` int64: token ids that are never predicted."""
+    shards: int
+    """Slices of the sequence whose rows the output layer returns together."""
+
+    @classmethod
+    def of(
+        cls, wanted: torch.Tensor, never: Collection[int], tensor_rank: int = 0, tensor_shards: int = 1
+    ) -> DraftRows:
+        """The rows of `wanted` `[batch, seq]` bool; `tensor_rank` and `tensor_shards` as of `Targets.of`."""
+        rows = select_rows(wanted.t(), tensor_rank, tensor_shards)
+        ids = torch.tensor(sorted(never), dtype=torch.int64)
+        return cls(rows.index, rows.real.nonzero().flatten(), rows.position[rows.real], ids, tensor_shards)
+
+    def pinned(self) -> DraftRows:
+        """The same in page-locked memory, where there is CUDA."""
+        return self._each(pinned)
+
+    def to(self, device: torch.device) -> DraftRows:
+        """The same on the device; the host does not wait."""
+        return self._each(lambda tensor: to_device(tensor, device))
+
+    def _each(self, move: Callable[[torch.Tensor], torch.Tensor]) -> DraftRows:
+        names = ("index", "real", "position", "never")
+        return replace(self, **{name: move(getattr(self, name)) for name in names})
+
+    def written(self, inputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """`inputs` `[batch, seq]` with `tokens` `[positions]` at these positions."""
+        flat = inputs.t().flatten().index_copy(0, self.position, tokens)
+        return flat.view(inputs.size(1), inputs.size(0)).t().contiguous()
+
+
 def select_rows(selected: torch.Tensor, tensor_rank: int, tensor_shards: int) -> SupervisedRows:
     """Which rows run.
 
@@ -141,6 +183,36 @@ def supervised_loss(model: Any, hidden: torch.Tensor, targets: Targets, chunk_el
             total.index_add(0, targets.sequence, entropy * (targets.weights != 0)),
         ]
     )
+
+
+@torch.no_grad()
+def predicted_tokens(model: Any, hidden: torch.Tensor, rows: DraftRows, chunk_elements: int) -> torch.Tensor:
+    """The most likely token at each wanted position, the lowest id of several, `[positions]` int64.
+
+    Two numbers of a row leave a vocabulary shard, never its logits. Arguments as of `supervised_loss`.
+    """
+    step = max(1, chunk_elements // (model.output_layer.output_size_per_partition * rows.shards))
+    flat = _flat(hidden)
+    parts = [_most_likely(model, flat.index_select(0, index), rows.never) for index in rows.index.split(step)]
+    whole = torch.cat([part.unflatten(0, (rows.shards, -1)) for part in parts], dim=1)
+    return whole.flatten().index_select(0, rows.real)
+
+
+def _most_likely(model: Any, rows: torch.Tensor, never: torch.Tensor) -> torch.Tensor:
+    """Token ids `[rows]` int64 from hidden states."""
+    group = model.pg_collection.tp
+    logits = _logits(model, rows).float()
+    first = group.rank() * logits.size(1)
+    ids = torch.arange(first, first + logits.size(1), device=logits.device)
+    best, choice = logits.masked_fill(torch.isin(ids, never), -torch.inf).max(dim=1)
+    token = ids[choice]
+    if group.size() == 1:
+        return token
+    highest = best.clone()
+    torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, group=group)
+    token = torch.where(best == highest, token, torch.iinfo(torch.int64).max)
+    torch.distributed.all_reduce(token, torch.distributed.ReduceOp.MIN, group=group)
+    return token.clamp(max=logits.size(1) * group.size() - 1)  # where no shard has a highest, because of NaN
 
 
 def selected_logits(model: Any, hidden: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:

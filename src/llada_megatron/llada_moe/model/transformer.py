@@ -14,7 +14,13 @@ from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
 from llada_megatron.llada_moe.model.attention.packed_documents import PackedBatches
 from llada_megatron.llada_moe.model.context_slices import held_runs, taken
 from llada_megatron.llada_moe.model.fixed_windows import FixedWindows
-from llada_megatron.llada_moe.model.head import Targets, selected_logits, supervised_loss
+from llada_megatron.llada_moe.model.head import (
+    DraftRows,
+    Targets,
+    predicted_tokens,
+    selected_logits,
+    supervised_loss,
+)
 from llada_megatron.llada_moe.model.mask_noise import MaskNoise, noisy_embedding
 from llada_megatron.llada_moe.model.patterns import FULL, AttentionPattern
 from llada_megatron.llada_moe.model.routing import BlockRouter
@@ -97,6 +103,7 @@ class DiffusionTransformer(GPTModel):
         rows: torch.Tensor | None = None,
         pattern: AttentionPattern | None = None,
         noise: MaskNoise | None = None,
+        drafts: DraftRows | None = None,
     ) -> torch.Tensor:
         """Run the stage's layers.
 
@@ -108,15 +115,18 @@ class DiffusionTransformer(GPTModel):
             rows: return the logits of these rows instead, as `selected_logits` takes them.
             pattern: who attends to whom from this step on; None = as before.
             noise: what is added to the embeddings of masked tokens (read by the first stage); None = nothing.
+            drafts: return the most likely tokens at these positions instead of losses, without a gradient.
 
         Returns:
-            On the last stage `[batch]` losses or `[rows, vocab / tensor_parallel]` logits; before it the hidden states.
+            On the last stage `[batch]` losses, `[positions]` tokens or `[rows, vocab / tensor_parallel]` logits; before
+            it the hidden states.
         """
         if pattern is not None and pattern != self.pattern:
             self.use_pattern(pattern)
         self.rotary_pos_emb.windows = boundaries if isinstance(boundaries, Windows | FixedWindows) else None
         self._noise = noise
-        return super().forward(inputs, None, boundaries, loss_mask=rows if targets is None else targets)
+        wanted = next((each for each in (drafts, targets) if each is not None), rows)
+        return super().forward(inputs, None, boundaries, loss_mask=wanted)
 
     def _with_noise(
         self, embedding: torch.nn.Module, _: tuple[Any, ...], arguments: dict[str, Any], output: torch.Tensor
@@ -131,6 +141,8 @@ class DiffusionTransformer(GPTModel):
             return hidden_states
         if isinstance(loss_mask, Targets):
             return supervised_loss(self, hidden_states, loss_mask, self.logits_chunk_elements)
+        if isinstance(loss_mask, DraftRows):
+            return predicted_tokens(self, hidden_states, loss_mask, self.logits_chunk_elements)
         return selected_logits(self, hidden_states, loss_mask)
 
 

@@ -118,6 +118,11 @@ class BlockDiffusion(MaskedDiffusion):
         return AttentionPattern(size, doubled=True)
 
     @property
+    def writes_drafts(self) -> bool:
+        """With `editing.draft_share`."""
+        return self.config.editing is not None and self.config.editing.drafts
+
+    @property
     def copies(self) -> int:
         """Twice, unless one block holds the sequence at every step."""
         schedule, training = self.config.block_schedule, self.training
@@ -245,4 +250,5 @@ def doubled_row(noisy: Row, tokens: NDArray[np.int64]) -> Row:
         labels=np.concatenate([noisy.labels, tokens]),
         weights=np.concatenate([noisy.weights, np.zeros(length, noisy.weights.dtype)]),
         boundaries=np.concatenate([noisy.boundaries, noisy.boundaries[1:] + np.int32(length)]),
+        drafted=None if noisy.drafted is None else np.concatenate([noisy.drafted, np.zeros(length, bool)]),
     )

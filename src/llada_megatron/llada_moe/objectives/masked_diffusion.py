@@ -107,7 +107,8 @@ def diffusion_row(
 
     A cut makes the tail a segment of its own, to which no untruncated token attends. Where the noise replaces tokens by
     others of `vocabulary`, all untruncated tokens that are not masked are weighted `shown_weight`, also those shown as
-    they are: a model that is only ever asked about wrong tokens would learn that what it sees is wrong.
+    they are: a model that is only ever asked about wrong tokens would learn that what it sees is wrong. Tokens that the
+    model predicts itself are masks until it has (`Row.drafted`).
     """
     import numpy as np
 
@@ -118,11 +119,15 @@ def diffusion_row(
         weights = noise.mask * np.float32(1.0 / noise.ratio if noise.ratio > 0 else 0.0)
     else:
         weights = (noise.mask / np.where(noise.mask, noise.ratios, 1.0)).astype(np.float32)
+    drafted = None
     if noise.replacement is not None:
         if vocabulary is None:
             raise ValueError("noise that replaces tokens needs the vocabulary to replace them by")
-        inputs = np.where(noise.replacement.replaced, vocabulary.other(tokens, noise.replacement.choice), inputs)
+        others = vocabulary.other(tokens, noise.replacement.choice)
+        if noise.replacement.drafted:
+            others, drafted = np.full(len(tokens), mask_id), noise.replacement.replaced
+        inputs = np.where(noise.replacement.replaced, others, inputs)
         weights[: noise.length] = np.where(noise.mask, weights, np.float32(shown_weight))[: noise.length]
     if noise.length < len(tokens) and noise.length not in boundaries:
         boundaries = np.sort(np.append(boundaries, np.int32(noise.length)))
-    return Row(inputs, tokens, weights, boundaries, noise.ratio, noise.length)
+    return Row(inputs, tokens, weights, boundaries, noise.ratio, noise.length, drafted=drafted)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -15,7 +16,7 @@ from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch
 from llada_megatron.llada_moe.model.context_slices import Run, held_runs, taken
-from llada_megatron.llada_moe.model.head import Targets
+from llada_megatron.llada_moe.model.head import DraftRows, Targets
 from llada_megatron.llada_moe.model.mask_noise import MaskNoise
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.model.transfer import pinned, to_device
@@ -37,6 +38,8 @@ class StagedBatch:
     supervised: torch.Tensor
     """`[batch]` int64: supervised positions in this rank's context slice."""
     counts: TokenCounts
+    drafts: DraftRows | None = None
+    """Positions of this rank's context slice that the model predicts before the step; None where it predicts none."""
 
 
 @dataclass
@@ -66,6 +69,8 @@ class Microbatch:
     """By name what each frozen model of the objective makes of these sequences, `[batch]`; on the last stage."""
     noise: MaskNoise | None = None
     """Of the embeddings of masked tokens; None = none at this step, or not the first stage."""
+    drafts: DraftRows | None = None
+    """Positions of `inputs` that `own_drafts.write_drafts` fills before the step; None where it fills none."""
 
 
 def local_numbers(run: RunConfig, step: int, data_rank: int) -> list[list[int]]:
@@ -82,16 +87,24 @@ def local_numbers(run: RunConfig, step: int, data_rank: int) -> list[list[int]]:
     ]
 
 
-def stage(layout: LayoutConfig, batch: Batch, pattern: AttentionPattern) -> StagedBatch:
-    """What this rank takes from a batch of a step with `pattern`, ready to be copied to the device."""
+def stage(
+    layout: LayoutConfig, batch: Batch, pattern: AttentionPattern, never: Collection[int] | None = None
+) -> StagedBatch:
+    """What this rank takes from a batch of a step with `pattern`, ready to be copied to the device.
+
+    `never`: token ids that the model does not predict where it writes drafts; None = it writes none in this step.
+    """
     runs = _held_runs(batch.inputs.size(1), pattern)
     inputs, labels, weights = (taken(tensor, runs, dim=1) for tensor in (batch.inputs, batch.labels, batch.weights))
-    targets = None
+    targets = drafts = None
+    slices = layout.tensor_parallel if layout.sequence_parallel else 1
+    rank = parallel_state.get_tensor_model_parallel_rank() if slices > 1 else 0
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-        slices = layout.tensor_parallel if layout.sequence_parallel else 1
-        rank = parallel_state.get_tensor_model_parallel_rank() if slices > 1 else 0
         targets = Targets.of(labels, weights, rank, slices).pinned()
-    return StagedBatch(batch, pinned(inputs.contiguous()), targets, (weights != 0).sum(dim=1), count(batch))
+    if never is not None:
+        wanted = torch.zeros(labels.shape, dtype=torch.bool) if batch.drafted is None else taken(batch.drafted, runs, 1)
+        drafts = DraftRows.of(wanted, never, rank, slices).pinned()
+    return StagedBatch(batch, pinned(inputs.contiguous()), targets, (weights != 0).sum(dim=1), count(batch), drafts)
 
 
 def prepare(objective: Objective, staged: list[StagedBatch], step: int) -> list[Microbatch]:
@@ -121,6 +134,7 @@ def prepare(objective: Objective, staged: list[StagedBatch], step: int) -> list[
             pattern=objective.pattern(step),
             objective=objective,
             confidence=confidence,
+            drafts=None if one.drafts is None else one.drafts.to(where),
         )
         for one, factor, mask_ratio, positions in zip(staged, factors, mask_ratios, supervised, strict=True)
     ]

@@ -28,6 +28,7 @@ from llada_megatron.parallel.training.microbatches import (
     prepare,
     stage,
 )
+from llada_megatron.parallel.training.own_drafts import write_drafts
 
 Norm = float | torch.Tensor
 """Norm of all gradients; newer Megatron versions leave it on the GPU."""
@@ -143,7 +144,8 @@ class TrainingStep:
     def _stage(self, step: int) -> list[StagedBatch]:
         device.use(self._device)  # in a thread, where batches are made ahead
         pattern = self.objective.pattern(step)
-        return [stage(self.run.layout, batch, pattern) for batch in self.batches(step)]
+        never = self.run.model.never_drafted if self.objective.writes_drafts else None
+        return [stage(self.run.layout, batch, pattern, never) for batch in self.batches(step)]
 
     def close(self) -> None:
         """End what runs beside the steps."""
@@ -159,6 +161,8 @@ class TrainingStep:
         answers = {name: ask_frozen(self.run, models, microbatches) for name, models in self.frozen.items()}
         for number, batch in enumerate(microbatches):
             batch.frozen = {name: found[number] for name, found in answers.items() if found}
+        if self.objective.writes_drafts:
+            write_drafts(self.run, self.models, microbatches)
         add_embedding_noise(self.run, microbatches, step)  # frozen models see the tokens as they are
         return run_pipeline(self.run, self.models, microbatches)
 

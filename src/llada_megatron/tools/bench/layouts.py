@@ -62,7 +62,7 @@ BLOCKS = dataclasses.replace(
     ),
 )
 """Routed by blocks that no rank's share of the sequence holds whole."""
-EDITING = EditingConfig(share=0.5, replace_ratio=0.3, missing_ratio=0.1, surplus_ratio=0.1)
+EDITING = EditingConfig(share=0.8, replace_ratio=0.3, missing_ratio=0.1, surplus_ratio=0.1, draft_share=0.4)
 """All that may be wrong beside masks."""
 
 
