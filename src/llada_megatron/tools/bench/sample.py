@@ -141,7 +141,7 @@ def _require_all(args: argparse.Namespace, recipe: object) -> None:
 
 
 def _models(directory: Path, threads: int) -> dict[str, Path]:
-    """The run directories of the two small models by their attention; trained now unless they were before."""
+    """The run directories of the small models by their attention; trained now unless they were before."""
     from llada_megatron.tools.bench.sampling.models import RECIPES, is_trained, train_or_find
 
     missing = [recipe for recipe in RECIPES.values() if not is_trained(directory, recipe)]
@@ -178,7 +178,8 @@ def _compare(
     candidates = _candidates(ours, presets, peers)
     alone = figures.measure(candidates, prompts, recipe.language, args.rounds, args.batch_size)
     reference = alone[peers.fixed_steps.name if peers else LLADA.name + WHOLE]
-    equal = [preset for preset in presets if alone[preset.name].right >= reference.right - claims.QUALITY_LOSS]
+    good = reference.right - claims.QUALITY_LOSS
+    equal = [preset for preset in presets if preset.edits and alone[preset.name].right >= good]
     equal.sort(key=lambda preset: alone[preset.name].seconds)
     best = equal[:_BATCHED] if args.batch_size > 1 else []
     batched = [ours.candidate(preset, batch_size=args.batch_size) for preset in best]
@@ -190,6 +191,7 @@ def _compare(
     return [
         *claims.speed_claims(alone, together, [preset.name for preset in equal], reference),
         *(claims.peer_claims(alone, peers) if peers else []),
+        *claims.edit_claims(alone),
         *claims.stop_claims(alone, recipe.language.eos_id),
         *claims.batch_claims(alone, together),
     ]
@@ -205,7 +207,7 @@ def _candidates(ours: OurSamplers, presets: Sequence[PresetOnModel], peers: Peer
         *([peers.fixed_steps, peers.dual_cache] if peers else []),
         *variants,
         *(peers.others if peers else []),
-        *(ours.candidate(preset, plotted=True) for preset in presets),
+        *(ours.candidate(preset, plotted=preset.edits) for preset in presets),
     ]
 
 

@@ -7,11 +7,12 @@ import dataclasses
 import pytest
 import torch
 
+from llada_megatron.llada_moe.config.editing import EditingConfig
 from llada_megatron.llada_moe.model.patterns import whole_sequences
 from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
 from llada_megatron.tools.bench.sampling import models
 from llada_megatron.tools.bench.sampling.language import Language
-from llada_megatron.tools.bench.sampling.models import Recipe, train_or_find
+from llada_megatron.tools.bench.sampling.models import EditingRecipe, Recipe, train_or_find
 from llada_megatron.tools.convert.inspector import describe, open_source
 from llada_megatron.tools.inspect import load_model
 
@@ -87,6 +88,22 @@ def test_a_model_is_an_ordinary_checkpoint(directory):
     source.close()
     assert not found["faults"]
     assert load_model(str(path / models.MODEL_FILE)) == TINY.model
+
+
+def test_a_model_that_edits_has_learnt_it_by_the_products_objective(directory):
+    recipe = EditingRecipe(**{**vars(CHILD), "editing": models.EDITING.editing})
+    assert recipe.length % 32 == 0 and recipe.name != dataclasses.replace(recipe, editing=EditingConfig()).name
+    batch, language = recipe.batches.batch(3), recipe.language
+    assert batch.inputs.shape == (2, 2 * recipe.length)
+    clean, labels = batch.inputs[:, recipe.length :], batch.labels[:, : recipe.length]
+    example = language.example(recipe.seed * 1_000_003 + 6)
+    tokens = example.prompt + example.response
+    assert clean[0, : len(tokens)].tolist() == tokens and (clean[0, len(tokens) :] == language.eos_id).all()
+    rows = [recipe.batches.batch(step) for step in range(8)]
+    said = {int(i) for each in rows for i in each.labels.unique()}
+    assert {recipe.model.delete_token_id, recipe.model.insert_token_id} <= said and labels.shape == clean.shape
+    with open_checkpoint(train_or_find(directory, recipe)) as loaded:
+        assert loaded.run.objective == recipe.run.objective and loaded.run.objective.trains_editing
 
 
 def test_training_learns(directory):

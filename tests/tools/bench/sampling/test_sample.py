@@ -46,13 +46,28 @@ def test_a_few_presets_without_peers_have_our_own_reference(arguments, capsys):
     claims = sample.run(arguments("--presets", "fast-dllm, llada2", "--batch-size", 2, "--graphs"))
     said = capsys.readouterr()
     names = [name for name in rows(said.out) if ", batch" not in name]
-    assert sorted(names) == sorted(["fast-dllm", "fast-dllm (block-causal)", "llada2", LLADA.name + WHOLE])
+    own = ["fast-dllm", "fast-dllm (block-causal)", "llada2", "llada2 (editing)", LLADA.name + WHOLE]
+    assert sorted(names) == sorted(own)
     goals = by_goal(claims)
     assert set(goals) == {">= 20", "<= 64", ">= 1"} and LLADA.name + WHOLE in goals[">= 20"].claim
     assert 12 <= goals["<= 64"].value <= 64 and goals["<= 64"].value % 4 == 0
     fixed = [claim for claim in claims if "passes of fixed shape, run from Python, against ordinary" in claim.claim]
     assert [claim.goal for claim in fixed] == ["reported", ">= 1"] * 4 and all(claim.holds for claim in fixed[1::2])
     assert "minutes" not in said.err or "trained first" in said.err
+
+
+def test_editing_is_compared_with_the_same_model_without_it(arguments, capsys):
+    claims = sample.run(arguments("--presets", "llada2.2", "--batch-size", 1))
+    said = capsys.readouterr()
+    assert rows(said.out)[1:] and set(rows(said.out)) == {
+        "llada2.2 (editing)",
+        "llada2.2 (editing), no editor",
+        LLADA.name + WHOLE,
+    }
+    assert "llada2.2 is skipped" not in said.err
+    gained = [claim for claim in claims if claim.claim.startswith("llada2.2 (editing): ")]
+    share, passes = (next(c.value for c in gained if words in c.claim) for words in ("gained by", "passes / those"))
+    assert -1 <= share <= 1 and passes > 0
 
 
 def test_groups_in_flight_keep_the_stages_of_a_pipeline_busy(arguments):

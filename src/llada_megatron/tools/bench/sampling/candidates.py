@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.model.linear import torchs_own
+from llada_megatron.llada_moe.sampling.editors import NoEditor, never_written
 from llada_megatron.llada_moe.sampling.loop import Method
 from llada_megatron.llada_moe.sampling.presets import PRESETS, Choice, choose
 from llada_megatron.llada_moe.sampling.token_buffer import continuation
@@ -36,22 +37,26 @@ class Generated:
     work: Work
 
 
-WHOLE, TORCHS = ", whole window", ", torch's own products"
+WHOLE, TORCHS, NO_EDITOR = ", whole window", ", torch's own products", ", no editor"
 """What the name of a candidate ends with that differs from the preset it is named after."""
 
 
 @dataclass(frozen=True)
 class PresetOnModel:
-    """A preset on one of the two models."""
+    """A preset on one of the models."""
 
     preset: str
     """A key of `PRESETS`."""
     attention: str
-    """"bidirectional" or "block-causal"."""
+    """"bidirectional", "block-causal", or "editing": block-causal, and trained to replace, delete and insert."""
+    edits: bool = True
+    """Whether it has its editor."""
 
     @property
     def name(self) -> str:
-        """The preset's, which says more only where the same one runs on the other model besides."""
+        """The preset's, which says more only where the same one runs on another model besides."""
+        if self.attention == "editing":
+            return f"{self.preset} (editing)" + ("" if self.edits else NO_EDITOR)
         both = PRESETS[self.preset].causal is None and self.attention == "block-causal"
         return f"{self.preset} (block-causal)" if both else self.preset
 
@@ -89,7 +94,7 @@ class OurSamplers:
     """The presets on loaded models."""
 
     models: dict[str, LoadedModel]
-    """By their attention, "bidirectional" and "block-causal"; they are the same language's."""
+    """By `PresetOnModel.attention`; they are the same language's."""
     new_tokens: int
 
     def candidate(
@@ -114,9 +119,9 @@ class OurSamplers:
             ConfigError: it cannot run on this model.
         """
         loaded = self.models[preset.attention]
-        choice = fitted(preset.preset, loaded)
+        choice = fitted(preset, loaded)
         stop_id = loaded.run.model.eos_token_id if stop else None
-        method = choice.method(excluded=[loaded.run.model.mask_token_id], stop_id=stop_id)
+        method = choice.method(excluded=never_written(loaded.run.model, choice.editor), stop_id=stop_id)
 
         def write(prompts: Sequence[Sequence[int]]) -> list[Generated]:
             with torchs_own() if torchs else contextlib.nullcontext():
@@ -141,26 +146,33 @@ class OurSamplers:
                 yield Generated(each.tokens[len(prompts[stream]) :], work)
 
 
-def fitted(preset: str, loaded: LoadedModel) -> Choice:
+def fitted(preset: PresetOnModel, loaded: LoadedModel) -> Choice:
     """A preset's parts for a model that was trained on replaced tokens.
 
     Raises:
         ConfigError: it cannot run on this model.
     """
-    return choose(preset, None, None, None, {}, loaded.run.objective, loaded.run.model, trained_for_editing=True)
+    editor, run = None if preset.edits else "none", loaded.run
+    return choose(preset.preset, None, None, editor, {}, run.objective, run.model, trained_for_editing=True)
 
 
 def runnable(presets: Sequence[str], models: dict[str, LoadedModel]) -> tuple[list[PresetOnModel], dict[str, str]]:
-    """The presets on each of the models that they are for, and of those that cannot run the reason."""
-    found, reasons = [], {}
+    """The presets on each of the models that they are for, and of those that run on none the reason.
+
+    On the model that learnt all operations there are those that edit, and each of its schedules without an editor.
+    """
+    found: list[PresetOnModel] = []
+    reasons = {}
     for preset in presets:
-        kind = PRESETS[preset].causal
-        for attention, causal in (("bidirectional", False), ("block-causal", True)):
-            if kind not in (None, causal):
-                continue
+        kind, edits = PRESETS[preset].causal, PRESETS[preset].editor != NoEditor()
+        tried = [PresetOnModel(preset, name) for name in ("bidirectional", "block-causal")]
+        tried = [each for each in tried if kind in (None, each.attention == "block-causal")]
+        if kind and "editing" in models:
+            tried += [PresetOnModel(preset, "editing")] + [PresetOnModel(preset, "editing", edits=False)] * edits
+        for each in tried:
             try:
-                fitted(preset, models[attention])
-                found.append(PresetOnModel(preset, attention))
+                fitted(each, models[each.attention])
+                found.append(each)
             except ConfigError as error:
                 reasons[preset] = str(error)
-    return found, reasons
+    return found, {name: why for name, why in reasons.items() if name not in {each.preset for each in found}}

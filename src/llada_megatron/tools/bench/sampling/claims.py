@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llada_megatron.tools.bench import Claim, at_least, at_most, reported
-from llada_megatron.tools.bench.sampling.candidates import DUAL, LLADA, TORCHS, WHOLE, PeerCandidates
+from llada_megatron.tools.bench.sampling.candidates import DUAL, LLADA, NO_EDITOR, TORCHS, WHOLE, PeerCandidates
 from llada_megatron.tools.bench.sampling.figures import Figures, same_tokens
 
 SPEED_GOAL, DUAL_TIME_GOAL = 20.0, 0.65
@@ -85,4 +85,16 @@ def batch_claims(alone: dict[str, Figures], together: dict[str, Figures]) -> lis
         single = alone[name.rpartition(", batch ")[0]]
         claims.append(reported(f"{name}: times as fast as one at a time", single.seconds / batch.seconds, "x"))
         claims.append(reported(f"{name}: sequences with the same tokens as alone", same_tokens(batch, single), ""))
+    return claims
+
+
+def edit_claims(alone: dict[str, Figures]) -> list[Claim]:
+    """What editing brings: each preset that edits against its own schedule without an editor, on the same model."""
+    claims = []
+    for name, edited in alone.items():
+        plain = alone.get(name + NO_EDITOR)
+        if plain is not None:
+            gained, passes = edited.right - plain.right, edited.forwards / plain.forwards
+            claims.append(reported(f"{name}: share of right sentences gained by editing", gained, ""))
+            claims.append(reported(f"{name}: forward passes / those without editing", passes, "x"))
     return claims

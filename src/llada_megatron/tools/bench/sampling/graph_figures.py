@@ -100,7 +100,7 @@ class _Comparison:
     def _answers(self, recorder: Recorder | None) -> _Answers:
         """Wall time on a GPU, CPU time without one, which other work on the machine changes less."""
         clock = time.perf_counter if device.cuda_available() else time.process_time
-        choice = fitted(self.preset.preset, self.loaded)
+        choice = fitted(self.preset, self.loaded)
         model = self.loaded.run.model
         method = choice.method(excluded=[model.mask_token_id], stop_id=model.eos_token_id)
         requests = [

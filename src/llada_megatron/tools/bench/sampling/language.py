@@ -17,10 +17,18 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
-from llada_megatron.llada_moe.data.batch import Batch
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.data.batch import Batch, Row, collate
+from llada_megatron.llada_moe.diffusion.noise import SampleCoordinates
+from llada_megatron.llada_moe.objectives import make_objective
+
+if TYPE_CHECKING:
+    from llada_megatron.llada_moe.objectives.interface import RowMaker
 
 SURE, OPEN = (0.97, 0.01, 0.01, 0.01), (0.4, 0.3, 0.2, 0.1)
 """Probabilities of the four successors of a head."""
@@ -236,3 +244,36 @@ class ExampleBatches:
             response[row, start:stop] = True
             offsets += sorted({row * self.length + stop, (row + 1) * self.length})
         return tokens, response, torch.tensor(offsets, dtype=torch.int32)
+
+
+class Examples(Protocol):
+    """Which batch the number of a training step stands for."""
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step."""
+
+
+@dataclass(frozen=True)
+class BlockDiffusionBatches:
+    """Training batches of whole texts, filled up with end-of-text tokens, with the noise of a run's block diffusion."""
+
+    language: Language
+    run: RunConfig
+    seed: int
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step: rows `[x_t ; x_0]`."""
+        return collate([self._row(step, place) for place in range(self.run.training.global_batch_size)])
+
+    @cached_property
+    def _make(self) -> RowMaker:
+        words = len(self.language.sentence_tokens)
+        return make_objective(self.run.objective, self.run.training).rows(self.run, "train", words)
+
+    def _row(self, step: int, place: int) -> Row:
+        number = step * self.run.training.global_batch_size + place
+        example = self.language.example(self.seed * _SEED_STRIDE + number)
+        text = np.full(self.run.training.sequence_length, self.language.eos_id, np.int64)
+        tokens = example.prompt + example.response
+        text[: len(tokens)] = tokens
+        return self._make(text, np.array([0, len(text)], np.int32), SampleCoordinates(number, 0, 0, number))

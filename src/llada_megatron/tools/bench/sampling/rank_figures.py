@@ -48,7 +48,7 @@ def _count(paths: dict[str, Path], presets: list[PresetOnModel], layout: LayoutC
     counted = {}
     for preset in presets:
         loaded = models[preset.attention]
-        choice = fitted(preset.preset, loaded)
+        choice = fitted(preset, loaded)
         requests = [continuation([0, 1, 2], _NEW_TOKENS, choice.block_length, 0, choice.grid)]
         for temperature in _TEMPERATURES:
             writer = SequenceGenerator(loaded, choice.method(temperature=temperature), batch_size=1)
