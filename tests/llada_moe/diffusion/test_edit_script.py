@@ -72,7 +72,7 @@ def carried_out(draft: list[int], labels: list[int], masks_too: bool) -> list[in
     return (cells + [MASK] * len(draft))[: len(draft)]
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.integers(1, 9), st.data())
 def test_labels_keep_the_most_in_common_and_lead_to_the_text(size, data):
     text = data.draw(st.lists(WORDS, min_size=size, max_size=size))
@@ -90,7 +90,7 @@ def test_labels_keep_the_most_in_common_and_lead_to_the_text(size, data):
         assert shown == text if masks_too else all(a in (b, MASK) for a, b in zip(shown, text, strict=True))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.data())
 def test_the_editor_that_carries_them_out_writes_the_text(data):
     """A model that first says something else, and then what the labels say of what it sees."""

@@ -52,7 +52,7 @@ def same(one: Row, other: Row) -> bool:
 KEYS = st.fixed_dictionaries(
     {"time_per": st.sampled_from(["sequence", "block"]), "weighting": st.sampled_from(["inverse", "none"])}
 )
-CASES = settings(max_examples=25, deadline=None)
+CASES = settings(max_examples=12, deadline=None)
 
 
 @CASES
