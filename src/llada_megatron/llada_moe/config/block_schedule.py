@@ -29,6 +29,9 @@ class BlockStage:
 class BlockSchedule:
     """Stages over block sizes: ascending, then the largest, then descending to the `block_size` of the objective."""
 
+    autoregressive_tokens: int = 0
+    """Tokens of text from which the run learns each next token, under causal attention, before it converts the model.
+    0 = none: the model is autoregressive already (checkpoint.load), or never was."""
     warmup: list[BlockStage] = field(default_factory=list)
     stable: BlockStage
     decay: list[BlockStage] = field(default_factory=list)
@@ -40,7 +43,12 @@ class BlockSchedule:
 
     def ends(self, tokens_per_step: int) -> list[int]:
         """The number of steps that are done when each stage ends."""
-        return [-(-tokens // tokens_per_step) for tokens in accumulate(stage.tokens for stage in self.stages)]
+        done = accumulate((stage.tokens for stage in self.stages), initial=self.autoregressive_tokens)
+        return [-(-tokens // tokens_per_step) for tokens in done][1:]
+
+    def autoregressive_steps(self, tokens_per_step: int) -> int:
+        """The number of steps before the first stage."""
+        return -(-self.autoregressive_tokens // tokens_per_step)
 
     def stage_at(self, step: int, tokens_per_step: int) -> int:
         """Which stage `step` (from 0) belongs to; the last one also beyond its end."""
@@ -55,6 +63,9 @@ def tokens_per_step(training: TrainingConfig) -> int:
 
 def check_stages(schedule: BlockSchedule, last: int | None, refuse: Refuse) -> bool:
     """Each stage by itself, and their order. `last`: the block size of the objective. Returns whether all is well."""
+    if schedule.autoregressive_tokens < 0:
+        refuse(f"{KEY}.autoregressive_tokens", f"{schedule.autoregressive_tokens} must not be negative; 0 = none")
+        return False
     for name, stage in named_stages(schedule):
         for key in ("block_size", "tokens"):
             if getattr(stage, key) < 1:
@@ -88,18 +99,23 @@ def check_steps(
         refuse(
             "training.steps",
             f"{training.steps} steps of {size} tokens are {training.steps * size}, but the stages of {KEY} are "
-            f"{sum(stage.tokens for stage in schedule.stages)} tokens; set training.steps={ends[-1]}",
+            f"{schedule.autoregressive_tokens + sum(stage.tokens for stage in schedule.stages)} tokens; set "
+            f"training.steps={ends[-1]}",
         )
         return
     if validation.interval < 1:
         refuse("validation.interval", f"{validation.interval}, but every stage of {KEY} is validated; set the steps")
         return
-    for (name, stage), start, end in zip(named_stages(schedule), [0, *ends], ends, strict=False):
+    first = schedule.autoregressive_steps(size)
+    keys = [(f"{name}.tokens", stage.tokens) for name, stage in named_stages(schedule)]
+    if first:
+        keys, ends = [("autoregressive_tokens", schedule.autoregressive_tokens), *keys], [first, *ends]
+    for (key, tokens), start, end in zip(keys, [0, *ends], ends, strict=False):
         if start == end:
-            refuse(f"{KEY}.{name}.tokens", f"{stage.tokens} is less than a step, and no step is left for it")
+            refuse(f"{KEY}.{key}", f"{tokens} is less than a step, and no step is left for it")
         elif end // validation.interval == start // validation.interval:
             refuse(
-                f"{KEY}.{name}.tokens",
+                f"{KEY}.{key}",
                 f"the stage is steps {start + 1} to {end}, and with validation.interval {validation.interval} none of "
                 f"them is validated; set validation.interval={end - start} or less",
             )

@@ -3,7 +3,8 @@
 The loss of LLaDA2.0 (tech report, eq. 1) and BD3-LM (arXiv 2503.09573): the model reads a noisy copy of the text and
 the text itself, `[x_t ; x_0]`, and the masked tokens of the noisy copy are weighted 1/t. Blocks of one token make it
 the exact cost of the text from left to right; where one block holds a whole sequence, nothing is to be seen in the
-clean copy, which is left out: that is the loss of `masked_diffusion`. The size of the blocks may change during a run.
+clean copy, which is left out: that is the loss of `masked_diffusion`. The size of the blocks may change during a run,
+which may begin as an autoregressive one: next tokens, without masks and without a second copy.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from llada_megatron.llada_moe.config.block_schedule import (
 from llada_megatron.llada_moe.config.editing import EditingConfig, check_editing, check_operations
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig, check_plain_text
 from llada_megatron.llada_moe.config.parsing import Refuse
+from llada_megatron.llada_moe.objectives.autoregressive import autoregressive_row
 from llada_megatron.llada_moe.objectives.interface import register
 from llada_megatron.llada_moe.objectives.masked_diffusion import MaskedDiffusion, diffusion_row
 
@@ -67,9 +69,22 @@ class BlockDiffusion(MaskedDiffusion):
         super().__init__(config)
         self._resumed: dict[str, int] = {}
 
+    @property
+    def fills_masks(self) -> bool:  # type: ignore[override]
+        """Unless the checkpoint whose state this is has only learnt next tokens so far."""
+        return not self._resumed.get("autoregressive")
+
+    @property
+    def autoregressive_steps(self) -> int:
+        """The number of steps, from the first on, that learn each next token."""
+        schedule, training = self.config.block_schedule, self.training
+        if schedule is None or training is None:
+            return 0
+        return schedule.autoregressive_steps(tokens_per_step(training))
+
     def block_size(self, step: int) -> int:
-        """Positions of a block at `step` (from 0)."""
-        return self._stage(step)[1]
+        """Positions of a block at `step` (from 0); 1 where it learns next tokens."""
+        return 1 if step < self.autoregressive_steps else self._stage(step)[1]
 
     def _stage(self, step: int) -> tuple[int, int]:
         """Number of the stage of `step`, and its block size."""
@@ -96,6 +111,8 @@ class BlockDiffusion(MaskedDiffusion):
 
         def make(tokens: NDArray[np.int64], boundaries: NDArray[np.int32], at: SampleCoordinates) -> Row:
             step = at.number // numbers if split == "train" else self.step or 0
+            if step < self.autoregressive_steps:
+                return autoregressive_row(tokens, boundaries)
             size = self.block_size(step)
             blocks = blocks_of(boundaries, size) if self.config.time_per == "block" else None
             drawn = noise.corrupt(at, len(tokens), blocks)
@@ -109,13 +126,20 @@ class BlockDiffusion(MaskedDiffusion):
         return make
 
     def pattern(self, step: int) -> AttentionPattern:
-        """Over both halves; full where a block holds a whole sequence."""
-        from llada_megatron.llada_moe.model.patterns import FULL, AttentionPattern
+        """Over both halves; full where a block holds a whole sequence, causal where next tokens are learnt."""
+        from llada_megatron.llada_moe.model.patterns import CAUSAL, FULL, AttentionPattern
 
+        if step < self.autoregressive_steps:
+            return CAUSAL
         size = self.block_size(step)
         if self.training is not None and size >= self.training.sequence_length:
             return FULL
         return AttentionPattern(size, doubled=True)
+
+    def embedding_noise(self, step: int) -> float:
+        """It begins with the first masks."""
+        first = self.autoregressive_steps
+        return super().embedding_noise(step - first) if step >= first else 0.0
 
     @property
     def writes_drafts(self) -> bool:
@@ -151,6 +175,8 @@ class BlockDiffusion(MaskedDiffusion):
     @property
     def only_masks_supervised(self) -> bool:
         """Where a sequence has one mask ratio, by which its masked tokens are weighted, and no wrong tokens."""
+        if self.step is not None and self.step < self.autoregressive_steps:
+            return False
         own = self.config.time_per == "sequence" and self.config.weighting == "inverse"
         return own and not self.config.trains_editing
 
@@ -159,12 +185,13 @@ class BlockDiffusion(MaskedDiffusion):
         schedule = self.config.block_schedule
         sizes = [self.config.block_size] if schedule is None else [stage.block_size for stage in schedule.stages]
         band = f"{self.config.mask_ratio_min:g} to {self.config.mask_ratio_max:g}"
+        first = "next tokens, then " if schedule is not None and schedule.autoregressive_tokens else ""
         editing, edits = self.config.editing, ""
         if editing is not None and editing.share > 0:
             edits = f"; {editing.share:g} of the sequences have wrong tokens, and are learnt everywhere"
         return (
-            f"block diffusion in blocks of {', then '.join(map(str, sizes))}: cross-entropy of masked tokens, share "
-            f"masked from {band}, {self.config.time_sampling} times per {self.config.time_per}{edits}"
+            f"{first}block diffusion in blocks of {', then '.join(map(str, sizes))}: cross-entropy of masked tokens, "
+            f"share masked from {band}, {self.config.time_sampling} times per {self.config.time_per}{edits}"
         )
 
     def check(self, refuse: Refuse) -> None:
@@ -185,6 +212,7 @@ class BlockDiffusion(MaskedDiffusion):
         if schedule is not None:
             sizes = [(f"block_schedule.{name}.block_size", stage.block_size) for name, stage in named_stages(schedule)]
             check_steps(schedule, run.training, run.validation, refuse)
+            self._check_autoregressive(schedule, run, refuse)
         else:
             sizes = [("block_size", self.config.block_size or 1)]
         check_operations(self.config.editing, run.model, max(size for _, size in sizes), length, refuse)
@@ -198,10 +226,24 @@ class BlockDiffusion(MaskedDiffusion):
                 why = f"{size} is not a multiple of model.moe.routing_block_size {moe.routing_block_size}"
                 refuse(f"objective.{key}", f"{why}: tokens would be routed by those of a later block")
 
+    def _check_autoregressive(self, schedule: BlockSchedule, run: RunConfig, refuse: Refuse) -> None:
+        """Next tokens have no masks to invert, and are not routed by tokens that come later."""
+        if not schedule.autoregressive_tokens:
+            return
+        if self.config.complementary_masks:
+            why = "true with block_schedule.autoregressive_tokens, whose steps mask no token and would read each window"
+            refuse("objective.complementary_masks", f"{why} twice; convert in a run of its own, with checkpoint.load")
+        moe = run.model.moe
+        if moe is not None and moe.expert_capacity > 0 and moe.routing_block_size > 1:
+            why = f"{schedule.autoregressive_tokens} with model.moe.routing_block_size {moe.routing_block_size}"
+            refuse("objective.block_schedule.autoregressive_tokens", f"{why}: tokens would be routed by later ones")
+
     def state(self) -> dict[str, Any]:
-        """The stage of the last step, and its block size."""
+        """The stage of the last step, and its block size; or that it learnt next tokens."""
         if self.step is None:
             return dict(self._resumed)
+        if self.step < self.autoregressive_steps:
+            return {"autoregressive": True, "block_size": 1}
         stage, size = self._stage(self.step)
         return {"stage": stage, "block_size": size}
 

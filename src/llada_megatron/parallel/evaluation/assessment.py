@@ -94,7 +94,7 @@ def assess(loaded: LoadedModel, tokenizer: Tokenizer, sequences: int, examples: 
     return Assessment(
         bits_per_byte=cost.bits_per_byte(held_out.bytes_per_token),
         is_bound=make_objective(run.objective).fills_masks,
-        baselines=_baselines(training, held_out, numbers, run.model.vocab_size, tokenizer),
+        baselines=baselines_of(training, held_out, numbers, run.model.vocab_size, tokenizer),
         infill_accuracy=filled.accuracy,
         majority_share=filled.majority_share,
         near_duplicate_share=near_duplicate_share(training.sets, held_out.sets),
@@ -107,7 +107,7 @@ def assess(loaded: LoadedModel, tokenizer: Tokenizer, sequences: int, examples: 
     )
 
 
-def _baselines(
+def baselines_of(
     training: TrainingData, held_out: TrainingData, numbers: range, vocab_size: int, tokenizer: Tokenizer
 ) -> Baselines:
     """What the same windows cost under counts of the training split, and compressed."""

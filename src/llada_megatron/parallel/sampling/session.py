@@ -76,7 +76,9 @@ class Session:
         """Raises ConfigError for a method or CUDA graphs that do not fit the model, DataError for another model's
         tokenizer."""
         run = loaded.run
-        if not make_objective(run.objective).fills_masks:
+        objective = make_objective(run.objective)
+        objective.load_state(loaded.metadata.get("objective", {}))
+        if not objective.fills_masks:
             raise ConfigError(f"{loaded.path} is an autoregressive model; sampling fills masks of a diffusion model")
         self.loaded, self.settings = loaded, settings
         self._graph_obstacle = obstacle_to(settings.cuda_graphs, loaded.model)

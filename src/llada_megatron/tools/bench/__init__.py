@@ -28,11 +28,12 @@ BENCHMARKS = {
     "likelihood": "error of estimated likelihoods, and agreement of verdicts with and without shared masks",
     "sample": "time, forward passes and quality of every sampling preset, against the paper's sampler",
     "words": "whether the laptop's fine-tuned model answers questions about new words in the format that it learnt",
+    "ar-to-diffusion": "bounds of a small autoregressive model converted over growing blocks, at once, and of none",
     "cap": "tokens per forward pass and right answers after fine-tuning with and without confidence-aware training",
 }
 """Name and what it measures. Its module exposes add_arguments(parser) and run(args) -> claims."""
-_MODULES = {"experts": "expert_watching"}
-"""Modules that are not named like their benchmark, because another file of the repository is."""
+_MODULES = {"experts": "expert_watching", "ar-to-diffusion": "ar_to_diffusion"}
+"""Modules that are not named like their benchmark: another file of the repository is, or no module can be."""
 MOVED = ("chaos",)
 """Names of benchmarks that were here before and are now in the folder `benchmarks`."""
 
