@@ -191,8 +191,8 @@ GROUPS: list[Group] = [
         "tests/llada_moe/objectives/test_block_diffusion.py",
         [
             (
-                "if self.copies > 1:\n            angles =",
-                "if self.copies > 1:\n            angles = self.get_emb(max_seq_len) if True else",
+                "if copies > 1:\n            angles =",
+                "if copies > 1:\n            angles = self.get_emb(max_seq_len) if True else",
             )
         ],
     ),

@@ -37,6 +37,8 @@ CORE = [
     *(("blocks", name) for name in ("TP2.SP", "EP2", "PP2", "CP2")),
 ]
 """The fast part of the layouts; `llada bench parity` runs all."""
+BLOCK_CAUSAL = (("block_size", parity.BLOCK_SIZE),)
+AUTOREGRESSIVE = (("objective", "autoregressive"),)
 
 
 @functools.cache
@@ -51,11 +53,10 @@ def test_layout_equals_one_process(model, name):
     assert error <= parity.GOAL, where
 
 
-@pytest.mark.parametrize("name", ["CP2", "PP2"])
-def test_block_causal_layout_equals_one_process(name):
-    blocks = (("block_size", parity.BLOCK_SIZE),)
-    run = parity_run(MODELS["dense"], DENSE_LAYOUTS[name], **dict(blocks))
-    error, where = parity.compare(one_process("dense", blocks), parity.measure(run))
+@pytest.mark.parametrize(("name", "changes"), [("CP2", BLOCK_CAUSAL), ("PP2", BLOCK_CAUSAL), ("CP4", AUTOREGRESSIVE)])
+def test_causal_layout_equals_one_process(name, changes):
+    run = parity_run(MODELS["dense"], DENSE_LAYOUTS[name], **dict(changes))
+    error, where = parity.compare(one_process("dense", changes), parity.measure(run))
     assert error <= parity.GOAL, where
 
 

@@ -9,7 +9,7 @@ from llada_megatron.llada_moe.config.block_schedule import BlockSchedule, BlockS
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.llada_moe.model.patterns import FULL, AttentionPattern
+from llada_megatron.llada_moe.model.patterns import CAUSAL, FULL, AttentionPattern
 from llada_megatron.llada_moe.objectives import make_objective
 
 RUN = """\
@@ -64,6 +64,28 @@ def test_a_stage_ends_with_the_step_that_completes_its_tokens(run_file):
     assert again.sampling_pattern(5) == AttentionPattern(4)
     assert from_dict(RunConfig, to_dict(run)) == run
     assert "blocks of 1, then 4, then 64, then 32, then 8" in learnt.description()
+
+
+FIRST = ["objective.block_schedule.autoregressive_tokens=250", "training.steps=14"]
+"""Two steps, the second of which completes 250 tokens; 250, 506, 806, … tokens are done after steps 2, 4, 7, …"""
+
+
+def test_next_tokens_before_the_first_stage(run_file):
+    noise = ["objective.mask_embedding_noise=0.5", "objective.mask_embedding_noise_steps=2"]
+    run = load_run(run_file, [*FIRST, *noise])
+    learnt = make_objective(run.objective, run.training)
+    assert [learnt.block_size(step) for step in range(14)] == [1, 1, 1, 1, 4, 4, 4, 64, 64, 32, 32, 8, 8, 8][:14]
+    assert learnt.pattern(1) == learnt.sampling_pattern(2) == CAUSAL
+    assert learnt.pattern(2) == AttentionPattern(1, doubled=True)
+    assert [learnt.embedding_noise(step) for step in range(5)] == [0.0, 0.0, 0.5, 0.25, 0.0]
+    learnt.step = 1
+    assert not learnt.only_masks_supervised and learnt.state() == {"autoregressive": True, "block_size": 1}
+    again = make_objective(run.objective, run.training)
+    again.load_state(learnt.state())
+    assert not again.fills_masks and again.sampling_pattern(2) == CAUSAL
+    learnt.step = 2
+    assert learnt.only_masks_supervised and learnt.fills_masks and learnt.state() == {"stage": 0, "block_size": 1}
+    assert "next tokens, then block diffusion in blocks of 1, then 4" in learnt.description()
 
 
 def test_the_published_schedule():
@@ -142,6 +164,31 @@ def test_no_stage_lets_a_token_be_routed_by_those_it_has_to_predict(run_file):
     said = str(caught.value)
     assert f"{STAGES}.warmup.0.block_size: 1 is not a multiple of model.moe.routing_block_size 8: tokens would" in said
     assert f"{STAGES}.stable.block_size" not in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([f"{STAGES}.autoregressive_tokens=-1"], "autoregressive_tokens: -1 must not be negative; 0 = none"),
+        (FIRST[:1], "objective.block_schedule are 1786 tokens; set training.steps=14"),
+        (
+            [f"{STAGES}.autoregressive_tokens=128", "training.steps=13"],
+            f"{STAGES}.autoregressive_tokens: the stage is steps 1 to 1, and with validation.interval 2 none of",
+        ),
+        (
+            [*FIRST, "objective.complementary_masks=true"],
+            "objective.complementary_masks: true with block_schedule.autoregressive_tokens, whose steps mask no token",
+        ),
+        (
+            [*FIRST, "model=llada2.2-mini", "model.moe.routing_block_size=8"],
+            f"{STAGES}.autoregressive_tokens: 250 with model.moe.routing_block_size 8: tokens would be routed by later",
+        ),
+    ],
+)
+def test_next_tokens_that_cannot_work_are_refused(run_file, overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        load_run(run_file, overrides)
+    assert message in str(caught.value)
 
 
 def test_a_stage_without_a_step_is_refused(run_file):

@@ -5,6 +5,7 @@ import torch
 from llada_megatron.llada_moe.data.packing import mix
 from llada_megatron.llada_moe.model.context_slices import Run, held_runs, in_order, taken
 from llada_megatron.llada_moe.model.mask_noise import MaskNoise, _mixed, _signed, standard_normal
+from llada_megatron.llada_moe.model.patterns import FULL, AttentionPattern
 
 MASK, SEQ, HIDDEN = 3, 8, 16
 WHOLE = (Run(0, SEQ),)
@@ -48,9 +49,9 @@ def test_a_draw_depends_on_seed_sample_and_position_and_on_nothing_else():
 
 def test_ranges_of_positions_get_what_the_whole_gets():
     whole = added(noise())
-    for doubled in (False, True):  # context ranks
-        held = [held_runs(SEQ, rank, 2, doubled) for rank in range(2)]
+    for pattern in (FULL, AttentionPattern(1, doubled=True)):  # context ranks
+        held = [held_runs(SEQ, rank, 2, pattern) for rank in range(2)]
         parts = [added(noise(runs=runs), taken(TOKENS, runs, dim=1), rows=4) for runs in held]
-        assert torch.equal(in_order(torch.cat(parts), 2, doubled), whole)
+        assert torch.equal(in_order(torch.cat(parts), 2, pattern), whole)
     quarters = [added(noise(), part=part, rows=2) for part in range(4)]  # ranks of sequence parallelism
     assert torch.equal(torch.cat(quarters), whole)

@@ -18,6 +18,7 @@ from llada_megatron.llada_moe.diffusion.noise import Corruption, ForwardProcess,
 from llada_megatron.llada_moe.model.head import Targets
 from llada_megatron.llada_moe.model.patterns import CAUSAL, FULL, AttentionPattern
 from llada_megatron.llada_moe.objectives import make_objective
+from llada_megatron.llada_moe.objectives.autoregressive import autoregressive_row
 from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusionConfig, blocks_of, doubled_row
 from llada_megatron.llada_moe.objectives.masked_diffusion import diffusion_row
 from llada_megatron.parallel.build import build_run_chunks
@@ -49,6 +50,18 @@ def test_a_row_is_the_noisy_text_and_then_the_text():
     assert (row.labels[:32] == TOKENS).all() and not row.weights[32:].any()
     assert row.boundaries.tolist() == [0, 20, 32, 52, 64]
     assert np.unique(row.weights[:32][masked]) == np.float32(1 / row.mask_ratio) and row.untruncated == 32
+
+
+def test_a_run_may_begin_with_the_rows_of_an_autoregressive_one():
+    stages = BlockSchedule(autoregressive_tokens=4 * 32, stable=BlockStage(block_size=8, tokens=4 * 32))
+    begins = objective(8, block_schedule=stages)
+    wanted = autoregressive_row(TOKENS, BOUNDARIES)
+    for name, value in vars(wanted).items():
+        assert np.array_equal(getattr(row_of(begins, number=3), name), value), name
+    assert row_of(begins, number=4).inputs.tolist() == row_of(objective(8), number=4).inputs.tolist()
+    begins.step = 0  # a validation has the rows of its step
+    assert row_of(begins, "validation", number=9).inputs.tolist() == TOKENS.tolist()
+    assert begins.copies == 2
 
 
 def test_a_block_as_long_as_the_sequence_is_masked_diffusion_to_the_bit():

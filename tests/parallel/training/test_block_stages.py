@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -14,15 +15,19 @@ from llada_megatron.llada_moe.config.intervals import CheckpointConfig, LoggingC
 from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
-from llada_megatron.llada_moe.model.patterns import AttentionPattern
+from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.llada_moe.model.patterns import CAUSAL, AttentionPattern
 from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusionConfig
 from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
+from llada_megatron.parallel.checkpoint.manifest import steps
+from llada_megatron.parallel.sampling.session import Session
+from llada_megatron.parallel.sampling.settings import Settings
 from llada_megatron.parallel.training.metrics_file import read_metrics
 from tests.corpora import model_for, prepared_set
 from tests.ranks import RankFailure, run_ranks
 
 STAGES = ((4, 2), (32, 2), (8, 2))
-STEPS, TOKENS = 6, 32 * 4
+STEPS, TOKENS = 8, 32 * 4
 
 
 def train(run, kill_at):
@@ -59,6 +64,7 @@ def make_run(tmp_path_factory):
                 kind="block_diffusion",
                 block_size=last,
                 block_schedule=BlockSchedule(
+                    autoregressive_tokens=2 * TOKENS,
                     warmup=[BlockStage(block_size=small, tokens=2 * TOKENS)],
                     stable=BlockStage(block_size=whole, tokens=2 * TOKENS),
                     decay=[BlockStage(block_size=last, tokens=2 * TOKENS)],
@@ -85,11 +91,17 @@ def test_a_run_killed_inside_every_stage_goes_on_to_the_bit(make_run):
     whole, killed = make_run("whole"), make_run("killed")
     validate_run(whole)
     run_ranks(train, 1, whole, None)
-    for step in (2, 4, 6):
+    for step in (2, 4, 6, 8):
         with pytest.raises(RankFailure):
             run_ranks(train, 1, killed, step)
     ((first, state),) = run_ranks(train, 1, killed, None)
-    assert first in (4, 5) and state == {"stage": 2, "block_size": 8}
+    assert first in (6, 7) and state == {"stage": 2, "block_size": 8}
     assert figures(killed) == figures(whole)
     with open_checkpoint(whole.output_dir) as loaded:
         assert loaded.model.pattern == AttentionPattern(8)
+        Session(loaded, Settings(checkpoint=whole.output_dir))
+    first = dict(steps(Path(whole.output_dir) / "checkpoints"))[1]
+    with open_checkpoint(first) as loaded:
+        assert loaded.model.pattern == CAUSAL
+        with pytest.raises(ConfigError, match="is an autoregressive model; sampling fills masks of a diffusion model"):
+            Session(loaded, Settings(checkpoint=str(first)))

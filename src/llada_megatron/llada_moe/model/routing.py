@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llada_megatron.llada_moe.model.context_slices import held_runs, slice_starts
 from llada_megatron.llada_moe.model.layer import DirectLayer
-from llada_megatron.llada_moe.model.patterns import begin_blocks, block_numbers, whole_sequences
+from llada_megatron.llada_moe.model.patterns import FULL, begin_blocks, block_numbers, whole_sequences
 from llada_megatron.llada_moe.model.windows import Windows
 
 
@@ -34,8 +34,9 @@ class BlockRouter(TopKRouter):
         super().__init__(config, *args, **kwargs)
         self.expert_capacity = expert_capacity
         self.block_size = block_size
-        self.doubled = False
-        """Whether the sequences are `[x_t ; x_0]`, whose halves have blocks of their own."""
+        self.pattern = FULL
+        """Who attends to whom: which positions a rank holds, and whether the sequences are `[x_t ; x_0]`, whose halves
+        have blocks of their own."""
         self.boundaries: torch.Tensor | Windows | None = None
         """Boundaries of the segments, which `patterns` explains, or the windows of a pass; None = whole sequences."""
 
@@ -71,12 +72,12 @@ class BlockRouter(TopKRouter):
         slices, place = (self.tp_group.size(), self.tp_group.rank()) if self.config.sequence_parallel else (1, 0)
         ranks = self.cp_group.size()
         whole = seq * slices * ranks
-        length = whole // 2 if self.doubled else whole
+        length = whole // self.pattern.copies
         boundaries = whole_sequences(batch * whole // length, length) if self.boundaries is None else self.boundaries
-        runs = held_runs(whole, self.cp_group.rank(), ranks, self.doubled)
+        runs = held_runs(whole, self.cp_group.rank(), ranks, self.pattern)
         mine = torch.cat([torch.arange(*run, device=device) for run in runs])[place * seq : (place + 1) * seq]
         positions = mine[:, None] + torch.arange(batch, device=device) * whole
-        starts = torch.tensor(slice_starts(whole, ranks, self.doubled, slices))
+        starts = torch.tensor(slice_starts(whole, ranks, self.pattern, slices))
         alone = begin_blocks(boundaries, self.block_size, starts + torch.arange(batch)[:, None] * whole)
         return *block_numbers(boundaries, self.block_size, positions.flatten()), alone
 

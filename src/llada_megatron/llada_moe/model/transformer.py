@@ -32,8 +32,9 @@ class ContiguousRotary(RotaryEmbedding):
     """Rotary angles of what this context rank holds of the sequence (see `context_slices`; Megatron slices in another
     order), or of the positions of a pass over windows."""
 
-    copies: int = 1
-    """How often the sequence holds each position of the text: the halves of `[x_t ; x_0]` have equal positions."""
+    pattern: AttentionPattern = FULL
+    """Who sees whom: which positions a rank holds, and whether the sequence is `[x_t ; x_0]`, whose halves have equal
+    positions."""
     windows: Windows | FixedWindows | None = None
     """The windows of the pass under way; None = whole sequences."""
     _table: torch.Tensor | None = None
@@ -48,13 +49,14 @@ class ContiguousRotary(RotaryEmbedding):
             if isinstance(self.windows, FixedWindows):
                 self.windows.angles = self._table
             return self._table[self.windows.positions]
-        angles = self.get_emb(max_seq_len // self.copies, offset)
-        if self.copies > 1:
-            angles = angles.repeat(self.copies, 1, 1, 1)
+        copies = self.pattern.copies
+        angles = self.get_emb(max_seq_len // copies, offset)
+        if copies > 1:
+            angles = angles.repeat(copies, 1, 1, 1)
         group = self.cp_group
         if group is None or group.size() == 1:
             return angles
-        return taken(angles, held_runs(max_seq_len, group.rank(), group.size(), self.copies > 1), dim=0)
+        return taken(angles, held_runs(max_seq_len, group.rank(), group.size(), self.pattern), dim=0)
 
 
 class DiffusionTransformer(GPTModel):
@@ -88,12 +90,12 @@ class DiffusionTransformer(GPTModel):
         """Attend by another pattern from now on. Layers that are run again in a backward pass need the one they had:
         change it between steps only."""
         self.pattern = pattern
-        self.rotary_pos_emb.copies = pattern.copies
+        self.rotary_pos_emb.pattern = pattern
         for layer in self.decoder.layers:
             layer.self_attention.core_attention.pattern = pattern
             router = getattr(layer.mlp, "router", None)
             if isinstance(router, BlockRouter):
-                router.doubled = pattern.doubled
+                router.pattern = pattern
 
     def forward(
         self,

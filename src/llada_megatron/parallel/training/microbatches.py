@@ -156,7 +156,7 @@ def add_embedding_noise(run: RunConfig, microbatches: list[Microbatch], step: in
 def _held_runs(positions: int, pattern: AttentionPattern) -> tuple[Run, ...]:
     """What this context rank holds of sequences of so many positions."""
     rank, ranks = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
-    return held_runs(positions, rank, ranks, pattern.doubled)
+    return held_runs(positions, rank, ranks, pattern)
 
 
 def _global_counts(staged: list[StagedBatch]) -> TokenCounts:

@@ -7,12 +7,14 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from llada_megatron.console import rate_text
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch, Samples
 from llada_megatron.llada_moe.evaluation.likelihood import Likelihood
+from llada_megatron.llada_moe.model.context_slices import busiest_over_mean
 from llada_megatron.llada_moe.model.flops import FORMULA, flops_per_token
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.objectives import Objective
@@ -69,7 +71,12 @@ class Reporter:
         """
         on_rank_0(lambda: self.callbacks.start(self._first_step))
         self._lengths = torch.cat([batch.boundaries.diff() for batch in batches]).tolist()
-        work = self._work(self.objective.pattern(self._first_step))
+        pattern = self.objective.pattern(self._first_step)
+        work = self._work(pattern)
+        ranks = self.run.layout.context_parallel
+        if ranks > 1:
+            balance = busiest_over_mean(np.array(self._lengths), batches[0].inputs.size(1), ranks, pattern)
+            self.message(context_balance_text(balance, ranks, pattern))
         self.throughput = Throughput(work)
         logging.getLogger(__name__).info("model FLOPs per token %.4g; %s", work, FORMULA)
 
@@ -244,6 +251,19 @@ class Reporter:
         if self.writer is not None:
             self.writer.close()
             self.callbacks.end()
+
+
+def context_balance_text(balance: float, ranks: int, pattern: AttentionPattern) -> str:
+    """What is said of the first step's attention; `balance` as of `busiest_over_mean`."""
+    if pattern.block is None:
+        seen = "full attention"
+    else:
+        seen = (
+            "causal attention"
+            if pattern.block == 1 and not pattern.doubled
+            else f"attention in blocks of {pattern.block}"
+        )
+    return f"context parallel {ranks}, {seen}: the busiest rank has {balance:.2f} times the mean's pairs of tokens"
 
 
 def _known(loss: float) -> float | None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from llada_megatron.llada_moe.model.attention.packed_documents import PackedDocuments, pack
+from llada_megatron.llada_moe.model.context_slices import Run, held_runs
 from llada_megatron.llada_moe.model.patterns import AttentionPattern, segments
 
 SIZE = 8
@@ -32,9 +33,18 @@ class Case:
         return len(self.lengths)
 
     @property
-    def queries(self) -> slice:
-        count = self.positions // self.ranks
-        return slice(self.rank * count, (self.rank + 1) * count)
+    def pattern(self) -> AttentionPattern:
+        return AttentionPattern(self.block)
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The rank's queries."""
+        return held_runs(self.positions, self.rank, self.ranks, self.pattern)
+
+    @property
+    def queries(self) -> list[int]:
+        """Their positions."""
+        return [position for run in self.runs for position in range(*run)]
 
     @property
     def boundaries(self) -> torch.Tensor:
@@ -44,9 +54,7 @@ class Case:
         )
 
     def packed(self) -> PackedDocuments:
-        own = self.queries
-        documents = segments(self.boundaries, self.positions)
-        return pack(documents, AttentionPattern(self.block), self.positions, own.start, own.stop - own.start)
+        return pack(segments(self.boundaries, self.positions), self.pattern, self.positions, self.runs)
 
     def seen(self) -> torch.Tensor:
         """Who sees whom, position by position: bool `[batch, positions, positions]`."""

@@ -125,7 +125,7 @@ def test_nor_does_it_on_a_context_rank(pattern):
     """The second half of the queries, with the keys of the whole window."""
 
     def written(documents: int) -> int:
-        packed = pack(segments(document_boundaries(4096, documents), 4096), pattern, 4096, 2048, 2048)
+        packed = pack(segments(document_boundaries(4096, documents), 4096), pattern, 4096, [Run(2048, 4096)])
         tensors = [torch.randn(seq, 1, 1, 8, requires_grad=True) for seq in (2048, 4096, 4096)]
         out = per_document.attend(*tensors, packed, None)
         return written_bytes(lambda: out.backward(torch.ones_like(out)))

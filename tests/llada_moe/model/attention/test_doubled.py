@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llada_megatron.llada_moe.model.attention import decomposed, flex
 from llada_megatron.llada_moe.model.attention.backends import Backend, attention_backend
 from llada_megatron.llada_moe.model.attention.doubled_documents import CHUNK_QUERIES, pack_doubled
-from llada_megatron.llada_moe.model.context_slices import Run, held_runs
+from llada_megatron.llada_moe.model.context_slices import Run
 from llada_megatron.llada_moe.model.patterns import AttentionPattern, segments
 from llada_megatron.tools.bench.attention import attention_module
 from tests.llada_moe.model.attention.naive import Case, cases, evaluated, expected, largest_error
@@ -30,14 +30,6 @@ class DoubledCase(Case):
     def boundaries(self) -> torch.Tensor:
         lengths = [0, *(length for row in self.lengths for length in (*row, *row))]
         return torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-
-    @property
-    def runs(self):
-        return held_runs(self.positions, self.rank, self.ranks, doubled=True)
-
-    @property
-    def queries(self) -> list[int]:
-        return [position for run in self.runs for position in range(*run)]
 
     @property
     def pattern(self) -> AttentionPattern:

@@ -38,7 +38,7 @@ class DocumentPart:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One sequence of the batch: its local queries in order, and the positions whose keys they see together."""
+    """One run of a sequence's positions: its queries in order, and the positions whose keys they see together."""
 
     first_key: int
     parts: tuple[DocumentPart, ...]
@@ -48,12 +48,18 @@ class PackedRow:
         """Positions of the sequence: those of the parts one after another, without a gap."""
         return slice(self.first_key, self.first_key + sum(part.keys for part in self.parts))
 
+    @property
+    def queries(self) -> int:
+        """How many there are."""
+        return sum(part.queries for part in self.parts)
+
 
 @dataclass(frozen=True)
 class PackedDocuments:
     """Who sees whom in a batch, for the queries of one context rank."""
 
-    rows: tuple[PackedRow, ...]
+    rows: tuple[tuple[PackedRow, ...], ...]
+    """Of each sequence, one for each run of positions that the rank holds of it."""
     pattern: AttentionPattern
     positions: int
     """Keys of a whole sequence."""
@@ -68,7 +74,7 @@ class PackedDocuments:
     @cached_property
     def parts(self) -> list[DocumentPart]:
         """The parts of all rows, one row after the other."""
-        return [part for row in self.rows for part in row.parts]
+        return [part for runs in self.rows for row in runs for part in row.parts]
 
     @property
     def cumulative_queries(self) -> list[int]:
@@ -88,8 +94,9 @@ class PackedDocuments:
     def key_ranges(self) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
         """The one range of keys that each query sees: its first and the one after the last, positions in its sequence,
         `[batch, queries]`."""
-        begins, ends = zip(*(_ranges_of_row(row, self.pattern.block) for row in self.rows), strict=True)
-        return [(np.stack(begins), np.stack(ends))]
+        found = [[_ranges_of_row(row, self.pattern.block) for row in runs] for runs in self.rows]
+        begins, ends = (np.stack([np.concatenate([row[side] for row in runs]) for runs in found]) for side in range(2))
+        return [(begins, ends)]
 
 
 def _ranges_of_row(row: PackedRow, block: int | None) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -106,30 +113,35 @@ def _ranges_of_row(row: PackedRow, block: int | None) -> tuple[NDArray[np.int32]
 
 
 def pack(
-    documents: Sequence[Segment], pattern: AttentionPattern, positions: int, first: int, queries: int
+    documents: Sequence[Segment], pattern: AttentionPattern, positions: int, runs: Sequence[Run]
 ) -> PackedDocuments:
-    """Cut the segments of whole sequences for a rank that holds the queries [first, first + queries) of each.
+    """Cut the segments of whole sequences for a rank that holds the queries of `runs` of each.
 
     Args:
         documents: all segments of all sequences, in order.
         pattern: who sees whom inside a segment.
         positions: of a whole sequence, keys and values of all of which are at hand.
-        first: of the rank's queries.
-        queries: how many of each sequence it holds.
+        runs: positions of the rank's queries, in the order in which it holds them.
     """
-    rows: list[list[DocumentPart]] = [[] for _ in range(documents[-1].row + 1)]
-    first_keys = [0] * len(rows)
+    sequences: list[list[Segment]] = [[] for _ in range(documents[-1].row + 1)]
     for segment in documents:
-        start, stop = max(segment.start, first), min(segment.stop, first + queries)
+        sequences[segment.row].append(segment)
+    rows = tuple(tuple(_packed_row(sequence, pattern, run) for run in runs) for sequence in sequences)
+    return PackedDocuments(rows, pattern, positions)
+
+
+def _packed_row(documents: Sequence[Segment], pattern: AttentionPattern, run: Run) -> PackedRow:
+    """What `run` holds of the documents of one sequence."""
+    parts, first_key = [], 0
+    for segment in documents:
+        start, stop = max(segment.start, run.start), min(segment.stop, run.stop)
         if start >= stop:
             continue
-        if not rows[segment.row]:
-            first_keys[segment.row] = segment.start
+        if not parts:
+            first_key = segment.start
         keys = pattern.keys_seen(stop - segment.start, segment.stop - segment.start)
-        rows[segment.row].append(DocumentPart(start - segment.start, stop - start, keys))
-    return PackedDocuments(
-        tuple(PackedRow(key, tuple(row)) for key, row in zip(first_keys, rows, strict=True)), pattern, positions
-    )
+        parts.append(DocumentPart(start - segment.start, stop - start, keys))
+    return PackedRow(first_key, tuple(parts))
 
 
 class PackedBatches:
@@ -169,8 +181,7 @@ class PackedBatches:
             if pattern.doubled:
                 self._packed[key] = pack_doubled(documents, pattern, positions, runs)
             else:
-                ((first, stop),) = runs
-                self._packed[key] = pack(documents, pattern, positions, first, stop - first)
+                self._packed[key] = pack(documents, pattern, positions, runs)
         self._packed.move_to_end(key)
         return self._packed[key]
 

@@ -25,9 +25,10 @@ def packed_keys(
 
 def _seen(tensor: torch.Tensor, packed: PackedDocuments) -> torch.Tensor:
     whole = slice(0, packed.positions)
-    if all(row.keys == whole for row in packed.rows):
+    if all(len(runs) == 1 and runs[0].keys == whole for runs in packed.rows):
         return tensor.transpose(0, 1).flatten(0, 1)
-    return torch.cat([part[row.keys] for part, row in zip(tensor.unbind(1), packed.rows, strict=True)])
+    sequences = zip(tensor.unbind(1), packed.rows, strict=True)
+    return torch.cat([keys[row.keys] for keys, runs in sequences for row in runs])
 
 
 def cumulative_lengths(packed: PackedDocuments, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +41,7 @@ def longest(packed: PackedDocuments) -> tuple[int, int]:
 
     Kernels are chosen, and some are built, for each pair of these, so that there should be few of them.
     """
-    queries = sum(part.queries for part in packed.rows[0].parts)
+    queries = sum(row.queries for row in packed.rows[0])
     return (
         min(queries, _power_of_two(max(part.queries for part in packed.parts))),
         min(packed.positions, _power_of_two(max(part.keys for part in packed.parts))),

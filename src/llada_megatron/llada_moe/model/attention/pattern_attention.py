@@ -87,14 +87,14 @@ class PatternAttention(MegatronModule):
             self.pattern,
             batch=query.size(1),
             positions=key.size(0),
-            runs=held_runs(key.size(0), self.context_group.rank(), self.context_group.size(), self.pattern.doubled),
+            runs=held_runs(key.size(0), self.context_group.rank(), self.context_group.size(), self.pattern),
         )
         return self._attend(query, key, value, packed)
 
     def _gathered(self, part: torch.Tensor) -> torch.Tensor:
         """Whole sequences of keys or values, in order."""
         whole = gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=self.context_group)
-        return in_order(whole, self.context_group.size(), self.pattern.doubled)
+        return in_order(whole, self.context_group.size(), self.pattern)
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedDocuments | DoubledDocuments

@@ -7,6 +7,7 @@ as what it was taken from, which for many documents is most of the work of the b
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,14 +34,27 @@ def attend(
         `[seq, batch, heads * head_dim]`.
     """
     block = packed.pattern.block
-    if len(packed.rows) > 1 and len(packed.rows[0].parts) == 1 and len(set(packed.rows)) == 1:
-        part, keys = packed.rows[0].parts[0], packed.rows[0].keys  # all sequences in one product
-        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, _part(key, keys), _part(value, keys)))
-        out = attend_part(q, k, v, part.before, block, scale).permute(2, 0, 1, 3)
-        return out.reshape(*query.shape[:2], -1)
+    if len(packed.rows) > 1 and len(set(packed.rows)) == 1 and all(len(row.parts) == 1 for row in packed.rows[0]):
+        return _attend_alike(query, key, value, packed.rows[0], block, scale).reshape(*query.shape[:2], -1)
     columns = zip(*(_sequences(tensor) for tensor in (query, key, value)), strict=True)
-    rows = [_attend_row(*column, row, block, scale) for column, row in zip(columns, packed.rows, strict=True)]
+    rows = [_attend_runs(*column, runs, block, scale) for column, runs in zip(columns, packed.rows, strict=True)]
     return (rows[0][:, None] if len(rows) == 1 else torch.stack(rows, dim=1)).flatten(2)
+
+
+def _attend_alike(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    runs: Sequence[PackedRow],
+    block: int | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """All sequences in one product for each run, which lies in one document; `[seq, batch, heads, head_dim]`."""
+    found = []
+    for mine, row in zip(query.split([row.queries for row in runs]), runs, strict=True):
+        q, k, v = (part.permute(1, 2, 0, 3) for part in (mine, _part(key, row.keys), _part(value, row.keys)))
+        found.append(attend_part(q, k, v, row.parts[0].before, block, scale).permute(2, 0, 1, 3))
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _sequences(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -52,10 +66,25 @@ def _part(tensor: torch.Tensor, keys: slice) -> torch.Tensor:
     return tensor if keys == slice(0, tensor.size(0)) else tensor[keys]
 
 
+def _attend_runs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    runs: Sequence[PackedRow],
+    block: int | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """One sequence; all tensors `[seq, heads, head_dim]`."""
+    if len(runs) == 1:
+        return _attend_row(query, key, value, runs[0], block, scale)
+    mine = zip(query.split([row.queries for row in runs]), runs, strict=True)
+    return torch.cat([_attend_row(part, key, value, row, block, scale) for part, row in mine])
+
+
 def _attend_row(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: PackedRow, block: int | None, scale: float | None
 ) -> torch.Tensor:
-    """One sequence; all tensors `[seq, heads, head_dim]`."""
+    """One run of a sequence; all tensors `[seq, heads, head_dim]`."""
     queries, keys = [part.queries for part in row.parts], [part.keys for part in row.parts]
     key, value = (_part(tensor, row.keys).split(keys) for tensor in (key, value))
     pieces = zip(query.split(queries), key, value, row.parts, strict=True)
