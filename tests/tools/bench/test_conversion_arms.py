@@ -97,7 +97,8 @@ def test_one_seed_shows_nothing(found):
 def test_table_and_picture_show_each_run(found, base, tmp_path):
     lines = ar_to_diffusion.table(found, arms_of(base)).splitlines()
     assert len(lines) == 1 + len(ARMS)
-    assert lines[1].split("  ")[0] == SCHEDULE and lines[1].endswith("2.500 ± 0.100           2.600 ± 0.100")
+    assert lines[1].startswith(f"{SCHEDULE}  ")
+    assert lines[1].split()[-9:] == "630 645,120 10 2.500 ± 0.100 2.600 ± 0.100".split()
     draw(tmp_path / "bounds.svg", found, base, OTHERS)
     drawn = (tmp_path / "bounds.svg").read_text("utf-8")
     assert drawn.startswith("<?xml") and len(drawn) > 10_000

@@ -3,16 +3,19 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from llada_megatron.cli import main
 from llada_megatron.llada_moe.config import load_model, to_dict
+from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.parallel.checkpoint import manifest as manifests
 from llada_megatron.parallel.checkpoint.conversion.shard_reader import ShardedReader
 from llada_megatron.parallel.checkpoint.manifest import Manifest
 from llada_megatron.tools.convert import importer
+from llada_megatron.tools.convert.best_checkpoints import Candidate, best
 from tests.tools.convert.checkpoints import bits, config_of, tensors_of, to_sharded, with_tokenizer, write
 
 LAYOUTS = (None, "tensor_parallel=2", "pipeline_parallel=2")
@@ -188,3 +191,26 @@ def test_mixed_dtypes_are_averaged_with_dtype(trained, tmp_path):
     merged, a, b = map(ShardedReader, (tmp_path / "out/checkpoints/step-00000010", *steps))
     key = "decoder.layers.0.mlp.linear_fc1.weight"
     torch.testing.assert_close(merged.read(key), (a.read(key) + b.read(key).float()) / 2, rtol=1e-6, atol=1e-7)
+
+
+def staged(step, loss, stage, blocks):
+    """A checkpoint of a run over block sizes."""
+    run = {"objective": {"kind": "block_diffusion", "block_schedule": {"stable": {"block_size": 64, "tokens": 1}}}}
+    validation = {"nats_per_token": loss, "pattern": f"blocks of {blocks}"}
+    facts = {"run": run, "validation": validation, "objective": {"stage": stage, "block_size": blocks}}
+    return Candidate(Path(f"step-{step}"), step, facts)
+
+
+def test_of_a_run_over_block_sizes_the_last_stage_is_ranked(capsys):
+    """A stage on the way up has the attention of the last one, and is another."""
+    up, wide = staged(10, 0.5, 0, 32), staged(20, 1.0, 1, 64)
+    last = [staged(30, 2.0, 2, 32), staged(40, 1.5, 2, 32), staged(50, 1.8, 2, 32)]
+    assert best([up, wide, *last], 2) == [last[1], last[2]]
+    assert "3 of 5 measured checkpoints are of the last stage of objective.block_schedule (blocks of 32); only" in (
+        capsys.readouterr().err
+    )
+    assert best(last, 3) == [last[1], last[2], last[0]] and capsys.readouterr().err == ""
+    with pytest.raises(
+        CheckpointError, match=r"--best 4: 3 of 5 measured checkpoints are of the last stage .* Keep more"
+    ):
+        best([up, wide, *last], 4)

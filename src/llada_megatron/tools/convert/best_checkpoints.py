@@ -85,6 +85,9 @@ def _opened(step: Path) -> Candidate:
 def best(found: Sequence[Candidate], count: int) -> list[Candidate]:
     """The `count` with the lowest validation loss, the best first; of equal ones the later.
 
+    Of runs whose block sizes change by stages only the last stage is ranked: the losses of two stages are bounds of
+    different models.
+
     Raises:
         ConfigError: `count` is less than two.
         CheckpointError: fewer have a validation loss, or the losses were not measured alike.
@@ -101,9 +104,37 @@ def best(found: Sequence[Candidate], count: int) -> list[Candidate]:
             "make checkpoint.interval a multiple of validation.interval in the run. Or name the step directories to "
             "average, without --best"
         )
+    measured = _of_last_stage(measured, count)
     for other in measured[1:]:
         _require_comparable(measured[0], other)
     return sorted(measured, key=lambda each: (each.loss, -each.step, str(each.path)))[:count]
+
+
+def _of_last_stage(measured: Sequence[Candidate], count: int) -> list[Candidate]:
+    """Those of the stage of `objective.block_schedule` that the latest checkpoint is of; all where there are no stages.
+
+    Raises:
+        CheckpointError: fewer than `count` are of that stage.
+    """
+    if all(_at(each.metadata.get("run", {}), "objective.block_schedule") is None for each in measured):
+        return list(measured)
+    last = _stage(max(measured, key=lambda each: each.step))
+    kept = [each for each in measured if _stage(each) == last]
+    if len(kept) < len(measured):
+        of = f"{len(kept)} of {len(measured)} measured checkpoints are of the last stage of objective.block_schedule"
+        blocks = f"blocks of {_at(last, 'block_size')}"
+        if len(kept) < count:
+            raise CheckpointError(
+                f"--best {count}: {of} ({blocks}), and losses of other stages are of other models. Keep more of them "
+                "in the run (checkpoint.interval, keep_last), or name the step directories to average, without --best"
+            )
+        message(f"{of} ({blocks}); only these are ranked")
+    return kept
+
+
+def _stage(each: Candidate) -> Any:
+    """What the objective kept of its stage."""
+    return each.metadata.get("objective")
 
 
 def _require_comparable(first: Candidate, other: Candidate) -> None:
