@@ -20,8 +20,8 @@ from llada_megatron.tools.bench.conversion_arms import (
     SCRATCH,
     SCRATCH_ALL,
     WHOLE,
-    Point,
-    Trained,
+    CheckpointCost,
+    TrainedArm,
     arms_of,
     trained,
 )
@@ -57,9 +57,12 @@ def test_a_run_without_what_is_compared_is_refused(base, key):
 
 
 def of_seed(noise, last=2.5, begins=True):
-    first = [Point(300, {EXACT: 2.0 + noise})] if begins else []
-    bounds = [Point(step, {WHOLE: last + noise + gap, BLOCKS: last + noise}) for step, gap in ((330, 0.5), (630, 0.1))]
-    return Trained([*first, *bounds], cpu_seconds=10.0)
+    first = [CheckpointCost(300, {EXACT: 2.0 + noise})] if begins else []
+    bounds = [
+        CheckpointCost(step, {WHOLE: last + noise + gap, BLOCKS: last + noise})
+        for step, gap in ((330, 0.5), (630, 0.1))
+    ]
+    return TrainedArm([*first, *bounds], cpu_seconds=10.0)
 
 
 @pytest.fixture
@@ -98,7 +101,7 @@ def test_table_and_picture_show_each_run(found, base, tmp_path):
     lines = ar_to_diffusion.table(found, arms_of(base)).splitlines()
     assert len(lines) == 1 + len(ARMS)
     assert lines[1].startswith(f"{SCHEDULE}  ")
-    assert lines[1].split()[-9:] == "630 645,120 10 2.500 ± 0.100 2.600 ± 0.100".split()
+    assert lines[1].split()[-9:] == ["630", "645,120", "10", "2.500", "±", "0.100", "2.600", "±", "0.100"]
     draw(tmp_path / "bounds.svg", found, base, OTHERS)
     drawn = (tmp_path / "bounds.svg").read_text("utf-8")
     assert drawn.startswith("<?xml") and len(drawn) > 10_000
@@ -107,7 +110,7 @@ def test_table_and_picture_show_each_run(found, base, tmp_path):
 def test_what_was_measured_is_not_measured_again(base, tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(conversion_arms, "_train", lambda run: ran.append(run) or 1.5)
-    monkeypatch.setattr(conversion_arms, "measured", lambda path, windows: [Point(30, {EXACT: 3.0})])
+    monkeypatch.setattr(conversion_arms, "measured", lambda path, windows: [CheckpointCost(30, {EXACT: 3.0})])
     first = trained(base, 7, tmp_path, windows=4)
     assert ran[0].training.seed == 7 and ran[0].output_dir == str(tmp_path)
     assert trained(base, 7, tmp_path, windows=4) == first and len(ran) == 1

@@ -24,7 +24,7 @@ from llada_megatron.tools.bench.conversion_arms import (
     FOLDERS,
     SCHEDULE,
     WHOLE,
-    Trained,
+    TrainedArm,
     arms_of,
     trained,
 )
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from llada_megatron.llada_moe.config.run import RunConfig
     from llada_megatron.parallel.evaluation.assessment import Baselines
 
-Found = Mapping[str, Sequence[Trained]]
+Found = Mapping[str, Sequence[TrainedArm]]
 """By the name of the arm, one for each seed, in the same order of seeds."""
 
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> list[Claim]:
         require_drawing(args.plot)
     base = load_run(args.run, args.overrides, message)
     arms = arms_of(base)
-    found: dict[str, list[Trained]] = {name: [] for name in ARMS}
+    found: dict[str, list[TrainedArm]] = {name: [] for name in ARMS}
     for seed in range(args.seeds):
         for name, each in arms.items():
             folder = args.output / f"{FOLDERS[name]}-{seed}"

@@ -31,7 +31,7 @@ window, and the bound in blocks of the size that the run ends with."""
 
 
 @dataclass(frozen=True)
-class Point:
+class CheckpointCost:
     """What a checkpoint costs on the held-out windows."""
 
     step: int
@@ -39,10 +39,10 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedArm:
     """One arm with one seed."""
 
-    points: list[Point]
+    points: list[CheckpointCost]
     cpu_seconds: float
     """Of its training, without these measurements."""
 
@@ -95,7 +95,7 @@ def _with(base: RunConfig, schedule: BlockSchedule, **objective: Any) -> RunConf
     )
 
 
-def trained(run: RunConfig, seed: int, directory: Path, windows: int) -> Trained:
+def trained(run: RunConfig, seed: int, directory: Path, windows: int) -> TrainedArm:
     """Train a run with this seed in `directory` and measure all its checkpoints; or read what was measured before.
 
     Args:
@@ -105,7 +105,7 @@ def trained(run: RunConfig, seed: int, directory: Path, windows: int) -> Trained
     if result.is_file():
         values = json.loads(result.read_text("utf-8"))
         if values["windows"] == windows:
-            return Trained([Point(**point) for point in values["points"]], values["cpu_seconds"])
+            return TrainedArm([CheckpointCost(**point) for point in values["points"]], values["cpu_seconds"])
     run = replace(
         run,
         training=replace(run.training, seed=seed),
@@ -118,7 +118,7 @@ def trained(run: RunConfig, seed: int, directory: Path, windows: int) -> Trained
     points = measured(directory / "checkpoints", windows)
     values = {"windows": windows, "cpu_seconds": seconds, "points": [dataclasses.asdict(point) for point in points]}
     result.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
-    return Trained(points, seconds)
+    return TrainedArm(points, seconds)
 
 
 def _train(run: RunConfig) -> float:
@@ -134,7 +134,7 @@ def _train(run: RunConfig) -> float:
         return time.process_time() - began
 
 
-def measured(checkpoints: Path, windows: int) -> list[Point]:
+def measured(checkpoints: Path, windows: int) -> list[CheckpointCost]:
     """The figures of every checkpoint of a run, in the order of their steps."""
     from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
     from llada_megatron.parallel.checkpoint.manifest import steps
@@ -146,7 +146,7 @@ def measured(checkpoints: Path, windows: int) -> list[Point]:
         with open_checkpoint(path) as loaded:
             learnt_masks = not loaded.metadata.get("objective", {}).get("autoregressive")
             names = (WHOLE, BLOCKS) if learnt_masks else (EXACT,)
-            found.append(Point(step, {name: bits_per_byte(loaded, name, windows) for name in names}))
+            found.append(CheckpointCost(step, {name: bits_per_byte(loaded, name, windows) for name in names}))
     return found
 
 

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.llada_moe.config.block_schedule import named_stages, tokens_per_step
-from llada_megatron.tools.bench.conversion_arms import BLOCKS, EXACT, SCHEDULE, WHOLE, Trained
+from llada_megatron.tools.bench.conversion_arms import BLOCKS, EXACT, SCHEDULE, WHOLE, TrainedArm
 
 if TYPE_CHECKING:
     from llada_megatron.llada_moe.config.run import RunConfig
@@ -20,7 +20,7 @@ _ABOVE_UNIGRAMS = 1.08
 """The largest cost that is shown, as a share of the unigrams': a conversion begins far above."""
 
 
-def draw(path: Path, found: Mapping[str, Sequence[Trained]], base: RunConfig, others: Baselines) -> None:
+def draw(path: Path, found: Mapping[str, Sequence[TrainedArm]], base: RunConfig, others: Baselines) -> None:
     """Write the picture: both bounds against the tokens of text, mean and standard deviation over the seeds.
 
     All runs end at the same place: one from scratch on fewer tokens begins where the conversions do.
@@ -44,7 +44,7 @@ def draw(path: Path, found: Mapping[str, Sequence[Trained]], base: RunConfig, ot
     figure.savefig(path)
 
 
-def _line(axes: Any, seeds: Sequence[Trained], figure: str, colour: str, name: str, offset: int, size: int) -> None:
+def _line(axes: Any, seeds: Sequence[TrainedArm], figure: str, colour: str, name: str, offset: int, size: int) -> None:
     """Mean and standard deviation of a figure at each checkpoint that has it."""
     points = [
         [(point.step, point.bits_per_byte[figure]) for point in one.points if figure in point.bits_per_byte]
