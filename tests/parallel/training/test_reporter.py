@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
 from llada_megatron.llada_moe.config.intervals import CheckpointConfig, LoggingConfig, ValidationConfig
@@ -13,8 +15,10 @@ from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
+from llada_megatron.llada_moe.model.patterns import CAUSAL, FULL, AttentionPattern
 from llada_megatron.parallel.checkpoint import manifest as manifests
 from llada_megatron.parallel.training.metrics_file import EXPERTS_FILE_NAME, read_metrics
+from llada_megatron.parallel.training.reporter import Reporter
 from tests.corpora import model_for, prepared_set
 from tests.parallel.training.test_callbacks import Recorder
 from tests.ranks import RankFailure, run_ranks
@@ -96,3 +100,34 @@ def test_a_resumed_run_has_every_step_once_with_all_figures(run):
     tokens = 2 * 4 * 32 * run.model.moe.top_k
     assert all(sum(map(sum, bins)) == tokens for line in counts for bins in line["tokens"].values())
     assert 0 < lines[-1]["model_flops_utilization"] < 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "copies", "said"),
+    [
+        (FULL, 1, "context parallel 2, full attention: the busiest rank has 1.33 times the mean's pairs of tokens"),
+        (CAUSAL, 1, "context parallel 2, causal attention: the busiest rank has 1.29"),
+        (AttentionPattern(4), 1, "context parallel 2, attention in blocks of 4: the busiest rank has 1.20"),
+        (
+            AttentionPattern(4, doubled=True),
+            2,
+            "context parallel 2, attention in blocks of 4 over two copies: the busiest",
+        ),
+    ],
+)
+def test_the_first_step_of_context_ranks_says_how_even_attention_is(pattern, copies, said):
+    reporter = object.__new__(Reporter)  # without ranks
+    messages = []
+    reporter.message, reporter._first_step = messages.append, 0
+    reporter.run = SimpleNamespace(layout=LayoutConfig(context_parallel=2))
+    reporter.objective = SimpleNamespace(pattern=lambda step: pattern)
+    reporter.callbacks, reporter._work = SimpleNamespace(start=lambda step: None), lambda pattern: 1.0
+    boundaries = torch.tensor([0, 8, 12, 16, 24, 28, 32][: 1 + 3 * copies])
+    batch = SimpleNamespace(boundaries=boundaries, inputs=torch.zeros(1, 16 * copies))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llada_megatron.parallel.training.reporter.on_rank_0", lambda work: work())
+        reporter.start([batch])
+        assert len(messages) == 1 and messages[0].startswith(said)
+        reporter.run = SimpleNamespace(layout=LayoutConfig())
+        reporter.start([batch])
+        assert len(messages) == 1

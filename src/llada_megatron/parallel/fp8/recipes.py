@@ -100,9 +100,7 @@ def require_device(fp8: FP8Config | None, key: str = "training.fp8", instead: st
     from llada_megatron.llada_moe.model.accelerations import transformer_engine
 
     if not torch.cuda.is_available():
-        raise ResourceError(
-            f"{key} (recipe {fp8.recipe}) needs a GPU with FP8, and none can be seen here; {instead}"
-        )
+        raise ResourceError(f"{key} (recipe {fp8.recipe}) needs a GPU with FP8, and none can be seen here; {instead}")
     for index in range(torch.cuda.device_count()):
         reason = obstacle(fp8.recipe, torch.cuda.get_device_capability(index), torch.version.cuda or "0", instead)
         if reason is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from llada_megatron.console import rate_text
 from llada_megatron.llada_moe.config.run import RunConfig
@@ -73,10 +74,9 @@ class Reporter:
         self._lengths = torch.cat([batch.boundaries.diff() for batch in batches]).tolist()
         pattern = self.objective.pattern(self._first_step)
         work = self._work(pattern)
-        ranks = self.run.layout.context_parallel
-        if ranks > 1:
-            balance = busiest_over_mean(np.array(self._lengths), batches[0].inputs.size(1), ranks, pattern)
-            self.message(context_balance_text(balance, ranks, pattern))
+        if self.run.layout.context_parallel > 1:
+            lengths = np.array(self._lengths)
+            self.message(context_balance(lengths, batches[0].inputs.size(1), self.run.layout.context_parallel, pattern))
         self.throughput = Throughput(work)
         logging.getLogger(__name__).info("model FLOPs per token %.4g; %s", work, FORMULA)
 
@@ -253,16 +253,12 @@ class Reporter:
             self.callbacks.end()
 
 
-def context_balance_text(balance: float, ranks: int, pattern: AttentionPattern) -> str:
-    """What is said of the first step's attention; `balance` as of `busiest_over_mean`."""
-    if pattern.block is None:
-        seen = "full attention"
-    else:
-        seen = (
-            "causal attention"
-            if pattern.block == 1 and not pattern.doubled
-            else f"attention in blocks of {pattern.block}"
-        )
+def context_balance(lengths: NDArray[np.int64], positions: int, ranks: int, pattern: AttentionPattern) -> str:
+    """How even the attention of the first step is over context ranks; arguments as of `busiest_over_mean`."""
+    balance = busiest_over_mean(lengths, positions, ranks, pattern)
+    names = {None: "full attention", 1: "causal attention"}
+    blocks = f"attention in blocks of {pattern.block}"
+    seen = f"{blocks} over two copies" if pattern.doubled else names.get(pattern.block, blocks)
     return f"context parallel {ranks}, {seen}: the busiest rank has {balance:.2f} times the mean's pairs of tokens"
 
 
