@@ -40,7 +40,7 @@ def draw(path: Path, found: Mapping[str, Sequence[TrainedArm]], base: RunConfig,
         axes.set_title(f"bound over {bound}" + (f" ({base.objective.block_size})" if bound == BLOCKS else ""))
         axes.set_ylim(top=_ABOVE_UNIGRAMS * others.unigram)
     figure.axes[0].set_ylabel("bits per byte of held-out text")
-    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower left")
+    figure.axes[1].legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path)
 
 
