@@ -29,9 +29,14 @@ class AttentionPattern:
     """The sequence is `[x_t ; x_0]`, as block-diffusion training reads it: a noisy half, then a clean half with the
     same segments. A noisy block sees itself and the clean blocks before it; a clean block sees itself and those before
     it (LLaDA2.0, eq. 3; arXiv 2503.09573). Boundaries name the segments of both halves."""
+    causal_clean: bool = False
+    """Of the clean half, each position sees itself and those before it, not its whole block: the keys of a clean token
+    do not depend on what follows it, so that they are those of decoding token by token."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a block without positions, and for a clean half that no query of the other sees."""
+        if self.causal_clean and not self.doubled:
+            raise ValueError("there is no clean half to be causal: causal attention over a text is blocks of 1")
         if self.block is not None and self.block < 1:
             raise ValueError(f"blocks of {self.block} positions see nothing; 1 is causal attention, None is full")
         if self.doubled and self.block is None:
@@ -42,9 +47,15 @@ class AttentionPattern:
         """How often a sequence of the pattern holds each position of the text."""
         return 2 if self.doubled else 1
 
+    @property
+    def clean_block(self) -> int | None:
+        """Length of the blocks of the clean half that see themselves whole and all before."""
+        return 1 if self.causal_clean else self.block
+
     def keys_per_query(self, length: int) -> float:
         """Keys that a query of a segment of `length` positions sees on average."""
-        return block_causal_keys(length, self.block or length)
+        seen = block_causal_keys(length, self.block or length)
+        return (seen + block_causal_keys(length, 1)) / 2 if self.causal_clean else seen
 
     def keys_seen(self, stop: int, length: int) -> int:
         """How many keys, from the start of a segment of `length` positions on, its queries [0, stop) see together."""

@@ -45,6 +45,10 @@ class Losses:
     """Supervised positions in this rank's slice."""
     loss: torch.Tensor
     """Scalar: this rank's share of the loss of the global batch; the sum over data and context ranks is the loss."""
+    clean: torch.Tensor
+    """Of `weighted` what the clean half has, where an objective learns from it; empty elsewhere."""
+    clean_loss: torch.Tensor
+    """Scalar: of `loss` what the clean half has."""
 
 
 @dataclass
@@ -61,7 +65,8 @@ def _forward_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[t
     output = model(batch.inputs, batch.boundaries, targets=batch.targets, pattern=batch.pattern, noise=batch.noise)
 
     def loss_function(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        weighted = sums[0] if batch.confidence else sums
+        halves = sums.unflatten(-1, (-1, batch.factor.numel()))
+        weighted, clean = (sums[0] if batch.confidence else halves.sum(0)), halves[1:]
         loss = batch.objective.loss(weighted, batch.factor, batch.frozen)
         if batch.confidence:
             loss = loss + batch.confidence * sums[1].sum()

@@ -26,6 +26,8 @@ EXACT = 1e-6
 class DoubledCase(Case):
     """`lengths` are those of the documents in each half of the `positions`."""
 
+    causal_clean: bool = False
+
     @property
     def boundaries(self) -> torch.Tensor:
         lengths = [0, *(length for row in self.lengths for length in (*row, *row))]
@@ -33,13 +35,14 @@ class DoubledCase(Case):
 
     @property
     def pattern(self) -> AttentionPattern:
-        return AttentionPattern(self.block, doubled=True)
+        return AttentionPattern(self.block, doubled=True, causal_clean=self.causal_clean)
 
     def packed(self):
         return pack_doubled(segments(self.boundaries, self.positions), self.pattern, self.positions, self.runs)
 
     def seen(self) -> torch.Tensor:
-        """Equation 3 of LLaDA2.0's report, pair by pair, inside documents: bool `[batch, positions, positions]`."""
+        """Equation 3 of LLaDA2.0's report, pair by pair, inside documents: bool `[batch, positions, positions]`; or
+        the same with each clean position as a block of its own, as clean ones see it."""
         half = self.positions // 2
         clean = torch.arange(self.positions) >= half
         seen = []
@@ -48,6 +51,8 @@ class DoubledCase(Case):
             block = torch.cat([torch.arange(length) // self.block for length in lengths]).repeat(2)
             query, key = block[:, None], block[None]
             of_noisy = torch.where(clean[None], query > key, query == key)
+            if self.causal_clean:
+                query, key = (torch.arange(self.positions).view(shape) for shape in ((-1, 1), (1, -1)))
             of_clean = clean[None] & (query >= key)
             seen.append((document[:, None] == document[None]) & torch.where(clean[:, None], of_clean, of_noisy))
         return torch.stack(seen)
@@ -59,7 +64,8 @@ def doubled_cases(draw, blocks=(1, 2, 3, 8, 64), ranks=(1, 2, 3, 4)):
     one = draw(cases(blocks=blocks, ranks=(1,)))
     count = draw(st.sampled_from([ranks for ranks in ranks if one.positions * 2 % ranks == 0]))
     rank = draw(st.integers(0, count - 1))
-    return DoubledCase(one.positions * 2, one.lengths, one.block, rank, count, one.heads, one.kv_heads)
+    causal = draw(st.booleans())
+    return DoubledCase(one.positions * 2, one.lengths, one.block, rank, count, one.heads, one.kv_heads, causal)
 
 
 def by_merging(packed, q, k, v):
@@ -78,9 +84,9 @@ def test_it_is_a_softmax_over_what_equation_3_lets_a_query_see(attend, case):
     assert largest_error(evaluated(partial(attend, case.packed()), case), expected(case)) < EXACT
 
 
-@pytest.mark.parametrize("block", [1, 32, 300])
-def test_documents_of_many_chunks(block):
-    case = DoubledCase(1600, ((750, 50),), block, 0, 1, 4, 2)
+@pytest.mark.parametrize(("block", "causal"), [(1, False), (32, False), (300, False), (32, True), (300, True)])
+def test_documents_of_many_chunks(block, causal):
+    case = DoubledCase(1600, ((750, 50),), block, 0, 1, 4, 2, causal)
     assert largest_error(evaluated(partial(by_merging, case.packed()), case), expected(case)) < EXACT
 
 
@@ -101,16 +107,27 @@ def test_what_flex_attention_is_told(case):
     assert (torch.from_numpy(seen) == case.seen()[:, case.queries]).all()
 
 
-@pytest.mark.parametrize(("lengths", "block"), [((300, 84), 32), ((384,), 160), ((384,), 384)])
-def test_flex_attention(lengths, block):
-    case = DoubledCase(768, (lengths,), block, 0, 1, 2, 1)
+@pytest.mark.parametrize(
+    ("lengths", "block", "causal"),
+    [((300, 84), 32, False), ((384,), 160, False), ((384,), 384, False), ((300, 84), 160, True)],
+)
+def test_flex_attention(lengths, block, causal):
+    case = DoubledCase(768, (lengths,), block, 0, 1, 2, 1, causal)
     packed, (query, key, value, _) = case.packed(), case.inputs()
     with torch.no_grad():
         found = flex.attend(query, key, value, packed, None)
     assert largest_error([found], expected(case)[:1]) < EXACT
     whole = packed.once(flex.block_mask, torch.device("cpu"))
-    assert whole.full_kv_num_blocks.sum() > 0 or block == 32  # some tiles are computed without a mask
+    assert whole.full_kv_num_blocks.sum() > 0 or block == 32 or causal  # some tiles are computed without a mask
     assert (whole.kv_num_blocks + whole.full_kv_num_blocks).sum() < 36  # and some not at all
+
+
+def test_a_causal_clean_half_needs_no_mask_larger_than_a_chunk_behind_blocks_of_any_length():
+    case = DoubledCase(2048, ((1024,),), 512, 0, 1, 2, 2, True)
+    cut = [decomposed.parts(chunk, case.packed(), case.inputs()[0]) for chunk in case.packed().rows[0]]
+    masks = [part.mask.shape for each in cut for part in each.own if part.mask is not None]
+    assert set(masks) == {(CHUNK_QUERIES, CHUNK_QUERIES)}
+    assert case.pattern.keys_per_query(1024) == case.seen().sum() / 2048
 
 
 def test_masks_are_as_large_as_a_chunk_and_what_is_kept_is_linear_in_length():
@@ -155,6 +172,8 @@ def test_bf16_loses_no_more_than_its_own_digits():
 def test_halves_that_differ_and_blocks_that_are_missing_are_refused():
     with pytest.raises(ValueError, match="without blocks the noisy half sees nothing"):
         AttentionPattern(None, doubled=True)
+    with pytest.raises(ValueError, match="no clean half to be causal"):
+        AttentionPattern(2, causal_clean=True)
     with pytest.raises(ValueError, match="sequence 0: the noisy half and the clean half have different segments"):
         pack_doubled(segments(torch.tensor([0, 3, 8, 16]), 16), AttentionPattern(2, doubled=True), 16, [Run(0, 16)])
 

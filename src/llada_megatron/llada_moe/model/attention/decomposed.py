@@ -58,7 +58,7 @@ class Parts(NamedTuple):
 
 def parts(chunk: Chunk, packed: DoubledDocuments, like: torch.Tensor) -> Parts:
     """The products of a chunk; masks have the type and device of `like`."""
-    block, start, width = packed.block, chunk.document, chunk.stop - chunk.first
+    block, start, width = packed.block if chunk.noisy else packed.clean_block, chunk.document, chunk.stop - chunk.first
     own, clean = (slice(at + chunk.first, at + chunk.stop) for at in (start, packed.half + start))
     noisy, total = (sum(held.stop - held.start for held in part) for part in (chunk.noisy, chunk.held))
     everyone = slice(0, total)

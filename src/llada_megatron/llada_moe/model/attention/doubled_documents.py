@@ -7,6 +7,7 @@ is as large as a chunk and not as the sequence.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -78,6 +79,11 @@ class DoubledDocuments:
         return self.pattern.block or self.half
 
     @property
+    def clean_block(self) -> int:
+        """Positions of a block of the clean half, among its own queries."""
+        return self.pattern.clean_block or self.half
+
+    @property
     def half(self) -> int:
         """Positions of a half."""
         return self.positions // 2
@@ -102,7 +108,7 @@ class DoubledDocuments:
                     own[0][number, held.rows], own[1][number, held.rows] = start + first, start + stop
                     clean[0][number, held.rows], clean[1][number, held.rows] = half + start, half + start + first
                 for held in chunk.clean:
-                    _, stop = _blocks(held, chunk.stop, block)
+                    _, stop = _blocks(held, chunk.stop, self.clean_block)
                     clean[0][number, held.rows], clean[1][number, held.rows] = half + start, half + start + stop
         return [own, clean]
 
@@ -141,13 +147,21 @@ def pack_doubled(
 def _chunks(
     documents: list[tuple[int, int]], pattern: AttentionPattern, half: int, runs: Sequence[Run]
 ) -> Iterator[Chunk]:
-    """The chunks with queries of a rank that holds `runs` of the sequence."""
-    block = pattern.block or half
-    span = block * max(1, CHUNK_QUERIES // block)
-    for start, stop in documents:
+    """The chunks with queries of a rank that holds `runs` of the sequence.
+
+    Where the clean half has blocks of its own, its queries are in chunks of their own, which a long noisy block does
+    not make longer.
+    """
+    block, clean_block = pattern.block or half, pattern.clean_block or half
+    parts = [(block, (True, True))] if block == clean_block else [(block, (True, False)), (clean_block, (False, True))]
+    for (start, stop), (size, wanted) in itertools.product(documents, parts):
+        span = size * max(1, CHUNK_QUERIES // size)
         for first in range(0, stop - start, span):
             end = min(first + span, stop - start)
-            noisy, clean = (tuple(_held(at + start, first, end, runs)) for at in (0, half))
+            noisy, clean = (
+                tuple(_held(at + start, first, end, runs)) if each else ()
+                for at, each in zip((0, half), wanted, strict=True)
+            )
             if noisy or clean:
                 yield Chunk(start, first, end, noisy, clean)
 
