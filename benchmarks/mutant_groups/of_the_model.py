@@ -64,7 +64,7 @@ GROUPS: list[Group] = [
         "parallel/training/validation.py",
         "tests/parallel/training/test_validation.py -k 'layout or fill'",
         [
-            ("float(nats) / run.layout.tensor_parallel", "float(nats)"),
+            ("(value / run.layout.tensor_parallel for value in sums.tolist())", "sums.tolist()"),
             ("batch.weights[surplus], batch.untruncated[surplus] = 0.0, 0", "batch.untruncated[surplus] = 0"),
         ],
     ),
@@ -158,7 +158,8 @@ GROUPS: list[Group] = [
         "tests/llada_moe/model/attention/test_doubled.py",
         [
             ("np.minimum(first + block, stop)", "first + block"),
-            ("span = block * max(1, CHUNK_QUERIES // block)", "span = block"),
+            ("span = size * max(1, CHUNK_QUERIES // size)", "span = size"),
+            ("chunk.stop, self.clean_block)", "chunk.stop, block)"),
             ("row += run.stop - run.start", "pass"),
             ("if noisy != clean or not noisy", "if not noisy"),
         ],
@@ -177,12 +178,34 @@ GROUPS: list[Group] = [
         "llada_moe/objectives/block_diffusion.py",
         "tests/llada_moe/objectives/test_block_diffusion.py tests/llada_moe/config/test_block_schedule.py",
         [
-            ("if size < len(tokens) else row", "if True else row"),
+            ("if in_blocks(at) < len(tokens) else row", "if True else row"),
             ("noisy.boundaries[1:] + np.int32(length)", "noisy.boundaries[1:]"),
             ('and split == "train"\n', "\n"),
             ("counts = -(-lengths // size)", "counts = lengths // size"),
             ("size >= self.training.sequence_length:", "size > self.training.sequence_length:"),
             ("max(step - 1, 0)", "step"),
+        ],
+    ),
+    (
+        "objective",
+        "llada_moe/objectives/joint.py",
+        "tests/llada_moe/objectives/test_joint.py",
+        [
+            ("np.arange(length) < noisy.untruncated", "np.arange(length) >= 0"),
+            ("of_noisy = of_clean = 1.0", "of_noisy = 1.0"),
+            ("causal_clean=True", "causal_clean=False"),
+        ],
+    ),
+    (
+        "sampling",
+        "llada_moe/sampling/speculation.py",
+        "tests/llada_moe/sampling/test_speculation.py",
+        [
+            ("text.kept = text.known + len(news) - 1", "text.kept = text.known + len(news)"),
+            ("news[-1].token == text.draft[len(news) - 1]", "True"),
+            ("torch.zeros_like(slot), tokens[places]", "slot + 1, tokens[places]"),
+            ("low + place + 1 < text.length", "True"),
+            ("stops[0] + 1", "stops[0]"),
         ],
     ),
     (

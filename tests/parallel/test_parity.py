@@ -86,6 +86,17 @@ def test_layout_of_block_diffusion_equals_one_process(model, names):
         assert error <= parity.GOAL, (name, where)
 
 
+@pytest.mark.parametrize(("model", "names"), [("dense", ["CP2", "PP2"]), ("softmax", ["TP2.SP.EP2"])])
+def test_layout_of_the_joint_objective_equals_one_process(model, names):
+    """Next tokens of the clean half beside the masks of the noisy one."""
+    halves = (("objective", "joint"), ("block_size", parity.BLOCK_SIZE))
+    for name in names:
+        layout = (DENSE_LAYOUTS if model == "dense" else MOE_LAYOUTS)[name]
+        run = parity_run(MODELS[model], layout, **dict(halves))
+        error, where = parity.compare(one_process(model, halves), parity.measure(run))
+        assert error <= parity.GOAL, (name, where)
+
+
 RECOMPUTED = ["core_attn", "mlp", "moe", "moe_act", "shared_experts"]
 
 

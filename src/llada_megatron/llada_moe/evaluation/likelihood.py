@@ -48,6 +48,15 @@ class Likelihood:
         return self.bits_per_token / bytes_per_token
 
 
+@dataclass(frozen=True)
+class HeldOut(Likelihood):
+    """What a validation gives: the cost of its samples."""
+
+    drafted: Likelihood | None = None
+    """Of a model that is trained to predict a text from left to right, which the cost is that of, and in blocks: the
+    upper bound of the second."""
+
+
 def batches(data: TrainingData, numbers: Sequence[int], batch_size: int) -> Iterator[Batch]:
     """The samples with these numbers, in batches.
 

@@ -77,11 +77,11 @@ def flops_per_token(
     `keys_per_query`: keys each query sees on average; by default the whole sequence (bidirectional attention). Use
     `causal_keys` for an autoregressive model, `block_causal_keys` for a block-causal one, or the mean segment length
     where documents are isolated.
-    `supervised_share`: part of the tokens that reach the output layer, in [0, 1]; 1 for an autoregressive model.
-    `copies`: how often a sequence holds each token of its text (`[x_t ; x_0]`: 2), of which the output layer sees one.
+    `supervised_share`: rows of the output layer per token of the text, at most `copies`; 1 for an autoregressive model.
+    `copies`: how often a sequence holds each token of its text (`[x_t ; x_0]`: 2).
     """
-    if not 0.0 <= supervised_share <= 1.0:
-        raise ValueError(f"supervised_share must lie in [0, 1], not {supervised_share}")
+    if not 0.0 <= supervised_share <= copies:
+        raise ValueError(f"supervised_share must lie in [0, {copies}], not {supervised_share}")
     hidden, moe = model.hidden_size, model.moe
     moe_layers = 0 if moe is None else model.num_layers - moe.leading_dense_layers
     queries = model.num_attention_heads * model.head_dim

@@ -49,28 +49,41 @@ class Targets:
     weights: torch.Tensor
     """`[all_rows]` float32; 0 for padding."""
     sequence: torch.Tensor
-    """`[all_rows]` int64: the sequence of the micro-batch that a row belongs to."""
+    """`[all_rows]` int64: the sequence of the micro-batch that a row belongs to, or its clean half, see `batch`."""
     batch: int
-    """Sequences of the micro-batch."""
+    """Sequences of the micro-batch; twice as many where the clean halves of sequences `[x_t ; x_0]` have sums of their
+    own, which come after those of all noisy halves."""
     confidence: bool = False
     """Whether the entropies of correctly predicted rows are wanted too (see `confidence`)."""
 
     @classmethod
-    def of(cls, labels: torch.Tensor, weights: torch.Tensor, tensor_rank: int = 0, tensor_shards: int = 1) -> Targets:
+    def of(
+        cls,
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+        tensor_rank: int = 0,
+        tensor_shards: int = 1,
+        clean: torch.Tensor | None = None,
+    ) -> Targets:
         """The supervised rows of `labels` `[batch, seq]` with `weights` `[batch, seq]` float32 (0 = not supervised).
 
         Args:
             labels: on the host, as `weights`.
             tensor_rank: this rank's slice of the sequence.
             tensor_shards: slices of the sequence (1 without sequence parallelism).
+            clean: bool `[seq]`, positions whose losses are summed apart; None = a sequence has one sum.
         """
         rows = select_rows((weights != 0).t(), tensor_rank, tensor_shards)
+        batch = labels.size(0)
+        sequence = rows.position % batch
+        if clean is not None:
+            sequence, batch = sequence + batch * clean[rows.position // batch], 2 * batch
         return cls(
             index=rows.index,
             labels=labels.t().flatten()[rows.position],
             weights=weights.t().flatten()[rows.position] * rows.real,
-            sequence=rows.position % labels.size(0),
-            batch=labels.size(0),
+            sequence=sequence,
+            batch=batch,
         )
 
     @property
@@ -165,8 +178,8 @@ def supervised_loss(model: Any, hidden: torch.Tensor, targets: Targets, chunk_el
         chunk_elements: logits that may exist at a time on one rank.
 
     Returns:
-        `[batch]` float32; with `targets.confidence` `[2, batch]`, below it the sums of the entropies of those rows
-        whose most likely token is the label.
+        `[targets.batch]` float32; with `targets.confidence` `[2, batch]`, below it the sums of the entropies of those
+        rows whose most likely token is the label.
     """
     step = max(1, chunk_elements // (model.output_layer.output_size_per_partition * targets.shards))
     if step >= targets.index.numel():

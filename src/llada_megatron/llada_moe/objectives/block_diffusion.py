@@ -9,6 +9,7 @@ which may begin as an autoregressive one: next tokens, without masks and without
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,6 +98,24 @@ class BlockDiffusion(MaskedDiffusion):
     def rows(self, run: RunConfig, split: Split, vocab_size: int) -> RowMaker:
         """Noise is a function of the seed and the sample's coordinates, as in masked diffusion, and so is the stage of
         a training sample; a validation has the block size of its step, and no wrong tokens."""
+        noisy_row, step_of = self._noisy_rows(run, split, vocab_size), self._steps_of_samples(run, split)
+
+        def make(tokens: NDArray[np.int64], boundaries: NDArray[np.int32], at: SampleCoordinates) -> Row:
+            step = step_of(at)
+            if step < self.autoregressive_steps:
+                return autoregressive_row(tokens, boundaries)
+            row = noisy_row(tokens, boundaries, at)
+            return doubled_row(row, tokens) if self.block_size(step) < len(tokens) else row
+
+        return make
+
+    def _steps_of_samples(self, run: RunConfig, split: Split) -> Callable[[SampleCoordinates], int]:
+        """The step of each sample; of a validation, the step after which it is."""
+        numbers = run.training.global_batch_size // (2 if self.has_pairs(split) else 1)  # of coordinates in a step
+        return lambda at: at.number // numbers if split == "train" else self.step or 0
+
+    def _noisy_rows(self, run: RunConfig, split: Split, vocab_size: int) -> RowMaker:
+        """The first half of each row."""
         import numpy as np
 
         from llada_megatron.llada_moe.diffusion.noise import ForwardProcess, ReplacementVocabulary
@@ -107,13 +126,10 @@ class BlockDiffusion(MaskedDiffusion):
         vocabulary = ReplacementVocabulary(vocab_size, run.model.special_ids) if self.config.trains_editing else None
         mover = _mover(run, vocabulary, editing)
         plain = self.config.weighting == "none" and split == "train"
-        numbers = training.global_batch_size // (2 if self.has_pairs(split) else 1)  # of coordinates in a global batch
+        step_of = self._steps_of_samples(run, split)
 
         def make(tokens: NDArray[np.int64], boundaries: NDArray[np.int32], at: SampleCoordinates) -> Row:
-            step = at.number // numbers if split == "train" else self.step or 0
-            if step < self.autoregressive_steps:
-                return autoregressive_row(tokens, boundaries)
-            size = self.block_size(step)
+            size = self.block_size(step_of(at))
             blocks = blocks_of(boundaries, size) if self.config.time_per == "block" else None
             drawn = noise.corrupt(at, len(tokens), blocks)
             row = diffusion_row(tokens, boundaries, drawn, run.model.mask_token_id, vocabulary, editing.weight)
@@ -121,7 +137,7 @@ class BlockDiffusion(MaskedDiffusion):
                 row = replace(row, weights=np.where(drawn.mask, np.float32(1.0), row.weights))
             if drawn.moves is not None and mover is not None:
                 row = mover.moved(row, drawn.moves, blocks_of(row.boundaries, size), size)
-            return doubled_row(row, tokens) if size < len(tokens) else row
+            return row
 
         return make
 

@@ -43,6 +43,9 @@ class Objective(ABC):
     """A subclass where the objective has keys of its own."""
     fills_masks: ClassVar[bool]
     """Whether the model learns to predict masked tokens, so that a sampler can write with it."""
+    verifies: ClassVar[bool] = False
+    """Whether it also learns to predict the next token with causal attention, and its blocks of masks behind a text
+    that is read so: it can verify what it drafts, and no other than a causal text stands before its blocks."""
 
     training: TrainingConfig | None = None
     """How long and how large the run is; None where there is no run at hand."""
@@ -154,6 +157,11 @@ class Objective(ABC):
     def metrics(self, loss: float, bytes_per_token: float) -> dict[str, float]:
         """Figures of a step's loss beside the loss itself. Bits per byte only where the loss is a bound."""
         return {"bits_per_byte": bits_per_byte(loss, bytes_per_token)} if self.loss_is_bound else {}
+
+    def parts(self, loss: float, clean: float) -> dict[str, float]:
+        """Figures of the parts of a step's loss, where it has several. `clean`: what of `loss` is that of the clean
+        halves of sequences `[x_t ; x_0]`; 0 where they are not learnt from."""
+        return {}
 
     @abstractmethod
     def description(self) -> str:

@@ -223,7 +223,9 @@ def of_run(
     pattern = pattern_with(objective, training.steps, copies)
     keys = length if pattern.block is None else pattern.keys_per_query(max(1, round(length)))
     chunk = (training.logits_chunk_mb or 2048) * 2**20
-    rows = training.sequence_length * training.micro_batch_size / run.layout.context_parallel
+    supervised = 1.0 if objective.verifies else 1 / copies
+    positions = copies * training.sequence_length * training.micro_batch_size
+    rows = supervised * positions / run.layout.context_parallel
     return Workload(
         stack=stack_of(run),
         layout=run.layout,
@@ -234,7 +236,7 @@ def of_run(
         recompute=training.recompute,
         modules=frozenset(training.recompute_modules),
         keys_per_query=keys,
-        supervised=1 / copies,
+        supervised=supervised,
         supervised_mean=objective.supervised_share / copies,
         logit_bytes=12.0,
         logits_limit=3.0 * chunk,

@@ -100,11 +100,20 @@ def stage(
     slices = layout.tensor_parallel if layout.sequence_parallel else 1
     rank = parallel_state.get_tensor_model_parallel_rank() if slices > 1 else 0
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-        targets = Targets.of(labels, weights, rank, slices).pinned()
+        targets = Targets.of(labels, weights, rank, slices, _clean(batch, pattern, runs)).pinned()
     if never is not None:
         wanted = torch.zeros(labels.shape, dtype=torch.bool) if batch.drafted is None else taken(batch.drafted, runs, 1)
         drafts = DraftRows.of(wanted, never, rank, slices).pinned()
     return StagedBatch(batch, pinned(inputs.contiguous()), targets, (weights != 0).sum(dim=1), count(batch), drafts)
+
+
+def _clean(batch: Batch, pattern: AttentionPattern, runs: tuple[Run, ...]) -> torch.Tensor | None:
+    """Which positions of this rank's context slice are of the clean half, `[seq]` bool, where that half is learnt from
+    too (see `AttentionPattern.causal_clean`)."""
+    if not pattern.causal_clean:
+        return None
+    positions = batch.inputs.size(1)
+    return taken(torch.arange(positions) >= positions // 2, runs, dim=0)
 
 
 def prepare(objective: Objective, staged: list[StagedBatch], step: int) -> list[Microbatch]:

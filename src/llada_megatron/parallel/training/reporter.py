@@ -151,6 +151,7 @@ class Reporter:
         return {
             "loss": attempt.loss,
             **self.objective.metrics(attempt.loss, self.data.bytes_per_token),
+            **self.objective.parts(attempt.loss, attempt.clean_loss),
             "grad_norm": attempt.grad_norm,
         }
 
@@ -211,7 +212,8 @@ class Reporter:
         return figures | ({} if reading is None else reading.scalars(figures.get("seconds_per_step")))
 
     def validation(self, number: int, result: Likelihood, bytes_per_token: float) -> float | None:
-        """Keep the held-out bits per byte for the line of step `number`, which is reported next; returns them.
+        """Keep the held-out bits per byte for the line of step `number`, which is reported next; returns them: of a
+        model that also decodes from left to right those of that, and the bound of its drafts is kept beside them.
 
         Of an objective whose validation is no bound, keep the loss in nats per token instead, and return None.
         """
@@ -220,9 +222,14 @@ class Reporter:
             loss = f"loss {result.nats_per_token:.4f}"
             self.progress.message(f"step {number}: validation {loss} over {result.sequences} sequences")
             return None
-        bits = result.bits_per_byte(bytes_per_token)
+        bits, text = result.bits_per_byte(bytes_per_token), ""
         self.note("validation/bits_per_byte", bits)
-        self.progress.message(f"step {number}: validation {bits:.4f} bits per byte over {result.sequences} sequences")
+        if result.drafted is not None:
+            bound = result.drafted.bits_per_byte(bytes_per_token)
+            self.note("validation/diffusion_bits_per_byte", bound)
+            text = f" from left to right (exact), at most {bound:.4f} in blocks (the bound of diffusion)"
+        over = f"over {result.sequences} sequences"
+        self.progress.message(f"step {number}: validation {bits:.4f} bits per byte{text} {over}")
         return bits
 
     def note(self, name: str, value: float) -> None:

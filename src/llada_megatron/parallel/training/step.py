@@ -65,8 +65,10 @@ def _forward_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[t
     output = model(batch.inputs, batch.boundaries, targets=batch.targets, pattern=batch.pattern, noise=batch.noise)
 
     def loss_function(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        halves = sums.unflatten(-1, (-1, batch.factor.numel()))
-        weighted, clean = (sums[0] if batch.confidence else halves.sum(0)), halves[1:]
+        clean = sums.chunk(2)[1] if batch.pattern.causal_clean else sums[:0]
+        weighted = sums[0] if batch.confidence else sums
+        if clean.numel():
+            weighted = weighted.chunk(2)[0] + clean
         loss = batch.objective.loss(weighted, batch.factor, batch.frozen)
         if batch.confidence:
             loss = loss + batch.confidence * sums[1].sum()
@@ -75,6 +77,8 @@ def _forward_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[t
             "mask_ratio": batch.mask_ratio,
             "supervised": batch.supervised,
             "loss": loss.detach(),
+            "clean": clean.detach(),
+            "clean_loss": (clean.detach() * batch.factor).sum() if clean.numel() else loss.new_zeros(()),
         }
         return loss, batch.tokens, facts
 
@@ -102,8 +106,12 @@ def run_pipeline(
     def join(name: str) -> torch.Tensor:
         return torch.cat([facts[name] for facts in stored]) if stored else torch.zeros(0, device=where)
 
-    loss = torch.stack([facts["loss"] for facts in stored]).sum() / total if stored else torch.zeros((), device=where)
-    return Losses(join("weighted"), join("mask_ratio"), join("supervised"), loss)
+    def share(name: str) -> torch.Tensor:
+        return torch.stack([facts[name] for facts in stored]).sum() / total if stored else torch.zeros((), device=where)
+
+    return Losses(
+        join("weighted"), join("mask_ratio"), join("supervised"), share("loss"), join("clean"), share("clean_loss")
+    )
 
 
 def ask_frozen(

@@ -11,7 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch, Samples
-from llada_megatron.llada_moe.evaluation.likelihood import Likelihood
+from llada_megatron.llada_moe.evaluation.likelihood import HeldOut, Likelihood
 from llada_megatron.llada_moe.objectives import Objective
 from llada_megatron.parallel import device, host_group
 from llada_megatron.parallel.fp8 import fp8_state
@@ -27,14 +27,14 @@ def validate(
     data: Samples,
     step: int,
     alive: Callable[[], None] = lambda: None,
-) -> Likelihood:
+) -> HeldOut:
     """Cost of the first `validation.sequences` held-out samples, the same windows and masks every time (collective).
 
     `step`: the one whose attention pattern is used; `alive` is called before every batch.
     """
     objective.step = step
-    batches = list(_batches(run, data))
-    tokens = torch.tensor(sum(int(batch.untruncated.sum()) for batch in batches))
+    batches, both = list(_batches(run, data)), objective.pattern(step).causal_clean
+    tokens = sum(torch.tensor([int(batch.untruncated.sum()), _next_tokens(batch) if both else 0]) for batch in batches)
     host_group.data_parallel().all_reduce(tokens)
     complete_weights(models)
     for model in models:
@@ -47,9 +47,18 @@ def validate(
     for model in models:
         model.train()
     # the loss stands on the last stage; tensor ranks hold the same rows, context ranks parts of them
-    nats = losses.weighted.double().sum().to(device.current())
-    torch.distributed.all_reduce(nats)
-    return Likelihood(float(nats) / run.layout.tensor_parallel, int(tokens), run.validation.sequences)
+    sums = torch.stack([part.double().sum() for part in (losses.weighted, losses.clean)]).to(device.current())
+    torch.distributed.all_reduce(sums)
+    nats, clean = (value / run.layout.tensor_parallel for value in sums.tolist())
+    (whole, predicted), sequences = tokens.tolist(), run.validation.sequences
+    if both:
+        return HeldOut(clean, predicted, sequences, Likelihood(nats - clean, whole, sequences))
+    return HeldOut(nats, whole, sequences)
+
+
+def _next_tokens(batch: Batch) -> int:
+    """Next tokens that the clean halves predict."""
+    return int((batch.weights[:, batch.weights.size(1) // 2 :] > 0).sum())
 
 
 def _batches(run: RunConfig, data: Samples) -> Iterator[Batch]:

@@ -94,6 +94,11 @@ def cases() -> Iterator[tuple[str, RunConfig]]:
         yield f"dense {name} editing", parity_run(dense, DENSE_LAYOUTS[name], editing=EDITING, **halves)
     for name in ("TP2.SP.EP2", "TP2.SP.CP2", "CP2.EP2", "PP2.EP2"):
         yield f"blocks {name} editing", parity_run(blocks, MOE_LAYOUTS[name], editing=EDITING, **halves)
+    both = {**halves, "objective": "joint"}
+    for name in ("TP2.SP", "CP2", "PP2 interleaved", "TP2.SP.PP2"):
+        yield f"dense {name} joint", parity_run(MODELS["dense"], DENSE_LAYOUTS[name], **both)
+    for name in ("EP2", "TP2.SP.EP2", "CP2.EP2", "PP2.EP2"):
+        yield f"sigmoid {name} joint", parity_run(MODELS["sigmoid"], MOE_LAYOUTS[name], **both)
     yield (
         "dense PP2 block diffusion recomputed",
         parity_run(MODELS["dense"], DENSE_LAYOUTS["PP2"], recompute="full", **halves),

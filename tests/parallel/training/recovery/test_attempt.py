@@ -74,7 +74,7 @@ def _norm_of_one_rank(layout):
     from llada_megatron.parallel.training.recovery.attempt import StepRunner
 
     topology.initialize(layout, seed=1)
-    losses = SimpleNamespace(loss=torch.tensor(1.0))
+    losses = SimpleNamespace(loss=torch.tensor(1.0), clean_loss=torch.tensor(0.25))
     runner = StepRunner(parity_run(SIGMOID, layout), None, None, None)
     return [
         runner._agreed(losses, math.inf if dist.get_rank() == 1 else 2.0, False),
@@ -84,5 +84,5 @@ def _norm_of_one_rank(layout):
 
 def test_a_norm_that_is_not_finite_on_one_rank_is_so_on_all():
     for spoilt, good in run_ranks(_norm_of_one_rank, 2, LayoutConfig(data_parallel=2)):
-        assert math.isnan(spoilt[1]) and spoilt[0] == 2.0 and not spoilt[2]
-        assert good == (2.0, 2.0, False)
+        assert math.isnan(spoilt[2]) and spoilt[:2] == (2.0, 0.5) and not spoilt[3]
+        assert good == (2.0, 0.5, 2.0, False)

@@ -53,6 +53,8 @@ class StepAttempt:
     stop: bool
     """Some rank was asked to stop."""
     fault: StepFault | None
+    clean_loss: float = 0.0
+    """What of `loss` is that of the clean halves of sequences `[x_t ; x_0]`."""
     passed: StepFault | None = None
     """What the first run had and the second, from the same state, has not."""
 
@@ -86,12 +88,13 @@ class StepRunner:
     def _once(self, step: int, stop: Callable[[], bool]) -> StepAttempt:
         losses = self._step.gradients(step)
         norm = self._step.norm()
-        loss, grad_norm, stopping = self._agreed(losses, norm, stop())
+        loss, clean_loss, grad_norm, stopping = self._agreed(losses, norm, stop())
         fault = find_fault(self._run.recovery, self._state.history, step + 1, loss, grad_norm)
-        return StepAttempt(losses, loss, norm, grad_norm, stopping, fault)
+        return StepAttempt(losses, loss, norm, grad_norm, stopping, fault, clean_loss)
 
-    def _agreed(self, losses: Losses, norm: Norm, stop: bool) -> tuple[float, float, bool]:
-        """Loss of the global batch, gradient norm (not finite if it is so on any rank), stop of any rank.
+    def _agreed(self, losses: Losses, norm: Norm, stop: bool) -> tuple[float, float, float, bool]:
+        """Loss of the global batch and that of its clean halves, gradient norm (not finite if it is so on any rank),
+        stop of any rank.
 
         One small reduction a step, and one wait for the device. A sum that is reduced comes out equal on all ranks,
         hence so does the verdict.
@@ -100,8 +103,9 @@ class StepRunner:
         # a number is filled in; made into a tensor by a copy, it would be waited for
         measured = norm.to(**here).reshape(()) if torch.is_tensor(norm) else torch.full((), norm, **here)
         stop_requested = torch.full_like(measured, stop)
-        values = torch.stack([losses.loss.to(measured), (~measured.isfinite()).to(measured), stop_requested])
+        shares = [losses.loss.to(measured), losses.clean_loss.to(measured)]
+        values = torch.stack([*shares, (~measured.isfinite()).to(measured), stop_requested])
         torch.distributed.all_reduce(values)
-        loss, not_finite, stops, grad_norm = torch.cat([values, measured[None]]).tolist()
-        # tensor ranks hold the loss of the same rows
-        return loss / self._run.layout.tensor_parallel, math.nan if not_finite else grad_norm, stops > 0
+        *sums, not_finite, stops, grad_norm = torch.cat([values, measured[None]]).tolist()
+        loss, clean = (value / self._run.layout.tensor_parallel for value in sums)  # tensor ranks hold the same rows
+        return loss, clean, math.nan if not_finite else grad_norm, stops > 0
