@@ -48,7 +48,7 @@ def test_draws_depend_on_seed_and_number(dense):
         assert sampler.generate("abc")[0].tokens == other[0].tokens != one.tokens
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "llada2.2"])
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "llada2.2" and not PRESETS[name].verifies])
 def test_steps_replayed_give_the_result(dense, causal, preset):
     model = causal if PRESETS[preset].causal else dense
     prompts = ["abc", Prompt.with_gaps("x <mask:4> y <mask:2> z")]

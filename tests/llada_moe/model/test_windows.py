@@ -65,7 +65,8 @@ def passes(draw):
     for slot in sorted(draw(st.sets(st.integers(0, SLOTS - 1), min_size=1))):
         first = draw(st.integers(0, SEQ // 8 - 1)) * 8 if alike else draw(st.integers(0, SEQ - 1))
         last = first + (min(width, 8) if alike else draw(st.integers(1, SEQ - first)))
-        windows.append(Window(slot, first, last - first, draw(st.integers(last, SEQ))))
+        drafted = draw(st.sampled_from([0, last - first, (last - first) // 2])) if block == 1 else 0
+        windows.append(Window(slot, first, last - first, draw(st.integers(last, SEQ)), drafted=drafted))
     return block, windows
 
 
@@ -83,7 +84,8 @@ def test_a_window_sees_the_new_keys_of_its_own_positions_and_the_kept_ones_elsew
         keys[:, own], values[:, own] = new[1][w.slot, :, own], new[2][w.slot, :, own]
         seen = (torch.arange(SEQ) < w.keys).expand(w.width, -1)
         if block is not None:
-            seen = seen & (torch.arange(SEQ)[None] // block <= torch.arange(SEQ)[own, None] // block)
+            ordered = torch.arange(SEQ)[None] // block <= torch.arange(SEQ)[own, None] // block
+            seen = seen & (ordered | (torch.arange(w.width) >= w.width - w.drafted)[:, None])
         expected = directly(new[0][w.slot, :, own], keys, values, seen)
         torch.testing.assert_close(out[at : at + w.width], expected)
         at += w.width
@@ -111,6 +113,8 @@ def test_alike_windows_are_one_product_and_others_are_not():
     assert runs(alike, 4) == [1, 1, 1, 1]
     assert runs([alike[0], alike[2], alike[3]], 8) == [1, 2]
     assert counts(Windows(alike, None, torch.zeros(0), SEQ), None) == [1, 1, 1, 1]
+    drafts = [Window(slot, 8, 8, 16, drafted=8 if slot < 3 else 4) for slot in range(4)]
+    assert runs(drafts, 1) == [3, 1]
 
 
 @pytest.mark.parametrize("keys", [24, SEQ])

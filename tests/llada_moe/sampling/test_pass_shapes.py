@@ -59,6 +59,12 @@ def test_a_query_sees_the_keys_up_to_the_end_of_its_block():
     assert seen[:6].tolist() == [8, 8, 11, 11, 11, 11]
 
 
+def test_masks_behind_a_causal_text_see_all_keys():
+    work = made(Window(0, 6, 6, 12, drafted=4), Window(1, 0, 2, 2))
+    seen = contents(work, shape_of(work, MEMORY), 1).split(64)[2].view(2, 32)
+    assert seen[0, :7].tolist() == [7, 8, 12, 12, 12, 12, 12] and seen[1, :3].tolist() == [1, 2, 2]
+
+
 def test_a_pass_without_rows_asks_for_none():
     work = made(Window(0, 0, 32, 32), rows=0)
     assert shape_of(work, MEMORY).rows == 0 and contents(work, shape_of(work, MEMORY), None).numel() == 97

@@ -7,13 +7,14 @@ import pytest
 from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.llada_moe.objectives.joint import JointConfig
 from llada_megatron.llada_moe.sampling import presets
 from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, DualCache, NoCache, Recompute, VicinityCache
 from llada_megatron.llada_moe.sampling.editors import Levenshtein, NoEditor
 from llada_megatron.llada_moe.sampling.loop import Method
 from llada_megatron.llada_moe.sampling.presets import CACHES, EDITORS, PRESETS, SCHEDULES, Choice, choose
 from llada_megatron.llada_moe.sampling.published import name_of, settings_of
-from llada_megatron.llada_moe.sampling.schedules import FixedSteps, RandomSteps, Threshold
+from llada_megatron.llada_moe.sampling.schedules import FixedSteps, RandomSteps, SelfSpeculation, Threshold
 from llada_megatron.llada_moe.sampling.token_buffer import continuation
 from tests.llada_moe.sampling.toy import EOS, MASK, VOCAB, bidirectional, write
 
@@ -48,6 +49,10 @@ def test_without_a_name_one_token_per_step_with_the_models_exact_keys():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_fits_the_models_it_says_and_no_others(name, objective):
     preset, causal = PRESETS[name], objective.block_size is not None
+    if preset.verifies:
+        with pytest.raises(ConfigError, match=f"--preset {name}: this model was not trained to verify what it drafts"):
+            pick(name, objective=objective)
+        return
     if preset.causal not in (None, causal):
         with pytest.raises(ConfigError, match=f"--preset {name}: .*presets for this model: .*fast-dllm"):
             pick(name, objective=objective)
@@ -57,6 +62,56 @@ def test_every_preset_fits_the_models_it_says_and_no_others(name, objective):
     assert choice.schedule == preset.schedule
     assert choice.block_length == (4 if causal else preset.block_length)
     assert preset.cache is None or preset.cache.causal == preset.causal
+
+
+JOINT = JointConfig(kind="joint", block_size=4)
+
+
+def test_a_model_that_verifies_drafts_blocks_behind_a_causal_text():
+    drafting, decoding = pick("self-speculation", objective=JOINT), pick("autoregressive", objective=JOINT)
+    assert drafting == Choice(SelfSpeculation(4), BlockCausalCache(), NoEditor(), None, None, True)
+    assert decoding.schedule == SelfSpeculation(0)
+    shorter = pick(schedule="self-speculation", overrides={"schedule.draft_length": "3"}, objective=JOINT)
+    assert shorter.schedule == SelfSpeculation(3)
+    assert pick("llada2", objective=JOINT).method().causal_text and not pick("llada2", objective=CAUSAL).causal_text
+
+
+@pytest.mark.parametrize(
+    ("choice", "objective", "message"),
+    [
+        (
+            {"schedule": "self-speculation"},
+            FULL,
+            "--schedule self-speculation: this model was not .*kind diffusion.*joint",
+        ),
+        (
+            {"preset": "self-speculation", "overrides": {"schedule.draft_length": "5"}},
+            JOINT,
+            "blocks of 4; use at most 4",
+        ),
+        (
+            {"preset": "self-speculation", "editor": "wino"},
+            JOINT,
+            "editor wino: self-speculation writes verified tokens",
+        ),
+        ({"preset": "self-speculation", "cache": "dual"}, JOINT, "--cache dual: the cache is an approximation"),
+        (
+            {"preset": "self-speculation", "overrides": {"schedule.draft_passes": "0"}},
+            JOINT,
+            "draft_passes: at least 1",
+        ),
+        ({"preset": "fast-dllm-dual"}, JOINT, "presets for this model: .*llada2, .*self-speculation, autoregressive"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_self_speculation_is_refused(choice, objective, message):
+    with pytest.raises(ConfigError, match=message):
+        pick(**choice, objective=objective)
+
+
+def test_guidance_is_not_what_a_model_decodes_with():
+    with pytest.raises(ConfigError, match="guidance 0.5: self-speculation writes what the model decodes"):
+        pick("self-speculation", objective=JOINT).method(guidance=0.5)
 
 
 @pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.causal is not True])
@@ -159,8 +214,11 @@ def test_every_part_has_a_name_and_settings_that_are_text():
             overrides = {f"{kind}.{key}": "null" if v is None else str(v) for key, v in settings_of(part()).items()}
             causal = kind == "cache" and part.causal
             objective = replace(CAUSAL if causal else FULL, replace_ratio=0.1)
+            fitted = part()
+            if isinstance(fitted, SelfSpeculation):
+                objective, fitted = JOINT, replace(fitted, draft_length=4)
             chosen = pick(**{kind: name}, overrides=overrides, objective=objective, model=EDITABLE)
-            assert settings_of(getattr(chosen, kind)) == settings_of(part())
+            assert settings_of(getattr(chosen, kind)) == settings_of(fitted)
 
 
 def test_the_table_says_of_every_preset_what_it_does_its_settings_and_its_source():

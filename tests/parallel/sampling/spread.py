@@ -11,7 +11,9 @@ import torch
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.model import ModelConfig
+from llada_megatron.llada_moe.model.patterns import CAUSAL
 from llada_megatron.llada_moe.sampling.loop import Finished, Method
+from llada_megatron.llada_moe.sampling.schedules import SelfSpeculation
 from llada_megatron.llada_moe.sampling.token_buffer import Request, continuation, infilling
 from llada_megatron.parallel.sampling.stage import GenerationReport
 from llada_megatron.tools.bench.layouts import BLOCKS, DENSE, SOFTMAX, parity_run
@@ -101,11 +103,11 @@ def write(cases: Sequence[Case], layout: LayoutConfig) -> list[Written]:
 
     topology.initialize(layout, 0)
     replica, replicas = parallel_state.get_data_parallel_rank(), layout.data_parallel
-    models: dict[tuple[str, int | None], LoadedModel] = {}
+    models: dict[tuple[str, int | None, bool], LoadedModel] = {}
     results = []
     for case in cases:
-        key = case.model, case.method.grid
-        loaded = models[key] = models.get(key) or load(MODELS[case.model], layout, case.method.grid)
+        key = case.model, case.method.grid, isinstance(case.method.schedule, SelfSpeculation)
+        loaded = models[key] = models.get(key) or load(MODELS[case.model], layout, *key[1:])
         first = max(1, len(case.requests) - replicas + 1)
         share = case.requests[:first] if replica == 0 else case.requests[first + replica - 1 : first + replica]
         before = {name: value.clone() for name, value in loaded.model.state_dict().items() if torch.is_tensor(value)}
@@ -118,7 +120,7 @@ def write(cases: Sequence[Case], layout: LayoutConfig) -> list[Written]:
     return results
 
 
-def load(model: ModelConfig, layout: LayoutConfig, grid: int | None) -> LoadedModel:
+def load(model: ModelConfig, layout: LayoutConfig, grid: int | None, causal: bool = False) -> LoadedModel:
     """This rank's part of a model with its initial weights, the output layer sharpened; the groups must exist."""
     from llada_megatron.parallel import build
     from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
@@ -128,4 +130,6 @@ def load(model: ModelConfig, layout: LayoutConfig, grid: int | None) -> LoadedMo
     if stage.post_process:
         with torch.no_grad():
             stage.output_layer.weight.mul_(_SHARPNESS)
+    if causal:
+        stage.use_pattern(CAUSAL)
     return LoadedModel(stage, run, Path(), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -25,8 +26,9 @@ from llada_megatron.llada_moe.sampling.caches import (
     PrefixCache,
     Recompute,
 )
-from llada_megatron.llada_moe.sampling.loop import Method, SequenceGroup
-from llada_megatron.llada_moe.sampling.schedules import Threshold
+from llada_megatron.llada_moe.sampling.loop import Method
+from llada_megatron.llada_moe.sampling.schedules import SelfSpeculation, Threshold
+from llada_megatron.llada_moe.sampling.speculation import group_of
 from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
 from llada_megatron.llada_moe.sampling.token_buffer import continuation
 from llada_megatron.parallel import device, topology
@@ -83,7 +85,7 @@ def method_of(cache, grid=None, guidance=0.0, needs=(), excluded=(MASK,)) -> Met
 
 def compared(loaded, method, waiting, batch_size):
     """Run every pass both ways; returns the largest difference of logits, and what was replayed."""
-    group = SequenceGroup(method, batch_size, SEQ, BLOCKS, MASK)
+    group = group_of(method, batch_size, SEQ, BLOCKS, MASK)
     runners = [StageRunner(loaded.model, method, batch_size, SEQ, each) for each in (None, OperationRecorder())]
     apart, waiting = [0.0], list(waiting)
     while True:
@@ -111,6 +113,15 @@ def test_a_replayed_pass_gives_the_logits_of_an_ordinary_one(models, model, cach
     assert apart <= 1e-5
     assert not counts.ordinary
     assert counts.replayed > counts.captured
+
+
+@pytest.mark.usefixtures("at_once")
+def test_drafts_and_their_verification_are_replayed():
+    method = dataclasses.replace(method_of(BlockCausalCache()), schedule=SelfSpeculation(draft_length=6))
+    texts = [continuation(range(5, 8 + 4 * stream), 12, None, stream) for stream in range(3)]
+    apart, counts = compared(load(MODELS["dense"], LayoutConfig(), None, causal=True), method, texts, 2)
+    assert apart <= 1e-5
+    assert counts.replayed > 0 and not counts.ordinary
 
 
 @pytest.mark.usefixtures("at_once")
@@ -173,12 +184,12 @@ def test_a_later_call_replays_what_an_earlier_one_captured_unless_the_weights_ha
 def test_few_graphs_are_kept(models, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", 1)
     runner = StageRunner(models["dense", None].model, method_of(NoCache()), 1, SEQ, OperationRecorder())
-    group = SequenceGroup(method_of(NoCache()), 1, SEQ, BLOCKS, MASK)
+    group = group_of(method_of(NoCache()), 1, SEQ, BLOCKS, MASK)
     works = []
     for length in (4, 50):
         group.admit(0, continuation(range(1, length), 4, None))
         works.append(group.plan())
-        group = SequenceGroup(method_of(NoCache()), 1, SEQ, BLOCKS, MASK)
+        group = group_of(method_of(NoCache()), 1, SEQ, BLOCKS, MASK)
     first, second, again = (runner.forward(works[i]) for i in (0, 1, 0))
     assert runner.graphs.counts.captured == 3
     assert torch.equal(first, again) and len(second) == len(first)

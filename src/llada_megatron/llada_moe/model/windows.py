@@ -31,6 +31,9 @@ class Window:
     keys: int
     shadow_first: int = 0
     shadows: int = 0
+    drafted: int = 0
+    """So many of its last positions see all these keys under causal attention, too: a block of masks behind a text that
+    is read causally."""
 
     @property
     def total(self) -> int:
@@ -184,13 +187,15 @@ class Windows:
 def _alike(one: Window, other: Window, block: int | None) -> bool:
     """Whether two windows are equally wide, their memory lies side by side, and all queries of each see the same."""
     beside = (one.width, one.slot) == (other.width, other.slot - 1) and not (one.shadows or other.shadows)
-    return beside and _in_one_block(one, block) and _in_one_block(other, block)
+    return beside and one.drafted == other.drafted and _in_one_block(one, block) and _in_one_block(other, block)
 
 
 def _in_one_block(window: Window, block: int | None) -> bool:
-    return block is None or window.first // block == (window.first + window.width - 1) // block
+    if block is None or window.drafted == window.width:
+        return True
+    return not window.drafted and window.first // block == (window.first + window.width - 1) // block
 
 
 def _keys_of_block(window: Window, block: int | None) -> int:
     """Keys that a window inside one block sees."""
-    return window.keys if block is None else min(window.keys, (window.first // block + 1) * block)
+    return window.keys if block is None or window.drafted else min(window.keys, (window.first // block + 1) * block)

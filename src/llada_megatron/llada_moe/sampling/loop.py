@@ -35,6 +35,8 @@ class Method:
     not sampled and so cannot change earlier ones."""
     grid: int | None = None
     """Block size of a block-causal model."""
+    causal_text: bool = False
+    """The model sees what stands before a block causally (`Objective.verifies`), not block by block."""
 
     def __post_init__(self) -> None:
         """Add the statistics that the schedule and the editor need to those of `logits_processor`."""
@@ -137,7 +139,7 @@ class SequenceGroup:
         wanted = block.masked | block.editable if self.method.editor.edits else block.masked
         wanted = wanted & (block.positions < plan.high[:, None]) & ~prefilling[:, None]
         guided = bool(self.method.logits_processor.guidance)
-        work = pack(self.buffer, block, plan, wanted, self.method.editor.shadow, guided)
+        work = pack(self.buffer, block, plan, wanted, self.method.editor.shadow, guided, self.method.causal_text)
         cost = [torch.ones_like(block.slot), work.totals(len(block.slot)), wanted.sum(1)]
         self._cost[block.slot] += torch.stack(cost, 1)
         self.passes += 1
@@ -239,6 +241,8 @@ class SequenceGroup:
         if self.method.grid is None:
             return torch.zeros_like(block.slot)
         column = torch.where(unsettled.any(1), unsettled.long().argmax(1), plan.high - block.first)
+        if self.method.causal_text:  # a finished block is read once more
+            return torch.minimum(block.start, plan.high)
         return torch.minimum((block.first + column) // self.method.grid * self.method.grid, plan.high)
 
     def _stop(self, block: ActiveBlock, settled: Tensor) -> Tensor:

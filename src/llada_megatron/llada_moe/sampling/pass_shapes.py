@@ -62,7 +62,8 @@ def contents(work: Pass, shape: PassShape, block: int | None) -> Tensor:
     tokens, positions = work.tokens[begin[each, None] + column], first[each, None] + column
     seen = keys[each, None].expand_as(positions)
     if block is not None:
-        seen = torch.minimum(seen, (positions // block + 1) * block)
+        draft = (first + width - torch.tensor([w.drafted for w in work.windows]))[each, None]
+        seen = torch.minimum(seen, (positions // block + 1) * block).where(positions < draft, seen)
     return torch.cat([tokens.flatten(), positions.flatten(), seen.flatten(), slots[each], _rows(work, shape, begin)])
 
 

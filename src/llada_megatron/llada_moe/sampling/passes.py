@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,7 +45,15 @@ class Pass:
         return cls(torch.tensor([mask_id]), [Window(0, 0, 1, 1)], torch.zeros(1, dtype=torch.bool), rows, none)
 
 
-def pack(buffer: TokenBuffer, block: ActiveBlock, plan: CachePlan, wanted: Tensor, shadow: bool, guided: bool) -> Pass:
+def pack(
+    buffer: TokenBuffer,
+    block: ActiveBlock,
+    plan: CachePlan,
+    wanted: Tensor,
+    shadow: bool,
+    guided: bool,
+    causal_text: bool = False,
+) -> Pass:
     """Pack the rows of an active block into one pass.
 
     Args:
@@ -56,6 +64,7 @@ def pack(buffer: TokenBuffer, block: ActiveBlock, plan: CachePlan, wanted: Tenso
         shadow: give every position of the block that runs a shadow (see `model.windows`), and take the logits of
             sampled positions from their shadows.
         guided: run every row a second time with the given text masked, for classifier-free guidance.
+        causal_text: what stands before a block is read causally.
     """
     windows, tokens, unconditional = [], [], []
     starts, ends = block.start.tolist(), block.end.tolist()
@@ -64,7 +73,8 @@ def pack(buffer: TokenBuffer, block: ActiveBlock, plan: CachePlan, wanted: Tenso
     )
     for slot, low, high, keys, start, end in ranges:
         shadowed = max(0, min(end, high) - start) if shadow else 0  # 0 for a piece of a prompt, which ends before it
-        window = Window(slot, low, high - low, keys, start if shadowed else 0, shadowed)
+        drafted = max(0, high - max(low, start)) if causal_text else 0
+        window = Window(slot, low, high - low, keys, start if shadowed else 0, shadowed, drafted)
         windows.append(window)
         shadows = torch.full((window.shadows,), buffer.mask_id)
         tokens += [buffer.tokens[slot, low:high], shadows]
@@ -84,7 +94,7 @@ def pack(buffer: TokenBuffer, block: ActiveBlock, plan: CachePlan, wanted: Tenso
     output_mask[index] = True
     if guided:
         slots = buffer.tokens.shape[0]
-        windows += [Window(w.slot + slots, w.first, w.width, w.keys, w.shadow_first, w.shadows) for w in windows]
+        windows += [replace(window, slot=window.slot + slots) for window in windows]
         output_mask = output_mask.repeat(2)
     return Pass(torch.cat([*tokens, *unconditional]), windows, output_mask, rows, offsets)
 

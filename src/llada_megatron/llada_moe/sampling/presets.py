@@ -14,8 +14,9 @@ from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.parsing import closest, fields_of, parse
 from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.llada_moe.sampling.caches import BlockCausalCache, Cache, NoCache, Recompute
-from llada_megatron.llada_moe.sampling.editors import Editor, Levenshtein, TokenEditing
+from llada_megatron.llada_moe.sampling.editors import Editor, Levenshtein, NoEditor, TokenEditing
 from llada_megatron.llada_moe.sampling.editors import trained_for_editing as learnt_editing
 from llada_megatron.llada_moe.sampling.loop import Method
 from llada_megatron.llada_moe.sampling.published import (
@@ -31,7 +32,7 @@ from llada_megatron.llada_moe.sampling.published import (
     settings_of,
     table,
 )
-from llada_megatron.llada_moe.sampling.schedules import FixedSteps, Schedule
+from llada_megatron.llada_moe.sampling.schedules import FixedSteps, Schedule, SelfSpeculation
 from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
 
 __all__ = ["CACHES", "EDITORS", "PRESETS", "SCHEDULES", "Choice", "Preset", "choose", "describe", "table"]
@@ -49,7 +50,9 @@ class Choice:
     block_length: int | None
     """Positions of a block. For a bidirectional model None means one single block; a block-causal model has its own."""
     grid: int | None
-    """Block size of a block-causal model; None for a bidirectional one."""
+    """Block size of a block-causal model; None for a bidirectional one, and where a text has no blocks."""
+    causal_text: bool = False
+    """As in `Method`."""
 
     def __str__(self) -> str:
         """The parts and their settings in one line."""
@@ -64,8 +67,17 @@ class Choice:
         seed: int = 0,
         stop_id: int | None = None,
     ) -> Method:
-        """The method with these parts; the arguments are those of `LogitsProcessor` and `Method`."""
+        """The method with these parts; the arguments are those of `LogitsProcessor` and `Method`.
+
+        Raises:
+            ConfigError: guidance with a method that verifies what it drafts.
+        """
         schedule = self.schedule
+        if guidance and isinstance(schedule, SelfSpeculation):
+            raise ConfigError(
+                f"guidance {guidance}: self-speculation writes what the model decodes token by token, without it; "
+                "leave --guidance out, or use another method"
+            )
         if "seed" in fields_of(type(schedule)):
             schedule = dataclasses.replace(schedule, seed=seed)  # type: ignore[type-var]
         processor = LogitsProcessor(
@@ -74,7 +86,7 @@ class Choice:
             guidance=guidance,
             seed=seed,
         )
-        return Method(schedule, self.cache, self.editor, processor, stop_id, self.grid)
+        return Method(schedule, self.cache, self.editor, processor, stop_id, self.grid, self.causal_text)
 
 
 def choose(
@@ -109,8 +121,10 @@ def choose(
             the model.
     """
     base = PRESETS[_known("preset", preset, PRESETS)] if preset is not None else _DEFAULT
-    grid = objective.block_size
-    _require_kind(preset, base, cache, grid)
+    grid, verifies = objective.block_size, make_objective(objective).verifies
+    if base.verifies or schedule == name_of(SelfSpeculation()):
+        _require_verifier(preset if schedule is None else None, objective, verifies)
+    _require_kind(preset, base, cache, grid, verifies)
     parts: dict[str, Any] = {"schedule": base.schedule, "cache": base.cache, "editor": base.editor}
     for kind, name in (("schedule", schedule), ("cache", cache), ("editor", editor)):
         if name is not None:
@@ -123,7 +137,35 @@ def choose(
     _require_attention(parts["cache"], grid)
     parts["editor"] = _editing(parts["editor"], model, trained_for_editing or learnt_editing(objective))
     length = _block_length(block_length, base.block_length, grid)
-    return Choice(parts["schedule"], parts["cache"], parts["editor"], length, grid)
+    if isinstance(parts["schedule"], SelfSpeculation):
+        parts["schedule"] = _fitted(parts["schedule"], parts["editor"], grid)
+        grid = length = None
+    return Choice(parts["schedule"], parts["cache"], parts["editor"], length, grid, verifies)
+
+
+def _require_verifier(preset: str | None, objective: ObjectiveConfig, verifies: bool) -> None:
+    """Raises ConfigError for a model that did not learn to verify its drafts."""
+    if verifies:
+        return
+    option = "--schedule self-speculation" if preset is None else f"--preset {preset}"
+    raise ConfigError(
+        f"{option}: this model was not trained to verify what it drafts (objective.kind {objective.kind}): its causal "
+        "pass predicts no next token; train one with objective.kind joint, or use another preset"
+    )
+
+
+def _fitted(schedule: SelfSpeculation, editor: Editor, size: int | None) -> SelfSpeculation:
+    """Self-speculation with drafts of the model's blocks. Raises ConfigError for longer ones, and for an editor."""
+    if not isinstance(editor, NoEditor):
+        raise ConfigError(
+            f"editor {name_of(editor)}: self-speculation writes verified tokens, which do not change; leave it out"
+        )
+    length = size if schedule.draft_length is None else schedule.draft_length
+    if size is None or length is None or length > size:
+        raise ConfigError(
+            f"schedule.draft_length {length}: this model learnt to fill blocks of {size}; use at most {size}"
+        )
+    return dataclasses.replace(schedule, draft_length=length)
 
 
 def _known(kind: str, name: str, names: Iterable[str]) -> str:
@@ -158,7 +200,7 @@ def _with(part: Any, values: list[tuple[yaml.Node, yaml.Node]]) -> Any:
     return dataclasses.replace(part, **{key.value: getattr(parsed, key.value) for key, _ in values})
 
 
-def _require_kind(preset: str | None, base: Preset, cache: str | None, grid: int | None) -> None:
+def _require_kind(preset: str | None, base: Preset, cache: str | None, grid: int | None, verifies: bool) -> None:
     """Refuse a preset that is not for models with this kind of attention.
 
     A preset that only its cache excludes is allowed where the user names another cache.
@@ -168,7 +210,11 @@ def _require_kind(preset: str | None, base: Preset, cache: str | None, grid: int
     """
     if base.causal is None or base.causal == (grid is not None) or (base.causal is False and cache is not None):
         return
-    others = ", ".join(name for name, other in PRESETS.items() if other.causal in (None, grid is not None))
+    others = ", ".join(
+        name
+        for name, other in PRESETS.items()
+        if other.causal in (None, grid is not None) and (verifies or not other.verifies)
+    )
     if base.causal:
         why = "is for block-causal models, whose blocks see nothing behind them; this model's attention is full"
     else:

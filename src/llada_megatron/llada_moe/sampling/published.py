@@ -18,6 +18,7 @@ from llada_megatron.llada_moe.sampling.schedules import (
     Hierarchical,
     RandomSteps,
     Schedule,
+    SelfSpeculation,
     SlowFast,
     Stable,
     Threshold,
@@ -35,6 +36,7 @@ SCHEDULES: dict[str, type] = {
     "slowfast": schedules.SlowFast,
     "stable": schedules.Stable,
     "wide-in": WideIn,
+    "self-speculation": SelfSpeculation,
 }
 
 CACHES: dict[str, type] = {
@@ -96,6 +98,16 @@ class Preset:
     """Published length of a block on a bidirectional model; None = one single block."""
     causal: bool | None = None
     """Whether it is for block-causal models (True), for bidirectional ones (False), or for both (None)."""
+
+    @property
+    def verifies(self) -> bool:
+        """Whether it is for models alone that were trained to verify their drafts (objective joint)."""
+        return isinstance(self.schedule, SelfSpeculation)
+
+    @property
+    def models(self) -> str:
+        """The models that it is for, in words."""
+        return "joint" if self.verifies else {True: "block-causal", False: "bidirectional", None: "all"}[self.causal]
 
 
 _FAST_DLLM = "Fast-dLLM, arXiv 2505.22618, and its evaluation scripts"
@@ -235,6 +247,18 @@ PRESETS: dict[str, Preset] = {
         editor=Levenshtein(0.0, 16),
         causal=True,
     ),
+    "self-speculation": Preset(
+        "drafts a block and verifies it causally: the tokens of decoding token by token, several at a time",
+        "Nemotron-Labs-Diffusion (self-speculation), which also drafts from every place of a draft at once",
+        SelfSpeculation(),
+        causal=True,
+    ),
+    "autoregressive": Preset(
+        "decodes token by token, without drafts: what self-speculation writes",
+        "any autoregressive model",
+        SelfSpeculation(draft_length=0),
+        causal=True,
+    ),
 }
 
 
@@ -245,7 +269,7 @@ def describe() -> list[dict[str, str]]:
             "name": name,
             "does": preset.does,
             "settings": _settings(preset),
-            "models": {True: "block-causal", False: "bidirectional", None: "all"}[preset.causal],
+            "models": preset.models,
             "source": preset.source,
         }
         for name, preset in PRESETS.items()

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.sampling.loop import Method, SequenceGroup, Step
 from llada_megatron.llada_moe.sampling.passes import Pass
+from llada_megatron.llada_moe.sampling.speculation import SpeculativeGroup, group_of
 from llada_megatron.llada_moe.sampling.statistics import Statistics
 from llada_megatron.llada_moe.sampling.token_buffer import Request
 from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
@@ -32,7 +33,7 @@ from llada_megatron.parallel.sampling.stage import GenerationReport, StageRunner
 class _InFlightMicrobatch:
     """A group of sequences and its pass that is in the pipeline."""
 
-    group: SequenceGroup
+    group: SequenceGroup | SpeculativeGroup
     runner: StageRunner
     work: Pass | None = None
     """The pass; None = the group has no unfinished sequence."""
@@ -119,7 +120,7 @@ class SequenceGenerator:
         model, mask_id = self._loaded.model, self._loaded.run.model.mask_token_id
         return [
             _InFlightMicrobatch(
-                SequenceGroup(self._method, slots, seq, blocks, mask_id),
+                group_of(self._method, slots, seq, blocks, mask_id),
                 StageRunner(model, self._method, slots, seq, self._recorder),
             )
             for _ in range(self._groups)

@@ -25,17 +25,21 @@ class RequestBuilder:
     """Positions of a block; None = one single block."""
     grid: int | None
     """Block size of a block-causal model; None for a bidirectional one."""
+    continues_only: bool = False
+    """The method decodes from left to right: it cannot fill gaps, nor begin a text."""
 
     def build(self, prompt: Prompt) -> Request:
         """The request of a prompt; its stream is the number of the prompt minus one.
 
         Raises:
-            ConfigError: the prompt is too long for the model, has an id that the model does not have, or has only empty
-                gaps.
+            ConfigError: the prompt is too long for the model, has an id that the model does not have, has only empty
+                gaps, or is one that the method cannot write.
             DataError: the prompt is a text and there is no tokenizer, or it is not UTF-8 text.
         """
         pieces = [(self._ids(piece, prompt, i > 0), isinstance(piece, Gap)) for i, piece in enumerate(prompt.pieces)]
         stream = prompt.number - 1
+        if self.continues_only:
+            _require_continuation(prompt, any(ids for ids, _ in pieces))
         if not prompt.infilling:
             tokens = [token for ids, _ in pieces for token in ids]
             new = self.max_new_tokens if prompt.max_new_tokens is None else prompt.max_new_tokens
@@ -86,6 +90,17 @@ class RequestBuilder:
                 f"{prompt}: {length} tokens with the gaps; the model takes {longest}, "
                 f"that is {length - longest} too many"
             )
+
+
+def _require_continuation(prompt: Prompt, begun: bool) -> None:
+    """Refuse what cannot be decoded from left to right."""
+    if prompt.infilling:
+        raise ConfigError(
+            f"{prompt}: self-speculation continues texts, and does not see what stands behind a gap; fill gaps with "
+            "another preset (llada2)"
+        )
+    if not begun:
+        raise ConfigError(f"{prompt}: it is empty, and decoding token by token needs a first one; give a text")
 
 
 def longest_first(requests: Sequence[Request]) -> list[Request]:

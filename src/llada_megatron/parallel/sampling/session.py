@@ -14,7 +14,7 @@ from llada_megatron.llada_moe.errors import ConfigError, DataError, LladaError
 from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.llada_moe.sampling.editors import never_written
 from llada_megatron.llada_moe.sampling.presets import choose
-from llada_megatron.llada_moe.sampling.schedules import FixedSteps, RandomSteps
+from llada_megatron.llada_moe.sampling.schedules import FixedSteps, RandomSteps, SelfSpeculation
 from llada_megatron.llada_moe.sampling.token_buffer import stretches
 from llada_megatron.parallel import device
 from llada_megatron.parallel.sampling.checkpoint_tokenizer import checkpoint_tokenizer, ids_without_token
@@ -97,7 +97,12 @@ class Session:
         )
         self.tokenizer, self._missing = _tokenizer(loaded, settings.tokenizer)
         self.request_builder = RequestBuilder(
-            run.model, self.tokenizer, settings.max_new_tokens, self.choice.block_length, self.choice.grid
+            run.model,
+            self.tokenizer,
+            settings.max_new_tokens,
+            self.choice.block_length,
+            self.choice.grid,
+            continues_only=isinstance(self.choice.schedule, SelfSpeculation),
         )
 
     def jobs(self, prompts: Sequence[Prompt]) -> list[Job]:

@@ -42,7 +42,7 @@ def attend_windows(
         else:
             keys, values = kept[:, window.slot : window.slot + count, :, : run.keys]
         if count == 1:
-            parts.append(attend_part(q[:, :, own], keys, values, window.first, block, scale))
+            parts.append(_attend_window(q[:, :, own], keys, values, window, block, scale))
         else:
             together = q[0, :, own].unflatten(1, (count, window.width)).transpose(0, 1)
             out = product(together, keys, values, scale, attn_mask=run.mask)
@@ -52,6 +52,20 @@ def attend_windows(
             keys, values = torch.cat([keys, k[:, :, shadow]], 2), torch.cat([values, v[:, :, shadow]], 2)
             parts.append(product(q[:, :, shadow], keys, values, scale, attn_mask=shadow_mask(window, q.device)))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _attend_window(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: Window, block: int | None, scale: float | None
+) -> torch.Tensor:
+    """The queries of one window `[1, heads, width, head_dim]`: those before a draft by the pattern, these over all."""
+    if block is None or not window.drafted:
+        return attend_part(q, k, v, window.first, block, scale)
+    drafted = product(q[:, :, window.width - window.drafted :], k, v, scale)
+    if window.drafted == window.width:
+        return drafted
+    text = window.first + window.width - window.drafted
+    before = attend_part(q[:, :, : -window.drafted], k[:, :, :text], v[:, :, :text], window.first, block, scale)
+    return torch.cat([before, drafted], dim=2)
 
 
 def shadow_mask(window: Window, device: torch.device) -> torch.Tensor:

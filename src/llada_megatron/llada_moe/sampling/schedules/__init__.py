@@ -1,6 +1,7 @@
 """Schedules: published rules that choose which open positions are committed in a step."""
 
 from llada_megatron.llada_moe.sampling.schedules.schedule import RunningSchedule, Schedule, Stateless, best, top
+from llada_megatron.llada_moe.sampling.schedules.self_speculation import SelfSpeculation
 from llada_megatron.llada_moe.sampling.schedules.stateful import SlowFast, Stable
 from llada_megatron.llada_moe.sampling.schedules.stateless import (
     CreditThreshold,
@@ -23,6 +24,7 @@ __all__ = [
     "RandomSteps",
     "RunningSchedule",
     "Schedule",
+    "SelfSpeculation",
     "SlowFast",
     "Stable",
     "Stateless",
