@@ -19,11 +19,13 @@ from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, Learni
 from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.huggingface.card import generation_config, model_card
 from llada_megatron.llada_moe.huggingface.formats import export_format
+from llada_megatron.llada_moe.objectives.joint import JointConfig
 
 OBJECTIVES = {
     "full": ObjectiveConfig(),
     "blocks": ObjectiveConfig(block_size=32),
     "causal": ObjectiveConfig(kind="autoregressive"),
+    "joint": JointConfig(kind="joint", block_size=32),
 }
 
 
@@ -135,7 +137,7 @@ def test_the_example_runs(name, objective, tokenizer, monkeypatch):
     exec(example, scope)
     ((tokens, settings),) = calls
     assert tokens.shape == (1, given)
-    if objective == "causal":
+    if objective in ("causal", "joint"):
         assert torch.equal(settings[0, 0], torch.ones(given, given, dtype=torch.bool).tril())
         return
     assert settings["block_length"] == 32 and settings["gen_length"] == 64
@@ -153,7 +155,7 @@ def test_generation_config_is_read_by_transformers(objective):
         "eos_token_id": model.eos_token_id, "pad_token_id": model.eos_token_id, "mask_token_id": 9,
         "attention_pattern": objective, "suppress_tokens": [254, 255],
     }  # fmt: skip
-    assert known == expected | ({"block_length": 32} if objective == "blocks" else {})
+    assert known == expected | ({"block_length": 32} if objective in ("blocks", "joint") else {})
     transformers = pytest.importorskip("transformers")
     read = transformers.GenerationConfig.from_dict(known)
     assert (read.eos_token_id, read.mask_token_id, read.attention_pattern) == (model.eos_token_id, 9, objective)

@@ -12,6 +12,7 @@ import torch
 
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.llada_moe.objectives.joint import JointConfig
 from llada_megatron.parallel.sampling.sampler import Sampler
 from llada_megatron.tools.bench.layouts import MODELS
 from llada_megatron.tools.convert.huggingface_source import HuggingFaceSource, stated_attention
@@ -228,6 +229,9 @@ def test_a_model_that_fills_no_masks_says_so(pairs):
     peer = load(pairs("dense", "full")[1])
     with pytest.raises(TypeError, match="max_new_tokens"):
         peer.generate(PROMPT, max_new_tokens=5)
+    peer.generation_config.attention_pattern = "joint"
+    with pytest.raises(ValueError, match="behind a text that is read causally"):
+        peer.generate(PROMPT, gen_length=4)
     peer.generation_config.attention_pattern = "causal"
     with pytest.raises(ValueError, match="trained autoregressively"):
         peer.generate(PROMPT, gen_length=4)
@@ -262,6 +266,7 @@ def test_what_an_export_says_of_its_attention(pairs, tmp_path):
     for known, objective in (
         ({"attention_pattern": "causal"}, ObjectiveConfig(kind="autoregressive")),
         ({"attention_pattern": "blocks", "block_length": 4}, ObjectiveConfig(block_size=4)),
+        ({"attention_pattern": "joint", "block_length": 4}, JointConfig(kind="joint", block_size=4)),
         ({"attention_pattern": "something else"}, ObjectiveConfig()),
         ({}, ObjectiveConfig()),
     ):

@@ -65,9 +65,11 @@ def model_card(model: ModelConfig, table: Format, metadata: dict[str, Any], toke
     head = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": [table.name, "custom_code", "autoregressive" if kind == "causal" else "masked-diffusion"],
+        "tags": [table.name, "custom_code", *_TAGS.get(kind, ["masked-diffusion"])],
     }
-    what = "An autoregressive" if kind == "causal" else "A masked diffusion"
+    what = {"causal": "An autoregressive", "joint": "An autoregressive and block diffusion"}.get(
+        kind, "A masked diffusion"
+    )
     sections = (
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {what} language model in the format of {table.title}",
@@ -88,8 +90,8 @@ def model_card(model: ModelConfig, table: Format, metadata: dict[str, Any], toke
 
 
 def _call(kind: str, table: Format, block: int) -> str:
-    """The lines of the example that sample, or that give the next token of an autoregressive model."""
-    if kind == "causal":
+    """The lines of the example that sample, or that give the next token of a model that predicts it."""
+    if kind in ("causal", "joint"):
         return _NEXT
     assert table.exports is not None
     return _GENERATE.format(
@@ -102,7 +104,10 @@ def _call(kind: str, table: Format, block: int) -> str:
 
 
 def _kind(objective: ObjectiveConfig) -> str:
-    if not make_objective(objective).fills_masks:
+    made = make_objective(objective)
+    if made.verifies:
+        return "joint"
+    if not made.fills_masks:
         return "causal"
     return "full" if objective.block_size is None else "blocks"
 
@@ -192,6 +197,7 @@ def _learning_rate(rate: LearningRateConfig) -> str:
     return ", ".join(parts)
 
 
+_TAGS = {"causal": ["autoregressive"], "joint": ["autoregressive", "masked-diffusion"]}
 _USE = """The files beside this one are code, so they have to be trusted:
 
 ```python
@@ -221,6 +227,11 @@ own token. Give padding as a 2-D `attention_mask`.""",
 counted from the start of the text, and all blocks before it. `generate` does that by itself; of other calls, give the
 pattern as a 4-D `attention_mask`, or the model attends to everything, which is not what it learnt. A 2-D mask means
 padding. The logits of a position are those of its own token.""",
+    "joint": """**The weights were trained for two things at once**: with causal attention, on the next token; and to
+fill blocks of {block} masks behind a text that is read causally. The code beside this file gives the next token with a
+causal 4-D `attention_mask` (above). Its `generate` fills blocks that see each other whole, which is not what these
+weights learnt, and refuses. Imported again, `llada sample --preset self-speculation` drafts blocks and verifies them:
+it writes what decoding token by token writes, in fewer passes; `--preset llada2` fills blocks by diffusion.""",
     "causal": """**The weights were trained autoregressively**: with causal attention, on the next token. They are no
 diffusion model yet, but a start for one. The code beside this file attends to everything unless it is given a causal
 4-D `attention_mask` (above), and the logits of a position are those of the token after it.""",

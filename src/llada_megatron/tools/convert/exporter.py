@@ -129,7 +129,13 @@ def export_checkpoint(path: Path, target: Path, options: ExportOptions) -> dict[
     notes += tokenizer.notes
     shards = plan_shards(source, table, options.dtype, options.shard_bytes)
     notes += size_notes(shards, options.shard_bytes)
-    if not make_objective(source.run.objective).fills_masks:
+    objective = make_objective(source.run.objective)
+    if objective.verifies:
+        notes.append(
+            "these weights draft behind a text that is read causally: `generate` of the export refuses, a causal mask "
+            "gives the next token (README.md), and an import of it samples with --preset self-speculation"
+        )
+    if not objective.fills_masks:
         notes.append("these weights were trained with causal attention; the exported model attends in both directions")
     with Workspace(target, _plan(source, tokenizer, options)) as workspace:
         if not workspace.complete:

@@ -27,6 +27,7 @@ from llada_megatron.llada_moe.huggingface.merged_experts import split_experts
 from llada_megatron.llada_moe.huggingface.safetensors_reader import TensorDirectory, pickles
 from llada_megatron.llada_moe.huggingface.tokenizer_export import code_notes, find_tokenizer_files
 from llada_megatron.llada_moe.huggingface.weights import Unit
+from llada_megatron.llada_moe.objectives import config_class
 from llada_megatron.parallel.checkpoint.manifest import sync_directory, write_durably
 from llada_megatron.tools.convert.source import (
     Findings,
@@ -84,7 +85,7 @@ def keep_tokenizer(directory: Path) -> KeptTokenizer:
 
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-PATTERNS = ("full", "blocks", "causal")
+PATTERNS = {"full": "diffusion", "blocks": "diffusion", "causal": "autoregressive", "joint": "joint"}
 
 USABLE_DTYPES = (torch.bfloat16, torch.float32)
 
@@ -133,10 +134,10 @@ class HuggingFaceSource:
         moe, block = self.model.moe, self.format.block_size
         pattern, length = stated_attention(self.directory)
         if pattern is not None:
-            kind, block = "autoregressive" if pattern == "causal" else "diffusion", length
+            kind, block = PATTERNS[pattern], length
         if moe is not None and moe.expert_capacity > 0:
             block = moe.routing_block_size  # one key of the published configuration says both
-        return ObjectiveConfig(kind=kind, block_size=block)
+        return config_class(kind)(kind=kind, block_size=block)
 
     @property
     def kind(self) -> str:
@@ -259,10 +260,10 @@ def stated_attention(directory: Path) -> tuple[str | None, int | None]:
     pattern, length = known.get("attention_pattern"), known.get("block_length")
     if pattern not in PATTERNS:
         return None, None
-    if pattern != "blocks":
+    if pattern not in ("blocks", "joint"):
         return pattern, None
     if type(length) is not int or length < 1:
-        raise CheckpointError(f"{path}: attention_pattern blocks needs a block_length, a whole number from 1")
+        raise CheckpointError(f"{path}: attention_pattern {pattern} needs a block_length, a whole number from 1")
     return pattern, length
 
 

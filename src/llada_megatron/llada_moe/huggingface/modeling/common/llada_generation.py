@@ -7,7 +7,8 @@ text, after which it writes nothing).
 `generation_config.json` says what the weights were trained for:
 
 - `attention_pattern`: "full"; "blocks", where a token sees its own block of `block_length` positions, counted from the
-  start of the text, and all blocks before it; or "causal" for an autoregressive model, which cannot fill masks.
+  start of the text, and all blocks before it; "causal" for an autoregressive model, which cannot fill masks; or
+  "joint" for one that fills blocks of `block_length` masks behind a text that it reads causally.
 - `suppress_tokens`: ids that are never sampled, because no text has them.
 """
 
@@ -36,11 +37,17 @@ class MaskFillingGenerationMixin(GenerationMixin):
             start = end
 
     def block_causal(self) -> bool:
-        """Whether the weights were trained with block-causal attention. Raises ValueError: with causal attention."""
+        """Whether the weights were trained with block-causal attention. Raises ValueError: with causal attention, or
+        with both."""
         pattern = getattr(self.generation_config, "attention_pattern", self.published_pattern)
         if pattern == "causal":
             raise ValueError(
                 "these weights were trained autoregressively: they predict the next token and fill no masks"
+            )
+        if pattern == "joint":
+            raise ValueError(
+                "these weights fill masks behind a text that is read causally, which this function cannot do; take the "
+                "next token with a causal mask (README.md), or `llada convert import` and `llada sample`"
             )
         return pattern == "blocks"
 
