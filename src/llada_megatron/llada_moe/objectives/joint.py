@@ -108,7 +108,7 @@ class Joint(BlockDiffusion):
         super().check(refuse)
         schedule = self.config.block_schedule
         if schedule is not None and schedule.autoregressive_tokens:
-            why = f"{schedule.autoregressive_tokens} with kind {self.kind}, which learns next tokens at every step; use 0"
+            why = f"{schedule.autoregressive_tokens} with kind {self.kind}, whose every step learns next tokens; use 0"
             refuse("objective.block_schedule.autoregressive_tokens", why)
         if self.config.trains_editing:
             refuse("objective.editing", f"does not go with kind {self.kind}; use kind block_diffusion, or share 0")

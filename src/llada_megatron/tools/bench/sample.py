@@ -105,7 +105,7 @@ def measure_candidates(
     torch.set_num_threads(args.threads)
     if os.getloadavg()[0] > 1:
         message("other processes keep this machine busy: ratios of CPU time scatter, though less than the times")
-    paths = _models(args.models.expanduser(), args.threads)
+    paths = _models(args.models.expanduser(), args.threads, presets)
     peers = load_peers(paths["bidirectional"], recipe.new_tokens) if load_peers else None
     with _loaded(paths) as loaded:
         found, reasons = runnable(presets, loaded)
@@ -140,15 +140,19 @@ def _require_all(args: argparse.Namespace, recipe: object) -> None:
         require_stages(recipe.run, args.pipeline)
 
 
-def _models(directory: Path, threads: int) -> dict[str, Path]:
-    """The run directories of the small models by their attention; trained now unless they were before."""
+def _models(directory: Path, threads: int, presets: Sequence[str]) -> dict[str, Path]:
+    """The run directories of the small models by their attention, the joint one only for presets that are for it;
+    trained now unless they were before."""
+    from llada_megatron.llada_moe.sampling.presets import PRESETS
     from llada_megatron.tools.bench.sampling.models import RECIPES, is_trained, train_or_find
 
-    missing = [recipe for recipe in RECIPES.values() if not is_trained(directory, recipe)]
+    joint = any(PRESETS[preset].verifies for preset in presets)
+    wanted = {name: recipe for name, recipe in RECIPES.items() if name != "joint" or joint}
+    missing = [recipe for recipe in wanted.values() if not is_trained(directory, recipe)]
     if missing:
-        count = sum(recipe.steps for recipe in missing)
-        message(f"the small models are trained first: {count} steps, some {count / 60:.0f} minutes on one free core")
-    return {name: train_or_find(directory, recipe, threads) for name, recipe in RECIPES.items()}
+        minutes = sum(recipe.minutes for recipe in missing)
+        message(f"the small models are trained first, some {minutes:.0f} minutes on one free core")
+    return {name: train_or_find(directory, recipe, threads) for name, recipe in wanted.items()}
 
 
 @contextlib.contextmanager
@@ -193,6 +197,7 @@ def _compare(
         *(claims.peer_claims(alone, peers) if peers else []),
         *claims.edit_claims(alone),
         *claims.stop_claims(alone, recipe.language.eos_id),
+        *claims.speculation_claims(alone),
         *claims.batch_claims(alone, together),
     ]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llada_megatron.llada_moe.model.patterns import segments
-from llada_megatron.tools.bench.sampling.language import ExampleBatches, Language
+from llada_megatron.tools.bench.sampling.language import ExampleBatches, JointBatches, Language
 
 LANGUAGE = Language()
 BATCHES = ExampleBatches(LANGUAGE, 64, 192, 128, edited_sequences=0.5, edited_tokens=0.1, seed=3)
@@ -72,3 +72,15 @@ def test_a_batch_is_a_function_of_the_step():
     assert torch.equal(BATCHES.batch(5).inputs, BATCHES.batch(5).inputs)
     assert not torch.equal(BATCHES.batch(5).labels, BATCHES.batch(6).labels)
     assert torch.equal(BATCHES.batch(5).labels, PLAIN.batch(5).labels)
+
+
+def test_both_halves_for_a_model_that_drafts_and_verifies():
+    plain = dataclasses.replace(PLAIN, window=None)
+    noisy, both = plain.batch(0), JointBatches(plain, 2.0, 0.5).batch(0)
+    assert torch.equal(both.inputs, torch.cat([noisy.inputs, noisy.labels], 1))
+    assert torch.equal(both.weights[:, :192], 0.5 * noisy.weights)
+    following, clean = both.labels[:, 192:], both.weights[:, 192:]
+    assert torch.equal(following[:, :-1], noisy.labels[:, 1:]) and not clean[:, -1].any()
+    response = response_of(noisy, None)
+    assert torch.equal(clean[:, :-1], 2.0 * response[:, 1:])
+    assert [(s.start, s.stop) for s in segments(both.boundaries, 384)] == [(0, 192), (192, 384)] * 64

@@ -43,13 +43,17 @@ def by_goal(claims):
 
 
 def test_a_few_presets_without_peers_have_our_own_reference(arguments, capsys):
-    claims = sample.run(arguments("--presets", "fast-dllm, llada2", "--batch-size", 2, "--graphs"))
+    presets = "fast-dllm, llada2, self-speculation, autoregressive"
+    claims = sample.run(arguments("--presets", presets, "--batch-size", 2, "--graphs"))
     said = capsys.readouterr()
     names = [name for name in rows(said.out) if ", batch" not in name]
     own = ["fast-dllm", "fast-dllm (block-causal)", "llada2", "llada2 (editing)", LLADA.name + WHOLE]
+    own += ["self-speculation", "autoregressive"]
     assert sorted(names) == sorted(own)
     goals = by_goal(claims)
-    assert set(goals) == {">= 20", "<= 64", ">= 1"} and LLADA.name + WHOLE in goals[">= 20"].claim
+    same = next(claim for claim in claims if "same tokens as token-by-token greedy decoding" in claim.claim)
+    assert same.goal == ">= 1" and same.holds
+    assert set(goals) == {">= 20", "<= 64", ">= 1", ">= 2.5"} and LLADA.name + WHOLE in goals[">= 20"].claim
     assert 12 <= goals["<= 64"].value <= 64 and goals["<= 64"].value % 4 == 0
     fixed = [claim for claim in claims if "passes of fixed shape, run from Python, against ordinary" in claim.claim]
     assert [claim.goal for claim in fixed] == ["reported", ">= 1"] * 4 and all(claim.holds for claim in fixed[1::2])

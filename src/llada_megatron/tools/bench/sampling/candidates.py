@@ -10,7 +10,7 @@ from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.model.linear import torchs_own
 from llada_megatron.llada_moe.sampling.editors import NoEditor, never_written
 from llada_megatron.llada_moe.sampling.loop import Method
-from llada_megatron.llada_moe.sampling.presets import PRESETS, Choice, choose
+from llada_megatron.llada_moe.sampling.presets import PRESETS, Choice, Preset, choose
 from llada_megatron.llada_moe.sampling.token_buffer import continuation
 from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
 from llada_megatron.parallel.sampling.generator import SequenceGenerator
@@ -48,7 +48,7 @@ class PresetOnModel:
     preset: str
     """A key of `PRESETS`."""
     attention: str
-    """"bidirectional", "block-causal", or "editing": block-causal, and trained to replace, delete and insert."""
+    """Which model: "bidirectional", "block-causal", "editing" (block-causal, trained to delete and insert too), "joint"."""
     edits: bool = True
     """Whether it has its editor."""
 
@@ -63,6 +63,8 @@ class PresetOnModel:
 
 LLADA, DUAL = PresetOnModel("llada", "bidirectional"), PresetOnModel("fast-dllm-dual", "bidirectional")
 """The presets that are compared token by token with other projects' code."""
+SPECULATION, DECODING = PresetOnModel("self-speculation", "joint"), PresetOnModel("autoregressive", "joint")
+"""The presets that must write the same tokens."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,15 @@ def fitted(preset: PresetOnModel, loaded: LoadedModel) -> Choice:
     return choose(preset.preset, None, None, editor, {}, run.objective, run.model, trained_for_editing=True)
 
 
+def _models_for(preset: Preset) -> list[str]:
+    """The models, by their attention, that a preset is for."""
+    if preset.verifies:
+        return ["joint"]
+    return [
+        name for name, causal in (("bidirectional", False), ("block-causal", True)) if preset.causal in (None, causal)
+    ]
+
+
 def runnable(presets: Sequence[str], models: dict[str, LoadedModel]) -> tuple[list[PresetOnModel], dict[str, str]]:
     """The presets on each of the models that they are for, and of those that run on none the reason.
 
@@ -165,9 +176,8 @@ def runnable(presets: Sequence[str], models: dict[str, LoadedModel]) -> tuple[li
     reasons = {}
     for preset in presets:
         kind, edits = PRESETS[preset].causal, PRESETS[preset].editor != NoEditor()
-        tried = [PresetOnModel(preset, name) for name in ("bidirectional", "block-causal")]
-        tried = [each for each in tried if kind in (None, each.attention == "block-causal")]
-        if kind and "editing" in models:
+        tried = [PresetOnModel(preset, name) for name in _models_for(PRESETS[preset])]
+        if kind and "editing" in models and not PRESETS[preset].verifies:
             tried += [PresetOnModel(preset, "editing")] + [PresetOnModel(preset, "editing", edits=False)] * edits
         for each in tried:
             try:

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llada_megatron.tools.bench import Claim, at_least, at_most, reported
-from llada_megatron.tools.bench.sampling.candidates import DUAL, LLADA, NO_EDITOR, TORCHS, WHOLE, PeerCandidates
+from llada_megatron.tools.bench.sampling.candidates import (
+    DECODING,
+    DUAL,
+    LLADA,
+    NO_EDITOR,
+    SPECULATION,
+    TORCHS,
+    WHOLE,
+    PeerCandidates,
+)
 from llada_megatron.tools.bench.sampling.figures import Figures, same_tokens
 
-SPEED_GOAL, DUAL_TIME_GOAL = 20.0, 0.65
+SPEED_GOAL, DUAL_TIME_GOAL, SPECULATION_GOAL = 20.0, 0.65, 2.5
 QUALITY_LOSS = 0.02
 """Right sentences that a preset of equal quality may lack, as a share of all."""
 
@@ -66,6 +75,26 @@ def peer_claims(alone: dict[str, Figures], peers: PeerCandidates) -> list[Claim]
             reported(f"the same with an early stop: {text}", alone[DUAL.name].seconds / theirs.seconds, "x"),
         ]
     return claims
+
+
+def speculation_claims(alone: dict[str, Figures]) -> list[Claim]:
+    """Whether self-speculation writes what the same model decodes token by token, and in how many passes."""
+    if not {SPECULATION.name, DECODING.name} <= alone.keys():
+        return []
+    drafted, decoded = alone[SPECULATION.name], alone[DECODING.name]
+    name = SPECULATION.name
+    same = same_tokens(drafted, decoded)
+    return [
+        at_least(f"{name}: sequences with the same tokens as token-by-token greedy decoding", same, "", 1.0),
+        at_least(
+            f"{name}: tokens per forward pass, drafting and verifying",
+            1 / drafted.forwards_per_token,
+            "",
+            SPECULATION_GOAL,
+        ),
+        reported(f"{name}: times as fast as token by token", decoded.seconds / drafted.seconds, "x"),
+        reported(f"{name}: sentences that are right", drafted.right, ""),
+    ]
 
 
 def stop_claims(alone: dict[str, Figures], end: int) -> list[Claim]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
@@ -277,3 +277,30 @@ class BlockDiffusionBatches:
         tokens = example.prompt + example.response
         text[: len(tokens)] = tokens
         return self._make(text, np.array([0, len(text)], np.int32), SampleCoordinates(number, 0, 0, number))
+
+
+@dataclass(frozen=True)
+class JointBatches:
+    """The same examples as `[x_t ; x_0]` for a model that drafts and verifies: masked responses, and behind them the
+    texts, whose next tokens are learnt where these belong to a response."""
+
+    examples: ExampleBatches
+    autoregressive: float
+    diffusion: float
+    """What the weights of the two halves are multiplied by."""
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, rows of twice the examples' length."""
+        noisy = self.examples.batch(step)
+        rows, length = noisy.labels.shape
+        learnt = torch.arange(length) >= length - noisy.answer[:, None]  # responses end with their rows
+        following = noisy.labels.roll(-1, dims=1)
+        weights = learnt.roll(-1, dims=1).float()
+        weights[:, -1] = 0.0
+        return replace(
+            noisy,
+            inputs=torch.cat([noisy.inputs, noisy.labels], dim=1),
+            labels=torch.cat([noisy.labels, following], dim=1),
+            weights=torch.cat([noisy.weights * self.diffusion, weights * self.autoregressive], dim=1),
+            boundaries=torch.arange(2 * rows + 1, dtype=torch.int32) * length,
+        )

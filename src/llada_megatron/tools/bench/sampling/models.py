@@ -22,9 +22,16 @@ from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusionConfig
+from llada_megatron.llada_moe.objectives.joint import JointConfig
 from llada_megatron.parallel.checkpoint.manifest import steps, write_durably
 from llada_megatron.tools.bench.measurement import single_process
-from llada_megatron.tools.bench.sampling.language import BlockDiffusionBatches, ExampleBatches, Examples, Language
+from llada_megatron.tools.bench.sampling.language import (
+    BlockDiffusionBatches,
+    ExampleBatches,
+    Examples,
+    JointBatches,
+    Language,
+)
 
 MODEL_FILE = "model.yaml"
 
@@ -57,9 +64,24 @@ class Recipe:
     @property
     def name(self) -> str:
         """What its directory is called: another recipe has another name."""
-        kind = "full" if self.block_size is None else f"block-causal-{self.block_size}"
+        kind = self.kind if self.block_size is None else f"{self.kind}-{self.block_size}"
         content = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+    @property
+    def kind(self) -> str:
+        """What its name begins with."""
+        return "full" if self.block_size is None else "block-causal"
+
+    @property
+    def minutes(self) -> float:
+        """About how long its training takes on one free core: a second a step."""
+        return self.steps / 60
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """What it learns."""
+        return ObjectiveConfig(block_size=self.block_size, normalization="answer_length")
 
     @property
     def model(self) -> ModelConfig:
@@ -111,7 +133,7 @@ class Recipe:
         return dataclasses.replace(
             run,
             training=dataclasses.replace(run.training, steps=self.steps, seed=self.seed),
-            objective=ObjectiveConfig(block_size=self.block_size, normalization="answer_length"),
+            objective=self.objective,
             data=DataConfig(sets=[]),
             optimizer=OptimizerConfig(learning_rate=rate),
             output_dir="",
@@ -125,9 +147,14 @@ class EditingRecipe(Recipe):
     editing: EditingConfig = field(default_factory=EditingConfig)
 
     @property
-    def name(self) -> str:
-        """As of other recipes, of another kind."""
-        return f"editing-{super().name}"
+    def kind(self) -> str:
+        """What its name begins with."""
+        return "editing"
+
+    @property
+    def minutes(self) -> float:
+        """A step reads each text twice."""
+        return 2.0 * super().minutes
 
     @property
     def model(self) -> ModelConfig:
@@ -136,17 +163,53 @@ class EditingRecipe(Recipe):
         return dataclasses.replace(super().model, delete_token_id=size - 4, insert_token_id=size - 5)
 
     @property
-    def run(self) -> RunConfig:
-        """With the objective of the product."""
-        objective = BlockDiffusionConfig(
+    def objective(self) -> BlockDiffusionConfig:
+        """That of the product."""
+        return BlockDiffusionConfig(
             kind="block_diffusion", block_size=self.block_size, random_length_probability=0.0, editing=self.editing
         )
-        return dataclasses.replace(super().run, objective=objective)
 
     @property
     def batches(self) -> Examples:
         """Rows that the objective makes. Wrong tokens are of the language: others would be too easily found."""
         return BlockDiffusionBatches(self.language, self.run, self.seed)
+
+
+@dataclass(frozen=True)
+class JointRecipe(Recipe):
+    """Of a model that drafts and verifies; it learns nothing of wrong tokens."""
+
+    edited_sequences: float = 0.0
+    autoregressive_coefficient: float = 1.0
+    diffusion_coefficient: float = 0.3
+
+    @property
+    def kind(self) -> str:
+        """What its name begins with."""
+        return "joint"
+
+    @property
+    def minutes(self) -> float:
+        """A step reads twice the positions, and learns from more of them."""
+        return 2.4 * super().minutes
+
+    @property
+    def objective(self) -> JointConfig:
+        """The next token of a response, and its masked blocks."""
+        return JointConfig(
+            kind="joint",
+            block_size=self.block_size,
+            normalization="answer_length",
+            autoregressive_coefficient=self.autoregressive_coefficient,
+            diffusion_coefficient=self.diffusion_coefficient,
+        )
+
+    @property
+    def batches(self) -> JointBatches:
+        """Both halves."""
+        examples = super().batches
+        assert isinstance(examples, ExampleBatches)
+        return JointBatches(examples, self.autoregressive_coefficient, self.diffusion_coefficient)
 
 
 FULL = Recipe(steps=900, learning_rate=1e-3)
@@ -162,7 +225,9 @@ EDITING = EditingRecipe(
     editing=EditingConfig(share=0.5, replace_ratio=0.1, missing_ratio=0.03, surplus_ratio=0.03),
 )
 """As LLaDA2.2: it learns to replace, delete and insert. About two seconds a step, which reads each text twice."""
-RECIPES: dict[str, Recipe] = {"bidirectional": FULL, "block-causal": BLOCK_CAUSAL, "editing": EDITING}
+JOINT = JointRecipe(steps=300, learning_rate=1e-3, block_size=16, seed=2)
+"""Drafts blocks and verifies them. A step reads twice the positions, so that all take about as long as `FULL`'s."""
+RECIPES: dict[str, Recipe] = {"bidirectional": FULL, "block-causal": BLOCK_CAUSAL, "editing": EDITING, "joint": JOINT}
 """By their attention, or by what else they have learnt, in the order in which they are trained."""
 
 
