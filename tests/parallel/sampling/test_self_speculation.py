@@ -18,13 +18,13 @@ from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
 from llada_megatron.llada_moe.sampling.token_buffer import continuation
 from llada_megatron.parallel.sampling.prompts import Gap, Prompt
 from llada_megatron.parallel.sampling.requests import RequestBuilder
-from tests.parallel.sampling.spread import EOS, GRID, MASK, MODELS, Case, load, write_on_ranks
+from tests.parallel.sampling.spread import GRID, MASK, MODELS, Case, load, write_on_ranks
 from tests.ranks import run_ranks
 from tests.seeds import drawn
 
-FEW = LogitsProcessor(excluded=[MASK, *range(6, 120)])
-"""A dozen tokens to choose among: an untrained model's drafts are right now and then."""
-SPECULATION = Method(SelfSpeculation(draft_length=6), BlockCausalCache(prefill=8), logits_processor=FEW, stop_id=EOS)
+FEW = LogitsProcessor(excluded=range(4, 128))
+"""Four tokens to choose among: an untrained model's drafts are right now and then."""
+SPECULATION = Method(SelfSpeculation(draft_length=6), BlockCausalCache(prefill=8), logits_processor=FEW)
 LAYOUTS = {
     "TP2": {"tensor_parallel": 2},
     "PP2": {"pipeline_parallel": 2},
@@ -39,7 +39,7 @@ def requests():
     draw = torch.Generator().manual_seed(drawn().randrange(2**32))
     lengths = torch.randint(1, 24, (6, 2), generator=draw).tolist()
     return [
-        continuation(torch.randint(0, 120, (given,), generator=draw).tolist(), new, None, stream)
+        continuation(torch.randint(0, 120, (given,), generator=draw).tolist(), 4 + new, None, stream)
         for stream, (given, new) in enumerate(lengths)
     ]
 
@@ -66,8 +66,6 @@ def decode(model, texts):
             best = logits.topk(2)
             near = near or float(best.values.diff().abs()) < 1e-4
             tokens.append(int(best.indices[0]))
-            if tokens[-1] == EOS:
-                tokens += [EOS] * (text.length - len(tokens))
         if not near:
             found[text.stream] = tokens
     assert len(found) > 3
