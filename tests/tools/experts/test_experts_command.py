@@ -20,9 +20,9 @@ from llada_megatron.llada_moe.errors import ConfigError, DataError
 from llada_megatron.llada_moe.evaluation.load_colours import colours
 from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusionConfig
 from llada_megatron.llada_moe.planning.expert_loads import read_loads
+from llada_megatron.pages.heatmaps import relative
 from llada_megatron.tools.experts import profiling
 from llada_megatron.tools.experts.expert_trial import Trial
-from llada_megatron.tools.experts.heatmaps import relative
 from llada_megatron.tools.experts.profile_reading import reading
 from tests.browser import shown
 from tests.chats import MASK, random_chats, write_chats

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llada_megatron.pages.document import document, image_figure, items, paragraph, table
+from llada_megatron.pages.heatmaps import data_uri, heatmap, lift, relative
 from llada_megatron.tools.experts.expert_profile import ProfileArrays
-from llada_megatron.tools.experts.heatmaps import data_uri, heatmap, lift, relative
 from llada_megatron.tools.experts.profile_reading import reading
 
 GROUPINGS = {
@@ -21,14 +22,9 @@ GROUPINGS = {
     "source": "Source of the text",
 }
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 68em; padding: 0 1em; color: #1c2733 }
-h1 { font-size: 1.5em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #c8d2dc }
-table { border-collapse: collapse } td, th { padding: .15em .7em; text-align: right; vertical-align: middle }
-th:first-child, td:first-child { text-align: left } tr:nth-child(even) { background: #f3f6f9 }
-img { image-rendering: pixelated; border: 1px solid #c8d2dc; width: 100%; display: block }
-figure { margin: 1em 0 } figcaption { color: #55636f; font-size: .9em }
-.square { display: inline-block; width: 15em; margin: .5em } li { margin: .4em 0 }
-.key span { display: inline-block; width: 1.2em; height: 1em; border: 1px solid #c8d2dc; vertical-align: text-bottom }
+.square { display: inline-block; width: 15em; max-width: 100%; margin: .5em }
+.key span { display: inline-block; width: 1.2em; height: 1em; border: 1px solid var(--line);
+  vertical-align: text-bottom }
 """
 _KEY = (
     '<p class="key"><span style="background:#fff"></span> none <span style="background:#7aa0cd"></span> the mean of '
@@ -67,20 +63,16 @@ def page(profile: dict[str, Any], drawn: dict[str, bytes]) -> str:
     values = json.dumps(profile, ensure_ascii=False).replace("</", "<\\/")
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        f"<p>{html.escape(_what(profile))}</p>",
-        "<h2>Reading</h2><ul id='reading'>",
-        *(f"<li>{html.escape(sentence)}</li>" for sentence in reading(profile)),
-        "</ul>",
+        paragraph(_what(profile)),
+        "<h2>Reading</h2>",
+        items(reading(profile), "reading"),
         *_load(profile, drawn),
         *_groupings(profile, drawn),
         *_together(profile, drawn),
         *_own(profile),
         f'<script type="application/json" id="profile">{values}</script>',
     ]
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
+    return document(title, parts, _STYLE)
 
 
 def _what(profile: dict[str, Any]) -> str:
@@ -108,7 +100,7 @@ def _load(profile: dict[str, Any], drawn: dict[str, bytes]) -> Iterator[str]:
         for layer, facts in profile["layers"].items()
     ]
     head = ["layer", "busiest / mean", "variation", "entropy", "dead", "overloaded", "experts of a block", "covered"]
-    yield _table([*head, *(["routed otherwise"] if "change" in profile else [])], rows, "layers")
+    yield table([*head, *(["routed otherwise"] if "change" in profile else [])], rows, "layers")
 
 
 def _groupings(profile: dict[str, Any], drawn: dict[str, bytes]) -> Iterator[str]:
@@ -123,7 +115,7 @@ def _groupings(profile: dict[str, Any], drawn: dict[str, bytes]) -> Iterator[str
         yield "<p>Share of the choices of a group that goes to other experts than those of the whole layer:</p>"
         rows = [(layer, *(f"{value:.1%}" for value in values)) for layer, values in by["distance"].items()]
         if len(by["names"]) <= 12:
-            yield _table(["layer", *by["names"]], rows, key)
+            yield table(["layer", *by["names"]], rows, key)
 
 
 def _together(profile: dict[str, Any], drawn: dict[str, bytes]) -> Iterator[str]:
@@ -136,7 +128,7 @@ def _together(profile: dict[str, Any], drawn: dict[str, bytes]) -> Iterator[str]
         for layer, facts in profile["layers"].items()
         for pair in facts["pairs"]
     ]
-    yield _table(["layer", "experts", "times chance", "tokens"], rows, "pairs")
+    yield table(["layer", "experts", "times chance", "tokens"], rows, "pairs")
 
 
 def _own(profile: dict[str, Any]) -> Iterator[str]:
@@ -150,15 +142,8 @@ def _own(profile: dict[str, Any]) -> Iterator[str]:
             for number, tokens in enumerate(experts)
             if tokens
         ]
-        yield f"<details><summary>Layer {layer}</summary>{_table(['expert', 'tokens'], rows, f'own-{layer}')}</details>"
+        yield f"<details><summary>Layer {layer}</summary>{table(['expert', 'tokens'], rows, f'own-{layer}')}</details>"
 
 
 def _figure(image: bytes, caption: str) -> str:
-    text = html.escape(caption)
-    return f'<figure><img alt="{text}" src="{data_uri(image)}"><figcaption>{text}</figcaption></figure>'
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[Any]], name: str) -> str:
-    cells = "".join(f"<th>{html.escape(text)}</th>" for text in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<table id="{html.escape(name)}"><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>'
+    return image_figure(data_uri(image), caption)

@@ -6,6 +6,7 @@ from html import escape
 
 from llada_megatron.llada_moe.planning.estimate import GIB, Estimate
 from llada_megatron.llada_moe.planning.timeline import Slot, one_forward_one_backward
+from llada_megatron.pages.document import document
 from llada_megatron.tools.plan.report import report
 
 WIDTH, ROW = 760, 22
@@ -24,14 +25,7 @@ def page(estimate: Estimate) -> str:
         ("Report", f"<pre>{escape(report(estimate))}</pre>"),
     ]
     body = "\n".join(f"<section><h2>{escape(name)}</h2>\n{content}</section>" for name, content in sections)
-    style = (
-        "body{font:14px sans-serif;margin:2em;max-width:60em}"
-        "pre{white-space:pre-wrap}svg{max-width:100%}text{font-size:12px}"
-    )
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{style}</style></head>\n<body><h1>{escape(title)}</h1>\n{body}\n</body></html>\n"
-    )
+    return document(title, [f"<h1>{escape(title)}</h1>", body], "body{max-width:60em}")
 
 
 def memory_picture(estimate: Estimate) -> str:
@@ -50,9 +44,9 @@ def memory_picture(estimate: Estimate) -> str:
             drawn.append(_box(left, row * ROW, size * scale, colours[name], label))
             left += size * scale
     end, height = 80 + card * scale, len(estimate.stages) * ROW
-    drawn.append(f'<line x1="{end:.1f}" x2="{end:.1f}" y1="0" y2="{height}" stroke="black" stroke-width="2"/>')
+    drawn.append(f'<line x1="{end:.1f}" x2="{end:.1f}" y1="0" y2="{height}" stroke="currentColor" stroke-width="2"/>')
     sums = ", ".join(f"stage {stage.stage} {stage.allocated / GIB:.1f}" for stage in estimate.stages)
-    note = f"Black line: the {estimate.gpu.memory_gib:g} GiB of a card. Allocated, in GiB: {sums}"
+    note = f"Line across: the {estimate.gpu.memory_gib:g} GiB of a card. Allocated, in GiB: {sums}"
     beside = f"{estimate.card_bytes / GIB:.1f} with what the allocator, CUDA and NCCL keep beside the fullest"
     return _svg(drawn, height) + legend(colours) + f"<p>{note}; {beside}.</p>"
 
@@ -110,7 +104,7 @@ def _svg(drawn: list[str], height: int) -> str:
 def _box(left: float, top: float, width: float, colour: str, label: str) -> str:
     return (
         f'<rect x="{left:.1f}" y="{top + 2:.1f}" width="{max(width, 0):.1f}" height="{ROW - 4}" fill="{colour}" '
-        f'stroke="white" stroke-width="0.5"><title>{escape(label)}</title></rect>'
+        f'stroke="var(--paper)" stroke-width="0.5"><title>{escape(label)}</title></rect>'
     )
 
 
