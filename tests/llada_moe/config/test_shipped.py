@@ -56,11 +56,14 @@ def test_llada_8b_learning_rate_follows_the_published_token_counts():
     assert run.training.steps * TOKENS_PER_STEP == pytest.approx(2.3e12, rel=1e-5)
 
 
-def test_the_autoregressive_twin_differs_in_its_objective_only():
-    diffusion = load_run(CONFIGS / "runs/small-diffusion.yaml")
-    twin = load_run(CONFIGS / "runs/small-autoregressive.yaml")
-    assert twin.objective.kind == "autoregressive"
-    assert dataclasses.replace(twin, objective=diffusion.objective, output_dir=diffusion.output_dir) == diffusion
+@pytest.mark.parametrize(
+    ("name", "twin"), [("small-diffusion", "small-autoregressive"), ("demo", "demo-autoregressive")]
+)
+def test_an_autoregressive_twin_differs_in_its_objective_and_its_ranks_only(name, twin):
+    diffusion, other = load_run(CONFIGS / f"runs/{name}.yaml"), load_run(CONFIGS / f"runs/{twin}.yaml")
+    assert other.objective.kind == "autoregressive"
+    same = {key: getattr(diffusion, key) for key in ("objective", "output_dir", "layout")}
+    assert dataclasses.replace(other, **same) == diffusion
 
 
 def test_every_key_is_read_by_something():

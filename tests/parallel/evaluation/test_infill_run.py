@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from llada_megatron.llada_moe.evaluation.infill_spans import (
     InfillSpan,
     choose_infill_spans,
     infill_figures,
-    is_python,
 )
 from llada_megatron.llada_moe.evaluation.protocol import LikelihoodProtocol
+from llada_megatron.llada_moe.evaluation.python_functions import functions_of
 from llada_megatron.parallel import build, topology
 from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
+from llada_megatron.parallel.evaluation import infill_run
 from llada_megatron.parallel.evaluation.infill_run import continue_left_to_right, reranked, span_costs
+from llada_megatron.parallel.evaluation.query_scorer import kind_of
 from llada_megatron.tools.bench.layouts import parity_run
 from tests.parallel.evaluation.test_query_scorer import enumerated_span, exact_bound
 from tests.parallel.sampling.spread import MODELS, load
@@ -63,6 +66,21 @@ def test_the_cost_of_a_span_sees_both_sides(world):
     assert span_costs(full, changed, LikelihoodProtocol(samples=16))[0].nats != pytest.approx(float(nats[0]), abs=1e-4)
 
 
+def test_the_length_found_makes_the_text_most_likely(world, monkeypatch):
+    full = load(MODELS["dense"], LayoutConfig(), None)
+    spans = [InfillSpan(TEXT, 3, 5, 0), InfillSpan(TEXT, 2, 6, 1)]
+    fillings = {1: [(40,), (9,)], 2: [(40, 41), (5, 5)], 3: [(7, 7, 7), (33, 34, 77)]}
+    monkeypatch.setattr(infill_run, "fill", lambda served, some, length: fillings[length])
+    served, protocol = SimpleNamespace(loaded=full, kind=kind_of(full)), LikelihoodProtocol("left-to-right")
+    found = infill_run.length_found(served, spans, (1, 2, 3), protocol)
+    for i, (span, (length, written)) in enumerate(zip(spans, found, strict=True)):
+        costs = {}
+        for each, made in fillings.items():
+            text = InfillSpan((*span.before, *made[i], *span.after), span.start, len(TEXT) - len(span.truth) + each, i)
+            costs[each] = span_costs(full, [text], protocol)[0].nats
+        assert length == max(costs, key=costs.__getitem__) and written == fillings[length][i]
+
+
 def test_an_autoregressive_model_continues_and_is_ranked_by_the_right_side(autoregressive):
     spans = [InfillSpan(TEXT, 3, 5, 0), InfillSpan(TEXT, 2, 6, 1)]
     written = continue_left_to_right(autoregressive, spans, 0.0, seed=0)
@@ -83,10 +101,33 @@ def test_an_autoregressive_model_continues_and_is_ranked_by_the_right_side(autor
         assert costs[options.index(chosen)] >= costs[0]
 
 
+def test_a_longer_continuation_begins_like_a_shorter_one(autoregressive):
+    spans = [InfillSpan(TEXT, 3, 5, 0), InfillSpan(TEXT, 2, 6, 1)]
+    short = continue_left_to_right(autoregressive, spans, 1.0, seed=0, draw=1)
+    long = continue_left_to_right(autoregressive, spans, 1.0, seed=0, draw=1, length=6)
+    assert [len(each) for each in long] == [6, 6]
+    assert [each[: len(span.truth)] for each, span in zip(long, spans, strict=True)] == short
+
+
 def test_figures_of_fillings():
     span = InfillSpan((1, 2, 3, 4), 1, 3, 0)
     found = infill_figures([Filled(span, (2, 3), True), Filled(span, (2, 9), False), Filled(span, (2,))])
     assert found["exact"]["value"] == pytest.approx(1 / 3)
-    assert found["token_accuracy"] == pytest.approx(4 / 6)
-    assert found["parses"]["value"] == 0.5
-    assert is_python("x = 1\n") and not is_python("x = (1\n") and not is_python("\0")
+    assert found["exact"]["error"] == pytest.approx(1 / 3)
+    assert found["token_accuracy"]["value"] == pytest.approx(4 / 6)
+    assert found["token_accuracy"]["error"] == pytest.approx(1 / 6)
+    assert found["length_right"]["value"] == pytest.approx(2 / 3)
+    assert (found["parses"]["value"], found["parsed"]) == (0.5, 2)
+    assert infill_figures([Filled(span, (2, 3))])["exact"] == {"value": 1.0, "error": None}
+
+
+def test_functions_of_python_code():
+    code = (
+        "class A:\n    @cache\n    def f(self):\n        return 1\n\n    x = 2\n\n\n"
+        "async def g():\n    def h(): ...\n    await h()\n"
+    )
+    assert list(functions_of(code)) == [
+        "@cache\ndef f(self):\n    return 1\n",
+        "async def g():\n    def h(): ...\n    await h()\n",
+    ]
+    assert not list(functions_of("def f(:\n")) and not list(functions_of("\0"))

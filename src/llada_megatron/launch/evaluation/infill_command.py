@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +17,7 @@ from llada_megatron.launch.evaluation.spread_job import SpreadJob, run_spread
 from llada_megatron.launch.sampling.options import add_method, add_model, require_checkpoint, settings_of
 from llada_megatron.llada_moe.errors import ConfigError, DataError
 from llada_megatron.llada_moe.evaluation.protocol import LikelihoodProtocol
+from llada_megatron.llada_moe.overwriting import refuse_overwriting
 from llada_megatron.parallel.sampling.settings import Settings
 
 if TYPE_CHECKING:
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from llada_megatron.parallel.evaluation.served_model import ServedModel
 
 _LENGTHS = "1,2,4,8,16,32"
+_MOST_FUNCTIONS = 20_000
+"""Functions of held-out files that are looked at; of many, evenly spaced ones are taken."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--windows", type=int, default=256, metavar="N", help="texts that are read (256)")
     what.add_argument("--lengths", default=_LENGTHS, metavar="A,B", help=f"tokens of a span ({_LENGTHS})")
     what.add_argument("--spans", type=int, default=64, metavar="N", help="spans of each length (64)")
-    what.add_argument("--python", action="store_true", help="also ask whether the text still parses as Python")
+    what.add_argument(
+        "--python",
+        action="store_true",
+        help="also ask whether the text still parses as Python; without --texts, of the functions in held-out files",
+    )
     what.add_argument("--find-length", action="store_true", help="also let the model choose the length of each span")
     against = parser.add_argument_group("what it is compared with")
     against.add_argument("--autoregressive", metavar="CHECKPOINT", help="an autoregressive model, same tokenizer")
@@ -42,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_protocol(parser, samples=32, chains=False)
     add_method(parser)
-    parser.add_argument("--local", action="store_true", help="start the ranks here, even in a job of torchrun or srun")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", metavar="FILE", help="all figures and the protocol, as JSON")
+    output.add_argument("--local", action="store_true", help="start the ranks here, even in a job of torchrun or srun")
     parser.set_defaults(max_new_tokens=None)  # nothing is continued: a span has its own length
 
 
@@ -53,6 +64,8 @@ class InfillWork:
     settings: Settings
     protocol: LikelihoodProtocol
     texts: Sequence[str] | None
+    file: str | None
+    """Where the texts are from."""
     windows: int
     lengths: Sequence[int]
     spans: int
@@ -64,7 +77,7 @@ class InfillWork:
     def __call__(self, loaded: LoadedModel) -> dict[str, Any]:
         """Figures of every length, of this model and of the baselines; every rank does the same."""
         from llada_megatron.llada_moe.evaluation.infill_spans import choose_infill_spans
-        from llada_megatron.parallel.evaluation.infill_run import span_costs
+        from llada_megatron.parallel.evaluation.infill_run import RIGHT_SIDE, span_costs
         from llada_megatron.parallel.evaluation.served_model import ServedModel
 
         served = ServedModel(loaded, self.protocol, self.settings, driven=False)
@@ -76,17 +89,29 @@ class InfillWork:
         rows = self._rows("this model", served, spans, costs, self._written(served, spans))
         rows += self._unigram(spans, texts, served)
         rows += self._baseline(served, spans)
+        unread = ("layout", "checkpoint", "max_new_tokens", "batch_size", "cuda_graphs")
         return {
+            "kind": "infill",
             "protocol": {
-                **self.protocol.record(),
+                **served.protocol.record(),
                 "block": served.kind.block,
-                "sampling": {k: v for k, v in asdict(self.settings).items() if k not in ("layout", "checkpoint")},
-                "length": "given",
+                "sampling": {k: v for k, v in asdict(self.settings).items() if k not in unread},
+                "texts": len(texts),
+                "source": self._source(),
+                "length": "given, and found where it is said" if self.find_length else "given",
+                "right_side": RIGHT_SIDE,
                 "checkpoint": str(loaded.path.resolve()),
+                "precision": str(loaded.model.config.params_dtype).removeprefix("torch."),
                 "autoregressive": self.autoregressive,
+                "candidates": self.candidates if self.autoregressive else None,
             },
             "rows": rows,
         }
+
+    def _source(self) -> str:
+        if self.texts is not None:
+            return self.file or "texts"
+        return "functions of the held-out files" if self.python else "windows of the held-out split"
 
     def _windows(self, loaded: LoadedModel, served: ServedModel) -> list[tuple[int, ...]]:
         longest = loaded.run.model.max_sequence_length
@@ -95,7 +120,23 @@ class InfillWork:
         from llada_megatron.llada_moe.data.training_data import TrainingData
 
         held_out = TrainingData(loaded.run, "validation")
-        return [tuple(held_out.batch([n]).labels[0].tolist()) for n in range(self.windows)]
+        if not self.python:
+            return [tuple(held_out.batch([n]).labels[0].tolist()) for n in range(self.windows)]
+        from llada_megatron.llada_moe.evaluation.python_functions import functions_of
+
+        documents = (document for each in held_out.sets for document, _ in each.each_document())
+        code = (served.tokenizer.decode(document[:-1].tolist()) for document in documents)
+        longest = min(longest, loaded.run.training.sequence_length)  # of what it was trained on
+        found: list[tuple[int, ...]] = []
+        for function in itertools.chain.from_iterable(map(functions_of, code)):
+            tokens = tuple(served.tokenizer.encode(function))
+            if 3 * min(self.lengths) <= len(tokens) <= longest:
+                found.append(tokens)
+            if len(found) == _MOST_FUNCTIONS:
+                break
+        return (
+            [found[n * len(found) // self.windows] for n in range(self.windows)] if len(found) > self.windows else found
+        )
 
     def _written(self, served: ServedModel, spans: Sequence[InfillSpan]) -> dict[str, list[tuple[int, ...]]]:
         from llada_megatron.parallel.evaluation.infill_run import fill, length_found
@@ -115,6 +156,7 @@ class InfillWork:
     ) -> list[dict[str, Any]]:
         """Figures of every length; the cost is that of what stood there, and so the same for all that was written."""
         from llada_megatron.llada_moe.evaluation.infill_spans import Filled, infill_figures
+        from llada_megatron.llada_moe.evaluation.mean_error import mean_with_error
 
         rows = []
         for note, each in written.items():
@@ -123,28 +165,25 @@ class InfillWork:
                 if not numbers:
                     continue
                 filled = [Filled(spans[i], each[i], self._parses(served, spans[i], each[i])) for i in numbers]
-                nats = [costs[i].nats for i in numbers] if costs else None
-                bits = None if nats is None else -math.fsum(nats) / (length * len(numbers) * math.log(2))
-                figures = infill_figures(filled)
-                rows.append(
-                    {
-                        "writer": name + (f", {note}" if note else ""),
-                        "length": length,
-                        "bits_per_token": bits,
-                        **figures,
-                    }
-                )
+                bits = [-costs[i].nats / (length * math.log(2)) for i in numbers] if costs else None
+                row = {
+                    "writer": name + (f", {note}" if note else ""),
+                    "length": length,
+                    "bits_per_token": None if bits is None else mean_with_error(bits),
+                    **infill_figures(filled),
+                }
+                rows.append(row if note else row | {"length_right": None})
         return rows
 
     def _parses(self, served: ServedModel, span: InfillSpan, written: tuple[int, ...]) -> bool | None:
         if not self.python:
             return None
-        from llada_megatron.llada_moe.evaluation.infill_spans import is_python
+        from llada_megatron.llada_moe.evaluation.python_functions import parsed
 
         decode = served.tokenizer.decode
-        if not is_python(decode(list(span.text))):
+        if parsed(decode(list(span.text))) is None:
             return None
-        return is_python(decode([*span.before, *written, *span.after]))
+        return parsed(decode([*span.before, *written, *span.after])) is not None
 
     def _unigram(
         self, spans: Sequence[InfillSpan], texts: Sequence[tuple[int, ...]], served: ServedModel
@@ -177,11 +216,17 @@ class InfillWork:
             raise ConfigError(f"--autoregressive {self.autoregressive}: another vocabulary than the model's")
         costs = span_costs(other, spans, LikelihoodProtocol("next-token"), sides=False)
         seed = self.settings.seed
-        left = continue_left_to_right(other, spans, 0.0, seed)
-        drafts = [continue_left_to_right(other, spans, 1.0, seed, draw) for draw in range(self.candidates)]
-        best = reranked(other, spans, [list(each) for each in zip(left, *drafts, strict=True)])
-        rows = self._rows("autoregressive, left side", served, spans, costs, {"": left})
-        return rows + self._rows("autoregressive, ranked by the right side", served, spans, [], {"": best})
+        longest = max(self.lengths) if self.find_length else None
+        left = continue_left_to_right(other, spans, 0.0, seed, length=longest)
+        drafts = [continue_left_to_right(other, spans, 1.0, seed, draw, longest) for draw in range(self.candidates)]
+        options = [list(each) for each in zip(left, *drafts, strict=True)]
+        same = [[each[: len(span.truth)] for each in some] for some, span in zip(options, spans, strict=True)]
+        ranked = {"": reranked(other, spans, same)}
+        if self.find_length:
+            cut = [[each[:length] for each in some for length in self.lengths] for some in options]
+            ranked["length found"] = reranked(other, spans, cut)
+        rows = self._rows("autoregressive, left side", served, spans, costs, {"": [each[0] for each in same]})
+        return rows + self._rows("autoregressive, ranked by the right side", served, spans, [], ranked)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -198,10 +243,15 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{name} {getattr(args, name)}: at least 1")
     if args.autoregressive is not None:
         require_checkpoint(args.autoregressive)
+    if args.output is not None:
+        if Path(args.output).is_dir() or not Path(args.output).absolute().parent.is_dir():
+            raise ConfigError(f"--output {args.output}: give a file in a folder that there is")
+        refuse_overwriting("--output", [args.output], [args.texts, args.tokenizer])
     work = InfillWork(
         settings=settings,
         protocol=protocol_of(args),
         texts=None if args.texts is None else _texts(args.texts),
+        file=args.texts,
         windows=args.windows,
         lengths=lengths,
         spans=args.spans,
@@ -212,6 +262,8 @@ def run(args: argparse.Namespace) -> int:
     )
     result = run_spread(SpreadJob(args.checkpoint, settings.layout, work, settings.fp8), args.local)
     if result is not None:
+        if args.output is not None:
+            Path(args.output).write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", "utf-8")
         _show(result, work.protocol)
         if args.json:
             emit_json(result)
@@ -232,11 +284,19 @@ def _texts(file: str) -> list[str]:
 
 
 def _show(result: dict[str, Any], protocol: LikelihoodProtocol) -> None:
-    print(f"{'writer':<42} {'length':>6} {'spans':>6} {'exact':>7} {'tokens':>7} {'bits/token':>10} {'parses':>7}")
+    keys = ("exact", "token_accuracy", "bits_per_token", "parses", "length_right")
+    names = ("exact", "tokens", "bits/token", "parses", "length right")
+    width = max(len(row["writer"]) for row in result["rows"])
+    print(f"{'writer':<{width}} {'length':>6} {'spans':>5}" + "".join(f"{name:>16}" for name in names))
     for row in result["rows"]:
-        bits = "-" if row["bits_per_token"] is None else f"{row['bits_per_token']:.3f}"
-        parses = "-" if row["parses"] is None else f"{row['parses']['value']:.3f}"
-        figures = f"{row['exact']['value']:>7.3f} {row['token_accuracy']:>7.3f} {bits:>10} {parses:>7}"
-        print(f"{row['writer']:<42} {row['length']:>6} {row['spans']:>6} {figures}")
+        figures = "".join(f"{_figure(row[key]):>16}" for key in keys)
+        print(f"{row['writer']:<{width}} {row['length']:>6} {row['spans']:>5}{figures}")
+    print(f"± one standard error over spans; {result['protocol']['texts']} texts: {result['protocol']['source']}")
     print(f"bits: of what stood there; {protocol}")
     print("the true length of a span is given, except where it says that the length was found")
+
+
+def _figure(figure: dict[str, float | None] | None) -> str:
+    if figure is None:
+        return "-"
+    return f"{figure['value']:.3f}" + ("" if figure["error"] is None else f" ± {figure['error']:.3f}")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ast
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from llada_megatron.llada_moe.evaluation.mean_error import mean_with_error
 from llada_megatron.llada_moe.sampling import draws
-
-LENGTHS = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -72,29 +69,22 @@ class Filled:
 
 
 def infill_figures(filled: Sequence[Filled]) -> dict[str, Any]:
-    """Shares of spans that are right as a whole, and of tokens, of fillings of the spans' own length."""
+    """Shares of spans that are right as a whole, of tokens that are right, and of texts that still parse.
+
+    Each with its standard error over spans. A filling of another length than the span's is compared from its beginning.
+    """
     exact = [each.written == each.span.truth for each in filled]
-    pairs = [pair for each in filled for pair in zip(each.written, each.span.truth, strict=False)]
+    tokens = [
+        sum(a == b for a, b in zip(each.written, each.span.truth, strict=False)) / len(each.span.truth)
+        for each in filled
+    ]
+    lengths = [len(each.written) == len(each.span.truth) for each in filled]
     asked = [each.parses for each in filled if each.parses is not None]
     return {
         "spans": len(filled),
-        "exact": share_with_error(exact),
-        "token_accuracy": sum(a == b for a, b in pairs) / max(1, sum(len(each.span.truth) for each in filled)),
-        "parses": share_with_error(asked) if asked else None,
+        "exact": mean_with_error(exact),
+        "token_accuracy": mean_with_error(tokens),
+        "length_right": mean_with_error(lengths),
+        "parses": mean_with_error(asked) if asked else None,
+        "parsed": len(asked),
     }
-
-
-def share_with_error(right: Sequence[bool]) -> dict[str, float | None]:
-    """A share, and its standard error over what it is a share of."""
-    share = sum(right) / max(1, len(right))
-    error = math.sqrt(share * (1 - share) / (len(right) - 1)) if len(right) > 1 else None
-    return {"value": share, "error": error}
-
-
-def is_python(text: str) -> bool:
-    """Whether a text is valid Python syntax. It is parsed, and never run."""
-    try:
-        ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True

@@ -63,26 +63,37 @@ def length_found(
 
 
 def continue_left_to_right(
-    loaded: LoadedModel, spans: Sequence[InfillSpan], temperature: float, seed: int, draw: int = 0
+    loaded: LoadedModel,
+    spans: Sequence[InfillSpan],
+    temperature: float,
+    seed: int,
+    draw: int = 0,
+    length: int | None = None,
 ) -> list[tuple[int, ...]]:
     """What an autoregressive model writes behind the text before each span, as many tokens as the span has.
 
-    Every step runs the whole text: spans are short, and this is a baseline.
+    Every step runs the whole text: spans are short, and this is a baseline. `length`: as many tokens for all.
     """
     written: list[tuple[int, ...]] = []
     for start in range(0, len(spans), _AT_ONCE):
-        written += _continued(loaded, spans[start : start + _AT_ONCE], temperature, seed, draw)
+        written += _continued(loaded, spans[start : start + _AT_ONCE], temperature, seed, draw, length)
     return written
 
 
 def _continued(
-    loaded: LoadedModel, spans: Sequence[InfillSpan], temperature: float, seed: int, draw: int
+    loaded: LoadedModel,
+    spans: Sequence[InfillSpan],
+    temperature: float,
+    seed: int,
+    draw: int,
+    length: int | None,
 ) -> list[tuple[int, ...]]:
     model = loaded.run.model
+    wanted = [length or len(span.truth) for span in spans]
     texts = [list(span.before) or [model.eos_token_id] for span in spans]
     numbers = torch.tensor([span.number for span in spans])
     excluded = [model.mask_token_id, model.eos_token_id]
-    for step in range(max(len(span.truth) for span in spans)):
+    for step in range(max(wanted)):
         longest = max(map(len, texts))
         tokens, rows = torch.full((len(texts), longest), model.eos_token_id), torch.zeros(len(texts), longest).bool()
         for i, text in enumerate(texts):
@@ -97,7 +108,8 @@ def _continued(
             )
         for text, token in zip(texts, logits.argmax(1).tolist(), strict=True):
             text.append(token)
-    return [tuple(t[max(1, len(s.before)) :][: len(s.truth)]) for t, s in zip(texts, spans, strict=True)]
+    starts = [max(1, len(span.before)) for span in spans]
+    return [tuple(text[at : at + n]) for text, at, n in zip(texts, starts, wanted, strict=True)]
 
 
 def reranked(
