@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import shlex
@@ -54,6 +55,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=_count, default=8, metavar="N", help="of the batched runs (default 8)")
     parser.add_argument("--threads", type=_count, default=1, metavar="N", help="CPU threads of all (default 1)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw quality against forward passes per token")
+    parser.add_argument(
+        "--speeds", action="store_true", help="also: every preset slower and faster, and the AUP of each (d3LLM)"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="speed and quality of every preset, for llada eval report"
+    )
     parser.add_argument(
         "--graphs",
         action="store_true",
@@ -136,6 +143,8 @@ def _require_all(args: argparse.Namespace, recipe: object) -> None:
 
     if args.plot:
         require_drawing(args.plot)
+    if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
+        raise ConfigError(f"--output {args.output}: give a file in a folder that there is")
     if args.pipeline:
         require_stages(recipe.run, args.pipeline)
 
@@ -190,8 +199,11 @@ def _compare(
     together = figures.measure(batched, prompts, recipe.language, args.rounds, len(prompts)) if batched else {}
     print(f"\nof a sequence, over {args.prompts} prompts; times as fast as {reference.candidate.name}:")
     print(figures.table([*alone.values(), *together.values()], reference), end="\n\n", flush=True)
+    areas: dict[str, float | None] = {}
+    if args.speeds or args.output:
+        areas = _speeds(args, ours, presets, alone)
     if args.plot:
-        _draw(args.plot, alone)
+        _draw(args.plot, alone, areas)
     return [
         *claims.speed_claims(alone, together, [preset.name for preset in equal], reference),
         *(claims.peer_claims(alone, peers) if peers else []),
@@ -200,6 +212,37 @@ def _compare(
         *claims.speculation_claims(alone),
         *claims.batch_claims(alone, together),
     ]
+
+
+def _speeds(
+    args: argparse.Namespace, ours: OurSamplers, presets: Sequence[PresetOnModel], alone: dict[str, Figures]
+) -> dict[str, float | None]:
+    """Speed and quality of every sampler that is plotted; prints and writes them, and returns the AUP of each."""
+    import torch
+
+    from llada_megatron.tools.bench.sampling import models, speed_and_quality
+
+    recipe = models.RECIPES["bidirectional"]
+    prompts = [recipe.language.held_out(number).prompt for number in range(args.prompts)]
+    tried = presets if args.speeds else []
+    swept = speed_and_quality.sweep(ours, tried, alone, prompts, recipe.language, args.batch_size)
+    plotted = {name: each for name, each in alone.items() if each.candidate.plotted}
+    once = {name: [speed_and_quality.SpeedPoint.of(each, "as published", True)] for name, each in plotted.items()}
+    protocol = {
+        "prompts": args.prompts,
+        "new_tokens": recipe.new_tokens,
+        "batch": 1,
+        "temperature": 0.0,
+        "models": str(args.models),
+        "steps_of_training": recipe.steps,
+        "torch": torch.__version__,
+    }
+    record = speed_and_quality.speed_record(once | swept, protocol)
+    print(speed_and_quality.area_table(record), record["aup_formula"], sep="\n", end="\n\n", flush=True)
+    if args.output:
+        args.output.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        message(f"speed and quality are in {args.output}")
+    return {each["name"]: each["aup"] for each in record["samplers"] if args.speeds}
 
 
 def _candidates(ours: OurSamplers, presets: Sequence[PresetOnModel], peers: PeerCandidates | None) -> list[Candidate]:
@@ -260,10 +303,13 @@ def _pipeline_claims(args: argparse.Namespace) -> list[Claim]:
     ]
 
 
-def _draw(path: Path, alone: dict[str, Figures]) -> None:
+def _draw(path: Path, alone: dict[str, Figures], areas: dict[str, float | None]) -> None:
     from llada_megatron.tools.bench.sampling.picture import Point, draw
 
     plotted = [each for each in alone.values() if each.candidate.plotted]
-    points = [Point(p.candidate.name, p.forwards_per_token, p.right, p.candidate.peer) for p in plotted]
+    points = [
+        Point(p.candidate.name, p.forwards_per_token, p.right, p.candidate.peer, areas.get(p.candidate.name))
+        for p in plotted
+    ]
     draw(path, [point for point in points if math.isfinite(point.forwards)])
     message(f"the picture is in {path}")

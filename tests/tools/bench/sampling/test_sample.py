@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 
@@ -18,6 +19,7 @@ from llada_megatron.tools.bench.sampling.claims import speed_claims
 from llada_megatron.tools.bench.sampling.figures import Figures, measure, same_tokens, table
 from llada_megatron.tools.bench.sampling.language import Score
 from llada_megatron.tools.bench.sampling.picture import Point, draw, front, require_drawing
+from llada_megatron.tools.bench.sampling.speed_and_quality import SpeedPoint, area_under_parallelism, pareto_front
 from tests.tools.bench.sampling.small_models import LANGUAGE, rows, use_small_models
 
 
@@ -72,6 +74,30 @@ def test_editing_is_compared_with_the_same_model_without_it(arguments, capsys):
     gained = [claim for claim in claims if claim.claim.startswith("llada2.2 (editing): ")]
     share, passes = (next(c.value for c in gained if words in c.claim) for words in ("gained by", "passes / those"))
     assert -1 <= share <= 1 and passes > 0
+
+
+def test_every_preset_slower_and_faster(arguments, tmp_path, capsys):
+    file = tmp_path / "speeds.json"
+    sample.run(arguments("--presets", "llada, fast-dllm-dual", "--batch-size", 1, "--speeds", "--output", file))
+    found = json.loads(file.read_text())
+    samplers = {each["name"]: each for each in found["samplers"]}
+    assert set(samplers) == {"llada", "llada (block-causal)", "fast-dllm-dual"}
+    assert len(samplers["fast-dllm-dual"]["points"]) == 6 and len(samplers["llada"]["points"]) > 1
+    for each in samplers.values():
+        assert sum(point["published"] for point in each["points"]) == 1
+        rates = [point["tokens_per_forward"] for point in each["points"]]
+        assert rates == sorted(rates)
+    assert "llada (block-causal)" in capsys.readouterr().out
+
+
+def test_the_area_under_accuracy_and_parallelism_is_that_of_the_formula():
+    points = [SpeedPoint(*each, None) for each in ((1.0, 0.8), (4.0, 0.76), (2.0, 0.8), (8.0, 0.7), (9.0, 0.8))]
+    weights = [y * min(math.exp(-3 * (1 - y / 80)), 1) for y in (80, 80, 76)]
+    expected = 80 + (weights[0] + weights[1]) / 2 + 2 * (weights[1] + weights[2]) / 2  # the rest is beyond 75
+    assert area_under_parallelism(points, 80.0) == pytest.approx(expected)
+    assert area_under_parallelism(points[:1], 100.0) == pytest.approx(80)
+    assert area_under_parallelism([SpeedPoint(0.0, 0.0, None)], 100.0) is None
+    assert [point.tokens_per_forward for point in pareto_front(points)] == [9.0]
 
 
 def test_groups_in_flight_keep_the_stages_of_a_pipeline_busy(arguments):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.model.linear import torchs_own
@@ -107,6 +108,7 @@ class OurSamplers:
         batch_size: int = 1,
         torchs: bool = False,
         plotted: bool = False,
+        overrides: Mapping[str, str] | None = None,
     ) -> Candidate:
         """A preset on a model.
 
@@ -116,12 +118,13 @@ class OurSamplers:
             batch_size: sequences that run together.
             torchs: leave all matrix products to torch's own choice of a library.
             plotted: whether it belongs in the picture.
+            overrides: settings other than the published ones, such as {"schedule.threshold": "0.8"}.
 
         Raises:
             ConfigError: it cannot run on this model.
         """
         loaded = self.models[preset.attention]
-        choice = fitted(preset, loaded)
+        choice = fitted(preset, loaded, overrides or {})
         stop_id = loaded.run.model.eos_token_id if stop else None
         method = choice.method(excluded=never_written(loaded.run.model, choice.editor), stop_id=stop_id)
 
@@ -130,6 +133,7 @@ class OurSamplers:
                 return list(self._write(loaded, method, choice, prompts, batch_size))
 
         name = preset.name + ("" if stop else WHOLE) + (TORCHS if torchs else "")
+        name += "".join(f", {key}={value}" for key, value in (overrides or {}).items())
         return Candidate(name if batch_size == 1 else f"{name}, batch {batch_size}", write, plotted)
 
     def _write(
@@ -148,14 +152,14 @@ class OurSamplers:
                 yield Generated(each.tokens[len(prompts[stream]) :], work)
 
 
-def fitted(preset: PresetOnModel, loaded: LoadedModel) -> Choice:
-    """A preset's parts for a model that was trained on replaced tokens.
+def fitted(preset: PresetOnModel, loaded: LoadedModel, overrides: Mapping[str, str] = MappingProxyType({})) -> Choice:
+    """A preset's parts, some settings replaced, for a model that was trained on replaced tokens.
 
     Raises:
         ConfigError: it cannot run on this model.
     """
     editor, run = None if preset.edits else "none", loaded.run
-    return choose(preset.preset, None, None, editor, {}, run.objective, run.model, trained_for_editing=True)
+    return choose(preset.preset, None, None, editor, overrides, run.objective, run.model, trained_for_editing=True)
 
 
 def _models_for(preset: Preset) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,6 +51,12 @@ class Figures:
         return self._mean([score.right for score in self.scores])
 
     @cached_property
+    def right_error(self) -> float | None:
+        """Standard error of `right` over prompts; None with one prompt."""
+        values = [score.right for score in self.scores]
+        return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+    @cached_property
     def ends(self) -> float:
         """Share of the texts that end where they should."""
         return self._mean([score.ends for score in self.scores])
@@ -59,7 +66,12 @@ class Figures:
 
 
 def measure(
-    candidates: Sequence[Candidate], prompts: Sequence[list[int]], language: Language, rounds: int, together: int
+    candidates: Sequence[Candidate],
+    prompts: Sequence[list[int]],
+    language: Language,
+    rounds: int,
+    together: int,
+    quiet: bool = False,
 ) -> dict[str, Figures]:
     """Let every candidate answer every prompt in every round.
 
@@ -73,6 +85,7 @@ def measure(
         language: of the prompts; it judges the answers.
         rounds: how often all prompts are answered.
         together: prompts of a turn, given to a candidate in one call.
+        quiet: say nothing of the progress.
     """
     turns = range(0, len(prompts), together)
     least: dict[tuple[str, int], float] = {}
@@ -85,7 +98,8 @@ def measure(
                 start = time.process_time()
                 answers[key] = candidate.write(prompts[first : first + together])
                 least[key] = min(least.get(key, float("inf")), time.process_time() - start)
-            message(f"round {number + 1}/{rounds}: {min(first + together, len(prompts))}/{len(prompts)} prompts")
+            if not quiet:
+                message(f"round {number + 1}/{rounds}: {min(first + together, len(prompts))}/{len(prompts)} prompts")
     return {
         candidate.name: _figures(
             candidate,

@@ -24,6 +24,8 @@ class Point(NamedTuple):
     """Share of the sentences that are right."""
     peer: bool
     """Another project's sampler."""
+    area: float | None = None
+    """AUP over several speeds, where they were measured."""
 
 
 def require_drawing(path: Path) -> None:
@@ -93,7 +95,7 @@ def _label(axes: Any, points: Sequence[Point], best: set[Point]) -> None:
         axes.text(
             1.03,
             1.0 - number * _LINE,
-            f"{number}  {point.name}  ({point.forwards:.2f}, {point.right:.3f})",
+            f"{number}  {point.name}  ({point.forwards:.2f}, {point.right:.3f}{_area(point)})",
             transform=axes.transAxes,
             fontsize=8,
             fontweight="bold" if point in best else "normal",
@@ -102,6 +104,10 @@ def _label(axes: Any, points: Sequence[Point], best: set[Point]) -> None:
     for point, numbers in labels:
         place = point.forwards, point.right
         axes.annotate(", ".join(numbers), place, xytext=(3, 4), textcoords="offset points", fontsize=8, zorder=4)
+
+
+def _area(point: Point) -> str:
+    return "" if point.area is None else f", AUP {point.area:.0f}"
 
 
 def _distance(axes: Any, one: Point, other: Point) -> float:
