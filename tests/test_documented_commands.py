@@ -66,7 +66,7 @@ def test_commands_that_are_only_named_exist():
                 assert name in cli.COMMANDS or name.startswith("--"), each
                 assert name != "bench" or set(action) <= bench.BENCHMARKS.keys(), each
                 assert name != "convert" or set(action) <= {"import", "export", "upcycle", "verify", "inspect"}, each
-                assert name != "eval" or set(action) <= {"likelihood", "harness", "infill"}, each
+                assert name != "eval" or set(action) <= {"likelihood", "harness", "infill", "report"}, each
             elif program == "python":
                 assert importlib.util.find_spec(action[0]), each
 

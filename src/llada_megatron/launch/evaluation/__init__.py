@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from llada_megatron.launch.evaluation import harness_command, infill_command, likelihood_command
+from llada_megatron.launch.evaluation import harness_command, infill_command, likelihood_command, report_command
 
 EXAMPLES = """\
 examples:
@@ -16,6 +16,7 @@ examples:
   llada eval harness runs/demo --tasks arc_challenge,piqa --output results.json
   llada eval harness runs/chat --tasks my_task --task-folder tasks/ --chat-template layout.data_parallel=4
   llada eval infill runs/demo --spans 32 --autoregressive runs/demo-autoregressive
+  llada eval report runs/demo runs/other scores.jsonl results.json --output report.html
 
 FILE holds one JSON object a line: {"context": …, "options": […], "answer": N} is a question whose right option is
 number N from 0, {"context": …, "continuation": …} and {"text": …} are texts. See docs/evaluate.md."""
@@ -47,9 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         names.add_parser("harness", help="tasks of lm-evaluation-harness (pip install 'llada-megatron[eval]')")
     )
     infill_command.add_arguments(names.add_parser("infill", help="spans of held-out text, filled in"))
+    report_command.add_arguments(names.add_parser("report", help="one page for one run, or several side by side"))
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure; raises ConfigError, DataError or CheckpointError."""
-    actions = {"likelihood": likelihood_command, "harness": harness_command, "infill": infill_command}
+    actions = {
+        "likelihood": likelihood_command,
+        "harness": harness_command,
+        "infill": infill_command,
+        "report": report_command,
+    }
     return actions[args.action].run(args)
