@@ -28,9 +28,10 @@ from packaging.version import Version
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.model import ModelConfig, MoEConfig
 from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.config.trained_parts import LoRAConfig, adapts_experts, is_trained, trains
 from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.llada_moe.model import grouped
+from llada_megatron.llada_moe.model import grouped, lora
 from llada_megatron.llada_moe.model.accelerations import transformer_engine_active
 from llada_megatron.llada_moe.model.experts import PermutedExperts, expert_weights
 from llada_megatron.llada_moe.model.initialization import initialize_weights
@@ -63,8 +64,20 @@ def transformer_config(
         **recipes.transformer_fields(training.fp8 if training is not None else None, model.moe is not None),
     }
     if training is not None:
+        fields |= _trained_fields(model, training)
         fields |= _recompute_fields(training, keeps_activations=fields.get("moe_grouped_gemm", False))
     return TransformerConfig(**fields)
+
+
+def _trained_fields(model: ModelConfig, training: TrainingConfig) -> dict[str, Any]:
+    """A router that is not trained keeps its expert biases too. Experts with factors are our own also where those of
+    Transformer Engine would serve."""
+    fields: dict[str, Any] = {}
+    if model.moe is not None and not trains(training, "router"):
+        fields["moe_router_bias_update_rate"] = 0.0
+    if adapts_experts(training):
+        fields["moe_grouped_gemm"] = False
+    return fields
 
 
 def _recompute_fields(training: TrainingConfig, keeps_activations: bool) -> dict[str, Any]:
@@ -156,10 +169,11 @@ def build_chunks(
     config: TransformerConfig,
     pattern: AttentionPattern,
     logits_chunk_mb: int | None = None,
+    factors: LoRAConfig | None = None,
 ) -> list[DiffusionTransformer]:
     """The interleaved chunks of this rank's pipeline stage (one without interleaving), on the device, uninitialised.
 
-    `logits_chunk_mb`: None = as many as suit the device.
+    `logits_chunk_mb`: None = as many as suit the device. `factors`: which layers have low-rank factors; None = none.
     """
     if config.fp8:
         recipes.adapt_delayed_scaling()
@@ -177,6 +191,8 @@ def build_chunks(
             post_process=parallel_state.is_pipeline_last_stage(**place),
             vp_stage=stage,
         )
+        if factors is not None:
+            lora.adapt(built, factors)
         chunks.append(built.to(device.current()) if device.cuda_available() else built)
     return chunks
 
@@ -191,7 +207,7 @@ def build_run_chunks(
     _forget_router_losses()
     config = transformer_config(run.model, run.layout, run.training)
     pattern = make_objective(run.objective, run.training).pattern(step=0)
-    chunks = build_chunks(run.model, run.layout, config, pattern, run.training.logits_chunk_mb)
+    chunks = build_chunks(run.model, run.layout, config, pattern, run.training.logits_chunk_mb, run.training.lora)
     with fp8_weights.initialising(chunks):
         sharded = [
             tensor
@@ -203,7 +219,23 @@ def build_run_chunks(
     _equalize_tied_embeddings(chunks)
     fp8_state.prepare(chunks)
     mark_expert_parameters(chunks, run.layout)
+    freeze(chunks, run.training)
     return chunks
+
+
+def freeze(chunks: list[DiffusionTransformer], training: TrainingConfig) -> None:
+    """Leave out of training what the run does not train. Megatron makes neither gradients nor optimizer state of it."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(is_trained(training, name))
+        if chunk.pre_process and not trains(training, "embedding"):
+            chunk.embedding.register_forward_hook(_with_gradients)
+
+
+def _with_gradients(embedding: torch.nn.Module, _: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    """Hook of a frozen embedding: a part that is run again in the backward pass, and a pipeline stage, give gradients
+    to their weights only where their input has one."""
+    return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
 def _forget_router_losses() -> None:
@@ -276,5 +308,7 @@ def wrap(run: RunConfig, chunks: list[DiffusionTransformer]) -> list[Distributed
 def add_to_main_gradients(chunks: list[DiffusionTransformer]) -> None:
     """Let experts whose gradients lie side by side in the buffer add to it themselves (see `PermutedExperts`)."""
     for experts in (module for chunk in chunks for module in chunk.modules() if isinstance(module, PermutedExperts)):
+        if not all(weight.requires_grad for weights in expert_weights(experts) for weight in weights):
+            continue
         places = [grouped.view_of([weight.main_grad for weight in weights]) for weights in expert_weights(experts)]
         experts.main_gradients = None if any(place is None for place in places) else places

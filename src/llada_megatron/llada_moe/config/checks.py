@@ -14,6 +14,7 @@ from llada_megatron.llada_moe.config.optimizer import check_optimizer
 from llada_megatron.llada_moe.config.parsing import Origins, Refuse, collector
 from llada_megatron.llada_moe.config.recovery import check_recovery
 from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.config.trained_parts import check_trained_parts
 from llada_megatron.llada_moe.config.training import check_batch
 from llada_megatron.llada_moe.errors import ConfigError
 
@@ -42,6 +43,7 @@ def validate_run(run: RunConfig, origins: Origins | None = None) -> None:
     check_recovery(run.recovery, lambda key, message: refuse(f"recovery.{key}", message))
     problems.raise_if_any()  # what follows divides by the axes of the layout
     make_objective(run.objective, run.training).check_run(run, refuse)
+    check_trained_parts(run.training, run.model, run.layout, refuse)
     check_fp8(run.training, run.model, run.layout, refuse)
     check_param_gather(run.training.fp8, run.optimizer.low_precision, run.checkpoint.load, refuse)
     problems.raise_if_any()

@@ -10,6 +10,7 @@ from llada_megatron.llada_moe.config.fp8 import FP8Config
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.config.parsing import Refuse
+from llada_megatron.llada_moe.config.trained_parts import FrozenPart, LoRAConfig
 
 RecomputedModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
 """Megatron's names of what selective recomputation can run again, of those that our models have."""
@@ -29,6 +30,10 @@ class TrainingConfig:
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 keeps fp32 main weights and reduces gradients in fp32."""
     fp8: FP8Config | None = None
+    lora: LoRAConfig | None = None
+    frozen: list[FrozenPart] = field(default_factory=list)
+    """Parts whose weights stay as they are: embedding, output_layer, attention, mlp, router (and its expert biases),
+    experts, shared_experts, norms."""
     recompute: Literal["none", "full", "selective"] = "none"
     """full = keep only each layer's input, run the layer again in the backward pass; selective = only the parts that
     recompute_modules names."""

@@ -18,8 +18,9 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
-from llada_megatron.llada_moe.model import grouped
+from llada_megatron.llada_moe.model import frozen_experts, grouped
 from llada_megatron.llada_moe.model.linear import unrecorded
+from llada_megatron.llada_moe.model.lora import has_factors
 
 _silu_backward = torch.ops.aten.silu_backward
 
@@ -56,7 +57,11 @@ class PermutedExperts(SequentialMLP):
         """
         x, probs = permuted_local_hidden_states, permuted_probs
         first, second = expert_weights(self)
-        if grouped.usable(x, first):
+        at_once = grouped.usable(x, first)
+        if has_factors(self) or not (unrecorded(self) or first[0].requires_grad):
+            rows = grouped.ends_of(tokens_per_expert, x.device) if at_once else tokens_per_expert.tolist()
+            return frozen_experts.forward(self, x, probs, rows), None
+        if at_once:
             ends = grouped.ends_of(tokens_per_expert, x.device)
             if unrecorded(self):
                 return grouped.forward(x, probs, ends, grouped.stacked(first), grouped.stacked(second))[0], None

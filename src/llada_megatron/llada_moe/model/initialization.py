@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+from llada_megatron.llada_moe.config.trained_parts import FACTORS
+
 RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 
 
@@ -20,8 +22,9 @@ RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 def initialize_weights(sharded: list[ShardedTensor], seed: int, std: float, num_layers: int) -> None:
     """Fill the matrices behind `sharded` in place: N(0, std), outputs of residual branches N(0, std / sqrt(2 layers)).
 
-    The scaling of the residual branches is that of GPT-2 (and Megatron's default). Vectors (norm weights of one, expert
-    biases of zero) are left as built.
+    The scaling of the residual branches is that of GPT-2 (and Megatron's default). Of low-rank factors, A has the
+    deviation that PEFT gives it, 1 / sqrt(3 input), and B is 0, so that a run begins with the model as it was. Vectors
+    (norm weights of one, expert biases of zero) are left as built.
 
     Args:
         sharded: tensors of a model's sharded state; their `data` are views of the parameters.
@@ -34,11 +37,17 @@ def initialize_weights(sharded: list[ShardedTensor], seed: int, std: float, num_
         unit = (entry.key, *entry.global_offset[:axes])
         name = str(unit)
         if name not in whole:
-            scale = std / math.sqrt(2 * num_layers) if entry.key.endswith(RESIDUAL_OUTPUTS) else std
-            whole = {name: draw(seed, unit, entry.global_shape[axes:], scale)}
+            shape = entry.global_shape[axes:]
+            whole = {name: draw(seed, unit, shape, _deviation(entry.key, shape, std, num_layers))}
         start = entry.global_offset[axes:]
         slices = tuple(slice(a, a + n) for a, n in zip(start, entry.data.shape, strict=True))
         entry.data.copy_(whole[name][slices])
+
+
+def _deviation(key: str, shape: tuple[int, ...], std: float, num_layers: int) -> float:
+    if key.endswith(FACTORS):
+        return 1 / math.sqrt(3 * shape[1]) if key.endswith(FACTORS[0]) else 0.0
+    return std / math.sqrt(2 * num_layers) if key.endswith(RESIDUAL_OUTPUTS) else std
 
 
 @torch.no_grad()

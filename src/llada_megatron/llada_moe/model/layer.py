@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from llada_megatron.llada_moe.model import grouped
 from llada_megatron.llada_moe.model.experts import expert_weights
 from llada_megatron.llada_moe.model.linear import unrecorded
+from llada_megatron.llada_moe.model.lora import has_factors
 
 
 class DirectLayer(TransformerLayer):
@@ -92,7 +93,7 @@ class DirectExperts(MoELayer):
             return super().forward(hidden_states, *args, **arguments)
         if not (at_once or isinstance(self.experts, SequentialMLP)):
             return super().forward(hidden_states, *args, **arguments)
-        compute = self._computed_at_once if at_once else self._computed_by_expert
+        compute = self._computed_at_once if at_once and not has_factors(self.experts) else self._computed_by_expert
         out = compute(hidden_states.flatten(0, 1), *self.router(hidden_states)).view_as(hidden_states)
         return out if self.shared_experts is None else out.add_(self.shared_experts(hidden_states)), None
 

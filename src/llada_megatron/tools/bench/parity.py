@@ -202,12 +202,13 @@ def gradient_parts(chunks: Sequence[Any]) -> list[tuple[str, Sequence[int], Sequ
 
     parts = []
     for chunk in chunks:
-        named = dict(chunk.named_parameters())
+        named = {name: parameter for name, parameter in chunk.named_parameters() if parameter.requires_grad}
         kept = {name: parameter.data for name, parameter in named.items()}
         for parameter in named.values():
             parameter.data = parameter.main_grad.to(parameter.dtype)
-        for shard in nested_values(sharded_state.apply_factories_copy(chunk)):
-            if isinstance(shard, ShardedTensor) and "expert_bias" not in shard.key:
+        state = sharded_state.apply_factories_copy(chunk)
+        for shard in nested_values({name: state[name] for name in named}):
+            if isinstance(shard, ShardedTensor):
                 values = shard.data.detach().reshape((1,) * shard.prepend_axis_num + tuple(shard.data.shape))
                 parts.append((shard.key, shard.global_shape, shard.global_offset, values.float().cpu().numpy().copy()))
         for name, parameter in named.items():
