@@ -13,7 +13,7 @@ from llada_megatron.console import message, size_text
 from llada_megatron.launch.ranks.rank import available_cores
 from llada_megatron.llada_moe.config import dump_yaml, load_run
 from llada_megatron.llada_moe.errors import ConfigError, DataError, ResourceError
-from llada_megatron.llada_moe.model.parameters import count_parameters, rank_shares
+from llada_megatron.llada_moe.model.parameters import count_parameters, rank_shares, trained_parameters
 from llada_megatron.llada_moe.overwriting import refuse_inside_checkpoint
 from llada_megatron.parallel.checkpoint import manifest as checkpoint_manifest
 from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
@@ -151,12 +151,15 @@ def check_space(run: RunConfig) -> None:
 
 
 def checkpoint_bytes(run: RunConfig) -> int:
-    """Size of one checkpoint in bytes: weights in the training's precision, fp32 main weights and Adam's two moments.
+    """Size of one checkpoint in bytes: weights in the training's precision, and of those that are trained fp32 main
+    weights and Adam's two moments.
 
     The real size is larger by names, shard descriptions and hashes: 2 % at 3 M parameters, less above.
     """
     weight = 2 if run.training.precision == "bf16" else 4
-    return count_parameters(run.model).trainable * (weight + 4 + 4 + 4)
+    trained = trained_parameters(run.model, run.training)
+    factors = trained if run.training.lora is not None else 0
+    return (count_parameters(run.model).trainable + factors) * weight + trained * (4 + 4 + 4)
 
 
 def checkpoints_at_once(run: RunConfig) -> int:
@@ -262,17 +265,18 @@ def check_memory(needed: int, available: int, ranks: int) -> None:
 def needed_bytes(run: RunConfig) -> int:
     """A lower bound of the memory of all ranks together, in bytes: activations, logits and buffers are not counted.
 
-    Per parameter: weight and gradient on every rank that holds it; the fp32 main weight (for bf16) and the two moments
-    of Adam are divided among the data-parallel ranks, hence counted once per model.
+    Per parameter: weight and, where it is trained, gradient on every rank that holds it; the fp32 main weight (for
+    bf16) and the two moments of Adam are divided among the data-parallel ranks, hence counted once per model.
     """
-    weight_and_gradient = 2 + 4 if run.training.precision == "bf16" else 4 + 4
-    optimizer = 4 + 4 + (4 if run.training.precision == "bf16" else 0)
+    trained = trained_parameters(run.model, run.training) / count_parameters(run.model).trainable
+    weight_and_gradient = 2 + 4 * trained if run.training.precision == "bf16" else 4 + 4 * trained
+    optimizer = trained * (4 + 4 + (4 if run.training.precision == "bf16" else 0))
     copies = run.layout.data_parallel * run.layout.context_parallel
-    total = 0
+    total = 0.0
     for share in rank_shares(run.model, run.layout):
         held = share.parameters * len(share.ranks)
         total += held * weight_and_gradient + held // copies * optimizer + len(share.ranks) * _PROCESS_BYTES
-    return total
+    return int(total)
 
 
 def _plural(word: str, number: int) -> str:

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 
+from llada_megatron.llada_moe.config.trained_parts import FACTORS
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
 from llada_megatron.parallel.fp8.fp8_state import without_pickles
 
@@ -40,6 +41,11 @@ def chunk_state(chunk: DiffusionTransformer) -> dict[str, Any]:
 def model_state(chunks: list[DiffusionTransformer]) -> dict[str, Any]:
     """Sharded state of this rank's chunks, as `dist_checkpointing` saves and loads it."""
     return {_chunk_key(index, len(chunks)): chunk_state(chunk) for index, chunk in enumerate(chunks)}
+
+
+def base_state(state: dict[str, Any]) -> dict[str, Any]:
+    """What `model_state` gave without the low-rank factors: what a checkpoint of a run without them holds."""
+    return {key: {name: value for name, value in of.items() if not name.endswith(FACTORS)} for key, of in state.items()}
 
 
 def load_model_state(chunks: list[DiffusionTransformer], state: dict[str, Any]) -> None:

@@ -16,9 +16,7 @@ from llada_megatron.llada_moe.config.parsing import Refuse
 if TYPE_CHECKING:
     from llada_megatron.llada_moe.config.training import TrainingConfig
 
-FrozenPart = Literal[
-    "embedding", "output_layer", "attention", "mlp", "router", "experts", "shared_experts", "norms"
-]
+FrozenPart = Literal["embedding", "output_layer", "attention", "mlp", "router", "experts", "shared_experts", "norms"]
 """Parts that a run can leave as they are: attention and mlp are the projections without their norms, mlp those of
 layers without experts."""
 
@@ -159,7 +157,7 @@ def check_trained_parts(training: TrainingConfig, model: ModelConfig, layout: La
     if training.fp8 is not None:
         refuse(
             "training.lora",
-            "does not go together with training.fp8: factors beside layers in FP8 were never tried; remove training.fp8",
+            "does not go together with training.fp8: factors beside layers in FP8 were never tried; remove one of both",
         )
 
 
@@ -175,7 +173,9 @@ def _check_frozen(training: TrainingConfig, model: ModelConfig, refuse: Refuse) 
     if not set(there) - set(frozen):
         refuse("training.frozen", "nothing would be left to train; leave out a part")
     if frozen and training.fp8 is not None and training.fp8.param_gather:
-        refuse("training.frozen", "frozen weights have no main weights to make FP8 ones from; use fp8.param_gather false")
+        refuse(
+            "training.frozen", "frozen weights have no main weights to make FP8 ones from; use fp8.param_gather false"
+        )
 
 
 def model_parts(model: ModelConfig) -> list[FrozenPart]:

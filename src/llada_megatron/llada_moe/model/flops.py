@@ -21,12 +21,14 @@ FORMULA = (
     " (bidirectional: the whole sequence, counted in full; causal: (length + 1) / 2;"
     " block-causal: up to the end of its block)."
     " Matrix products only, forward + 2x backward, no recomputation."
+    " With training.lora 4 in the place of 6: frozen weights have no gradient; low-rank factors are not counted."
 )
 
 DIFFUSION_SUPERVISED_SHARE = 0.5
 """Expected share of masked rows when the mask ratio is uniform on [0, 1]."""
 
 _WEIGHT_OPERATIONS = 6  # 2 forward + 4 backward operations per weight and token
+_FROZEN_OPERATIONS = 4  # without the weight's own gradient
 _SCORE_OPERATIONS = 12  # q.k and p.v: 2 + 2 forward, 4 + 4 backward per key and feature
 _SWIGLU_MATRICES = 3
 
@@ -71,6 +73,7 @@ def flops_per_token(
     keys_per_query: float | None = None,
     supervised_share: float = DIFFUSION_SUPERVISED_SHARE,
     copies: int = 1,
+    frozen: bool = False,
 ) -> TokenFlops:
     """Forward + backward FLOPs per token of the sequence (masked or not).
 
@@ -79,6 +82,7 @@ def flops_per_token(
     where documents are isolated.
     `supervised_share`: rows of the output layer per token of the text, at most `copies`; 1 for an autoregressive model.
     `copies`: how often a sequence holds each token of its text (`[x_t ; x_0]`: 2).
+    `frozen`: whether the model's own weights have no gradients (LoRA).
     """
     if not 0.0 <= supervised_share <= copies:
         raise ValueError(f"supervised_share must lie in [0, {copies}], not {supervised_share}")
@@ -88,8 +92,10 @@ def flops_per_token(
     keys = model.num_key_value_heads * model.head_dim
     reach = sequence_length if keys_per_query is None else keys_per_query
 
+    operations = _FROZEN_OPERATIONS if frozen else _WEIGHT_OPERATIONS
+
     def weights(count: float) -> float:
-        return float(_WEIGHT_OPERATIONS * copies * count)
+        return float(operations * copies * count)
 
     def per_moe_layer(count: int) -> float:
         return weights(moe_layers * count)
@@ -102,5 +108,5 @@ def flops_per_token(
         routed_experts=per_moe_layer(0 if moe is None else swiglu * moe.top_k * moe.expert_ffn_hidden_size),
         shared_expert=per_moe_layer(0 if moe is None else swiglu * moe.shared_expert_ffn_hidden_size),
         router=per_moe_layer(0 if moe is None else hidden * moe.num_experts),
-        output_layer=float(_WEIGHT_OPERATIONS * (supervised_share * hidden * model.vocab_size)),
+        output_layer=float(operations * (supervised_share * hidden * model.vocab_size)),
     )

@@ -64,7 +64,9 @@ class _Adapted:
                 gather_from_sequence_parallel_region if self.by_columns else reduce_scatter_to_sequence_parallel_region
             )
         else:
-            exchange = copy_to_tensor_model_parallel_region if self.by_columns else reduce_from_tensor_model_parallel_region
+            exchange = (
+                copy_to_tensor_model_parallel_region if self.by_columns else reduce_from_tensor_model_parallel_region
+            )
         return exchange(inner, group=self.lora_group)
 
     def sharded_state_dict(
@@ -116,7 +118,9 @@ def _add_factors(layer: torch.nn.Module, lora: LoRAConfig, place: str) -> None:
     assert isinstance(layer, _Adapted)
     layer.lora_scale, layer.lora_place = lora.scale, place
     layer.lora_group = (
-        parallel_state.get_expert_tensor_parallel_group() if routed else parallel_state.get_tensor_model_parallel_group()
+        parallel_state.get_expert_tensor_parallel_group()
+        if routed
+        else parallel_state.get_tensor_model_parallel_group()
     )
     layer.lora_A = torch.nn.Parameter(weight.new_empty(lora.rank, weight.size(1)))
     layer.lora_B = torch.nn.Parameter(weight.new_empty(weight.size(0), lora.rank))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.model import ModelConfig
+from llada_megatron.llada_moe.config.trained_parts import EXPERTS, SHARED_EXPERTS, FrozenPart, LoRAConfig
+from llada_megatron.llada_moe.config.training import TrainingConfig
 
 SWIGLU_MATRICES = 3
 BUFFERS = frozenset({"expert_bias"})
@@ -63,6 +65,46 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     if model.moe is not None:
         idle = parts["experts"] // model.moe.num_experts * (model.moe.num_experts - model.moe.top_k)
     return ParameterCount(parts=dict(parts), active=sum(parts.values()) - idle)
+
+
+_PART_NAMES: dict[str, FrozenPart] = {
+    "embedding": "embedding",
+    "output": "output_layer",
+    "attention": "attention",
+    "dense_feed_forward": "mlp",
+    "router": "router",
+    "experts": "experts",
+    "shared_experts": "shared_experts",
+    "norms": "norms",
+    "final_norm": "norms",
+}
+"""What `training.frozen` calls the parts of a count."""
+
+
+def trained_parameters(model: ModelConfig, training: TrainingConfig) -> int:
+    """Parameters of the whole model that a run trains: of low-rank factors, or of what it does not freeze."""
+    if training.lora is not None:
+        return factor_parameters(model, training.lora)
+    parts = count_parameters(model).parts
+    return sum(parts[part] for part, name in _PART_NAMES.items() if part in parts and name not in training.frozen)
+
+
+def factor_parameters(model: ModelConfig, lora: LoRAConfig) -> int:
+    """Parameters of all low-rank factors of a model."""
+    moe = model.moe
+    dense = model.num_layers if moe is None else moe.leading_dense_layers
+    total = 0
+    for place, widths in lora.places(model).items():
+        if place.startswith("self_attention."):
+            count = model.num_layers
+        elif place.startswith(SHARED_EXPERTS):
+            count = model.num_layers - dense
+        elif moe is not None and place.startswith(EXPERTS):
+            count = (model.num_layers - dense) * moe.num_experts
+        else:
+            count = dense
+        total += count * lora.rank * sum(widths)
+    return total
 
 
 def layer_parameters(model: ModelConfig, layer: int, layout: LayoutConfig) -> Counter[str]:

@@ -104,6 +104,7 @@ class Estimate:
             keys_per_query=workload.keys,
             supervised_share=workload.supervised_mean / workload.supervised,
             copies=round(1 / workload.supervised),
+            frozen=self.run.training.lora is not None,
         )
         return each.total * self.tokens_per_step
 

@@ -7,12 +7,12 @@ arithmetic is held against published measurements of other models.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
-from llada_megatron.llada_moe.model.parameters import count_parameters
+from llada_megatron.llada_moe.model.parameters import count_parameters, trained_parameters
 from llada_megatron.llada_moe.objectives import make_objective
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Widths:
     """Bytes of a parameter in each of its forms."""
 
     weight: float = 2.0
-    """The mean over the model, where the layers' weights are in FP8."""
+    """The mean over the model, where the layers' weights are in FP8 or not all are trained."""
     gradient: float = 4.0
     main: float = 4.0
     moments: float = 8.0
@@ -294,7 +294,24 @@ MOMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0}
 
 
 def widths_of(run: RunConfig) -> Widths:
-    """Bytes of each form of a parameter under a run's precision and optimizer."""
+    """Bytes of each form of a parameter under a run's precision and optimizer: where it trains a part of the weights
+    or low-rank factors, the mean over the model."""
+    whole = _widths_of_trained(run)
+    trained = trained_parameters(run.model, run.training)
+    share = trained / count_parameters(run.model).trainable
+    if share == 1:
+        return whole
+    return replace(
+        whole,
+        weight=whole.weight * (1 + share * (run.training.lora is not None)),
+        gradient=whole.gradient * share,
+        main=whole.main * share,
+        moments=whole.moments * share,
+        gathered=whole.gathered * share,
+    )
+
+
+def _widths_of_trained(run: RunConfig) -> Widths:
     optimizer, fp8 = run.optimizer, run.training.fp8
     moments = MOMENT_BYTES[optimizer.exp_avg_dtype] + MOMENT_BYTES[optimizer.exp_avg_sq_dtype]
     if run.training.precision == "fp32":

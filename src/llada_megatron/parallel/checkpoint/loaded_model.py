@@ -21,13 +21,14 @@ from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.batch import Batch
+from llada_megatron.llada_moe.model import lora
 from llada_megatron.llada_moe.model.head import Targets
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
 from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.parallel import build, device, sharded_state, topology
 from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
-from llada_megatron.parallel.checkpoint.search import find_checkpoints, first_whole, run_of
+from llada_megatron.parallel.checkpoint.search import find_checkpoints, first_whole, run_of, without_factors
 from llada_megatron.parallel.checkpoint.store import CheckpointStore
 from llada_megatron.parallel.fp8 import fp8_inference, fp8_weights
 
@@ -40,7 +41,7 @@ class LoadedModel:
 
     model: DiffusionTransformer
     run: RunConfig
-    """The configuration of the run that made the checkpoint."""
+    """The configuration of the run that made the checkpoint; low-rank factors are merged into the weights."""
     path: Path
     """The step directory it was read from."""
     metadata: dict[str, Any]
@@ -220,6 +221,9 @@ def _load(path: Path, layout: LayoutConfig, store: CheckpointStore, fp8: str | N
     with fp8_weights.filling(chunks):
         state, metadata = store.load(path, sharded_state.model_state(chunks))
         sharded_state.load_model_state(chunks, state)
+    if run.training.lora is not None:
+        lora.merge(chunks)
+        run, metadata = replace(run, training=replace(run.training, lora=None)), without_factors(metadata)
     return LoadedModel(chunks[0].eval(), run, path, metadata, layout)
 
 
@@ -230,7 +234,8 @@ def empty_chunks(
     """The chunks of this rank for passes outside training, without weights. `fp8`: as for `open_checkpoint`."""
     usual = replace(run.training.without_fp8(), recompute="none", recompute_modules=[])
     if fp8 is None:
-        return build.build_chunks(run.model, layout, build.transformer_config(run.model, layout, usual), pattern)
+        config = build.transformer_config(run.model, layout, usual)
+        return build.build_chunks(run.model, layout, config, pattern, factors=run.training.lora)
     training = fp8_inference.training_keys(fp8, replace(usual, fp8=run.training.fp8))
     config = build.transformer_config(run.model, layout, training)
     fp8_inference.adapt(config)

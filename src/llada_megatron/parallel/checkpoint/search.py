@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from llada_megatron.llada_moe.config import from_dict, to_dict
 from llada_megatron.llada_moe.config.model import ModelConfig, architecture
 from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.config.trained_parts import LoRAConfig
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 from llada_megatron.parallel.checkpoint import manifest as manifests
 
@@ -115,6 +116,22 @@ def tokenizer_place(step: Path, metadata: dict[str, Any]) -> Path | None:
 def run_of(path: Path) -> RunConfig:
     """The configuration of the run that made a step directory. Raises CheckpointError: its manifest holds none."""
     return described(RunConfig, path, manifests.read(path).metadata, "run")
+
+
+def factors_of(path: Path, metadata: Mapping[str, Any]) -> LoRAConfig | None:
+    """The low-rank factors that a step directory holds beside the weights; None = there are none.
+
+    Raises:
+        DamagedCheckpointError: its manifest does not describe them.
+    """
+    training = metadata.get("run", {}).get("training", {})
+    return described(LoRAConfig, path, training, "lora") if training.get("lora") is not None else None
+
+
+def without_factors(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of a step directory, as if its factors had never been apart from the weights."""
+    run = metadata["run"]
+    return metadata | {"run": run | {"training": run["training"] | {"lora": None}}}
 
 
 def described(cls: type[T], path: Path, metadata: Mapping[str, Any], key: str) -> T:

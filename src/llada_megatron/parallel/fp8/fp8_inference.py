@@ -25,7 +25,7 @@ def require(recipe: str, run: RunConfig, layout: LayoutConfig) -> None:
     """Refuse FP8 where this model or this machine cannot run it.
 
     Raises:
-        ConfigError: another recipe, a model in fp32, or a width that a rank's products cannot have.
+        ConfigError: another recipe, a model in fp32 or with low-rank factors, or a width that a rank's products cannot have.
         ResourceError: no GPU here, one without that recipe, or no Transformer Engine.
     """
     if recipe not in INFERENCE_RECIPES:
@@ -34,6 +34,11 @@ def require(recipe: str, run: RunConfig, layout: LayoutConfig) -> None:
     if run.training.precision != "bf16":
         raise ConfigError(
             f"fp8 {recipe}: this model is in {run.training.precision}, and FP8 products add up to bf16; compute without"
+        )
+    if run.training.lora is not None:
+        raise ConfigError(
+            f"fp8 {recipe}: low-rank factors (training.lora) stand beside the weights of this checkpoint; merge them "
+            "first (`llada convert export`, then `llada convert import`), or compute without FP8"
         )
 
     def refuse(key: str, reason: str) -> None:

@@ -112,6 +112,7 @@ class Reporter:
                 keys_per_query=self._keys_per_query(pattern),
                 supervised_share=self.objective.supervised_share,
                 copies=pattern.copies,
+                frozen=self.run.training.lora is not None,
             ).total
         return self._works[pattern]
 

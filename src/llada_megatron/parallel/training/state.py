@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,22 @@ from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.data.set_manifest import SetManifest
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 from llada_megatron.llada_moe.evaluation.likelihood import Likelihood
+from llada_megatron.llada_moe.model import lora
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
 from llada_megatron.llada_moe.objectives import Objective, make_objective
 from llada_megatron.parallel.build import build_chunks, transformer_config
 from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
-from llada_megatron.parallel.checkpoint.search import described, find_checkpoints, first_whole, require_model
+from llada_megatron.parallel.checkpoint.search import (
+    described,
+    factors_of,
+    find_checkpoints,
+    first_whole,
+    require_model,
+)
 from llada_megatron.parallel.checkpoint.store import CheckpointStore
 from llada_megatron.parallel.fp8 import fp8_state, fp8_weights
 from llada_megatron.parallel.overlap import complete_weights
-from llada_megatron.parallel.sharded_state import load_model_state, model_state
+from llada_megatron.parallel.sharded_state import base_state, load_model_state, model_state
 from llada_megatron.parallel.training.distributed_optimizer import load_optimizer_state, optimizer_state
 from llada_megatron.parallel.training.recovery.policy import History
 from llada_megatron.parallel.training.run_folder import tokenizer_facts
@@ -51,6 +58,9 @@ FROZEN = (
     "data.isolate_documents",
 )
 """Keys that a resumed run must keep: they decide which samples and masks a step number stands for."""
+
+TRAINED = ("training.lora", "training.frozen")
+"""Keys that a resumed run must keep, since the optimizer's state is of the weights that they choose."""
 
 
 @dataclass
@@ -149,9 +159,23 @@ class RunState:
             return model_state(self.chunks)
 
     def load_weights(self, store: CheckpointStore, path: Path) -> None:
-        """Start from the weights of another run's step directory, with a fresh optimizer (collective)."""
-        require_model(path, store.metadata(path), self.run.model, weights_only=True)
-        state, metadata = store.load(path, model_state(self.chunks))
+        """Start from the weights of another run's step directory, with a fresh optimizer (collective).
+
+        Low-rank factors begin anew, unless that run had the same.
+
+        Raises:
+            CheckpointError: it holds another model, or factors that this run does not have.
+        """
+        saved = store.metadata(path)
+        require_model(path, saved, self.run.model, weights_only=True)
+        factors = factors_of(path, saved)
+        if factors is not None and factors != self.run.training.lora:
+            raise CheckpointError(
+                f"{path} holds low-rank factors ({factors}) that this run does not have ({self.run.training.lora}); "
+                "merge them first (`llada convert export`, then `llada convert import`), or set training.lora as it was"
+            )
+        template = model_state(self.chunks)
+        state, metadata = store.load(path, template if factors is not None else base_state(template))
         self._require_tokenizer(path, metadata)
         load_model_state(self.chunks, state)
         self.optimizer.reload_model_params()
@@ -214,9 +238,12 @@ def load_frozen(run: RunConfig, store: CheckpointStore, path: str) -> list[torch
     def load(found: Path) -> list[torch.nn.Module]:
         require_model(found, store.metadata(found), run.model, weights_only=True)
         pattern = make_objective(run.objective, run.training).pattern(step=0)
-        config = transformer_config(run.model, run.layout, run.training.without_fp8())
-        chunks = build_chunks(run.model, run.layout, config, pattern, run.training.logits_chunk_mb)
+        training = replace(run.training.without_fp8(), lora=None, frozen=[])
+        config = transformer_config(run.model, run.layout, training)
+        factors = factors_of(found, store.metadata(found))
+        chunks = build_chunks(run.model, run.layout, config, pattern, run.training.logits_chunk_mb, factors)
         load_model_state(chunks, store.load(found, model_state(chunks))[0])
+        lora.merge(chunks)
         return [chunk.eval().requires_grad_(False) for chunk in chunks]
 
     return first_whole(find_checkpoints(path), load, logging.getLogger(__name__).warning)
@@ -237,6 +264,7 @@ def check_facts(path: Path, metadata: Mapping[str, Any]) -> None:
         int(metadata["step"])
         if metadata["run"]["training"].get("fp8") is not None:
             described(FP8Config, path, metadata["run"]["training"], "fp8")
+        factors_of(path, metadata)
         if metadata["tokenizer"] is not None:
             metadata["tokenizer"]["sha256"].lower()
     except (LookupError, TypeError, AttributeError) as error:
@@ -251,9 +279,12 @@ def refuse_changed_run(path: Path, metadata: dict[str, Any], run: RunConfig) -> 
         ConfigError: names each changed key, what it was and what it is.
     """
     present = to_dict(run)
-    # a key of the objective that is newer than the checkpoint had its default value there
-    saved = metadata["run"] | {"objective": to_dict(ObjectiveConfig()) | metadata["run"]["objective"]}
-    changes = [change for key in FROZEN for change in _changes(key, _at(saved, key), _at(present, key))]
+    # a key that is newer than the checkpoint had its default value there
+    saved = metadata["run"] | {
+        "objective": to_dict(ObjectiveConfig()) | metadata["run"]["objective"],
+        "training": {"lora": None, "frozen": []} | metadata["run"]["training"],
+    }
+    changes = [change for key in FROZEN + TRAINED for change in _changes(key, _at(saved, key), _at(present, key))]
     if changes:
         raise ConfigError(
             f"this run cannot continue {path}: {'; '.join(changes)}. Put the old values back, or start a "

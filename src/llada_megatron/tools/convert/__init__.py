@@ -20,6 +20,7 @@ examples:
   llada convert import inclusionAI/LLaDA2.0-mini checkpoints/mini          downloaded from the Hugging Face hub
   llada convert import LLaDA2.0-flash/ checkpoints/flash --layout tensor_parallel=4,expert_parallel=8
   llada convert export runs/mine published/mine --dtype bf16               the newest checkpoint of a run
+  llada convert export runs/lora published/adapter --adapter               the factors of a LoRA run, for peft
   llada convert upcycle runs/dense checkpoints/moe --experts 8 --top-k 2   every expert a copy of the feed-forward
   llada convert verify checkpoints/llada-8b published/llada-8b             tensor by tensor, then logits
   llada convert inspect LLaDA-MoE-7B-A1B-Base/                             what is in it, what is missing"""
@@ -44,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tokenizer = write.add_mutually_exclusive_group()
     tokenizer.add_argument("--tokenizer", metavar="PATH", help="where the checkpoint's tokenizer is, if it has moved")
     tokenizer.add_argument("--without-tokenizer", action="store_true", help="export the weights without a tokenizer")
+    write.add_argument("--adapter", action="store_true", help="only the factors of a LoRA run, as peft loads them")
+    write.add_argument("--base-model", metavar="NAME", help="model that --adapter belongs to (default: as imported)")
     write.add_argument("--push", metavar="ORG/NAME", help="upload it to the Hugging Face hub, to a private repository")
     sparse = names.add_parser(
         "upcycle", help="a dense sharded checkpoint to a mixture of experts that computes the same"
@@ -138,6 +141,7 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from llada_megatron.tools.convert.adapter_exporter import export_adapter
     from llada_megatron.tools.convert.exporter import ExportOptions, export_checkpoint
     from llada_megatron.tools.convert.hub import push, require_push
     from llada_megatron.tools.convert.tasks import default_workers
@@ -149,9 +153,15 @@ def _export(args: argparse.Namespace) -> int:
         without_tokenizer=args.without_tokenizer,
         workers=args.workers or default_workers(),
     )
+    if args.base_model and not args.adapter:
+        raise ConfigError("--base-model goes with --adapter: a whole export needs no other model")
     if args.push:
         require_push(args.push)
-    summary = export_checkpoint(Path(args.source), Path(args.target), options)
+    source, target = Path(args.source), Path(args.target)
+    if args.adapter:
+        summary = export_adapter(source, target, args.base_model, options.dtype, options.workers)
+    else:
+        summary = export_checkpoint(source, target, options)
     if args.push:
         summary["pushed_to"] = push(Path(args.target), args.push)
     return _report(args, summary, "directory")

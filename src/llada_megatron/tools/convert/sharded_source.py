@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,18 @@ from llada_megatron.console import message
 from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.config.trained_parts import FACTORS, place_of
 from llada_megatron.llada_moe.huggingface import weights
-from llada_megatron.llada_moe.huggingface.weights import Unit, canonical_weights
+from llada_megatron.llada_moe.huggingface.weights import Unit, Weight, canonical_weights
+from llada_megatron.llada_moe.model.lora import product_of_factors
 from llada_megatron.parallel.checkpoint.conversion.shard_reader import ShardedReader
-from llada_megatron.parallel.checkpoint.search import described, find_checkpoints, first_whole, tokenizer_place
+from llada_megatron.parallel.checkpoint.search import (
+    described,
+    find_checkpoints,
+    first_whole,
+    tokenizer_place,
+    without_factors,
+)
 from llada_megatron.tools.convert.source import Findings, is_padding, parameters_by_dtype, place_not_finite
 
 
@@ -30,6 +40,11 @@ class ShardedSource:
         self.reader, self.run, self.model = first_whole(find_checkpoints(path), _opened, message)
         self.directory = self.reader.directory
         self.metadata: dict[str, Any] = self.reader.manifest.metadata
+        self.lora = self.run.training.lora
+        """The low-rank factors beside the weights, into which `read` merges them; None = there are none."""
+        if self.lora is not None:
+            self.run = replace(self.run, training=replace(self.run.training, lora=None))
+            self.metadata = without_factors(self.metadata)
 
     @property
     def files(self) -> list[Path]:
@@ -65,6 +80,9 @@ class ShardedSource:
             history["imported from"] = f"{imported['from']} ({imported['format']})"
         if "upcycled" in self.metadata:
             history["upcycled from"] = str(self.metadata["upcycled"]["from"])
+        if self.lora is not None:
+            targets = ", ".join(self.lora.targets)
+            history["LoRA"] = f"rank {self.lora.rank}, alpha {self.lora.alpha:g}, on {targets}; merged where it is read"
         if "merged" in self.metadata:
             history["average of"] = ", ".join(each["checkpoint"] for each in self.metadata["merged"])
         files = self.reader.manifest.files
@@ -85,8 +103,28 @@ class ShardedSource:
                 result.notes.append(f"{weight.key}: {rows} rows below the vocabulary of {expected[0]} are padding")
             elif shape != expected:
                 result.misshapen.append(f"{weight.key} (expected {list(expected)}, found {list(shape)})")
+            for key, wanted in self._factor_shapes(weight):
+                if key not in found:
+                    result.missing.append(key)
+                elif (held := found.pop(key)[1]) != wanted:
+                    result.misshapen.append(f"{key} (expected {list(wanted)}, found {list(held)})")
         result.extra = sorted(found)
         return result
+
+    def _factor_shapes(self, weight: Weight) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Key and whole shape of both factors of a weight; nothing where it has none."""
+        if not self.has_factors(weight):
+            return
+        assert self.lora is not None
+        output, width = weight.shape
+        experts = (weight.experts,) if weight.experts else ()
+        for name, shape in zip(FACTORS, ((self.lora.rank, width), (output, self.lora.rank)), strict=True):
+            yield factor_key(weight, name), (*experts, *shape)
+
+    def has_factors(self, weight: Weight) -> bool:
+        """Whether there are low-rank factors of a weight."""
+        place = place_of(weight.key.removesuffix(".weight"))
+        return self.lora is not None and place is not None and self.lora.adapts(place)
 
     def require_whole(self) -> list[str]:
         """Return notes on what is ignored. Raises CheckpointError: the tensors are not those of the model."""
@@ -101,8 +139,14 @@ class ShardedSource:
         return self.reader.tensors[unit.weight.key][0]
 
     def read(self, unit: Unit, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The tensor of the unit, in `dtype` or as it is stored."""
+        """The tensor of the unit, with its factors merged into it, in `dtype` or as it is stored."""
         tensor = self.reader.read(unit.weight.key, unit.index, unit.start, unit.stop)
+        if self.has_factors(unit.weight):
+            assert self.lora is not None
+            a = self.reader.read(factor_key(unit.weight, "lora_A"), unit.index)
+            b = self.reader.read(factor_key(unit.weight, "lora_B"), unit.index, unit.start, unit.stop)
+            merged = tensor.float() + product_of_factors(a, b, self.lora.scale)
+            return merged.to(dtype or tensor.dtype)
         return tensor if dtype is None else tensor.to(dtype)
 
     def not_finite(self, unit: Unit, dtype: torch.dtype | None = None) -> str | None:
@@ -111,6 +155,11 @@ class ShardedSource:
 
     def close(self) -> None:
         """Do nothing: no file is held open."""
+
+
+def factor_key(weight: Weight, factor: str) -> str:
+    """What a factor of a weight is called in a checkpoint."""
+    return f"{weight.key.removesuffix('weight')}{factor}"
 
 
 def _opened(path: Path) -> tuple[ShardedReader, RunConfig, ModelConfig]:

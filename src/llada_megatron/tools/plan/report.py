@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import count_text, rate_text, size_text
+from llada_megatron.llada_moe.model.parameters import count_parameters, trained_parameters
 from llada_megatron.llada_moe.planning.estimate import GIB, Estimate
 from llada_megatron.llada_moe.planning.held_parameters import Held
 from llada_megatron.llada_moe.planning.layout_search import (
@@ -158,6 +159,7 @@ def assumptions(estimate: Estimate) -> str:
             f"  {loads_text(estimate)}; {assumed.documents:g} documents a window",
             *copies_lines(estimate),
             *layout_lines(estimate),
+            *trained_lines(estimate),
             f"  products reach {gpu.gemm_share:.0%} of {gpu.bf16_tflops:g} TFLOP/s (less where a rank's matrix is "
             f"narrow; half of that at {gpu.grouped_half_rows:.0f} rows for each expert), attention "
             f"{gpu.attention_share:.0%}",
@@ -176,6 +178,18 @@ def copies_lines(estimate: Estimate) -> list[str]:
     if copies == 1:
         return []
     return [f"  the steps whose sequences hold their text {copies} times, {estimate.largest_share:.0%} of the run's"]
+
+
+def trained_lines(estimate: Estimate) -> list[str]:
+    """What is counted of a run that does not train every weight."""
+    run = estimate.run
+    trained, total = trained_parameters(run.model, run.training), count_parameters(run.model).trainable
+    if trained == total:
+        return []
+    return [
+        f"  {count_text(trained)} parameters are trained ({trained / total:.2%} of the model's), on each stage in "
+        "proportion; activations and time are those of a run that trains every weight, more than it needs"
+    ]
 
 
 def layout_lines(estimate: Estimate) -> list[str]:

@@ -49,7 +49,7 @@ class PresetOnModel:
     preset: str
     """A key of `PRESETS`."""
     attention: str
-    """Which model: "bidirectional", "block-causal", "editing" (block-causal, trained to delete and insert too), "joint"."""
+    """Which: "bidirectional", "block-causal", "editing" (block-causal, and learnt to delete and insert), or "joint"."""
     edits: bool = True
     """Whether it has its editor."""
 
