@@ -1,4 +1,4 @@
-"""LoRA and frozen parts: gradients, norm and updates, against one process and against the gradients of whole weights."""
+"""LoRA and frozen parts: gradients, norm, updates, against one process and against the gradients of whole weights."""
 
 from __future__ import annotations
 
