@@ -124,6 +124,7 @@ def test_grouped_products_of_factors_equal_those_by_expert(alone):
 def updated(run):
     """Norm of unit gradients; then the weights before and after two updates, and which of them have gradients."""
     from llada_megatron.parallel import build, topology
+    from llada_megatron.parallel.overlap import complete_weights
     from llada_megatron.parallel.training import distributed_optimizer
     from llada_megatron.parallel.training.step import TrainingStep
 
@@ -141,17 +142,25 @@ def updated(run):
     for number in range(2):
         distributed_optimizer.set_learning_rate(run, adam, number)
         step(number)
+    complete_weights(models)
     after = {name: tensor for name, tensor in chunks[0].state_dict().items() if name in before}
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     trained = sum(p.numel() for p in chunks[0].parameters() if p.requires_grad)
     return norm, changed, trained, {name for name, _ in chunks[0].named_parameters()}
 
 
-@pytest.mark.parametrize("targets", [["linear_qkv", "experts.linear_fc2"], ["experts.linear_fc1"]], ids=str)
-def test_updates_reach_the_factors_alone_and_the_norm_counts_each_once(targets):
+OVERLAP = dataclasses.replace(MOE_LAYOUTS["EP2"], overlap_grad_reduce=True, overlap_param_gather=True)
+
+
+@pytest.mark.parametrize(
+    ("targets", "layout"),
+    [(["linear_qkv", "experts.linear_fc2"], MOE_LAYOUTS["TP2.SP.EP2"]), (["experts.linear_fc1"], OVERLAP)],
+    ids=["TP2.SP.EP2", "experts alone, with overlap"],
+)
+def test_updates_reach_the_factors_alone_and_the_norm_counts_each_once(targets, layout):
     lora = LoRAConfig(rank=4, alpha=8.0, targets=targets)
     alone = run_ranks(updated, 1, lora_run("sigmoid", LayoutConfig(), lora=lora))[0]
-    ranks = run_ranks(updated, 2, lora_run("sigmoid", MOE_LAYOUTS["TP2.SP.EP2"], lora=lora))
+    ranks = run_ranks(updated, 2, lora_run("sigmoid", layout, lora=lora))
     assert [rank[0] for rank in ranks] == pytest.approx([math.sqrt(alone[2])] * 2, rel=1e-6)
     for _, changed, _, names in (alone, *ranks):
         assert changed == {name for name in names if "lora_" in name} and changed

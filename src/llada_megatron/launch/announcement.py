@@ -10,7 +10,7 @@ from llada_megatron.console import count_text, rate_text
 from llada_megatron.launch.ranks.local import threads_per_rank
 from llada_megatron.launch.ranks.rank import available_cores
 from llada_megatron.llada_moe.model.flops import flops_per_token
-from llada_megatron.llada_moe.model.parameters import count_parameters
+from llada_megatron.llada_moe.model.parameters import count_parameters, trained_parameters
 from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.parallel.checkpoint.manifest import steps
 from llada_megatron.parallel.training.metrics_file import last_metrics
@@ -32,11 +32,15 @@ def announcement(run: RunConfig, here: bool = True) -> str:
     """
     count, tokens = count_parameters(run.model), run.training.global_batch_size * run.training.sequence_length
     active = f" ({count_text(count.active)} per token)" if count.active != count.total else ""
+    trained = trained_parameters(run.model, run.training)
+    part = f", of which {count_text(trained)} are trained" if trained != count.trainable else ""
+    if run.training.lora is not None:
+        part = f", and {count_text(trained)} of LoRA, which are trained"
     done = _steps_done(run)
     left = f"{run.training.steps - done:,} of {run.training.steps:,}" if done else f"{run.training.steps:,}"
     name = Path(run.output_dir).absolute().name
     parts = (
-        f"{name}: {run.model.family} model, {count_text(count.total)} parameters{active}",
+        f"{name}: {run.model.family} model, {count_text(count.total)} parameters{active}{part}",
         _layout_text(run),
         f"{left} steps of {tokens:,} tokens = {count_text((run.training.steps - done) * tokens)} tokens",
         _time_text(run, done, here),
@@ -68,7 +72,8 @@ def _time_text(run: RunConfig, done: int, here: bool) -> str:
     if peak is None:
         return "the time is known after the first steps"
     copies = make_objective(run.objective, run.training).pattern(done).copies
-    work = flops_per_token(run.model, run.training.sequence_length, copies=copies).total
+    frozen = run.training.lora is not None
+    work = flops_per_token(run.model, run.training.sequence_length, copies=copies, frozen=frozen).total
     seconds = left * run.training.global_batch_size * run.training.sequence_length * work / (ASSUMED_UTILIZATION * peak)
     reached = f"{ASSUMED_UTILIZATION:.0%} of the measured {rate_text(peak)} {run.training.precision}"
     return f"about {duration_text(seconds)} if it reaches {reached}"

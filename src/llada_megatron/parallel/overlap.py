@@ -46,5 +46,5 @@ def complete_weights(models: Iterable[DistributedDataParallel]) -> None:
 
 def _wait_for_all(model: DistributedDataParallel, module: Any, _inputs: Any) -> None:
     """Our experts multiply with the weights of modules that they never call, whose own hooks therefore never run."""
-    for parameter in module.parameters():
+    for parameter in filter(lambda each: each.requires_grad, module.parameters()):
         model.param_to_bucket_group[parameter].finish_param_sync()

@@ -23,6 +23,7 @@ from llada_megatron.llada_moe.objectives.fine_tuning import FineTuningConfig
 from llada_megatron.parallel.checkpoint import manifest as manifests
 from llada_megatron.parallel.checkpoint.conversion.shard_reader import ShardedReader
 from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
+from llada_megatron.parallel.sampling.chat_template import LLADA
 from tests.launch.sampling.checkpoints import VOCABULARY, checkpoint, run_cli
 from tests.llada_moe.huggingface.exported import load, modules_in
 from tests.ranks import RankFailure, run_ranks
@@ -45,11 +46,11 @@ def train(run, until=STEPS):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("lora")
-    base = checkpoint(root, "tiny-moe")
+    base = checkpoint(root, "tiny-moe", LLADA)
     turns = [("user", "q" * size, "assistant", "a" * size) for size in range(1, 20)]
     records = [{"messages": [{"role": r, "content": c} for r, c in ((a, b), (c, d))]} for a, b, c, d in turns]
     (root / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    command = ["prepare", str(root / "chats.jsonl"), "--chat", "--template", "plain", "--output", str(root / "set")]
+    command = ["prepare", str(root / "chats.jsonl"), "--chat", "--output", str(root / "set")]
     assert main([*command, "--tokenizer", str(root / "tiny-moe-source/tokenizer.json")]) == 0
     return RunConfig(
         model=dataclasses.replace(load_model("tiny-moe"), vocab_size=VOCABULARY),

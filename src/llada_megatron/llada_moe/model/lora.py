@@ -28,6 +28,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.nn.functional import linear
 
 from llada_megatron.llada_moe.config.trained_parts import EXPERTS, FACTORS, LoRAConfig, place_of
+from llada_megatron.llada_moe.errors import ConfigError
 
 _COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")
 _GATED = "linear_fc1"
@@ -104,11 +105,18 @@ def _class_with_factors(base: type[torch.nn.Module]) -> type[torch.nn.Module]:
 
 
 def adapt(chunk: torch.nn.Module, lora: LoRAConfig) -> None:
-    """Give the targeted layers of a model's chunk their factors, uninitialised."""
+    """Give the targeted layers of a model's chunk their factors, uninitialised.
+
+    Raises:
+        ConfigError: the weights of all experts are one module, as Transformer Engine keeps them.
+    """
     for name, module in list(chunk.named_modules()):
         place = place_of(name)
-        if place is not None and hasattr(module, "weight") and lora.adapts(place):
-            _add_factors(module, lora, place)
+        if place is None or not lora.adapts(place):
+            continue
+        if not hasattr(module, "weight"):
+            raise ConfigError(f"training.lora.targets: {place} is one {type(module).__name__} of all experts here")
+        _add_factors(module, lora, place)
 
 
 def _add_factors(layer: torch.nn.Module, lora: LoRAConfig, place: str) -> None:

@@ -238,9 +238,9 @@ def load_frozen(run: RunConfig, store: CheckpointStore, path: str) -> list[torch
     def load(found: Path) -> list[torch.nn.Module]:
         require_model(found, store.metadata(found), run.model, weights_only=True)
         pattern = make_objective(run.objective, run.training).pattern(step=0)
-        training = replace(run.training.without_fp8(), lora=None, frozen=[])
-        config = transformer_config(run.model, run.layout, training)
         factors = factors_of(found, store.metadata(found))
+        training = replace(run.training.without_fp8(), lora=factors, frozen=[])
+        config = transformer_config(run.model, run.layout, training)
         chunks = build_chunks(run.model, run.layout, config, pattern, run.training.logits_chunk_mb, factors)
         load_model_state(chunks, store.load(found, model_state(chunks))[0])
         lora.merge(chunks)
