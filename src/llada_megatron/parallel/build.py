@@ -227,7 +227,8 @@ def freeze(chunks: list[DiffusionTransformer], training: TrainingConfig) -> None
     """Leave out of training what the run does not train. Megatron makes neither gradients nor optimizer state of it."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            parameter.requires_grad_(is_trained(training, name))
+            if not is_trained(training, name):
+                parameter.requires_grad_(False)
         if chunk.pre_process and not trains(training, "embedding"):
             chunk.embedding.register_forward_hook(_with_gradients)
 

@@ -11,7 +11,7 @@ from tests.llada_moe.config.test_validation import run_file
 
 REFUSED = {
     "rank 0": ("tiny-dense", "training.lora={rank: 0}", "training.lora.rank: 0 must be at least 1"),
-    "wide rank": ("tiny-moe", "training.lora={rank: 33}", "33 is more than 32, the width of mlp.experts.linear_fc1"),
+    "wide rank": ("tiny-moe", "training.lora={rank: 33}", "33 is more than 32, the width of mlp.experts.linear_fc2"),
     "alpha": ("tiny-dense", "training.lora={alpha: 0}", "training.lora.alpha: 0.0 must be greater than 0"),
     "unknown target": ("tiny-dense", "training.lora={targets: [linear_qvk]}", "did you mean 'linear_qkv'?"),
     "no such layer": (

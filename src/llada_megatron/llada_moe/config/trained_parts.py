@@ -114,7 +114,7 @@ def is_trained(training: TrainingConfig, name: str) -> bool:
     """Whether the parameter of this name in the model is trained."""
     if training.lora is not None:
         return name.endswith(FACTORS)
-    return _part_of(name) not in training.frozen
+    return not training.frozen or _part_of(name) not in training.frozen
 
 
 def trains(training: TrainingConfig, part: FrozenPart) -> bool:
