@@ -25,7 +25,8 @@ def require(recipe: str, run: RunConfig, layout: LayoutConfig) -> None:
     """Refuse FP8 where this model or this machine cannot run it.
 
     Raises:
-        ConfigError: another recipe, a model in fp32 or with low-rank factors, or a width that a rank's products cannot have.
+        ConfigError: another recipe, a model in fp32 or with low-rank factors, or a width that a rank's products cannot
+            have.
         ResourceError: no GPU here, one without that recipe, or no Transformer Engine.
     """
     if recipe not in INFERENCE_RECIPES:
