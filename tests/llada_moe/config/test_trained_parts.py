@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from llada_megatron.launch.announcement import announcement
+from llada_megatron.launch.resources import checkpoint_bytes, needed_bytes
 from llada_megatron.llada_moe.config import load_run, to_dict
 from llada_megatron.llada_moe.config.trained_parts import LoRAConfig, is_trained, linear_layers, place_of
 from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.llada_moe.model.parameters import count_parameters, trained_parameters
+from llada_megatron.llada_moe.planning.estimate import Assumptions, Estimate
+from llada_megatron.llada_moe.planning.gpu_sheet import load_gpu
+from llada_megatron.llada_moe.planning.workload import widths_of
+from llada_megatron.tools.plan.report import trained_lines
 from tests.llada_moe.config.test_validation import run_file
 
 REFUSED = {
@@ -81,6 +88,22 @@ def test_the_defaults_adapt_every_linear_layer_of_the_layers(tmp_path):
     assert lora.scale == 4.0 and to_dict(run)["training"]["lora"]["rank"] == 8
     only = LoRAConfig(targets=["experts.linear_fc1"])
     assert list(only.places(run.model)) == ["mlp.experts.linear_fc1"]
+
+
+@pytest.mark.parametrize("change", ["training.lora={rank: 8}", "training.frozen=[experts, embedding]"])
+def test_memory_disk_and_plan_count_what_is_trained(tmp_path, change):
+    run = load_run(run_file(tmp_path, "tiny-moe"), [change])
+    trained, total = trained_parameters(run.model, run.training), count_parameters(run.model).trainable
+    factors = trained if run.training.lora else 0
+    assert 0 < trained < total
+    assert checkpoint_bytes(run) == 2 * (total + factors) + 12 * trained
+    widths = widths_of(run)
+    assert (widths.gradient, widths.moments) == pytest.approx((4 * trained / total, 8 * trained / total))
+    assert widths.weight == pytest.approx(2 * (1 + factors / total))
+    assert needed_bytes(run) < needed_bytes(load_run(run_file(tmp_path, "tiny-moe")))
+    (line,) = trained_lines(Estimate(run, load_gpu("h100"), Assumptions()))
+    assert f"({trained / total:.2%} of the model's)" in line
+    assert ("of LoRA, which are trained" if factors else "are trained") in announcement(run, here=False)
 
 
 def test_a_module_and_a_weight_of_a_checkpoint_have_one_place():
