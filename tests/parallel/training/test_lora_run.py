@@ -131,6 +131,7 @@ def test_it_is_exported_merged_and_as_an_adapter(run, trained, tmp_path, capsys)
     base, merged, adapter = (read(folder) for folder in (source, tmp_path / "merged", tmp_path / "adapter"))
     modules = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in adapter}
     assert {name.rpartition(".")[2] for name in modules} == set(config["target_modules"])
+    changed = 0
     for name, tensor in base.items():
         module = name.removesuffix(".weight")
         if module not in modules:
@@ -139,7 +140,8 @@ def test_it_is_exported_merged_and_as_an_adapter(run, trained, tmp_path, capsys)
         a, b = (adapter[f"base_model.model.{module}.lora_{factor}.weight"] for factor in "AB")
         assert a.shape == (4, tensor.size(1)) and b.shape == (tensor.size(0), 4)
         torch.testing.assert_close(merged[name], tensor + 2.0 * b @ a, atol=1e-6, rtol=0)
-        assert not torch.equal(merged[name], tensor)
+        changed += not torch.equal(merged[name], tensor)
+    assert changed > len(modules) / 2  # not an expert that no token came to
     tokens = torch.arange(8, 40)[None]
     with modules_in(tmp_path / "modules"):
         theirs = logits_of(load(tmp_path / "merged"), tokens)
