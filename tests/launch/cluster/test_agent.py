@@ -106,6 +106,7 @@ def test_signals_a_stop_file_and_a_lost_node(make, undisturbed):
     job.until(lambda: job.step() > saved)
     job.processes[-1].kill()
     verdict = job.ended()
+    assert time.time() - job.events("end")[-1]["time"] < 10, "nobody waits for the goodbye of a node that is gone"
     assert verdict is not None and verdict.status == "done", job.said()
     assert [event["nodes"] for event in job.events("lost")] == [["n1"]]
     assert job.events("start")[-1]["ranks"] == 1

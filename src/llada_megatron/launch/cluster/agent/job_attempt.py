@@ -48,6 +48,7 @@ class JobAttempt:
         self.faults: list[decisions.RankFault] = []
         self.last_checkpoint = self._newest_checkpoint()  # the newest one when the last fault was counted
         self.stop_requested = False
+        self.lost: set[str] = set()
         if not self.allowed_counts:
             raise ConfigError(
                 f"no number of nodes up to {node.count} fits the run's layout with {cluster.ranks_per_node} ranks each"
@@ -125,6 +126,7 @@ class JobAttempt:
     def _obstacle(self, gone: list[str], first: bool) -> Verdict | None:
         """On the first node: a verdict where the ranks must not be started; else announce the start and return None."""
         nodes, ranks = self.rendezvous.nodes, len(self.rendezvous.nodes) * self.cluster.ranks_per_node
+        self.lost = set(self.node.names()) - set(nodes)
         if gone:
             self.node.event("lost", nodes=gone)
         if self.stop.requested:
@@ -168,6 +170,7 @@ class JobAttempt:
     def _decide(self, files: StartFolder) -> Verdict | None:
         """On the first node: the verdict that follows from all nodes' reports; None means to start the ranks again."""
         reports, lost = gather_reports(self.rendezvous, _GATHER_S)
+        self.lost |= set(lost)
         self.stop_requested = (
             self.stop_requested or self.stop.requested or any(report.stop_requested for report in reports)
         )
@@ -205,14 +208,14 @@ class JobAttempt:
         self.node.event("restart", reason=str(fault), rank=fault.rank, on=fault.node, checkpoint=newest)
 
     def _end(self, verdict: Verdict) -> None:
-        """On the first node: write the verdict, then serve the store until the other nodes have left."""
+        """On the first node: write the verdict, then serve the store until the other nodes that are there have left."""
         asked = self.stop_requested or self.stop.requested
         self.node.job.write_verdict(self.node.attempt, verdict)
         self.node.event("end", word=verdict.status, reason=verdict.reason, asked=asked)
         self.node.say(f"{verdict.status}: {verdict.reason}")
         self.rendezvous.set_closed()
         deadline = time.monotonic() + _GOODBYE_S
-        others = [f"bye/{index}" for index in range(1, self.node.count)]
+        others = [f"bye/{index}" for index, name in enumerate(self.node.names()) if index and name not in self.lost]
         while others and not self.store.check(others) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
 
