@@ -24,14 +24,14 @@ def locked(path):
 
 
 def test_a_file_is_a_group_and_so_is_a_folder_that_shares_a_fixture():
-    files = ["tests/parallel/test_parity.py", "tests/slurm/test_ends.py", "tests/slurm/test_course.py"]
+    files = ["tests/parallel/test_parity.py", "tests/slurm/test_faults.py", "tests/slurm/test_course.py"]
     assert [workers.group_of(item(path)) for path in files] == [files[0], "tests/slurm", "tests/slurm"]
     assert workers.group_of(item(files[0], "alone")) == "alone"
 
 
 def test_what_waits_comes_first_and_what_runs_alone_last():
     quiet = item("tests/launch/cluster/test_agent.py", "alone")
-    waiting = [item("tests/slurm/test_ends.py"), item("tests/launch/cluster/test_agent.py")]
+    waiting = [item("tests/slurm/test_faults.py"), item("tests/launch/cluster/test_agent.py")]
     ordinary = item("tests/parallel/test_parity.py")
     assert sorted([quiet, ordinary, *reversed(waiting)], key=workers.rank_of) == [*waiting, ordinary, quiet]
 
