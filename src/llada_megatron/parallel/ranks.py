@@ -25,6 +25,9 @@ import psutil
 
 from llada_megatron.llada_moe.errors import ResourceError
 
+PRELOADED = ["llada_megatron.parallel.preload"]
+"""What the server of the forks imports when it starts, at the first call of `run_ranks`."""
+
 DEFAULT_TIMEOUT_S = 180.0
 _GRACE_S = 5.0
 """What the other ranks get to fail by themselves after the first failure."""
@@ -87,7 +90,7 @@ def _server() -> Any:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     try:
-        context.set_forkserver_preload(["llada_megatron.parallel.preload"])
+        context.set_forkserver_preload(PRELOADED)
         multiprocessing.forkserver.ensure_running()
     finally:
         os.environ.pop("PYTHONPATH") if before is None else os.environ.__setitem__("PYTHONPATH", before)
