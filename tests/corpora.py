@@ -1,15 +1,23 @@
 """Small corpora for tests, and the tiny models that fit them."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import random
 
+from llada_megatron.cli import main
 from llada_megatron.llada_moe.config import load_model
 from llada_megatron.tools import prepare
 
 PREPARE_OPTIONS = ["--output", "corpus", "--train-tokenizer", "--vocab-size", "400"]
 """What `llada prepare` makes of `write_texts`: `corpus` beside them."""
+
+
+def prepare_texts(folder, names):
+    """Prepares text files in `folder` as `corpus` beside them, in this process."""
+    with contextlib.chdir(folder):
+        assert main(["prepare", *names, *PREPARE_OPTIONS]) == 0
 
 
 def prepared_set(root):

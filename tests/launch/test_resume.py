@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.corpora import PREPARE_OPTIONS
+from tests.corpora import prepare_texts
 from tests.ranks import run_ranks
 from tests.seeds import drawn
 
@@ -54,8 +54,7 @@ def undisturbed(tmp_path_factory) -> Path:
             words.choice(["masked", "tokens", "fill", "the", "gaps", "of", "a", "text"]) for _ in range(400)
         )
         (folder / f"{name}.txt").write_text(text + "".join(chr(33 + words.randrange(90)) for _ in range(300)))
-    prepared = llada("prepare", *(f"{n}.txt" for n in range(20)), *PREPARE_OPTIONS, cwd=folder)
-    assert prepared.returncode == 0, prepared.stderr
+    prepare_texts(folder, [f"{n}.txt" for n in range(20)])
     finished = llada("train", "run.yaml", "--json", cwd=folder)
     assert finished.returncode == 0, finished.stderr
     assert json.loads(finished.stdout.splitlines()[-1])["steps"] == STEPS

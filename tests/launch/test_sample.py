@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from llada_megatron.launch import demo_report
+from llada_megatron import cli
+from llada_megatron.launch import demo, demo_report
 from llada_megatron.parallel.evaluation.assessment import Assessment, Baselines, TextSpan
 from tests.corpora import write_texts
 
@@ -26,25 +28,24 @@ checkpoint: {interval: 2, keep_last: 2}
 logging: {interval: 2, tensorboard: false}
 output_dir: out
 """
+Here = Callable[..., tuple[int, str, str]]
 LAYOUTS = {
     "pipeline": ["layout.pipeline_parallel=2"],
     "tensor": ["layout.tensor_parallel=2", "layout.sequence_parallel=true"],
 }
 
 
-def program(module: str, *arguments: str, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def program(module: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, input=stdin, timeout=240)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
 
 
-def llada(*arguments: str, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return program("llada_megatron.cli", *arguments, cwd=cwd, stdin=stdin)
+def llada(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return program("llada_megatron.cli", *arguments, cwd=cwd)
 
 
-def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = ("--config", "run.yaml", "--corpus", "texts", "--sequences", "12", *arguments)
-    return program("llada_megatron.launch.demo", *command, cwd=folder)
+DEMO = ("--config", "run.yaml", "--corpus", "texts", "--sequences", "12")
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +55,29 @@ def folder(tmp_path_factory) -> Path:
     (folder / "run.yaml").write_text(RUN)
     (folder / "texts").mkdir()
     write_texts(folder / "texts", 20)
-    done = demo(folder)
+    done = program("llada_megatron.launch.demo", *DEMO, cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "demo.stdout").write_text(done.stdout)
     (folder / "demo.stderr").write_text(done.stderr)
     return folder
 
 
-def sampled(folder: Path, *arguments: str, run: str = "out", stdin: str = "") -> dict:
-    done = llada("sample", run, *arguments, "--json", cwd=folder, stdin=stdin)
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr
-    values = json.loads(done.stdout)
+@pytest.fixture
+def here(folder, capsys, monkeypatch) -> Here:
+    """Calls a `main` in this process and in the folder of the demo."""
+    monkeypatch.chdir(folder)
+
+    def call(main: Callable[[list[str]], int], *arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        return main(list(arguments)), *capsys.readouterr()
+
+    return call
+
+
+def samples_of(code: int, out: str, err: str) -> dict:
+    assert code == 0, err
+    assert "Warning" not in err
+    values = json.loads(out)
     for sample in values["samples"]:
         assert sample.pop("seconds") > 0
     return values
@@ -105,26 +117,26 @@ def test_the_demo_leaves_a_report(folder):
     assert "# Demo" in (folder / "out/report.md").read_text()
 
 
-def test_a_second_demo_reuses_what_exists(folder):
+def test_a_second_demo_reuses_what_exists(folder, here):
     before = json.loads((folder / "out/report.json").read_text())
-    done = demo(folder, "--require")
-    assert done.returncode == 1
-    assert "goal missed: bits per byte are" in done.stderr  # six steps learn next to nothing
-    assert "corpus exists" in done.stderr
-    assert "finished earlier" in done.stderr
+    code, _, err = here(demo.main, *DEMO, "--require")
+    assert code == 1
+    assert "goal missed: bits per byte are" in err  # six steps learn next to nothing
+    assert "corpus exists" in err
+    assert "finished earlier" in err
     after = json.loads((folder / "out/report.json").read_text())
     for key in ("bits_per_byte", "infill_accuracy", "expert_tokens", "examples"):
         assert after[key] == before[key]
     assert after["seconds_by_phase"]["train"] == before["seconds_by_phase"]["train"]
 
 
-def test_a_demo_of_another_corpus_is_not_mixed_up_with_this_one(folder):
-    done = program("llada_megatron.launch.demo", "--config", "run.yaml", "--corpus", "elsewhere", cwd=folder)
-    assert done.returncode == 2
-    assert "prepared from texts, not elsewhere" in done.stderr
+def test_a_demo_of_another_corpus_is_not_mixed_up_with_this_one(here):
+    code, _, err = here(demo.main, "--config", "run.yaml", "--corpus", "elsewhere")
+    assert code == 2
+    assert "prepared from texts, not elsewhere" in err
 
 
-def test_a_checkpoint_of_any_layout_gives_the_same_text(folder):
+def test_a_checkpoint_of_any_layout_gives_the_same_text(folder, here):
     texts = []
     for name, axes in {"one": [], **LAYOUTS}.items():
         common = [
@@ -136,7 +148,7 @@ def test_a_checkpoint_of_any_layout_gives_the_same_text(folder):
         done = llada("train", "run.yaml", *common, f"output_dir={name}", *axes, cwd=folder)
         assert done.returncode == 0, done.stderr
         arguments = ["--prompt", "abc de", "--max-new-tokens", "12", "--temperature", "1", "--seed", "3"]
-        texts.append(sampled(folder, *arguments, run=name)["samples"])
+        texts.append(samples_of(*here(cli.main, "sample", name, *arguments, "--json"))["samples"])
     assert texts[0] == texts[1] == texts[2]
 
 
@@ -149,7 +161,7 @@ def test_a_checkpoint_of_any_layout_gives_the_same_text(folder):
     ],
     ids=" ".join,
 )
-def test_sampling_under_another_layout_gives_the_same_text(folder, layout):
+def test_sampling_under_another_layout_gives_the_same_text(folder, here, layout):
     arguments = [
         "--prompt",
         "abc",
@@ -162,7 +174,9 @@ def test_sampling_under_another_layout_gives_the_same_text(folder, layout):
         "--steps",
         "5",
     ]
-    alone, spread = sampled(folder, *arguments), sampled(folder, *(f"layout.{axis}" for axis in layout), *arguments)
+    alone = samples_of(*here(cli.main, "sample", "out", *arguments, "--json"))
+    done = llada("sample", "out", *arguments, *(f"layout.{axis}" for axis in layout), "--json", cwd=folder)
+    spread = samples_of(done.returncode, done.stdout, done.stderr)
     assert alone["samples"] == spread["samples"]
     assert alone["forwards"] == spread["forwards"]
 
@@ -180,22 +194,22 @@ def test_sampling_under_another_layout_gives_the_same_text(folder, layout):
         (["out", "--prompt", "a", "--infill", "layout.tensor_parallel=2"], 2, "no <mask> to fill in 'a'"),
     ],
 )
-def test_wrong_input_is_one_message(folder, arguments, code, text):
-    done = llada("sample", *arguments, cwd=folder)
-    assert done.returncode == code
-    assert text in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+def test_wrong_input_is_one_message(here, arguments, code, text):
+    ended, out, err = here(cli.main, "sample", *arguments)
+    assert ended == code
+    assert text in err
+    assert "Traceback" not in err
+    assert out == ""
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder):
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder, here):
     shutil.copytree(folder / "out/checkpoints", folder / "damaged/checkpoints")
     part = next((folder / "damaged/checkpoints/step-00000004").glob("*.distcp"))
     part.write_bytes(part.read_bytes()[:-10])
-    done = llada("sample", "damaged", "--prompt", "a", "--max-new-tokens", "2", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert "passed over a damaged checkpoint" in done.stderr
-    assert "step-00000002" in done.stderr
+    code, _, err = here(cli.main, "sample", "damaged", "--prompt", "a", "--max-new-tokens", "2")
+    assert code == 0, err
+    assert "passed over a damaged checkpoint" in err
+    assert "step-00000002" in err
 
 
 def test_report_by_hand():

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from llada_megatron.llada_moe.config import load_run
-from tests.corpora import PREPARE_OPTIONS, write_texts
+from tests.corpora import prepare_texts, write_texts
 
 RUN = """
 model: {base: tiny-moe-softmax, vocab_size: 400}
@@ -23,6 +23,7 @@ logging: {interval: 1, tensorboard: false}
 output_dir: out
 """
 LLADA = ["-m", "llada_megatron.cli"]
+FINISHED = ["output_dir=result", "objective.block_size=8"]
 
 
 def _run(*command, cwd, **variables):
@@ -37,21 +38,25 @@ def folder(tmp_path_factory):
     """A folder with a prepared corpus and run.yaml."""
     folder = tmp_path_factory.mktemp("train")
     (folder / "run.yaml").write_text(RUN)
-    done = _run(*LLADA, "prepare", *write_texts(folder), *PREPARE_OPTIONS, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    prepare_texts(folder, write_texts(folder))
     return folder
 
 
-def test_block_causal_attention_trains_and_is_remembered(folder):
-    done = _run(*LLADA, "train", "run.yaml", "output_dir=blocks", "objective.block_size=8", "--json", cwd=folder)
+@pytest.fixture(scope="module")
+def finished(folder):
+    """A run to its end, with block-causal attention, in `result`; what it printed."""
+    done = _run(*LLADA, "train", "run.yaml", *FINISHED, "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["steps"] == 3
-    assert load_run(folder / "blocks/config.yaml").objective.block_size == 8
+    return done
 
 
-def test_the_result_is_on_stdout_and_everything_else_elsewhere(folder):
-    done = _run(*LLADA, "train", "run.yaml", "output_dir=result", "--json", cwd=folder)
-    assert done.returncode == 0, done.stderr
+def test_block_causal_attention_trains_and_is_remembered(folder, finished):
+    assert json.loads(finished.stdout)["steps"] == 3
+    assert load_run(folder / "result/config.yaml").objective.block_size == 8
+
+
+def test_the_result_is_on_stdout_and_everything_else_elsewhere(folder, finished):
+    done = finished
     result = json.loads(done.stdout)
     assert (result["steps"], result["stopped"]) == (3, False)
     assert done.stderr.startswith("result: ") and "2 processes" in done.stderr.splitlines()[0]
@@ -59,7 +64,7 @@ def test_the_result_is_on_stdout_and_everything_else_elsewhere(folder):
     assert "FLOPs" not in done.stderr and "FLOPs/token" in (folder / "result/logs/rank-0.log").read_text()
     assert "Warning" not in done.stderr
     assert (folder / "result/logs/rank-1.log").exists()
-    assert load_run(folder / "result/config.yaml") == load_run(folder / "run.yaml", ["output_dir=result"])
+    assert load_run(folder / "result/config.yaml") == load_run(folder / "run.yaml", FINISHED)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(folder):

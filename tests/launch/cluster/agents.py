@@ -17,7 +17,7 @@ import psutil
 from llada_megatron.launch.cluster.job import JobDirectory, Verdict
 from llada_megatron.llada_moe.config import dump_yaml, load_run
 from llada_megatron.parallel.training.heartbeat import FOLDER_VARIABLE, HeartbeatRecord, read_heartbeats
-from tests.corpora import PREPARE_OPTIONS, write_texts
+from tests.corpora import prepare_texts, write_texts
 
 STEPS, INTERVAL = 20, 4
 RUN = f"""
@@ -37,8 +37,7 @@ MODULE = "llada_megatron.launch.cluster."
 
 def prepare(folder: Path) -> None:
     """A small corpus in `folder`."""
-    command = [sys.executable, "-m", "llada_megatron.cli", "prepare", *write_texts(folder), *PREPARE_OPTIONS]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=240)
+    prepare_texts(folder, write_texts(folder))
 
 
 class Job:
