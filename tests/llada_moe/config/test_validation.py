@@ -425,12 +425,17 @@ def test_the_layouts_of_the_parity_table_pass(tmp_path, name):
         validate_run(dataclasses.replace(run, layout=LayoutConfig(**layout)))
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return {name: load_run(run_file(folder, name)) for name in ("tiny-moe", "tiny-dense")}
+
+
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(st.data())
-def test_validation_never_fails_in_another_way(tmp_path_factory, data):
+def test_validation_never_fails_in_another_way(runs, data):
     """Whatever numbers are written, the answer is a valid run or a ConfigError."""
-    folder = tmp_path_factory.getbasetemp()
-    values = to_dict(load_run(run_file(folder, data.draw(st.sampled_from(["tiny-moe", "tiny-dense"])))))
+    values = to_dict(runs[data.draw(st.sampled_from(["tiny-moe", "tiny-dense"]))])
     numbers = [
         path for path, value in _leaves(values) if isinstance(value, int | float) and not isinstance(value, bool)
     ]
