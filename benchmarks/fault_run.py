@@ -17,7 +17,7 @@ from llada_megatron.parallel.training.metrics_file import FILE_NAME
 
 RESTARTING: tuple[Kind, ...] = ("killed rank", "killed node agent", "SIGTERM", "damaged checkpoint", "hang")
 """Kinds after which the ranks start again; training goes on through the others."""
-_LIMIT_S = 300.0
+_LIMIT_S = 500.0
 """The longest time from a fault to training again; a run that takes longer does not recover."""
 
 

@@ -91,7 +91,7 @@ def ranks(slurm: PrivateSlurm, node: str | None = None) -> list[psutil.Process]:
     return alone
 
 
-def wait_until(ready: Callable[[], Any], what: str, limit_s: float = 180, pause_s: float = 0.1) -> Any:
+def wait_until(ready: Callable[[], Any], what: str, limit_s: float = 300, pause_s: float = 0.1) -> Any:
     """The first true value of `ready()`.
 
     Raises:
@@ -105,7 +105,7 @@ def wait_until(ready: Callable[[], Any], what: str, limit_s: float = 180, pause_
     return value
 
 
-def wait_for_step(output_dir: Path, step: int, limit_s: float = 180) -> int:
+def wait_for_step(output_dir: Path, step: int, limit_s: float = 300) -> int:
     """Wait until the metrics hold `step` or a later one; returns the newest."""
     newest = 0
 

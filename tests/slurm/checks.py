@@ -5,7 +5,7 @@ import pytest
 from benchmarks import observation
 
 
-def end_of(slurm, job, limit_s=240):
+def end_of(slurm, job, limit_s=480):
     """SLURM's state of the job once it is over."""
     observation.wait_until(lambda: slurm.state(job.id) in observation.OVER, f"the end of job {job.id}", limit_s)
     return slurm.state(job.id)
