@@ -1,8 +1,10 @@
 """How the suite is spread over the processes of pytest-xdist: whole files, and some tests alone on the machine.
 
-Under `-n 2 --dist loadgroup` each group of tests runs in one process, in its order. A file is a group, so that the
+Under `-n 3 --dist loadgroup` each group of tests runs in one process, in its order. A file is a group, so that the
 fixtures of a module are built once; so is a folder whose tests share something larger. Tests that are marked `alone`
 bound a time that a busy neighbour could exceed: they come last, and run while no other process runs a test.
+
+Three processes for two cores, because much of the time is waiting, most of it for a real SLURM.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ SHARED = ("tests/slurm", "tests/launch/sampling")
 """Folders whose tests share a fixture of the session: a real SLURM with jobs, a set of checkpoints."""
 
 FIRST = ("tests/slurm", "tests/launch/cluster")
-"""What waits more than it computes goes first, so that the other process computes meanwhile and neither ends late."""
+"""What waits more than it computes goes first, so that the others compute meanwhile and none ends late."""
 
 ALONE = "alone"
 
