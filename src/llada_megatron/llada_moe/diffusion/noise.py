@@ -115,13 +115,22 @@ class ForwardProcess:
         self._editing = editing if training else None
         self._replace_ratio = objective.replace_ratio if training else 0.0
 
-    def corrupt(self, at: SampleCoordinates, length: int, blocks: NDArray[np.int64] | None = None) -> Corruption:
+    def corrupt(
+        self,
+        at: SampleCoordinates,
+        length: int,
+        blocks: NDArray[np.int64] | None = None,
+        words: NDArray[np.int64] | None = None,
+    ) -> Corruption:
         """The noise of one sequence of `length` tokens.
 
         `blocks`: `[seq]`, ascending numbers from 0 of the blocks that each have their own t; None = one t for all.
+        `words`: `[seq]`, first position of each token's word, whose tokens are masked together; None = each by itself.
         """
         ratios = self.mask_ratio(at) if blocks is None else self.mask_ratios(at, int(blocks[-1]) + 1)[blocks]
         mask, ratios = self.masks(at, length, ratios)
+        if words is not None:
+            mask = mask[words]
         untruncated = self._length(at, length)
         mask[untruncated:] = False
         replacement, moves = self._replacement(at, mask, untruncated), self._moves(at, length)
