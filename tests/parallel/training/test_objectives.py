@@ -133,6 +133,7 @@ def test_a_new_objective_is_registered_checked_and_read_back(make_run):
         "block_diffusion_sft",
         "diffusion",
         "every_other",
+        "joint",
         "sft",
         "whole_word_diffusion",
     ]
@@ -146,7 +147,7 @@ def test_a_new_objective_is_registered_checked_and_read_back(make_run):
         from_dict(RunConfig, to_dict(run) | {"objective": {"kind": "diffusion", "stride": 2}})
     wrong = dataclasses.replace(run, objective=ObjectiveConfig(kind="every_othr"))
     with pytest.raises(
-        ConfigError, match=r"expected one of .*every_other, sft, whole_word_diffusion, found 'every_othr'"
+        ConfigError, match=r"expected one of autoregressive, .*sft, whole_word_diffusion, found 'every_othr'"
     ):
         validate_run(wrong)
 

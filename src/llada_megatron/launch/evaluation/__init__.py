@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from llada_megatron.launch.evaluation import harness_command, infill_command, likelihood_command, report_command
+from llada_megatron.launch.evaluation import (
+    harness_command,
+    infill_command,
+    likelihood_command,
+    report_command,
+    reversal_command,
+)
 
 EXAMPLES = """\
 examples:
@@ -17,6 +23,7 @@ examples:
   llada eval harness runs/chat --tasks my_task --task-folder tasks/ --chat-template layout.data_parallel=4
   llada eval infill runs/demo --spans 32 --autoregressive runs/demo-autoregressive
   llada eval report runs/demo runs/other scores.jsonl results.json --output report.html
+  llada eval reversal --output runs/reversal                            trains its own models on made-up facts
 
 FILE holds one JSON object a line: {"context": …, "options": […], "answer": N} is a question whose right option is
 number N from 0, {"context": …, "continuation": …} and {"text": …} are texts. See docs/evaluate.md."""
@@ -49,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     infill_command.add_arguments(names.add_parser("infill", help="spans of held-out text, filled in"))
     report_command.add_arguments(names.add_parser("report", help="one page for one run, or several side by side"))
+    reversal_command.add_arguments(
+        names.add_parser("reversal", help="trained on 'A is B', asked 'B is A': diffusion against autoregression")
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,5 +68,6 @@ def run(args: argparse.Namespace) -> int:
         "harness": harness_command,
         "infill": infill_command,
         "report": report_command,
+        "reversal": reversal_command,
     }
     return actions[args.action].run(args)
