@@ -12,14 +12,20 @@ import pytest
 
 from llada_megatron import cli
 from llada_megatron.llada_moe.errors import ConfigError, ResourceError
+from llada_megatron.llada_moe.sampling.presets import PRESETS
 from llada_megatron.tools.bench import sample
 from llada_megatron.tools.bench.sampling import models
-from llada_megatron.tools.bench.sampling.candidates import LLADA, WHOLE, Candidate, Generated, Work
+from llada_megatron.tools.bench.sampling.candidates import LLADA, WHOLE, Candidate, Generated, PresetOnModel, Work
 from llada_megatron.tools.bench.sampling.claims import speed_claims
 from llada_megatron.tools.bench.sampling.figures import Figures, measure, same_tokens, table
 from llada_megatron.tools.bench.sampling.language import Score
 from llada_megatron.tools.bench.sampling.picture import Point, draw, front, require_drawing
-from llada_megatron.tools.bench.sampling.speed_and_quality import SpeedPoint, area_under_parallelism, pareto_front
+from llada_megatron.tools.bench.sampling.speed_and_quality import (
+    SpeedPoint,
+    area_under_parallelism,
+    pareto_front,
+    speeds_of,
+)
 from tests.tools.bench.sampling.small_models import LANGUAGE, rows, use_small_models
 
 
@@ -88,6 +94,12 @@ def test_every_preset_slower_and_faster(arguments, tmp_path, capsys):
         rates = [point["tokens_per_forward"] for point in each["points"]]
         assert rates == sorted(rates)
     assert "llada (block-causal)" in capsys.readouterr().out
+
+
+def test_every_preset_has_its_speeds_or_none():
+    for name in PRESETS:
+        speeds = speeds_of(PresetOnModel(name, "block-causal"), 128)
+        assert (len(speeds) >= 3) != (name in ("self-speculation", "autoregressive")), name
 
 
 def test_the_area_under_accuracy_and_parallelism_is_that_of_the_formula():

@@ -83,8 +83,10 @@ class SpeedPoint:
 
 
 def speeds_of(preset: PresetOnModel, new_tokens: int) -> list[dict[str, str]]:
-    """Overrides of a preset that make it slower or faster, without its published setting."""
+    """Overrides of a preset that make it slower or faster, without its published setting; none where nothing does."""
     schedule = PRESETS[preset.preset].schedule
+    if type(schedule) not in _SPEEDS:
+        return []
     name, values = _SPEEDS[type(schedule)]
     if name == "steps":
         return [{"schedule.steps": str(new_tokens // saved)} for saved in _STEPS_SAVED[1:]]
