@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import message
-from llada_megatron.launch.ranks.rank import PARENT_VARIABLE, StopRequest, Work, run_joined_rank, run_local_rank
+from llada_megatron.launch.ranks.rank import StopRequest, Work, run_joined_rank
 from llada_megatron.launch.ranks.rank_info import RankInfo, check_world, find_rank_info
 from llada_megatron.llada_moe.config.layout import LayoutConfig
-from llada_megatron.parallel.parent_death import die_with_parent
 
 if TYPE_CHECKING:
     from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
@@ -70,7 +68,7 @@ def _in_ranks(job: SpreadJob) -> dict[str, Any]:
     logs = Path(tempfile.mkdtemp(prefix="llada-eval-"))
     file = logs / "job"
     file.write_bytes(pickle.dumps(job))
-    program = python_program("llada_megatron.launch.evaluation.spread_job", str(file), str(logs))
+    program = python_program("llada_megatron.launch.evaluation.evaluation_rank", str(file), str(logs))
     result = run_local(program, job.layout, logs, stopping="stopping").result
     shutil.rmtree(logs, ignore_errors=True)
     return result
@@ -81,11 +79,13 @@ def _as_rank(job: SpreadJob, rank_info: RankInfo) -> dict[str, Any] | None:
     os.environ.update(rank_info.environment())
     os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
     logs = Path(tempfile.mkdtemp(prefix="llada-eval-"))
-    result, _ = run_joined_rank(_rank_work(job), job.layout, logs, rank_info.rank)
+    result, _ = run_joined_rank(rank_work(job), job.layout, logs, rank_info.rank)
     return result if rank_info.rank == 0 else None
 
 
-def _rank_work(job: SpreadJob) -> Work:
+def rank_work(job: SpreadJob) -> Work:
+    """The work of a rank of the job's layout."""
+
     def work(_: StopRequest) -> dict[str, Any]:
         from llada_megatron.parallel import device
 
@@ -100,14 +100,3 @@ def _rank_work(job: SpreadJob) -> Work:
         return result
 
     return work
-
-
-def main(file: str, logs: str) -> int:
-    """Run the job in `file` as the rank that the environment names."""
-    die_with_parent(int(os.environ[PARENT_VARIABLE]))
-    job: SpreadJob = pickle.loads(Path(file).read_bytes())
-    return run_local_rank(_rank_work(job), job.layout, Path(logs))
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
