@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llada_megatron.llada_moe.config.block_schedule import BlockSchedule, BlockStage
+from llada_megatron.llada_moe.config.editing import EditingConfig
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.data.batch import collate
@@ -29,6 +30,9 @@ RUN = parity_run(MODELS["dense"], LayoutConfig())
 BOUNDARIES = np.array([0, 20, 32], np.int32)
 TOKENS = np.random.default_rng(0).integers(0, 100, 32)
 NOISE = Corruption(np.arange(32) % 3 > 0, 0.6, 32)
+
+
+STARTED = BlockSchedule(autoregressive_tokens=128, stable=BlockStage(block_size=8, tokens=896))
 
 
 def objective(block_size=8, **keys):
@@ -140,6 +144,12 @@ def test_a_schedule_of_blocks_keeps_the_clean_half_also_where_one_block_is_the_s
         ({"block_size": None}, "dense", "block_size: null, but kind joint needs the size of a block"),
         ({"block_size": 5}, "dense", "block_size: 5 does not divide"),
         ({"replace_ratio": 0.1}, "dense", "replace_ratio: 0.1 with kind joint"),
+        ({"editing": EditingConfig()}, "dense", "editing: does not go with kind joint"),
+        (
+            {"block_schedule": STARTED},
+            "dense",
+            "autoregressive_tokens: 128 with kind joint, whose every step learns next",
+        ),
         ({}, "blocks", "expert_capacity: 3 with objective.kind joint: .*the next token would be known to the router"),
     ],
     ids=str,

@@ -211,7 +211,8 @@ def test_every_part_has_a_name_and_settings_that_are_text():
     for kind, names in (("schedule", SCHEDULES), ("cache", CACHES), ("editor", EDITORS)):
         for name, part in names.items():
             assert name_of(part()) == name
-            overrides = {f"{kind}.{key}": "null" if v is None else str(v) for key, v in settings_of(part()).items()}
+            texts = {key: "null" if v is None else str(v).lower() for key, v in settings_of(part()).items()}
+            overrides = {f"{kind}.{key}": text for key, text in texts.items()}
             causal = kind == "cache" and part.causal
             objective = replace(CAUSAL if causal else FULL, replace_ratio=0.1)
             fitted = part()

@@ -143,4 +143,4 @@ def both_ways(model):
 @pytest.mark.parametrize("model", ["dense", "experts"])
 def test_blocks_behind_a_causal_text_see_what_they_saw_in_training(model):
     error, count = run_ranks(both_ways, 1, model)[0]
-    assert error < 1e-4 and count > 6
+    assert error < 1e-4 and count >= 4  # two passes or more, each compared twice
