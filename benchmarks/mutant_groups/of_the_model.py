@@ -178,7 +178,7 @@ GROUPS: list[Group] = [
         "llada_moe/objectives/block_diffusion.py",
         "tests/llada_moe/objectives/test_block_diffusion.py tests/llada_moe/config/test_block_schedule.py",
         [
-            ("if in_blocks(at) < len(tokens) else row", "if True else row"),
+            ("if self.block_size(step) < len(tokens) else row", "if True else row"),
             ("noisy.boundaries[1:] + np.int32(length)", "noisy.boundaries[1:]"),
             ('and split == "train"\n', "\n"),
             ("counts = -(-lengths // size)", "counts = lengths // size"),
