@@ -232,7 +232,7 @@ GROUPS: list[Group] = [
         [
             ("np.arange(part.before, part.before + part.queries) // block", "np.arange(part.queries) // block"),
             ("keys = pattern.keys_seen(stop - segment.start,", "keys = pattern.keys_seen(stop - start,"),
-            ("first_keys[segment.row] = segment.start", "first_keys[segment.row] = 0"),
+            ("first_key = segment.start", "first_key = 0"),
             (
                 "key = (content, pattern, batch, positions, runs)",
                 "key = (content, batch, positions, runs)",

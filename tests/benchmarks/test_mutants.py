@@ -9,7 +9,7 @@ from tests.documented import ROOT
 
 ALL = list(mutants())
 AREAS = {"noise", "objective", "attention", "router", "optimizer", "checkpoint", "resume", "editors", "conversion"}
-NEWER = {"recovery", "hang", "experts", "kernels", "planner", "evaluation"}
+NEWER = {"recovery", "sampling", "hang", "experts", "kernels", "planner", "evaluation"}
 
 
 def test_there_are_enough_of_them_in_every_area():
