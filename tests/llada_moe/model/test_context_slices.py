@@ -31,7 +31,13 @@ from llada_megatron.llada_moe.model.patterns import (
 
 LENGTH = 4096
 DOUBLED = AttentionPattern(32, doubled=True)
-PATTERNS = {"full": FULL, "causal": CAUSAL, "blocks": AttentionPattern(32), "[x_t ; x_0]": DOUBLED}
+PATTERNS = {
+    "full": FULL,
+    "causal": CAUSAL,
+    "blocks": AttentionPattern(32),
+    "[x_t ; x_0]": DOUBLED,
+    "joint": AttentionPattern(32, doubled=True, causal_clean=True),
+}
 ONE = np.array([LENGTH])
 DOCUMENTS = np.array([700, 1, 1300, 95, 2000])
 
@@ -99,7 +105,7 @@ def test_all_ranks_look_at_as_many_keys(ranks, name):
     pattern = PATTERNS[name]
     for lengths in (ONE, DOCUMENTS):
         work = work_of_ranks(lengths, ranks, pattern)
-        assert sum(work) == pattern.copies * sum(round(n * pattern.keys_per_query(n)) for n in lengths.tolist())
+        assert sum(work) == sum(round(pattern.copies * n * pattern.keys_per_query(n)) for n in lengths.tolist())
         balance = busiest_over_mean(np.tile(lengths, pattern.copies), LENGTH * pattern.copies, ranks, pattern)
         assert balance == max(work) / (sum(work) / ranks)
         assert balance <= 1.05 or lengths is DOCUMENTS

@@ -106,7 +106,11 @@ def busiest_over_mean(lengths: NDArray[np.int64], positions: int, ranks: int, pa
     """
     import numpy as np
 
-    seen = np.concatenate([_keys_of_queries(int(length), pattern.block) for length in lengths if length])
+    starts = np.cumsum(lengths) - lengths
+    clean = starts % positions >= positions // pattern.copies
+    blocks = [pattern.clean_block if of_clean else pattern.block for of_clean in clean]
+    parts = zip(lengths.tolist(), blocks, strict=True)
+    seen = np.concatenate([_keys_of_queries(length, block) for length, block in parts if length])
     columns = seen.reshape(-1, positions).sum(axis=0)
     held = [held_runs(positions, rank, ranks, pattern) for rank in range(ranks)]
     work = [sum(columns[run.start : run.stop].sum() for run in runs) for runs in held]
