@@ -1,5 +1,6 @@
 """What every test needs: one thread per process, and Megatron-Core ready for a machine without a GPU."""
 
+import gc
 import os
 import signal
 
@@ -35,6 +36,11 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=workers.rank_of)
         for item in items:
             item.add_marker(pytest.mark.xdist_group(workers.group_of(item)))
+
+
+def pytest_collection_finish():
+    """What is imported and collected stays: collections of garbage need not look through it again and again."""
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

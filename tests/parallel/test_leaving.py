@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import os
 import weakref
 
@@ -29,7 +28,6 @@ def test_neither_a_model_nor_the_threads_of_its_groups_stay():
     for _ in range(2):
         with single_process():
             model = train()
-        gc.collect()
         assert model() is None
         left.append(threads())
     assert left[1] <= left[0]
