@@ -131,8 +131,10 @@ def release_at_leave(models: Sequence[torch.nn.Module]) -> None:
 
 
 def leave() -> None:
-    """Release every process group, and the models that were run on them: what refers to itself is collected now, because
-    each group has three threads that wake a hundred times a second."""
+    """Release every process group, and the models that ran on them.
+
+    What refers to itself is collected at once: each group has threads that wake a hundred times a second.
+    """
     for model in list(_WRAPPED):
         vars(model).clear()
     _WRAPPED.clear()
