@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
 import hypothesis
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import distributed as dist
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.trained_parts import LoRAConfig
 from llada_megatron.parallel.training.optimizer_shards import STATES, boxes
 from llada_megatron.tools.bench import parity
 from llada_megatron.tools.bench.layouts import DENSE, SIGMOID, parity_run
@@ -73,7 +76,7 @@ def test_no_rank_gathers_or_reads_more_than_it_holds():
     ):
         found = run_ranks(moved_and_held, 2, parity_run(model, layout))
         (moved, held, read), (moved_too, held_too, _) = found
-        assert moved == moved_too == 0
+        assert moved == moved_too == 8  # the number of updates, on the host
         assert read == held
         whole = held + held_too
         assert 0.4 * whole < held < 0.6 * whole
@@ -150,3 +153,60 @@ def test_each_weight_is_read_by_one_of_the_ranks_that_hold_it(tmp_path):
     )
     assert same and same_too and held == held_too
     assert read + read_too == held and min(read, read_too) > 0.3 * held
+
+
+def resumed(run, root):
+    """(updates in a checkpoint after two steps, whether its optimizer state is read back, keys that this rank held)."""
+    from llada_megatron.parallel import build, sharded_state, topology
+    from llada_megatron.parallel.checkpoint.store import CheckpointStore
+    from llada_megatron.parallel.training import distributed_optimizer
+    from llada_megatron.parallel.training.step import TrainingStep
+
+    topology.initialize(run.layout, run.training.seed)
+    store = CheckpointStore(root)
+
+    def state_of(loading):
+        model = sharded_state.model_state(chunks)
+        return {**model, "optimizer": distributed_optimizer.optimizer_state(adam, model, loading)}
+
+    def shards(state):
+        parts = state["optimizer"]["shards"].values()
+        return {(each.key, each.global_offset): each.data.clone() for part in parts for each in part.values()}
+
+    for loading in (False, True):
+        chunks = build.build_run_chunks(run)
+        models = build.wrap(run, chunks)
+        adam = distributed_optimizer.build_optimizer(run, models)
+        step = TrainingStep(run, models, adam, parity.SyntheticData(run))
+        if loading:
+            loaded, _ = store.load(store.latest(), state_of(loading=True))
+            sharded_state.load_model_state(chunks, loaded)
+            distributed_optimizer.load_optimizer_state(adam, sharded_state.model_state(chunks), loaded["optimizer"])
+            state = state_of(loading=False)
+            after, updates = shards(state), state["optimizer"]["updates"]
+            step(2)
+        else:
+            for number in range(2):
+                step(number)
+            state = state_of(loading=False)
+            before = shards(state)
+            store.save(2, state, {"step": 2})
+    same = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    return updates, same, len(before)
+
+
+@pytest.mark.parametrize(
+    ("target", "layout", "lacking"),
+    [
+        ("experts.linear_fc1", LayoutConfig(data_parallel=2, expert_parallel=2), None),
+        ("mlp.linear_fc1", LayoutConfig(pipeline_parallel=2), 1),
+        ("experts.linear_fc1", LayoutConfig(pipeline_parallel=2), 0),
+    ],
+    ids=["no dense optimizer", "nothing on the last stage", "nothing on rank 0"],
+)
+def test_a_rank_or_an_optimizer_may_have_nothing_to_train(tmp_path, target, layout, lacking):
+    small = dataclasses.replace(SIGMOID, num_layers=2)
+    run = parity_run(small, layout, lora=LoRAConfig(rank=4, targets=[target]))
+    for rank, (updates, same, held) in enumerate(run_ranks(resumed, 2, run, tmp_path)):
+        assert updates == 2 and same
+        assert (held == 0) == (rank == lacking)

@@ -15,7 +15,7 @@ from llada_megatron.llada_moe.config.optimizer import OptimizerConfig, learning_
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.model.spec import transformer_engine_active
-from llada_megatron.parallel import device
+from llada_megatron.parallel import device, host_group
 from llada_megatron.parallel.fp8 import recipes
 from llada_megatron.parallel.training import optimizer_shards
 
@@ -138,20 +138,24 @@ def optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any], loading
 
     Only what training changes is kept: main weights, both moments, and the number of updates. Everything else in
     Megatron's parameter groups is configuration, and how many optimizers there are (one more when experts are spread)
-    is the layout's.
+    the layout's. Collective where it is saved.
     """
     _fill_fresh_adam(optimizer, loading)
-    parts = _parts(optimizer)
     state = optimizer_shards.empty_state if loading else optimizer_shards.saved_state
     return {
-        "updates": _updates([part.state_dict() for part in parts]),
-        "shards": {str(index): state(part, model) for index, part in enumerate(parts)},
+        "updates": 0 if loading else _updates(optimizer),
+        "shards": {
+            str(index): state(part, model) if _holds_parameters(part) else {}
+            for index, part in enumerate(_parts(optimizer))
+        },
     }
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any], state: dict[str, Any]) -> None:
     """Put loaded state into the optimizer, whatever layout it was saved under; `model` as for `optimizer_state`."""
     for index, part in enumerate(_parts(optimizer)):
+        if not _holds_parameters(part):
+            continue
         own = part.state_dict()
         for group in own["optimizer"]["param_groups"]:
             group["step"] = state["updates"]
@@ -163,10 +167,20 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def _updates(parts: list[dict[str, Any]]) -> int:
-    """Number of updates done, which Megatron keeps in every non-empty parameter group."""
-    groups = [group for part in parts for group in part["optimizer"]["param_groups"]]
-    return int(max((group.get("step") or 0 for group in groups), default=0))
+def _holds_parameters(part: MegatronOptimizer) -> bool:
+    """Whether this rank trains anything in this optimizer: of frozen weights there may be none, and then Megatron makes
+    one without Adam, or on a stage or data-parallel rank one without parameters, whose state it cannot tell."""
+    return part.optimizer is not None and any(group["params"] for group in part.optimizer.param_groups)
+
+
+def _updates(optimizer: MegatronOptimizer) -> int:
+    """Number of updates done, which Megatron keeps in every non-empty parameter group; rank 0, which writes it, may
+    have none (collective)."""
+    states = [part.state_dict() for part in _parts(optimizer) if _holds_parameters(part)]
+    groups = [group for state in states for group in state["optimizer"]["param_groups"]]
+    updates = torch.tensor(int(max((group.get("step") or 0 for group in groups), default=0)))
+    host_group.world().all_reduce(updates, torch.distributed.ReduceOp.MAX)
+    return int(updates)
 
 
 def _fill_fresh_adam(optimizer: MegatronOptimizer, loading: bool) -> None:
@@ -175,13 +189,13 @@ def _fill_fresh_adam(optimizer: MegatronOptimizer, loading: bool) -> None:
     torch's AdamW is filled here (distrib_optimizer.py:642); for others Megatron does it, but where Transformer Engine's
     keeps low-precision state, since its `initialize_state` has an argument that Megatron does not pass.
     """
-    for part in _parts(optimizer):
+    for part in filter(_holds_parameters, _parts(optimizer)):
         adam = part.optimizer
         if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
             _fill_torch_adam(adam)
-        elif adam is not None and not loading and part.config.use_precision_aware_optimizer:
+        elif not loading and part.config.use_precision_aware_optimizer:
             _fill_engine_adam(adam)
-        elif adam is not None and not loading:
+        elif not loading:
             part.init_state_fn(adam, part.config)
         if loading:
             part.load_state_dict(part.state_dict())
