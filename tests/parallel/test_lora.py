@@ -180,3 +180,15 @@ def test_frozen_parts_stay_and_the_others_learn_as_before():
     assert part.tensors.keys() < whole.tensors.keys() and part.grad_norm < whole.grad_norm
     for key, gradient in part.tensors.items():
         torch.testing.assert_close(gradient, whole.tensors[key], atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("tied", "frozen"), [(True, "embedding"), (False, "output_layer")])
+def test_the_copy_of_a_tied_embedding_on_the_last_stage_is_frozen_with_it(tied, frozen):
+    from llada_megatron.llada_moe.config.training import TrainingConfig
+    from llada_megatron.parallel import build
+
+    for parts in (["embedding"], ["output_layer"]):
+        stage = torch.nn.ModuleDict({"output_layer": torch.nn.Linear(2, 2, bias=False)})
+        stage.share_embeddings_and_output_weights, stage.pre_process = tied, False
+        build.freeze([stage], TrainingConfig(steps=1, sequence_length=8, global_batch_size=1, frozen=parts))
+        assert stage["output_layer"].weight.requires_grad == (parts != [frozen])

@@ -227,7 +227,10 @@ def freeze(chunks: list[DiffusionTransformer], training: TrainingConfig) -> None
     """Leave out of training what the run does not train. Megatron makes neither gradients nor optimizer state of it."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            if not is_trained(training, name):
+            tied = name == "output_layer.weight" and chunk.share_embeddings_and_output_weights
+            # of a tied embedding the last of several stages has a copy by that name
+            trained = trains(training, "embedding") if tied else is_trained(training, name)
+            if not trained:
                 parameter.requires_grad_(False)
         if chunk.pre_process and not trains(training, "embedding"):
             chunk.embedding.register_forward_hook(_with_gradients)
