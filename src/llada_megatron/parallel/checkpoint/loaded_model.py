@@ -197,9 +197,6 @@ def _equal_everywhere(shard: torch.Tensor | None, rows: int, vocab: int) -> torc
 def _load_first(
     candidates: list[Path], layout: LayoutConfig, store: CheckpointStore, fp8: str | None = None
 ) -> LoadedModel:
-    if fp8 is not None:
-        fp8_inference.require(fp8, run_of(candidates[0]), layout)
-
     def report(text: str) -> None:
         if torch.distributed.get_rank() == 0:
             message(text)
@@ -211,6 +208,8 @@ def _load_first(
 
 def _load(path: Path, layout: LayoutConfig, store: CheckpointStore, fp8: str | None) -> LoadedModel:
     run = run_of(path)
+    if fp8 is not None:
+        fp8_inference.require(fp8, run, layout)
     objective = make_objective(run.objective, run.training)
     saved = store.metadata(path)
     if "step" not in saved:
