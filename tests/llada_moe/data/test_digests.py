@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from llada_megatron.cli import main
 from llada_megatron.launch.data_verification import verify_data
 from llada_megatron.llada_moe.data import digests
 from llada_megatron.llada_moe.data.set_manifest import prefix_file, read_manifest
-from llada_megatron.llada_moe.errors import CheckpointError, DataError
+from llada_megatron.llada_moe.errors import CheckpointError, ConfigError, DataError
 from llada_megatron.parallel.training.state import RunState, refuse_changed_run
 
 ENDINGS = (".bin", ".idx", ".bytes", ".repeats")
@@ -140,6 +141,34 @@ def test_a_key_newer_than_the_checkpoint_had_its_default_there(prefix, make_run)
     refuse_changed_run("step-1", {"run": saved}, make_run([prefix]))
     with pytest.raises(Exception, match=r"objective\.complementary_masks was False and is True"):
         refuse_changed_run("step-1", {"run": saved}, make_run([prefix], objective={"complementary_masks": True}))
+
+
+def test_so_had_a_newer_key_of_its_kind_of_objective_and_one_inside_another(prefix, make_run):
+    from llada_megatron.llada_moe.config import to_dict
+    from llada_megatron.llada_moe.config.block_schedule import BlockSchedule, BlockStage
+    from llada_megatron.llada_moe.config.editing import EditingConfig
+    from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusionConfig
+
+    schedule = BlockSchedule(stable=BlockStage(block_size=32, tokens=5120))
+    run = replace(
+        make_run([prefix]),
+        objective=BlockDiffusionConfig(kind="block_diffusion", block_size=32, block_schedule=schedule),
+    )
+    saved = to_dict(run)
+    del saved["objective"]["editing"], saved["objective"]["block_schedule"]["autoregressive_tokens"]
+    refuse_changed_run("step-1", {"run": saved}, run)
+    for change, text in (
+        ({"editing": EditingConfig()}, r"objective\.editing was None and is"),
+        (
+            {"block_schedule": replace(schedule, autoregressive_tokens=512)},
+            r"objective\.block_schedule\.autoregressive_tokens was 0 and is 512",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            refuse_changed_run("step-1", {"run": saved}, replace(run, objective=replace(run.objective, **change)))
+    saved["objective"]["key_of_a_later_version"] = 1
+    with pytest.raises(ConfigError, match=r"objective\.key_of_a_later_version was 1 and is None"):
+        refuse_changed_run("step-1", {"run": saved}, run)
 
 
 @pytest.mark.parametrize("arguments", [("a.txt", "--verify", "set"), ("--verify", "set", "--output", "x"), ("a.txt",)])

@@ -11,6 +11,7 @@ import torch
 from llada_megatron.cli import main
 from llada_megatron.llada_moe.config import load_model, to_dict
 from llada_megatron.llada_moe.errors import CheckpointError
+from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.parallel.checkpoint import manifest as manifests
 from llada_megatron.parallel.checkpoint.conversion.shard_reader import ShardedReader
 from llada_megatron.parallel.checkpoint.manifest import Manifest
@@ -199,6 +200,18 @@ def staged(step, loss, stage, blocks):
     validation = {"nats_per_token": loss, "pattern": f"blocks of {blocks}"}
     facts = {"run": run, "validation": validation, "objective": {"stage": stage, "block_size": blocks}}
     return Candidate(Path(f"step-{step}"), step, facts)
+
+
+def test_the_attention_of_a_checkpoint_from_before_a_field_is_the_same():
+    def measured(step, pattern):
+        return Candidate(Path(f"step-{step}"), step, {"validation": {"nats_per_token": 1.0, "pattern": pattern}})
+
+    now = str(AttentionPattern(32, doubled=True))
+    older = measured(1, "AttentionPattern(block=32, doubled=True)")
+    assert len(best([older, measured(2, now)], 2)) == 2
+    causal = measured(3, str(AttentionPattern(32, doubled=True, causal_clean=True)))
+    with pytest.raises(CheckpointError, match="measured differently"):
+        best([older, causal], 2)
 
 
 def test_of_a_run_over_block_sizes_the_last_stage_is_ranked(capsys):

@@ -281,7 +281,7 @@ def refuse_changed_run(path: Path, metadata: dict[str, Any], run: RunConfig) -> 
     present = to_dict(run)
     # a key that is newer than the checkpoint had its default value there
     saved = metadata["run"] | {
-        "objective": to_dict(ObjectiveConfig()) | metadata["run"]["objective"],
+        "objective": _with_defaults(metadata["run"]["objective"]),
         "training": {"lora": None, "frozen": []} | metadata["run"]["training"],
     }
     changes = [change for key in FROZEN + TRAINED for change in _changes(key, _at(saved, key), _at(present, key))]
@@ -290,6 +290,14 @@ def refuse_changed_run(path: Path, metadata: dict[str, Any], run: RunConfig) -> 
             f"this run cannot continue {path}: {'; '.join(changes)}. Put the old values back, or start a "
             f"new run: set another output_dir and checkpoint.load={path} to begin from these weights"
         )
+
+
+def _with_defaults(objective: dict[str, Any]) -> dict[str, Any]:
+    """The saved keys of an objective and those of its kind, at every depth, that are newer."""
+    try:
+        return to_dict(from_dict(ObjectiveConfig, objective))
+    except ConfigError:  # it has keys that are not known here, and each is named as a change
+        return to_dict(ObjectiveConfig()) | objective
 
 
 def _at(values: dict[str, Any], key: str) -> Any:

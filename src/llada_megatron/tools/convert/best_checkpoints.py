@@ -150,8 +150,10 @@ def _require_comparable(first: Candidate, other: Candidate) -> None:
 
 def _conditions(each: Candidate) -> dict[str, Any]:
     """How the validation loss was measured: keys of the run, and who attended to whom."""
-    run = each.metadata.get("run", {})
-    return {key: _at(run, key) for key in MEASURED_ALIKE} | {"attention": each.metadata["validation"].get("pattern")}
+    run, pattern = each.metadata.get("run", {}), each.metadata["validation"].get("pattern")
+    if isinstance(pattern, str):  # what a checkpoint from before that field does not say
+        pattern = pattern.replace(", causal_clean=False", "")
+    return {key: _at(run, key) for key in MEASURED_ALIKE} | {"attention": pattern}
 
 
 def _at(values: Any, key: str) -> Any:
