@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,12 +19,14 @@ from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, Optimi
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.trained_parts import LoRAConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
+from llada_megatron.llada_moe.errors import CheckpointError
 from llada_megatron.llada_moe.model.patterns import whole_sequences
 from llada_megatron.llada_moe.objectives.fine_tuning import FineTuningConfig
 from llada_megatron.parallel.checkpoint import manifest as manifests
 from llada_megatron.parallel.checkpoint.conversion.shard_reader import ShardedReader
 from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
 from llada_megatron.parallel.sampling.chat_template import LLADA
+from llada_megatron.tools.convert import adapter_exporter
 from tests.launch.sampling.checkpoints import VOCABULARY, checkpoint, run_cli
 from tests.llada_moe.huggingface.exported import load, modules_in
 from tests.ranks import RankFailure, run_ranks
@@ -150,6 +153,31 @@ def test_it_is_exported_merged_and_as_an_adapter(run, trained, tmp_path, capsys)
     assert code == 0 and "rank 4, alpha 8, on linear_qkv" in out and "all there, none too many" in out
     code, _, err = run_cli(capsys, "convert", "export", run.checkpoint.load, tmp_path / "none", "--adapter")
     assert code == 2 and "holds no adapter; leave out --adapter" in err
+
+
+@pytest.mark.parametrize(
+    ("load", "base"),
+    [("import", "org/name"), ("same factors", "org/name"), ("our own run", None), ("gone", None), (None, None)],
+)
+def test_the_base_of_an_adapter_is_what_peft_can_load(monkeypatch, load, base):
+    def source(load, lora=None, **metadata):
+        return SimpleNamespace(
+            run=SimpleNamespace(checkpoint=CheckpointConfig(load=load)), lora=lora, metadata=metadata
+        )
+
+    found = {
+        "import": source(None, imported={"from": "org/name"}),
+        "same factors": source("import", LoRAConfig()),
+        "our own run": source("import"),
+    }
+
+    def opened(path):
+        if str(path) not in found:
+            raise CheckpointError(f"no checkpoint in {path}")
+        return found[str(path)]
+
+    monkeypatch.setattr(adapter_exporter, "ShardedSource", opened)
+    assert adapter_exporter.origin(source(load, LoRAConfig())) == base
 
 
 def test_peft_loads_the_adapter(run, trained, tmp_path, capsys):

@@ -37,7 +37,7 @@ def export_adapter(
     """Write the factors of a sharded checkpoint to the directory `target`.
 
     Args:
-        base: name or path of the model that the adapter belongs to; None = what the run began with, where it says so.
+        base: name or path of the model that the adapter belongs to; None = what the run's was imported from.
         dtype: of the written factors; None = as they are stored.
 
     Returns:
@@ -160,15 +160,17 @@ def target_modules(source: ShardedSource, table: Format) -> list[str]:
 
 
 def origin(source: ShardedSource) -> str | None:
-    """The model that a run began with: what its checkpoint was imported from, else the path that it loaded."""
-    load = source.run.checkpoint.load
-    if load is None:
-        return None
-    try:
-        imported = ShardedSource(Path(load)).metadata.get("imported")
-    except CheckpointError:  # it is not there any more
-        return load
-    return str(imported["from"]) if imported else load
+    """What the model that the factors stand beside was imported from; None where it is no import, or not there any
+    more. A run may have begun with the factors of another, and they with the model of that one."""
+    while (load := source.run.checkpoint.load) is not None:
+        try:
+            source = ShardedSource(Path(load))
+        except CheckpointError:
+            return None
+        if source.lora is None:
+            imported = source.metadata.get("imported")
+            return str(imported["from"]) if imported else None
+    return None
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], progress: ByteProgress) -> TaskResult:
