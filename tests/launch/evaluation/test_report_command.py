@@ -180,6 +180,13 @@ def test_samples_made_for_the_report(sources, dense, tmp_path, capsys):
     assert re.search(r"first, for this report There are none: .*checkpoint", said)
 
 
+def test_a_file_of_samples_puts_no_element_into_the_page(tmp_path, capsys):
+    record = dict.fromkeys(("number", "text", "new"), "<script>1</script>") | {"forwards": 1, "new_tokens": 1}
+    (tmp_path / "samples.json").write_text(json.dumps({"samples": [record]}))
+    _, text = report(capsys, tmp_path / "page.html", tmp_path / "samples.json")
+    assert "<script" not in text and "text &lt;script&gt;1&lt;/script&gt;: 1 tokens in 1 passes" in text
+
+
 def test_a_long_curve_has_few_points_and_keeps_what_stands_out():
     curve = Curve()
     for step in range(5000):

@@ -88,7 +88,8 @@ def _card(record: dict[str, Any]) -> str:
     else:
         shown = escape(_cut(text)) + (f"\n\nwritten: <mark>{escape(_cut(new))}</mark>" if new else "")
     passes = f"{record.get('new_tokens', '?')} tokens in {record.get('forwards', '?')} passes"
-    return f'<div class="card"><p class="note">text {record["number"]}: {passes}</p><pre>{shown}</pre></div>'
+    told = paragraph(f"text {record['number']}: {passes}", "note")
+    return f'<div class="card">{told}<pre>{shown}</pre></div>'
 
 
 def _cut(text: str, end: bool = False) -> str:
