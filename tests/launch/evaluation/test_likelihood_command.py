@@ -95,6 +95,7 @@ def test_a_model_for_conversations_is_told_apart(tmp_path, capsys):
         ('{"context": "a", "continuation": ""}', "line 2: the answer '' adds no token"),
         ('{"context": [1], "continuation": [999]}', "line 2: the model has no token 999"),
         ('{"context": "a", "continuation": 3}', "is a text or a list of token ids"),
+        ('{"text": ' + "[" * 9999 + "]" * 9999 + "}", "line 2: not JSON"),
     ],
 )
 def test_broken_lines_are_named(dense, tmp_path, capsys, line, told):
@@ -134,7 +135,14 @@ def test_a_pair_is_cut_as_the_harness_cuts_it():
 def test_a_file_that_is_no_file_of_results_is_refused(tmp_path):
     from llada_megatron.llada_moe.errors import DataError
 
-    for content in ("hello\n", '{"protocol": 3}\n', '{"protocol": {}}\n3\n'):
+    kept = '{"protocol": {}}\n'
+    deep, unnumbered = '{"a":' * 9999 + "1" + "}" * 9999, '{"nats": [-1], "tokens": [1], "bytes": [1]}'
+    question = '{"number": 1, "right": 0, "acc": true, "acc_norm": true, "margin_error": 1}'
+    for content in (
+        "hello\n",
+        '{"protocol": 3}\n',
+        *(kept + line + "\n" for line in ("3", deep, unnumbered, question)),
+    ):
         (tmp_path / "x").write_text(content)
         with pytest.raises(DataError, match="not a file of results"):
             LikelihoodFile(tmp_path / "x", {})

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import html
 import json
+import math
+import random
 import re
+from collections import Counter
 
 import pytest
 
+from llada_megatron.launch.evaluation.report.report_inputs import read_inputs
+from llada_megatron.launch.evaluation.report.report_page import report_page
 from llada_megatron.launch.evaluation.report.run_curves import MOST_POINTS, Curve
+from llada_megatron.llada_moe.errors import DataError
 from tests.browser import pixels, shown
 from tests.launch.evaluation.report_sources import results, run_folder
 from tests.launch.sampling.checkpoints import run_cli
@@ -133,6 +139,86 @@ def test_files_alone_and_wrong_input(sources, tmp_path, capsys):
         found, _, err = run_cli(capsys, "eval", "report", *words, *output)
         assert (found, told in err, err.count("\n")) == (code, True, 1), err
     assert not (tmp_path / "never.html").exists()
+
+
+def changed(content, at, value):
+    """The content with this value in the place that `at` leads to; `...` leaves the place out."""
+    content = json.loads(json.dumps(content))
+    holder = content
+    for key in at[:-1]:
+        holder = holder[key]
+    if value is ...:
+        del holder[at[-1]]
+    else:
+        holder[at[-1]] = value
+    return content
+
+
+def places(content, before=()):
+    """The way to every value within."""
+    for key in content if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else ():
+        yield (*before, key)
+        yield from places(content[key], (*before, key))
+
+
+def page_or_line(path, content):
+    """What the report says about a file alone; every line of a `.jsonl` is one element of the content."""
+    lines = content if path.suffix == ".jsonl" else [content]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    try:
+        return report_page("", read_inputs([str(path)]))
+    except DataError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "value"),
+    [
+        ("speeds.json", ("task",), ...),
+        ("speeds.json", ("counted",), ...),
+        ("speeds.json", ("aup_formula",), ...),
+        ("speeds.json", ("protocol",), ...),
+        ("scores.jsonl", (1, "margin"), ...),
+        ("scores.jsonl", (0, "protocol", "guidance"), "none"),
+        ("harness.json", ("results",), [1]),
+        ("samples.jsonl", (0, "forwards"), "two"),
+        ("samples.jsonl", (0, "text"), 5),
+        ("experts.json", ("layers", "1", "tokens"), {}),
+    ],
+)
+def test_a_file_of_another_form_is_named_in_one_line(sources, tmp_path, name, at, value):
+    content = [json.loads(line) for line in (sources[0] / name).read_text().splitlines()]
+    whole = content if name.endswith(".jsonl") else content[0]
+    if name == "harness.json":
+        whole = {"parts": [whole], "rows": []}
+        at = ("parts", 0, *at)
+    told = page_or_line(tmp_path / name, changed(whole, at, value))
+    assert told.startswith(f"{tmp_path / name}: not of the form that its command writes ("), told
+
+
+def test_drawn_broken_files_give_a_page_or_one_line(sources, tmp_path):
+    draws, seen = random.Random(0), Counter()
+    for file in sources[2]:
+        content = [json.loads(line) for line in file.read_text().splitlines()]
+        whole = content if file.suffix == ".jsonl" else content[0]
+        every = list(places(whole))
+        for _ in range(20):
+            value = draws.choice((..., None, [], {}, "<script>", -1, True, 10**400, [[]], {"a": None}, math.nan))
+            told = page_or_line(tmp_path / file.name, changed(whole, draws.choice(every), value))
+            assert "<script" not in told or told.startswith(str(tmp_path))
+            seen[told.startswith("<!doctype html>")] += 1
+    assert min(seen[True], seen[False]) > 15
+
+
+def test_deeply_nested_json_is_named(sources, tmp_path):
+    for name in ("deep.json", "deep.jsonl"):
+        (tmp_path / name).write_text('{"a":' * 9999 + "1" + "}" * 9999 + "\n")
+        with pytest.raises(DataError, match=f"{name}: not of the form .*RecursionError"):
+            read_inputs([str(tmp_path / name)])
+    (tmp_path / "protocol.json").write_text("[" * 9999 + "]" * 9999)
+    with pytest.raises(DataError, match="not a run's folder"):
+        read_inputs([str(tmp_path)])
 
 
 def test_published_figures_beside_those_that_were_measured(tmp_path, capsys):

@@ -88,7 +88,7 @@ def parse_scored_lines(lines: Iterable[str], name: str) -> list[ScoredLine]:
         if line.strip():
             try:
                 found.append(_parsed(json.loads(line), number))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{name}, line {number}: not JSON ({error})") from error
             except DataError as error:
                 raise DataError(f"{name}, line {number}: {error}") from error

@@ -11,7 +11,7 @@ from typing import Any
 from llada_megatron.llada_moe.data.tokenizer import Tokenizer
 from llada_megatron.llada_moe.errors import ConfigError, DataError
 from llada_megatron.llada_moe.evaluation.estimators import estimate
-from llada_megatron.llada_moe.evaluation.likelihood_scores import record_of, together
+from llada_megatron.llada_moe.evaluation.likelihood_scores import record_of, summarised, together
 from llada_megatron.llada_moe.evaluation.protocol import LikelihoodProtocol
 from llada_megatron.llada_moe.evaluation.scored_lines import ScoredLine, known_ids
 from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
@@ -87,7 +87,8 @@ class LikelihoodFile:
         try:
             head, *records = [json.loads(line) for line in content[:end].splitlines()] or [{"protocol": self._protocol}]
             found, self.records = dict(head["protocol"]), [dict(each) for each in records]
-        except (ValueError, KeyError, TypeError) as error:
+            summarised({each["number"]: each for each in self.records}.values())  # nothing is missing
+        except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
             raise DataError(f"{self.path}: not a file of results ({error}); give another, or --overwrite") from error
         if found != self._protocol:
             differ = [key for key in {**self._protocol, **found} if found.get(key) != self._protocol.get(key)]

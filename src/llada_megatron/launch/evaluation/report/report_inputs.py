@@ -14,6 +14,8 @@ from llada_megatron.llada_moe.errors import ConfigError, DataError
 from llada_megatron.parallel.training.metrics_file import EXPERTS_FILE_NAME, FILE_NAME
 
 MOST_RUNS = 24
+MALFORMED = (LookupError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError)
+"""What reading JSON of another form than expected ends with."""
 _CHECKPOINTS = "checkpoints"
 
 
@@ -96,7 +98,15 @@ def read_inputs(paths: Sequence[str]) -> ReportInputs:
                 found.files.append(_file(place))
         except OSError as error:
             raise DataError(f"{place}: {error.strerror}") from error
+        except MALFORMED as error:
+            raise malformed(place, error) from error
     return found
+
+
+def malformed(path: Path, error: Exception) -> DataError:
+    """The one line about a file, or a run's folder, whose content has not the form that its command writes."""
+    what = f"{type(error).__name__}: {error}".splitlines()[0]
+    return DataError(f"{path}: not of the form that its command writes ({what}); write it again")
 
 
 def _names(folders: Sequence[Path]) -> dict[Path, str]:

@@ -8,7 +8,7 @@ from html import escape
 
 from llada_megatron import __version__
 from llada_megatron.launch.evaluation.report.expert_section import experts_section
-from llada_megatron.launch.evaluation.report.report_inputs import KINDS, ReportInputs
+from llada_megatron.launch.evaluation.report.report_inputs import KINDS, MALFORMED, ReportInputs, malformed
 from llada_megatron.launch.evaluation.report.sample_section import AskedSamples, samples_section
 from llada_megatron.launch.evaluation.report.sampler_section import samplers_section
 from llada_megatron.launch.evaluation.report.task_section import tasks_section
@@ -27,8 +27,27 @@ _STYLE = """
 
 
 def report_page(title: str, found: ReportInputs, asked: Sequence[AskedSamples] = ()) -> str:
-    """The page as HTML. `asked`: samples that were made for it."""
-    return document(title, _body(title, found, asked), _STYLE)
+    """The page as HTML. `asked`: samples that were made for it.
+
+    Raises:
+        DataError: a run's folder, or a file, whose content has not the form that its command writes.
+    """
+    try:
+        return document(title, _body(title, found, asked), _STYLE)
+    except MALFORMED:
+        _refuse_malformed(found)
+        raise
+
+
+def _refuse_malformed(found: ReportInputs) -> None:
+    """Name the first input that a page cannot be made of, each by itself. Raises DataError."""
+    parts = [(run.path, ReportInputs(runs=[run])) for run in found.runs]
+    parts += [(file.path, ReportInputs(files=[file])) for file in found.files]
+    for path, part in parts:
+        try:
+            "".join(_body("", part, ()))
+        except MALFORMED as error:
+            raise malformed(path, error) from error
 
 
 def _body(title: str, found: ReportInputs, asked: Sequence[AskedSamples]) -> Iterator[str]:

@@ -17,7 +17,7 @@ def is_reversal(folder: Path) -> bool:
     """Whether a folder is one of `llada eval reversal --output`."""
     try:
         found = json.loads((folder / PROTOCOL_FILE).read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and found.get("benchmark") == "reversal"
 
@@ -40,7 +40,7 @@ def read_reversal(folder: Path) -> dict[str, Any]:
                 right = [bool(each["right"]) for each in answers if (each["ask"], each["about"]) == (ask, about)]
                 shares.setdefault(key, []).append(sum(right) / len(right))
                 asked[key] = len(right)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{file}: not the answers of a model of llada eval reversal ({error!r})") from error
     return {"kind": "reversal", "protocol": protocol, "rows": [_row(key, shares[key], asked[key]) for key in shares]}
 

@@ -54,7 +54,7 @@ def _settings(path: Path) -> dict[str, Any]:
     """What a batch's results depend on, which `llada sample --output` writes beside them."""
     try:
         content = json.loads(path.with_name(path.name + ".run.json").read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     request = content.get("request") if isinstance(content, dict) else None
     return request if isinstance(request, dict) else {}
