@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from llada_megatron.launch.evaluation.infill_command import InfillWork
+from llada_megatron.llada_moe import objectives
+from llada_megatron.llada_moe.data import training_data
+from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.llada_moe.evaluation.protocol import LikelihoodProtocol
+from llada_megatron.parallel.checkpoint import loaded_model
+from llada_megatron.parallel.evaluation import query_scorer
+from llada_megatron.parallel.sampling.settings import Settings
 from tests.launch.sampling.checkpoints import run_cli
 
 TEXTS = ["def f(x):\n    return x + 1\n", "for i in range(3):\n    print(i)\n", "a = [1, 2, 3, 4, 5, 6, 7]\n"]
@@ -42,9 +54,55 @@ def test_wrong_input(dense, tmp_path, capsys):
         (("--texts", file, "--lengths", "4"), 1, "no text has 12 tokens"),
         (("--texts", file, "--spans", 0), 2, "--spans 0: at least 1"),
         (("--texts", tmp_path / "none"), 1, "No such file"),
+        ((), 2, "give --texts FILE"),
+        (("--texts", file, "--lengths", "1,999", "--find-length"), 2, "a gap of 999 tokens; the model takes"),
         (("--texts", file, "--output", tmp_path), 2, "give a file in a folder that there is"),
         (("--texts", file, "--output", file), 2, "name another place"),
         (("--texts", file, "--autoregressive", tmp_path / "none"), 1, "there is no checkpoint"),
     ]:
         found, _, err = run_cli(capsys, "eval", "infill", dense, *words)
         assert (found, told in err) == (code, True), err
+
+
+def work(**values):
+    given = dict.fromkeys(("texts", "file", "autoregressive")) | {"windows": 8, "lengths": [1], "spans": 1}
+    given |= {"python": False, "find_length": False, "candidates": 1}
+    return InfillWork(settings=Settings(checkpoint="none"), protocol=LikelihoodProtocol(), **given | values)
+
+
+class ThreeWindows:
+    """Held-out data whose epochs have three windows."""
+
+    def __init__(self, run, split, objective):
+        assert split == "validation"
+
+    def locate(self, number):
+        return SimpleNamespace(epoch=number // 3)
+
+    def batch(self, numbers):
+        return SimpleNamespace(labels=torch.tensor([[10 + number % 3] for number in numbers]))
+
+
+def test_every_held_out_window_is_read_once(monkeypatch):
+    own = [None]
+    monkeypatch.setattr(training_data, "TrainingData", ThreeWindows)
+    monkeypatch.setattr(objectives, "make_objective", lambda *_: SimpleNamespace(samples=lambda run, split: own[0]))
+    run = SimpleNamespace(
+        model=SimpleNamespace(max_sequence_length=8), data=SimpleNamespace(sets=[1]), objective=None, training=None
+    )
+    loaded = SimpleNamespace(run=run, path="a checkpoint")
+    assert work()._windows(loaded, None) == [(10,), (11,), (12,)]
+    assert work(windows=2)._windows(loaded, None) == [(10,), (11,)]
+    own[0] = "conversations"
+    with pytest.raises(ConfigError, match="a checkpoint: .* give --texts FILE"):
+        work()._windows(loaded, None)
+
+
+def test_a_baseline_with_another_tokenizer_is_refused(monkeypatch):
+    model = SimpleNamespace(vocab_size=272)
+    other = SimpleNamespace(run=SimpleNamespace(model=model), metadata={"tokenizer": {"sha256": "b"}})
+    monkeypatch.setattr(loaded_model, "load_checkpoint", lambda *_: other)
+    monkeypatch.setattr(query_scorer, "kind_of", lambda _: SimpleNamespace(fills_masks=False))
+    served = SimpleNamespace(model=model, loaded=SimpleNamespace(metadata={"tokenizer": {"sha256": "a"}}))
+    with pytest.raises(ConfigError, match="--autoregressive x: another tokenizer than the model's"):
+        work(autoregressive="x")._baseline(served, [])

@@ -81,6 +81,41 @@ def test_the_length_found_makes_the_text_most_likely(world, monkeypatch):
         assert length == max(costs, key=costs.__getitem__) and written == fillings[length][i]
 
 
+def test_a_full_text_is_cut_alike_for_every_length(world, monkeypatch):
+    full = load(MODELS["dense"], LayoutConfig(), None)
+    longest = full.run.model.max_sequence_length
+    text, seen = tuple(4 + n % 70 for n in range(longest)), []
+    spans = [InfillSpan(text, 60, 61, 0), InfillSpan(text, 8, 12, 1), InfillSpan(TEXT, 3, 5, 2)]
+
+    def filled(served, some, length):
+        seen.append(some)
+        return [(7,) * length for _ in some]
+
+    monkeypatch.setattr(infill_run, "fill", filled)
+    served = SimpleNamespace(loaded=full, kind=kind_of(full))
+    infill_run.length_found(served, spans, (1, 4, 16), LikelihoodProtocol("left-to-right"))
+    assert seen[0] == seen[1] == seen[2] and seen[0][2] == spans[2]
+    for span, cut in zip(spans, seen[0], strict=True):
+        assert (cut.truth, cut.number) == (span.truth, span.number)
+        assert span.before[-len(cut.before) :] == cut.before and span.after[: len(cut.after)] == cut.after
+    assert [len(cut.text) - len(cut.truth) + 16 for cut in seen[0][:2]] == [longest, longest]
+
+
+def test_a_baseline_stays_within_its_context(autoregressive):
+    longest, widths = autoregressive.run.model.max_sequence_length, []
+    text = tuple(4 + n % 70 for n in range(longest))
+
+    def logits(tokens, *others):
+        widths.append(tokens.shape[1])
+        return autoregressive.logits(tokens, *others)
+
+    watched = SimpleNamespace(run=autoregressive.run, logits=logits)
+    written = continue_left_to_right(watched, [InfillSpan(text, longest - 2, longest - 1, 0)], 0.0, 0, length=6)
+    assert len(written[0]) == 6 and max(widths) == longest - 1
+    cut = InfillSpan(text[4:], longest - 6, longest - 5, 0)
+    assert continue_left_to_right(autoregressive, [cut], 0.0, 0, length=6) == written
+
+
 def test_an_autoregressive_model_continues_and_is_ranked_by_the_right_side(autoregressive):
     spans = [InfillSpan(TEXT, 3, 5, 0), InfillSpan(TEXT, 2, 6, 1)]
     written = continue_left_to_right(autoregressive, spans, 0.0, seed=0)

@@ -109,10 +109,28 @@ def test_table_and_picture_show_each_run(found, base, tmp_path):
 
 def test_what_was_measured_is_not_measured_again(base, tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(conversion_arms, "_train", lambda run: ran.append(run) or 1.5)
+    monkeypatch.setattr(conversion_arms, "_train", lambda run, spent: ran.append(run) or spent(1.5))
     monkeypatch.setattr(conversion_arms, "measured", lambda path, windows: [CheckpointCost(30, {EXACT: 3.0})])
     first = trained(base, 7, tmp_path, windows=4)
     assert ran[0].training.seed == 7 and ran[0].output_dir == str(tmp_path)
     assert trained(base, 7, tmp_path, windows=4) == first and len(ran) == 1
-    assert trained(base, 7, tmp_path, windows=5) == first and len(ran) == 2
+    assert trained(base, 7, tmp_path, windows=5) == dataclasses.replace(first, cpu_seconds=3.0) and len(ran) == 2
     assert json.loads((tmp_path / "bounds.json").read_text("utf-8"))["windows"] == 5
+
+
+def test_a_folder_of_a_run_with_other_settings_is_refused(base, tmp_path, monkeypatch):
+    def stopped(run, spent):
+        spent(1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversion_arms, "_train", stopped)
+    monkeypatch.setattr(conversion_arms, "measured", lambda path, windows: [CheckpointCost(30, {EXACT: 3.0})])
+    with pytest.raises(KeyboardInterrupt):
+        trained(base, 7, tmp_path / "arm", windows=4)
+    (tmp_path / "arm").rename(tmp_path / "moved")
+    smaller = dataclasses.replace(base, model=dataclasses.replace(base.model, num_layers=1))
+    for run, seed in ((smaller, 7), (base, 8)):
+        with pytest.raises(ConfigError, match="a run with other settings was trained there"):
+            trained(run, seed, tmp_path / "moved", windows=4)
+    monkeypatch.setattr(conversion_arms, "_train", lambda run, spent: spent(1.5))
+    assert trained(base, 7, tmp_path / "moved", windows=4).cpu_seconds == 2.5

@@ -81,6 +81,9 @@ class InfillWork:
         from llada_megatron.parallel.evaluation.served_model import ServedModel
 
         served = ServedModel(loaded, self.protocol, self.settings, driven=False)
+        longest = loaded.run.model.max_sequence_length
+        if self.find_length and max(self.lengths) >= longest:
+            raise ConfigError(f"--lengths: a gap of {max(self.lengths)} tokens; the model takes {longest} in all")
         texts = self._windows(loaded, served)
         spans = choose_infill_spans(texts, self.lengths, self.spans, self.settings.seed)
         if not spans:
@@ -118,10 +121,15 @@ class InfillWork:
         if self.texts is not None:
             return [tuple(served.tokenizer.encode(text)[:longest]) for text in self.texts[: self.windows]]
         from llada_megatron.llada_moe.data.training_data import TrainingData
+        from llada_megatron.llada_moe.objectives import make_objective
 
-        held_out = TrainingData(loaded.run, "validation")
-        if not self.python:
-            return [tuple(held_out.batch([n]).labels[0].tolist()) for n in range(self.windows)]
+        objective = make_objective(loaded.run.objective, loaded.run.training)
+        if not loaded.run.data.sets or objective.samples(loaded.run, "validation") is not None:
+            raise ConfigError(f"{loaded.path}: its run has no prepared texts with a held-out part; give --texts FILE")
+        held_out = TrainingData(loaded.run, "validation", objective)
+        if not self.python:  # each window once: a split may have fewer than are asked for
+            numbers = [n for n in range(self.windows) if held_out.locate(n).epoch == 0]
+            return [tuple(held_out.batch([n]).labels[0].tolist()) for n in numbers]
         from llada_megatron.llada_moe.evaluation.python_functions import functions_of
 
         documents = (document for each in held_out.sets for document, _ in each.each_document())
@@ -214,6 +222,9 @@ class InfillWork:
             raise ConfigError(f"--autoregressive {self.autoregressive}: a diffusion model")
         if other.run.model.vocab_size != served.model.vocab_size:
             raise ConfigError(f"--autoregressive {self.autoregressive}: another vocabulary than the model's")
+        digests = {(each.metadata.get("tokenizer") or {}).get("sha256") for each in (served.loaded, other)}
+        if len(digests - {None}) > 1:
+            raise ConfigError(f"--autoregressive {self.autoregressive}: another tokenizer than the model's")
         costs = span_costs(other, spans, LikelihoodProtocol("next-token"), sides=False)
         seed = self.settings.seed
         longest = max(self.lengths) if self.find_length else None

@@ -47,8 +47,11 @@ def length_found(
     """For each span the length, of `lengths`, whose filling makes the text most likely, and that filling.
 
     Every length is filled, and the log-likelihood of the filling together with the tokens behind it is compared: these
-    are different strings, of which one is the most likely, whatever their lengths.
+    are different strings, of which one is the most likely, whatever their lengths. A text that is too long for the
+    model with the longest filling is cut at its ends, alike for all lengths.
     """
+    room = served.loaded.run.model.max_sequence_length - max(lengths)
+    spans = [_fitted(span, room + len(span.truth)) for span in spans]
     best: list[tuple[float, int, tuple[int, ...]]] = [(-torch.inf, 0, ())] * len(spans)
     for length in lengths:
         written = fill(served, spans, length)
@@ -62,6 +65,13 @@ def length_found(
     return [(length, new) for _, length, new in best]
 
 
+def _fitted(span: InfillSpan, longest: int) -> InfillSpan:
+    """The span in a text of at most `longest` tokens."""
+    cut = Pair(span.before, span.truth, after=span.after).fitted(longest)
+    start = len(cut.context)
+    return InfillSpan((*cut.context, *cut.answer, *cut.after), start, start + len(cut.answer), span.number)
+
+
 def continue_left_to_right(
     loaded: LoadedModel,
     spans: Sequence[InfillSpan],
@@ -72,7 +82,8 @@ def continue_left_to_right(
 ) -> list[tuple[int, ...]]:
     """What an autoregressive model writes behind the text before each span, as many tokens as the span has.
 
-    Every step runs the whole text: spans are short, and this is a baseline. `length`: as many tokens for all.
+    Every step runs the whole text: spans are short, and this is a baseline. Of a text that is too long for the model
+    with them the end is read. `length`: as many tokens for all.
     """
     written: list[tuple[int, ...]] = []
     for start in range(0, len(spans), _AT_ONCE):
@@ -90,7 +101,12 @@ def _continued(
 ) -> list[tuple[int, ...]]:
     model = loaded.run.model
     wanted = [length or len(span.truth) for span in spans]
-    texts = [list(span.before) or [model.eos_token_id] for span in spans]
+    rooms = [model.max_sequence_length - count for count in wanted]
+    texts = [
+        list(span.before[max(0, len(span.before) - room) :]) or [model.eos_token_id]
+        for span, room in zip(spans, rooms, strict=True)
+    ]
+    starts = [len(text) for text in texts]
     numbers = torch.tensor([span.number for span in spans])
     excluded = [model.mask_token_id, model.eos_token_id]
     for step in range(max(wanted)):
@@ -108,7 +124,6 @@ def _continued(
             )
         for text, token in zip(texts, logits.argmax(1).tolist(), strict=True):
             text.append(token)
-    starts = [max(1, len(span.before)) for span in spans]
     return [tuple(text[at : at + n]) for text, at, n in zip(texts, starts, wanted, strict=True)]
 
 

@@ -7,8 +7,10 @@ the same in every one of them, so that both bounds at the end are of models that
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +46,7 @@ class TrainedArm:
 
     points: list[CheckpointCost]
     cpu_seconds: float
-    """Of its training, without these measurements."""
+    """Of its training, over all processes that trained it (but one that was killed), without these measurements."""
 
     @property
     def last(self) -> dict[str, float]:
@@ -100,12 +102,10 @@ def trained(run: RunConfig, seed: int, directory: Path, windows: int) -> Trained
 
     Args:
         windows: how many held-out windows are measured: the same ones, with the same masks, for every arm and seed.
+
+    Raises:
+        ConfigError: `directory` holds a run with other settings.
     """
-    result = directory / "bounds.json"
-    if result.is_file():
-        values = json.loads(result.read_text("utf-8"))
-        if values["windows"] == windows:
-            return TrainedArm([CheckpointCost(**point) for point in values["points"]], values["cpu_seconds"])
     run = replace(
         run,
         training=replace(run.training, seed=seed),
@@ -114,15 +114,42 @@ def trained(run: RunConfig, seed: int, directory: Path, windows: int) -> Trained
         logging=replace(run.logging, tensorboard=False),
         output_dir=str(directory),
     )
-    seconds = _train(run)
+    result, digest = directory / "bounds.json", _digest(run)
+    values: dict[str, Any] = {"run": digest, "windows": None, "cpu_seconds": 0.0, "points": []}
+    if result.is_file():
+        values = json.loads(result.read_text("utf-8"))
+        if values.get("run") != digest:
+            raise ConfigError(f"{directory}: a run with other settings was trained there; give another --output")
+    if values["windows"] == windows:
+        return TrainedArm([CheckpointCost(**point) for point in values["points"]], values["cpu_seconds"])
+    directory.mkdir(parents=True, exist_ok=True)
+    _write(result, values)  # whose checkpoints these will be
+
+    def spent(seconds: float) -> None:
+        values["cpu_seconds"] += seconds
+        _write(result, values)
+
+    _train(run, spent)
     points = measured(directory / "checkpoints", windows)
-    values = {"windows": windows, "cpu_seconds": seconds, "points": [dataclasses.asdict(point) for point in points]}
-    result.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
-    return TrainedArm(points, seconds)
+    values |= {"windows": windows, "points": [dataclasses.asdict(point) for point in points]}
+    _write(result, values)
+    return TrainedArm(points, values["cpu_seconds"])
 
 
-def _train(run: RunConfig) -> float:
-    """Train in this process, or go on; returns the CPU seconds of this process."""
+def _write(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
+
+
+def _digest(run: RunConfig) -> str:
+    """Of all settings of a run but the place of its folder."""
+    from llada_megatron.llada_moe.config import to_dict
+
+    settings = json.dumps(to_dict(replace(run, output_dir="")), sort_keys=True, default=str)
+    return hashlib.sha256(settings.encode()).hexdigest()
+
+
+def _train(run: RunConfig, spent: Callable[[float], None]) -> None:
+    """Train in this process, or go on; `spent` is told the CPU seconds of this process, also where it is stopped."""
     from llada_megatron.llada_moe.config import validate_run
     from llada_megatron.parallel.training.trainer import Trainer
     from llada_megatron.tools.bench.measurement import single_process
@@ -130,8 +157,10 @@ def _train(run: RunConfig) -> float:
     validate_run(run)
     with single_process(run.training.seed):
         began = time.process_time()
-        Trainer(run).train(lambda: False)
-        return time.process_time() - began
+        try:
+            Trainer(run).train(lambda: False)
+        finally:
+            spent(time.process_time() - began)
 
 
 def measured(checkpoints: Path, windows: int) -> list[CheckpointCost]:
