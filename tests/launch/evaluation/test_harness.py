@@ -176,7 +176,13 @@ rows:
 
 def test_published_figures_are_measured_with_their_settings_and_compared(dense, tasks, tmp_path, capsys):
     file = tmp_path / "published.yaml"
-    words = (dense, "--published", file, "--task-folder", tasks, "--limit", 2, "--output", tmp_path / "out.json")
+    rows = (tasks / "questions.jsonl").read_text().splitlines(keepends=True)[:2]
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "questions.jsonl").write_text("".join(rows))
+    for name, text in (("own_choice", CHOICE), ("own_written", WRITTEN)):
+        (folder / f"{name}.yaml").write_text(text.format(name=name, data=folder / "questions.jsonl"))
+    words = (dense, "--published", file, "--task-folder", folder, "--output", tmp_path / "out.json")
     for figures, code in (("999", 1), ("0, 50, 100", 0)):  # of two documents nothing else can be
         file.write_text(PUBLISHED.replace("CHOICE", figures))
         found, out, err = run_cli(capsys, "eval", "harness", *words, "--json")
@@ -184,11 +190,13 @@ def test_published_figures_are_measured_with_their_settings_and_compared(dense, 
         rows = json.loads(out.splitlines()[-1])["rows"]
         assert [row["measured"].keys() for row in rows] == [{"acc", "acc_norm"}, {"exact_match"}]
         assert [row["accepted"] for row in rows] == [code == 0, True]
-        assert ("REJECTED  own_choice" in out) == (code == 1)
-        assert "accepted  own_written" in out and "published 0.4 or 90" in out
+        assert ("REJECTED     own_choice" in out) == (code == 1)
+        assert "accepted     own_written" in out and "published 0.4 or 90" in out
     choice, written = json.loads((tmp_path / "out.json").read_text())["parts"]
     assert choice["protocol"]["likelihood"]["guidance"] == 0.5
     assert written["protocol"]["sampling"]["block_length"] == written["protocol"]["max_new_tokens"] == 3
+    found, out, _ = run_cli(capsys, "eval", "harness", *words, "--limit", 1, "--tasks", "own_choice")
+    assert (found, "not decided  own_choice" in out) == (1, True)
 
 
 @pytest.mark.parametrize(

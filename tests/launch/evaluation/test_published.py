@@ -21,16 +21,21 @@ def test_files_that_come_with_the_package(name):
         published.of_tasks(["none"])
 
 
-def test_a_figure_is_accepted_within_a_point_or_two_standard_errors_of_one_that_was_published():
+def test_a_figure_is_accepted_within_a_point_of_one_that_was_published():
     row = PublishedRow(task="t", figures=[60.0, 70.0], metrics=["acc", "exact_match,strict"], shots=0)
 
-    def accepted(**metrics):
-        return Verdict.of(row, {name.replace("__", ","): value for name, value in metrics.items()}).accepted
+    def verdict(whole=True, **metrics):
+        found = Verdict.of(row, {name.replace("__", ","): value for name, value in metrics.items()}, whole)
+        assert found.accepted == (found.verdict == "accepted") == found.record()["accepted"]
+        return found.verdict
 
-    assert accepted(acc__none=0.609) and accepted(acc__none=0.691)
-    assert not accepted(acc__none=0.611)
-    assert accepted(acc__none=0.65, acc_stderr__none=0.03)
-    assert not accepted(acc__none=0.65, acc_stderr__none="N/A")
-    assert accepted(acc__none=0.2, exact_match__strict=0.7)
-    with pytest.raises(ConfigError, match="lm_eval gave none of acc, exact_match,strict"):
-        accepted(acc__other=0.6)
+    assert verdict(acc__none=0.609) == verdict(acc__none=0.691) == "accepted"
+    assert verdict(acc__none=0.611) == "rejected"
+    assert verdict(acc__none=0.611, acc_stderr__none=0.03) == "rejected", "the documents are the authors' own"
+    assert verdict(acc__none=0.611, acc_stderr__none="N/A") == "rejected"
+    assert verdict(acc__none=0.2, exact_match__strict=0.7) == "accepted"
+    assert verdict(acc__none=float("nan"), exact_match__strict=0.7) == "rejected"
+    assert verdict(whole=False, acc__none=0.6) == verdict(whole=False, acc__none=0.2) == "not decided"
+    assert verdict(whole=False, acc__none=float("nan")) == "rejected"
+    assert verdict(acc__other=0.6) == verdict(acc__none="N/A") == "not measured"
+    assert "lm_eval gave none of acc, exact_match,strict" in str(Verdict.of(row, {}))

@@ -111,9 +111,8 @@ def _published(file: ReportedFile) -> Iterator[str]:
         figures = " or ".join(f"{figure:g}" for figure in row.get("figures", []))
         errors = row.get("errors", {})
         measured = [f"{name} {with_error(value, errors.get(name))}" for name, value in row.get("measured", {}).items()]
-        rows.append(
-            [row.get("task", NONE), figures, ", ".join(measured), "accepted" if row.get("accepted") else "rejected"]
-        )
+        verdict = row.get("verdict") or ("accepted" if row.get("accepted") else "rejected")
+        rows.append([row.get("task", NONE), figures, ", ".join(measured), str(verdict)])
     yield table(["task", "published", "measured", ""], rows, "published")
 
 
