@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from llada_megatron.llada_moe.config import RunConfig, load_model, to_dict
+from llada_megatron.llada_moe.config.block_schedule import BlockSchedule, BlockStage
 from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
 from llada_megatron.llada_moe.config.intervals import CheckpointConfig
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
@@ -19,6 +20,7 @@ from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, Learni
 from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.huggingface.card import generation_config, model_card
 from llada_megatron.llada_moe.huggingface.formats import export_format
+from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusionConfig
 from llada_megatron.llada_moe.objectives.joint import JointConfig
 
 OBJECTIVES = {
@@ -48,9 +50,10 @@ def metadata(model, step=750, objective=None, load="/home/someone/parent/checkpo
             "versions": versions, **more}  # fmt: skip
 
 
-def card(name="llada2-mini", tokenizer=True, **known):
+def card(name="llada2-mini", tokenizer=True, objective_state=None, **known):
     model = load_model(name)
-    return model_card(model, export_format(model), metadata(model, **known), tokenizer)
+    facts = metadata(model, **known) | {"objective": objective_state or {}}
+    return model_card(model, export_format(model), facts, tokenizer)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -88,6 +91,19 @@ def test_imported_weights_have_no_training_of_their_own():
     assert "read from `Ling-mini-2.0`, in the format bailing_moe, and have not been trained since." in text
     assert "| steps |" not in text and "**The weights were trained autoregressively**" in text
     assert "autoregressive" in yaml.safe_load(text.split("---\n")[1])["tags"]
+
+
+def test_a_run_that_has_only_learnt_next_tokens_so_far():
+    staged = BlockDiffusionConfig(
+        kind="block_diffusion",
+        block_size=32,
+        block_schedule=BlockSchedule(autoregressive_tokens=9, stable=BlockStage(block_size=32, tokens=9)),
+    )
+    text = card(objective=staged, objective_state={"autoregressive": True, "block_size": 1})
+    assert "# An autoregressive language model" in text and "**The weights were trained autoregressively**" in text
+    assert "| objective | next tokens, then block diffusion in " in text and "; so far only next tokens |" in text
+    text = card(objective=staged, objective_state={"stage": 0, "block_size": 32})
+    assert "# A masked diffusion language model" in text and "so far" not in text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -20,9 +21,14 @@ from llada_megatron.llada_moe.model.patterns import CAUSAL, AttentionPattern
 from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusionConfig
 from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
 from llada_megatron.parallel.checkpoint.manifest import steps
+from llada_megatron.parallel.evaluation.query_scorer import kind_of
 from llada_megatron.parallel.sampling.session import Session
 from llada_megatron.parallel.sampling.settings import Settings
 from llada_megatron.parallel.training.metrics_file import read_metrics
+from llada_megatron.tools.convert.exporter import ExportOptions, export_checkpoint
+from llada_megatron.tools.convert.logits import token_ids
+from llada_megatron.tools.convert.sharded_source import ShardedSource
+from llada_megatron.tools.experts.profiling import _usable
 from tests.corpora import model_for, prepared_set
 from tests.ranks import RankFailure, run_ranks
 
@@ -87,7 +93,7 @@ def figures(run):
     return [(line["loss"], line["grad_norm"], found) for line, found in zip(lines, validated, strict=True)]
 
 
-def test_a_run_killed_inside_every_stage_goes_on_to_the_bit(make_run):
+def test_a_run_killed_inside_every_stage_goes_on_to_the_bit(make_run, tmp_path):
     whole, killed = make_run("whole"), make_run("killed")
     validate_run(whole)
     run_ranks(train, 1, whole, None)
@@ -99,9 +105,17 @@ def test_a_run_killed_inside_every_stage_goes_on_to_the_bit(make_run):
     assert figures(killed) == figures(whole)
     with open_checkpoint(whole.output_dir) as loaded:
         assert loaded.model.pattern == AttentionPattern(8)
+        assert kind_of(loaded).fills_masks and _usable(loaded, [0.5]) == [0.5]
         Session(loaded, Settings(checkpoint=whole.output_dir))
     first = dict(steps(Path(whole.output_dir) / "checkpoints"))[1]
     with open_checkpoint(first) as loaded:
         assert loaded.model.pattern == CAUSAL
         with pytest.raises(ConfigError, match="is an autoregressive model; sampling fills masks of a diffusion model"):
             Session(loaded, Settings(checkpoint=str(first)))
+        assert not kind_of(loaded).fills_masks and _usable(loaded, [0.5]) == [0.0]
+    source = ShardedSource(first)
+    assert loaded.run.model.mask_token_id not in token_ids(source, source, None)[0]
+    notes = export_checkpoint(first, tmp_path / "exported", ExportOptions(without_tokenizer=True))["notes"]
+    assert any("these weights were trained with causal attention" in note for note in notes)
+    known = json.loads((tmp_path / "exported/generation_config.json").read_text())
+    assert known["attention_pattern"] == "causal" and "block_length" not in known

@@ -18,7 +18,7 @@ from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.optimizer import LearningRateConfig
 from llada_megatron.llada_moe.huggingface.formats.table import Format
 from llada_megatron.llada_moe.model.parameters import count_parameters
-from llada_megatron.llada_moe.objectives import make_objective
+from llada_megatron.llada_moe.objectives import Objective, checkpoint_objective, make_objective
 
 Row = tuple[str, str]
 """Name and value."""
@@ -44,7 +44,7 @@ def generation_config(model: ModelConfig, objective: ObjectiveConfig, unused: Se
         "eos_token_id": model.eos_token_id,
         "pad_token_id": model.eos_token_id,
         "mask_token_id": model.mask_token_id,
-        "attention_pattern": _kind(objective),
+        "attention_pattern": _kind(make_objective(objective)),
     }
     if objective.block_size is not None:
         config["block_length"] = objective.block_size
@@ -61,7 +61,7 @@ def model_card(model: ModelConfig, table: Format, metadata: dict[str, Any], toke
         tokenizer: whether the export has a tokenizer that AutoTokenizer reads.
     """
     run = from_dict(RunConfig, metadata["run"])
-    kind = _kind(run.objective)
+    kind = _kind(checkpoint_objective(run, metadata))
     head = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -103,13 +103,12 @@ def _call(kind: str, table: Format, block: int) -> str:
     )
 
 
-def _kind(objective: ObjectiveConfig) -> str:
-    made = make_objective(objective)
-    if made.verifies:
+def _kind(objective: Objective) -> str:
+    if objective.verifies:
         return "joint"
-    if not made.fills_masks:
+    if not objective.fills_masks:
         return "causal"
-    return "full" if objective.block_size is None else "blocks"
+    return "full" if objective.config.block_size is None else "blocks"
 
 
 def _rows(rows: Iterator[Row]) -> str:
@@ -169,7 +168,9 @@ def _trained(run: RunConfig, metadata: dict[str, Any]) -> Iterator[Row]:
     yield "tokens", f"{samples * training.sequence_length:,} ({training.sequence_length:,} in each sequence)"
     if run.checkpoint.load:
         yield "started from", f"`{_last_names(run.checkpoint.load)}`"
-    yield "objective", make_objective(run.objective).description()
+    objective = make_objective(run.objective)
+    begun = objective.fills_masks and not checkpoint_objective(run, metadata).fills_masks
+    yield "objective", objective.description() + ("; so far only next tokens" if begun else "")
     clipping = f", gradient norm at most {optimizer.clip_grad_norm:g}" if optimizer.clip_grad_norm else ""
     decay = f"weight decay {optimizer.weight_decay:g}"
     yield "optimizer", f"AdamW, betas {optimizer.beta1:g} and {optimizer.beta2:g}, {decay}{clipping}"

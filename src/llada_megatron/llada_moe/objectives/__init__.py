@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING, Any
 
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.parsing import closest
@@ -12,7 +13,10 @@ from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.objectives.interface import REGISTERED, Objective
 
-__all__ = ["Objective", "config_class", "make_objective", "objective_kinds"]
+if TYPE_CHECKING:
+    from llada_megatron.llada_moe.config.run import RunConfig
+
+__all__ = ["Objective", "checkpoint_objective", "config_class", "make_objective", "objective_kinds"]
 
 
 def objective_kinds() -> list[str]:
@@ -36,6 +40,20 @@ def make_objective(config: ObjectiveConfig, training: TrainingConfig | None = No
         )
     objective = REGISTERED[config.kind](config)
     objective.training = training
+    return objective
+
+
+def checkpoint_objective(run: RunConfig, metadata: dict[str, Any]) -> Objective:
+    """The objective of a run as far as one of its checkpoints has come: a run that begins with next tokens and goes on
+    to masks gives checkpoints of both.
+
+    `metadata`: what the checkpoint's manifest says.
+
+    Raises:
+        ConfigError: as `make_objective`.
+    """
+    objective = make_objective(run.objective, run.training)
+    objective.load_state(metadata.get("objective", {}))
     return objective
 
 

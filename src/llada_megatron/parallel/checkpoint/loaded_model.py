@@ -25,7 +25,7 @@ from llada_megatron.llada_moe.model import lora
 from llada_megatron.llada_moe.model.head import Targets
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.model.transformer import DiffusionTransformer
-from llada_megatron.llada_moe.objectives import make_objective
+from llada_megatron.llada_moe.objectives import checkpoint_objective, make_objective
 from llada_megatron.parallel import build, device, sharded_state, topology
 from llada_megatron.parallel.checkpoint.manifest import DamagedCheckpointError
 from llada_megatron.parallel.checkpoint.search import find_checkpoints, first_whole, run_of, without_factors
@@ -210,12 +210,10 @@ def _load(path: Path, layout: LayoutConfig, store: CheckpointStore, fp8: str | N
     run = run_of(path)
     if fp8 is not None:
         fp8_inference.require(fp8, run, layout)
-    objective = make_objective(run.objective, run.training)
     saved = store.metadata(path)
     if "step" not in saved:
         raise DamagedCheckpointError(f"{path}: its manifest does not say of which step it is")
-    objective.load_state(saved.get("objective", {}))
-    pattern = objective.sampling_pattern(int(saved["step"]))
+    pattern = checkpoint_objective(run, saved).sampling_pattern(int(saved["step"]))
     chunks = empty_chunks(run, layout, pattern, fp8)
     with fp8_weights.filling(chunks):
         state, metadata = store.load(path, sharded_state.model_state(chunks))

@@ -10,7 +10,7 @@ from llada_megatron.llada_moe.data.tokenizer import Tokenizer
 from llada_megatron.llada_moe.data.training_data import TrainingData
 from llada_megatron.llada_moe.evaluation import baselines, infilling, likelihood
 from llada_megatron.llada_moe.evaluation.near_duplicate_share import near_duplicate_share
-from llada_megatron.llada_moe.objectives import make_objective
+from llada_megatron.llada_moe.objectives import checkpoint_objective
 from llada_megatron.llada_moe.sampling.editors import NoEditor, never_written
 from llada_megatron.llada_moe.sampling.loop import Method
 from llada_megatron.llada_moe.sampling.statistics import LogitsProcessor
@@ -93,7 +93,7 @@ def assess(loaded: LoadedModel, tokenizer: Tokenizer, sequences: int, examples: 
     filled = infilling.measure(loaded.logits, held_out, tokenizer.mask_id, numbers, _BATCH)
     return Assessment(
         bits_per_byte=cost.bits_per_byte(held_out.bytes_per_token),
-        is_bound=make_objective(run.objective).fills_masks,
+        is_bound=checkpoint_objective(run, loaded.metadata).fills_masks,
         baselines=baselines_of(training, held_out, numbers, run.model.vocab_size, tokenizer),
         infill_accuracy=filled.accuracy,
         majority_share=filled.majority_share,

@@ -13,7 +13,7 @@ from llada_megatron.llada_moe.evaluation.queries import ModelKind, Query
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.llada_moe.model.transfer import to_device
 from llada_megatron.llada_moe.model.windows import Window
-from llada_megatron.llada_moe.objectives import make_objective
+from llada_megatron.llada_moe.objectives import checkpoint_objective
 from llada_megatron.llada_moe.sampling.loop import Method
 from llada_megatron.llada_moe.sampling.passes import Pass
 from llada_megatron.llada_moe.sampling.token_buffer import LogitRows
@@ -198,6 +198,6 @@ def kind_of(loaded: LoadedModel) -> ModelKind:
     """What estimators must know of a loaded model."""
     return ModelKind(
         mask_id=loaded.run.model.mask_token_id,
-        fills_masks=make_objective(loaded.run.objective).fills_masks,
+        fills_masks=checkpoint_objective(loaded.run, loaded.metadata).fills_masks,
         block=loaded.model.pattern.block,
     )

@@ -11,7 +11,7 @@ import torch
 
 from llada_megatron.console import message
 from llada_megatron.llada_moe.errors import ConfigError, DataError, LladaError
-from llada_megatron.llada_moe.objectives import make_objective
+from llada_megatron.llada_moe.objectives import checkpoint_objective
 from llada_megatron.llada_moe.sampling.editors import never_written
 from llada_megatron.llada_moe.sampling.presets import choose
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps, RandomSteps, SelfSpeculation
@@ -76,9 +76,7 @@ class Session:
         """Raises ConfigError for a method or CUDA graphs that do not fit the model, DataError for another model's
         tokenizer."""
         run = loaded.run
-        objective = make_objective(run.objective)
-        objective.load_state(loaded.metadata.get("objective", {}))
-        if not objective.fills_masks:
+        if not checkpoint_objective(run, loaded.metadata).fills_masks:
             raise ConfigError(f"{loaded.path} is an autoregressive model; sampling fills masks of a diffusion model")
         self.loaded, self.settings = loaded, settings
         self._graph_obstacle = obstacle_to(settings.cuda_graphs, loaded.model)

@@ -129,7 +129,7 @@ def export_checkpoint(path: Path, target: Path, options: ExportOptions) -> dict[
     notes += tokenizer.notes
     shards = plan_shards(source, table, options.dtype, options.shard_bytes)
     notes += size_notes(shards, options.shard_bytes)
-    objective = make_objective(source.run.objective)
+    objective = make_objective(source.objective)
     if objective.verifies:
         notes.append(
             "these weights draft behind a text that is read causally: `generate` of the export refuses, a causal mask "
@@ -275,7 +275,7 @@ def _write_rest(
         write_durably(output / file.name, file.read_bytes())
     for name, data in tokenizer.files.items():
         write_durably(output / name, data)
-    sampling = generation_config(source.model, source.run.objective, unused)
+    sampling = generation_config(source.model, source.objective, unused)
     write_durably(output / GENERATION_CONFIG, _json(sampling))
     write_durably(output / "README.md", model_card(source.model, table, source.metadata, tokenizer.loadable).encode())
     write_durably(output / CONFIG, _json(dict(sorted(config.items()))))

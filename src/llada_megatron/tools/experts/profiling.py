@@ -12,7 +12,7 @@ from llada_megatron.llada_moe.data.tokenizer import Tokenizer
 from llada_megatron.llada_moe.errors import ConfigError, DataError
 from llada_megatron.llada_moe.evaluation.routing_statistics import routing_changes
 from llada_megatron.llada_moe.evaluation.routing_trace import RoutingTrace
-from llada_megatron.llada_moe.objectives import make_objective
+from llada_megatron.llada_moe.objectives import checkpoint_objective
 from llada_megatron.tools.experts.expert_profile import expert_profile
 from llada_megatron.tools.experts.model_identity import model_identity
 from llada_megatron.tools.experts.opened_checkpoint import OpenOptions, with_checkpoint
@@ -88,7 +88,7 @@ def compared(
             f"--compare {args.compare}: another model than {args.checkpoint} (layers, leading dense layers, experts, "
             f"top_k, vocabulary and mask {_shape(loaded.run.model)} against {_shape(model)})"
         )
-    if not make_objective(loaded.run.objective).fills_masks and ratios != [0.0]:
+    if not checkpoint_objective(loaded.run, loaded.metadata).fills_masks and ratios != [0.0]:
         raise ConfigError(
             f"--compare {args.compare}: trained without masks, unlike {args.checkpoint}; both read the text unmasked "
             "with --ratios 0"
@@ -102,7 +102,7 @@ def reported(
     """What is asked for in the place of a profile: agreement of passes, advice for `ranks`, or a trial (`reports`)."""
     from llada_megatron.tools.experts import reports
 
-    if args.passes and make_objective(loaded.run.objective, loaded.run.training).copies > 1:
+    if args.passes and checkpoint_objective(loaded.run, loaded.metadata).copies > 1:
         raise ConfigError(
             f"--passes: {args.checkpoint} was trained on a noisy and a clean copy of the text side by side (kind "
             f"{loaded.run.objective.kind}), and only passes over one copy can be compared"
@@ -148,7 +148,7 @@ def _text(args: argparse.Namespace, loaded: LoadedModel, tokenizer: Tokenizer | 
 
 def _usable(loaded: LoadedModel, ratios: list[float]) -> list[float]:
     """The ratios, or 0 alone for a model that knows no masks."""
-    if make_objective(loaded.run.objective).fills_masks:
+    if checkpoint_objective(loaded.run, loaded.metadata).fills_masks:
         return ratios
     message("note: the model was not trained with masks: its text is read unmasked")
     return [0.0]
