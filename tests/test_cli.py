@@ -209,7 +209,7 @@ def test_every_command_has_its_version(capsys, words):
     ("line", "expected"),
     [
         ("llada tra", {"train "}),
-        ("llada train dem", {"demo "}),
+        ("llada train ar-", {"ar-to-diffusion "}),
         ("llada train demo training.st", {"training.steps="}),
         ("llada convert exp", {"export "}),
     ],

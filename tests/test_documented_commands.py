@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from llada_megatron.launch.cluster.config import load_cluster
 from llada_megatron.launch.sampling import options
 from llada_megatron.llada_moe.config import load_model, load_run
 from llada_megatron.llada_moe.config.named import MODELS, RUNS
-from llada_megatron.llada_moe.sampling.presets import choose
+from llada_megatron.llada_moe.objectives.joint import JointConfig
+from llada_megatron.llada_moe.sampling.presets import PRESETS, choose
 from llada_megatron.tools import bench, prepare
 from llada_megatron.tools.convert import parse_layout, parse_size
 from tests.documented import ROOT, Documented, commands
@@ -114,6 +116,8 @@ def test_its_method_is_accepted(each, capsys, tmp_path, monkeypatch):
     args.checkpoint = str(tmp_path)
     settings = options.settings_of(args)
     run = load_run(OWN_RUN)
+    if settings.preset is not None and PRESETS[settings.preset].verifies:
+        run = replace(run, objective=JointConfig(kind="joint", block_size=4))
     parts = settings.preset, settings.schedule, settings.cache, settings.editor, settings.overrides
     choose(*parts, run.objective, run.model, block_length=settings.block_length)
     if hasattr(args, "edit"):

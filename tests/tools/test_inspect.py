@@ -74,7 +74,8 @@ def test_of_a_model_and_a_run_with_one_name_the_model_is_shown_and_that_is_said(
 def test_a_name_that_is_like_no_other_lists_the_known_ones(capsys):
     assert cli.main(["inspect", "qqqq"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: no model or run 'qqqq'; models: llada-8b, ") and "; runs: demo, " in said
+    assert said.startswith("error: no model or run 'qqqq'; models: llada-8b, ")
+    assert "; runs: ar-to-diffusion, demo, " in said
 
 
 def test_a_wrong_name_is_refused(capsys):

@@ -200,7 +200,7 @@ def test_a_run_by_name_is_looked_for_here_then_in_the_package(write):
 
 
 def test_an_unknown_run_lists_the_known_ones(write):
-    assert refusal("qqqq").startswith("no run 'qqqq'; known: demo, llada-8b-pretrain, ")
+    assert refusal("qqqq").startswith("no run 'qqqq'; known: ar-to-diffusion, demo, ")
     assert refusal("dmeo") == "no run 'dmeo'; did you mean 'demo'?"
     assert refusal("runs/qqqq") == "runs/qqqq: no such configuration file"
 

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.model.attention.pattern_attention import PatternAttention
+from llada_megatron.llada_moe.model.context_slices import held_runs, in_order, taken
 from llada_megatron.llada_moe.model.patterns import CAUSAL, FULL, AttentionPattern, bands, segments, whole_sequences
 from llada_megatron.parallel import topology
 from tests.ranks import run_ranks
@@ -58,7 +59,8 @@ def attended(block: int | None, boundaries: torch.Tensor | None, group: object, 
     attention = PatternAttention(
         config, 1, AttnMaskType.no_mask, "self", pg_collection=groups, pattern=AttentionPattern(block)
     )
-    query, key, value, upstream = (part.chunk(size)[rank].clone() for part in inputs())
+    runs = held_runs(SEQ, rank, size, AttentionPattern(block))
+    query, key, value, upstream = (taken(part, runs, dim=0).clone() for part in inputs())
     parts = [part.requires_grad_() for part in (query, key, value)]
     out = attention(*parts, boundaries)
     out.backward(upstream.flatten(2))
@@ -84,7 +86,8 @@ def test_context_ranks_attend_like_one_process(isolated):
     boundaries = DOCUMENTS if isolated else whole_sequences(BATCH, SEQ)
     ranks = run_ranks(on_context_ranks, 2, boundaries, 2)
     for case, block in enumerate(BLOCKS):
-        joined = [torch.cat(parts) for parts in zip(*(rank[case] for rank in ranks), strict=True)]
+        pattern = AttentionPattern(block)
+        joined = [in_order(torch.cat(parts), 2, pattern) for parts in zip(*(rank[case] for rank in ranks), strict=True)]
         torch.testing.assert_close(joined, expected(block, boundaries))
 
 

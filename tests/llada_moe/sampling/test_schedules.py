@@ -128,7 +128,7 @@ def test_commits_what_the_published_formula_says(schedule, formula, table, step)
     assert [set(row.nonzero().flatten().tolist()) for row in chosen] == expected
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "self-speculation"])  # that one verifies
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(table=tables(st.floats(0, 1, width=32) | st.just(math.nan)), step=st.integers(0, 3))
 def test_commits_masks_only_and_at_least_one_whatever_the_statistics(name, table, step):

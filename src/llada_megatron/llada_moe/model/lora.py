@@ -29,6 +29,7 @@ from torch.nn.functional import linear
 
 from llada_megatron.llada_moe.config.trained_parts import EXPERTS, FACTORS, LoRAConfig, place_of
 from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.llada_moe.model.factor_product import product_of_factors
 
 _COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")
 _GATED = "linear_fc1"
@@ -92,11 +93,6 @@ class _Adapted:
         """This rank's part of W + s B A, in the weight's type, rounded once."""
         weight: torch.Tensor = self.weight  # type: ignore[attr-defined]
         return (weight.float() + product_of_factors(self.lora_A, self.lora_B, self.lora_scale)).to(weight.dtype)
-
-
-def product_of_factors(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """s B A in float32, `[output, input]`, of A `[rank, input]` and B `[output, rank]`."""
-    return torch.mm(b.float(), a.float()).mul_(scale)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.trained_parts import FACTORS, place_of
 from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.weights import Unit, Weight, canonical_weights
-from llada_megatron.llada_moe.model.lora import product_of_factors
+from llada_megatron.llada_moe.model.factor_product import product_of_factors
 from llada_megatron.llada_moe.objectives import checkpoint_objective, make_objective
 from llada_megatron.parallel.checkpoint.conversion.shard_reader import ShardedReader
 from llada_megatron.parallel.checkpoint.search import (

@@ -72,7 +72,7 @@ PARTS = (
         needs="reference",
     ),
     Part("dense", AS_TRAINED, 42, "step_speed:dense", "training steps of a dense model of 1.5 B parameters"),
-    Part("moe", AS_TRAINED, 55, "step_speed:moe", "the same of as many layers of LLaDA-MoE-7B-A1B as fit"),
+    Part("moe", AS_TRAINED, 50, "step_speed:moe", "the same of as many layers of LLaDA-MoE-7B-A1B as fit"),
     Part("mini", AS_TRAINED, 45, "step_speed:mini", "the same of as many layers of LLaDA2-mini as fit, block-causal"),
     Part("fp8-loss", AS_TRAINED, 60, "fp8_loss:compare", "the loss of 200 steps in each FP8 recipe against bf16"),
     Part(
@@ -86,11 +86,11 @@ PARTS = (
     Part(
         "sampler",
         AS_TRAINED,
-        55,
+        40,
         "sampling_speed:compare",
         "LLaDA-MoE-7B-A1B's shape, blocks of 32, batches of 1 and 32, in bf16 and FP8",
     ),
-    Part("checkpoint", AS_TRAINED, 20, "checkpoint_speed:compare", "a checkpoint saved and loaded"),
+    Part("checkpoint", AS_TRAINED, 15, "checkpoint_speed:compare", "a checkpoint saved and loaded"),
     Part("profile", AS_TRAINED, 12, "kernel_profile:profile", "the kernels of one training step, by kind"),
 )
 """In the order in which they run."""
