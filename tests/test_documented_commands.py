@@ -117,7 +117,7 @@ def test_its_method_is_accepted(each, capsys, tmp_path, monkeypatch):
     settings = options.settings_of(args)
     run = load_run(OWN_RUN)
     if settings.preset is not None and PRESETS[settings.preset].verifies:
-        run = replace(run, objective=JointConfig(kind="joint", block_size=4))
+        run = replace(run, objective=JointConfig(kind="joint", block_size=32))
     parts = settings.preset, settings.schedule, settings.cache, settings.editor, settings.overrides
     choose(*parts, run.objective, run.model, block_length=settings.block_length)
     if hasattr(args, "edit"):

@@ -61,8 +61,8 @@ GROUPS: list[Group] = [
         "launch/evaluation/published.py",
         "tests/launch/evaluation/test_published.py",
         [
-            ("max(NEAR, 2 * self.errors.get(name, 0.0))", "NEAR"),
-            ("100 * metrics[key] for name", "metrics[key] for name"),
+            ("<= NEAR for value in", "<= 3 * NEAR for value in"),
+            ("100 * value for name, value", "value for name, value"),
         ],
     ),
 ]
