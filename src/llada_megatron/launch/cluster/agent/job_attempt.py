@@ -38,6 +38,9 @@ _GATHER_S = 60.0
 _GOODBYE_S = 15.0
 """How long the first node serves the store once it has closed the rendezvous."""
 
+_GOODBYE_OF_THE_LOST_S = 3.0
+"""The same for nodes that were lost: their agents may live, and only be late."""
+
 
 class JobAttempt:
     """One node's part in an attempt of a job."""
@@ -214,10 +217,19 @@ class JobAttempt:
         self.node.event("end", word=verdict.status, reason=verdict.reason, asked=asked)
         self.node.say(f"{verdict.status}: {verdict.reason}")
         self.rendezvous.set_closed()
-        deadline = time.monotonic() + _GOODBYE_S
-        others = [f"bye/{index}" for index, name in enumerate(self.node.names()) if index and name not in self.lost]
-        while others and not self.store.check(others) and time.monotonic() < deadline:
+        began = time.monotonic()
+        while self._awaits_goodbye(time.monotonic() - began):
             time.sleep(_POLL_S)
+
+    def _awaits_goodbye(self, waited_s: float) -> bool:
+        """Whether a node whose agent has come has not left yet, and may still be about to."""
+        return any(
+            waited_s < (_GOODBYE_OF_THE_LOST_S if name in self.lost else _GOODBYE_S)
+            and self.store.check([f"here/{index}"])
+            and not self.store.check([f"bye/{index}"])
+            for index, name in enumerate(self.node.names())
+            if index
+        )
 
     def _stop_verdict(self) -> Verdict:
         status: VerdictStatus = "stopped" if self.node.job.stop.exists() else "requeue"
