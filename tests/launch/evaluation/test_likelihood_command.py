@@ -95,7 +95,7 @@ def test_a_model_for_conversations_is_told_apart(tmp_path, capsys):
         ('{"context": "a", "continuation": ""}', "line 2: the answer '' adds no token"),
         ('{"context": [1], "continuation": [999]}', "line 2: the model has no token 999"),
         ('{"context": "a", "continuation": 3}', "is a text or a list of token ids"),
-        ('{"text": ' + "[" * 9999 + "]" * 9999 + "}", "line 2: not JSON"),
+        pytest.param('{"text": ' + "[" * 9999 + "]" * 9999 + "}", "line 2: not JSON", id="deeply nested"),
     ],
 )
 def test_broken_lines_are_named(dense, tmp_path, capsys, line, told):
