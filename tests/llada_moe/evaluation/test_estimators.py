@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from dataclasses import replace
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from llada_megatron.llada_moe.errors import ConfigError, DataError
-from llada_megatron.llada_moe.evaluation.estimators import draw, estimate, greedy
+from llada_megatron.llada_moe.evaluation.estimators import Estimate, draw, estimate, greedy
+from llada_megatron.llada_moe.evaluation.likelihood_scores import record_of, summarised, together
 from llada_megatron.llada_moe.evaluation.protocol import LikelihoodProtocol
 from llada_megatron.llada_moe.evaluation.queries import ModelKind, Pair, parts, rolling
+from llada_megatron.llada_moe.evaluation.scored_lines import ScoredLine
 
 MASK = 0
 FULL = ModelKind(MASK, fills_masks=True)
@@ -111,6 +114,27 @@ def test_a_whole_text_is_scored_once_in_windows_that_fit():
         assert windows[0].context == (() if prefix is None else (1,))
         assert all(window.context for window in windows[1:]) or prefix is None
     assert [window.option for window in windows] == list(range(len(windows)))
+
+
+def test_the_error_of_a_text_in_windows_is_the_spread_over_seeds():
+    """Equal windows under the same masks would err alike: twice the error of independent ones, where there are four."""
+    table, windows = Table(3, 10, 4), rolling((2, 3, 4, 5) * 4, 4, None, question=7)
+    found = [together(estimate(table, windows, LikelihoodProtocol(samples=64, seed=s), FULL)) for s in range(60)]
+    assert all(len(window.context) == 0 for window in windows) and len(windows) == 4
+    told = statistics.mean(each.standard_error for each in found)
+    assert statistics.stdev(each.nats for each in found) == pytest.approx(told, rel=0.4)
+
+
+def test_the_margin_to_an_exact_option_has_the_error_of_the_other():
+    """An option of one token is exact and has one stratum."""
+    line = ScoredLine(1, (1,), ((2,), (3, 4, 5), (6,)), right=0)
+    exact, drawn, behind = Estimate(-1.0, 0.0, 1, 1, (-1.0,)), Estimate(-3.0, 0.2, 3, 8, (-2.8, -3.2)), -9.0
+    last = Estimate(behind, 0.0, 1, 1, (behind,))
+    for options, error in (((exact, drawn, last), 0.2), ((drawn, exact, last), 0.2), ((exact, last, last), 0.0)):
+        assert record_of(line, options)["margin_error"] == error
+    one_stratum = replace(drawn, standard_error=None, strata=(-3.0,))
+    assert record_of(line, (exact, one_stratum, last))["margin_error"] is None
+    assert summarised([record_of(line, (exact, drawn, last))]).undecided == 0
 
 
 def test_protocols_that_cannot_be_are_refused():

@@ -101,7 +101,8 @@ def draw(part: AnswerPart, pair: Pair, number: int, protocol: LikelihoodProtocol
     length = part.length
     if length == 1:
         return [[(part.first,)]]
-    name = pair.question if protocol.shared_masks else pair.question * _OPTIONS + pair.option + 1
+    shared = protocol.shared_masks and not pair.window
+    name = pair.question if shared else pair.question * _OPTIONS + pair.option + 1
     question, block = torch.tensor(name), torch.tensor(number)
     size, count = protocol.stratum, protocol.samples // protocol.stratum
     uniform = draws.uniform(protocol.seed, draws.MASK_COUNT, question, block, torch.arange(count))

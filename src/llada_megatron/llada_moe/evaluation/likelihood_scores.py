@@ -59,12 +59,14 @@ def _best(values: Sequence[float]) -> int:
 def _margin_error(estimates: Sequence[Estimate]) -> float | None:
     """Standard error of the difference between the two best options, stratum by stratum.
 
-    Under shared masks it is smaller than what the errors of both would give, since they rise and fall together.
+    Under shared masks it is smaller than what the errors of both would give, since they rise and fall together. Where
+    one is exact, as an option of one token is, it is the other's error.
     """
     first, second = sorted(estimates, key=lambda each: -each.nats)[:2]
+    if 0.0 in (first.standard_error, second.standard_error):
+        return second.standard_error if first.standard_error == 0.0 else first.standard_error
     if len(first.strata) != len(second.strata) or len(first.strata) < 2:
-        exact = first.standard_error == 0.0 and second.standard_error == 0.0
-        return 0.0 if exact else None
+        return None
     differences = [a - b for a, b in zip(first.strata, second.strata, strict=True)]
     return statistics.stdev(differences) / math.sqrt(len(differences))
 

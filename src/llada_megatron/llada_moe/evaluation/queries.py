@@ -25,6 +25,9 @@ class Pair:
     after: tuple[int, ...] = ()
     """What stands behind the answer. A block-causal model sees of it what lies in the answer's last block, an
     autoregressive one nothing."""
+    window: int = 0
+    """Number of the window of a whole text. Windows do not share masks: their estimates are added, and errors of the
+    same draws would be added as well."""
 
     def fitted(self, longest: int) -> Pair:
         """The pair without as many tokens at its ends, far from the answer, as are too many for a model.
@@ -183,6 +186,6 @@ def rolling(tokens: Sequence[int], longest: int, prefix: int | None, question: i
     while at < len(tokens):
         stop = min(len(tokens), at + longest - len(before))
         context = before if at == 0 else tuple(tokens[max(0, stop - longest) : at])
-        found.append(Pair(context, tuple(tokens[at:stop]), question, len(found)))
+        found.append(Pair(context, tuple(tokens[at:stop]), question, len(found), window=len(found)))
         at = stop
     return found
