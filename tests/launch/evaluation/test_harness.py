@@ -157,6 +157,11 @@ def test_wrong_command_lines(dense, tmp_path, capsys):
         (("--output", tmp_path / "none" / "x.json"), "there is no such folder"),
         (("--published", "llada-8b-base"), "--tasks any: nothing published for LLaDA-8B-Base; arc_challenge"),
         (("--published", "llada-8b-base", "--block-length", 8), "--block-length: --published NAME has its own"),
+        (("--published", "llada-8b-base", "--shots", 0), "--shots: --published NAME has its own settings"),
+        (("--published", "llada-8b-base", "--samples", 8), "--samples: --published NAME has its own settings"),
+        (("--published", "llada-8b-base", "--guidance", 0), "--guidance: --published NAME has its own settings"),
+        (("--published", "llada-8b-base", "--temperature", 1), "--temperature: --published NAME has its own settings"),
+        (("schedule.steps=8", "--published", "llada-8b-base"), "schedule.steps=8: --published NAME has its own"),
         (("--published", "none"), "no list of published figures 'none'"),
     ]:
         code, _, err = run_cli(capsys, "eval", "harness", dense, "--tasks", "any", *words)
@@ -212,6 +217,42 @@ def test_tasks_that_cannot_be_run_are_one_line(dense, tasks, tmp_path, capsys, n
     (tmp_path / f"{name}.yaml").write_text(text.format(name=name, data=tmp_path / "questions.jsonl"))
     code, _, err = run_cli(capsys, "eval", "harness", dense, "--tasks", name, "--task-folder", tmp_path)
     assert (code in (1, 2), told in err.splitlines()[-1]) == (True, True), err
+
+
+@pytest.mark.parametrize("error", ["ModuleNotFoundError", "AssertionError"])
+def test_a_task_that_lacks_a_package_costs_no_measurement(dense, tasks, tmp_path, capsys, monkeypatch, error):
+    """As lm_eval's minerva_math without sympy, or beside another antlr4."""
+    from llada_megatron.parallel.evaluation.served_model import ServedModel
+
+    monkeypatch.setattr(ServedModel, "log_likelihoods", lambda *_: pytest.fail("something was measured before"))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "lacking.py").write_text(f"raise {error}('please install sympy')\n")
+    text = CHOICE.replace('"{{{{question}}}}"', "!function lacking.doc_to_text")
+    for name, form in (("own_choice", CHOICE), ("own_written", text)):
+        (folder / f"{name}.yaml").write_text(form.format(name=name, data=tasks / "questions.jsonl"))
+    (tmp_path / "published.yaml").write_text(PUBLISHED.replace("CHOICE", "50"))
+    words = (dense, "--published", tmp_path / "published.yaml", "--task-folder", folder)
+    code, _, err = run_cli(capsys, "eval", "harness", *words)
+    assert code == 2 and "own_written" in err.splitlines()[-1], err
+    assert "pip install 'lm_eval[math]': please install sympy" in err.splitlines()[-1]
+
+
+def test_what_was_measured_is_written_before_the_next_row(dense, tasks, tmp_path, capsys, monkeypatch):
+    from llada_megatron.parallel.evaluation.served_model import ServedModel
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ServedModel, "generate", interrupted)
+    file = tmp_path / "published.yaml"
+    file.write_text(PUBLISHED.replace("acc, acc_norm", "f1").replace("CHOICE", "50"))
+    words = (dense, "--published", file, "--task-folder", tasks, "--output", tmp_path / "out.json")
+    code, _, _ = run_cli(capsys, "eval", "harness", *words, "--limit", 1)
+    (part,) = json.loads((tmp_path / "out.json").read_text())["parts"]
+    assert code == 130 and part["results"]["own_choice"]["alias"] == "own_choice"
+    code, out, _ = run_cli(capsys, "eval", "harness", *words, "--limit", 1, "--tasks", "own_choice")
+    assert (code, "not measured own_choice" in out, "lm_eval gave none of f1" in out) == (1, True, True)
 
 
 def test_text_is_cut_at_the_first_stop_text():

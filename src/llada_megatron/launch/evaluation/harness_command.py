@@ -25,6 +25,7 @@ _OWN = (
     "shots",
     "max_new_tokens",
     "estimator",
+    "samples",
     "stratum",
     "preset",
     "schedule",
@@ -33,6 +34,8 @@ _OWN = (
     "steps",
     "block_length",
     "remasking",
+    "temperature",
+    "guidance",
     "chat_template",
 )
 """Options that published figures have settings of their own for."""
@@ -60,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--greedy", action="store_true", help="compute is_greedy: a pass for each token of an answer")
     add_protocol(parser)
     add_method(parser)
+    parser.set_defaults(samples=None, temperature=None, guidance=None)  # to tell what was given from what was not
     output = parser.add_argument_group("output")
     output.add_argument("--output", metavar="FILE", help="all results of lm_eval and the protocol, as JSON")
     output.add_argument("--resume", metavar="FILE", help="keep answers beside FILE; the same command goes on there")
@@ -72,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("lm_eval is not installed: pip install 'llada-megatron[eval]'")
     published = None if args.published is None else load_published(args.published)
     _check(args, published is not None and published.chat_template)
+    args.temperature, args.guidance = args.temperature or 0.0, args.guidance or 0.0
     settings = settings_of(args, default_tokens=256)
     if args.output is not None:
         refuse_overwriting("--output", [Path(args.output)], [args.tokenizer, *(args.task_folder or [])])
@@ -88,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         limit=args.limit,
         keep_samples=args.output is not None,
         resume=args.resume,
+        output=None if args.output is None else str(Path(args.output).absolute()),
     )
     result = run_spread(SpreadJob(args.checkpoint, settings.layout, work, settings.fp8), args.local)
     if result is None:
@@ -114,10 +120,11 @@ def _check(args: argparse.Namespace, chat: bool) -> None:
     """Refuse what would only show after the model is loaded, or not at all. Raises ConfigError."""
     if not args.tasks and args.published is None:
         raise ConfigError("what is asked? Give --tasks A,B or --published NAME")
-    given = [name for name in _OWN if getattr(args, name) not in (None, False)]
-    if args.published is not None and (given or args.temperature or args.guidance):
-        option = "--" + (given[0] if given else "temperature" if args.temperature else "guidance").replace("_", "-")
-        raise ConfigError(f"{option}: --published NAME has its own settings; give --tasks A,B for yours")
+    values = [(name, getattr(args, name)) for name in _OWN]
+    given = [f"--{name.replace('_', '-')}" for name, value in values if value is not None and value is not False]
+    given += [text for text in args.overrides if not text.startswith("layout.")]
+    if args.published is not None and given:
+        raise ConfigError(f"{given[0]}: --published NAME has its own settings; give --tasks A,B for yours")
     for name, least in (("shots", 0), ("limit", 1)):
         value = getattr(args, name)
         if value is not None and value < least:

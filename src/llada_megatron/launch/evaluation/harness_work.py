@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llada_megatron.console import message
+from llada_megatron.launch.files import replace
 from llada_megatron.llada_moe.errors import ConfigError, DataError
 from llada_megatron.llada_moe.evaluation.protocol import LikelihoodProtocol
 from llada_megatron.parallel.sampling.settings import Settings
@@ -47,6 +50,8 @@ class HarnessWork:
     keep_samples: bool
     resume: str | None
     """Where answers are kept. lm_eval knows them by their request alone, so there is a file for each protocol."""
+    output: str | None = None
+    """A file for the parts that are done, written after each of several."""
 
     def __call__(self, loaded: LoadedModel) -> dict[str, Any]:
         """`parts`, the results of lm_eval for each, on rank 0, an empty dictionary on others."""
@@ -70,12 +75,15 @@ class HarnessWork:
             message(f"{PLAIN_TEXT_NOTE}; --chat-template puts questions into it")
         chat = find_template(served.tokenizer, self.template) if self.chat else None
         manager = self._manager()
-        found = []
+        self._load(manager)
+        found: list[dict[str, Any]] = []
         for number, part in enumerate(self.parts, start=1):
             if len(self.parts) > 1:
                 message(f"{number} of {len(self.parts)}: {', '.join(part.tasks)}")
                 served.use(part.likelihood, part.settings)
             found.append(self._of_part(served, part, chat, manager))
+            if self.output is not None and len(self.parts) > 1:
+                replace(Path(self.output), json.dumps({"parts": found}, indent=1) + "\n")
         return found
 
     def _manager(self) -> Any:
@@ -100,6 +108,20 @@ class HarnessWork:
             raise ConfigError(f"--tasks {','.join(unknown)}: lm_eval {lm_eval.__version__} has no such task or group")
         return manager
 
+    def _load(self, manager: Any) -> None:
+        """Read every task once, so that one which cannot be read costs nothing.
+
+        Raises:
+            ConfigError: a task needs packages that are not installed.
+            DataError: a data set of a task is not there, or cannot be read.
+        """
+        for task in dict.fromkeys(task for part in self.parts for task in part.tasks):
+            with _told_in_one_line([task]):
+                try:
+                    manager.load([task])
+                except AssertionError as error:  # so some say that a package has another version
+                    raise ImportError(str(error) or "AssertionError") from error
+
     def _of_part(
         self, served: ServedModel, part: HarnessPart, chat: ChatTemplate | None, manager: Any
     ) -> dict[str, Any]:
@@ -123,14 +145,13 @@ class HarnessWork:
         """What lm_eval finds.
 
         Raises:
-            ConfigError: a task runs what the model writes as a program.
+            ConfigError: a task runs what the model writes as a program, or needs packages that are not installed.
             DataError: a data set of a task is not there, or cannot be read.
         """
         import lm_eval
-        from datasets.exceptions import DatasetsError
 
         kept = hashlib.sha256(json.dumps(protocol, default=str).encode()).hexdigest()[:12]
-        try:
+        with _told_in_one_line(part.tasks):
             found = lm_eval.simple_evaluate(
                 model=model,
                 tasks=list(part.tasks),
@@ -142,15 +163,6 @@ class HarnessWork:
                 apply_chat_template=self.chat,
                 fewshot_as_multiturn=self.chat and not self.one_turn,
             )
-        except ValueError as error:
-            if "marked as unsafe" not in str(error):
-                raise
-            raise ConfigError(
-                f"--tasks {','.join(part.tasks)}: one runs programs that the model writes, which is never done here"
-            ) from error
-        except (OSError, DatasetsError) as error:
-            why = " ".join(str(error.__cause__ or error).split())
-            raise DataError(f"data of {', '.join(part.tasks)} cannot be read: {why}") from error
         if found is None:
             raise ConfigError("lm_eval gave no results")
         return found
@@ -169,3 +181,26 @@ class HarnessWork:
             "tokenizer": served.tokenizer.sha256,
             "precision": str(served.loaded.model.config.params_dtype).removeprefix("torch."),
         }
+
+
+@contextlib.contextmanager
+def _told_in_one_line(tasks: Sequence[str]) -> Iterator[None]:
+    """Say in one line what keeps lm_eval from these tasks. Raises ConfigError and DataError."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except ValueError as error:
+        if "marked as unsafe" not in str(error):
+            raise
+        raise ConfigError(
+            f"--tasks {','.join(tasks)}: one runs programs that the model writes, which is never done here"
+        ) from error
+    except ImportError as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(
+            f"--tasks {','.join(tasks)}: a package is missing, of mathematics pip install 'lm_eval[math]': {why}"
+        ) from error
+    except (OSError, DatasetsError) as error:
+        why = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"data of {', '.join(tasks)} cannot be read: {why}") from error

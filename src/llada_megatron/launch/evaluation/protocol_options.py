@@ -24,10 +24,11 @@ def add_protocol(parser: argparse.ArgumentParser, samples: int = 128, chains: bo
 
 def protocol_of(args: argparse.Namespace, shared_masks: bool = True) -> LikelihoodProtocol:
     """The protocol of the command line. Raises ConfigError for a setting that cannot be."""
+    samples = LikelihoodProtocol.samples if args.samples is None else args.samples
     return LikelihoodProtocol(
         estimator=getattr(args, "estimator", "bound"),
-        samples=args.samples,
-        stratum=min(_STRATUM, max(1, args.samples)) if args.stratum is None else args.stratum,
+        samples=samples,
+        stratum=min(_STRATUM, max(1, samples)) if args.stratum is None else args.stratum,
         guidance=args.guidance,
         seed=args.seed,
         shared_masks=shared_masks,
