@@ -71,6 +71,24 @@ def test_ragged_prompts_give_what_each_alone_gives(dense):
             served.room(10**6)
 
 
+def test_ranks_wait_for_the_first_as_long_as_it_takes(dense, monkeypatch):
+    """Collectives of the world fail after ten minutes, in which rank 0 may still fetch data or grade answers."""
+    told = []
+
+    def broadcast(what, src, group=None):
+        told.append((group or torch.distributed.group.WORLD)._get_backend(torch.device("cpu")).options._timeout)
+
+    with open_checkpoint(dense) as loaded:
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+        monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+        served = served_by(loaded, dense)
+        served._announce("greedy", [])
+        served.release()
+        served.follow()
+        monkeypatch.undo()
+    assert len(told) == 3 and min(told).days >= 1
+
+
 def test_a_layout_answers_what_one_process_answers(dense):
     with open_checkpoint(dense) as loaded:
         nats, greedy, texts = answers(served_by(loaded, dense))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,10 @@ from llada_megatron.parallel.sampling.settings import Settings
 
 if TYPE_CHECKING:
     from llada_megatron.parallel.sampling.session import Session
+
+WAIT = datetime.timedelta(days=30)
+"""As long may rank 0 be busy alone, with data sets that it fetches or answers that it grades. A rank that is gone
+closes its connections, which ends the wait at once."""
 
 
 class ServedModel:
@@ -56,6 +62,7 @@ class ServedModel:
         self._positions = positions
         self._ranks = torch.distributed.get_world_size()
         self._announces = driven and self._ranks > 1 and torch.distributed.get_rank() == 0
+        self._told = _patient(torch.distributed.group.WORLD) if driven and self._ranks > 1 else None
         self._set(protocol, settings)
 
     def use(self, protocol: LikelihoodProtocol, settings: Settings) -> None:
@@ -115,7 +122,7 @@ class ServedModel:
         """On every rank but the first: take part in what rank 0 asks for, until it calls `release`."""
         while True:
             told: list[Any] = [None]
-            torch.distributed.broadcast_object_list(told, src=0)
+            torch.distributed.broadcast_object_list(told, src=0, group=self._told)
             if told[0] is None:
                 return
             name, arguments = told[0]
@@ -124,11 +131,11 @@ class ServedModel:
     def release(self) -> None:
         """On rank 0: let the other ranks return."""
         if self._announces:
-            torch.distributed.broadcast_object_list([None], src=0)
+            torch.distributed.broadcast_object_list([None], src=0, group=self._told)
 
     def _announce(self, name: str, *arguments: Any) -> None:
         if self._announces:
-            torch.distributed.broadcast_object_list([(name, arguments)], src=0)
+            torch.distributed.broadcast_object_list([(name, arguments)], src=0, group=self._told)
 
     def _sampling(self) -> Session:
         if self._session is None:
@@ -136,3 +143,9 @@ class ServedModel:
 
             self._session = Session(self.loaded, self.settings)
         return self._session
+
+
+@functools.lru_cache(maxsize=1)
+def _patient(world: Any) -> Any:
+    """A group of all ranks in which they may wait for each other for `WAIT` (collective at its first call)."""
+    return torch.distributed.new_group(timeout=WAIT, backend="gloo")
