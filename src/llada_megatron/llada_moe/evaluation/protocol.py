@@ -15,7 +15,7 @@ MEANING = {
     "bound": "any-order bound, mean of (L / l) x sum of log p over l of the L answer tokens masked, l uniform in 1..L",
     "confidence": "chain in order of confidence: the masked token that the model is most sure of is revealed first",
     "left-to-right": "exact log-likelihood of the decoder that unmasks from left to right",
-    "next-token": "exact log-likelihood of an autoregressive model",
+    "next-token": "exact log-likelihood of an autoregressive model, a text without context behind end-of-text",
 }
 
 
