@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.evaluation import estimators
 from llada_megatron.llada_moe.evaluation.estimators import bound_queries, estimate
 from llada_megatron.llada_moe.evaluation.protocol import LikelihoodProtocol
 from llada_megatron.llada_moe.evaluation.queries import ModelKind, Pair, ask, parts
-from llada_megatron.llada_moe.model.patterns import AttentionPattern, whole_sequences
+from llada_megatron.llada_moe.model.patterns import CAUSAL, AttentionPattern, whole_sequences
+from llada_megatron.llada_moe.objectives import make_objective
+from llada_megatron.llada_moe.objectives.joint import JointConfig
 from llada_megatron.parallel import topology
 from llada_megatron.parallel.evaluation.query_scorer import QueryScorer, kind_of
 from tests.parallel.sampling.spread import GRID, MASK, MODELS, load
@@ -211,8 +214,6 @@ def test_blocks_asked_at_once_give_what_each_alone_gives(world, monkeypatch, nam
 
 
 def test_an_autoregressive_model_has_its_exact_value(full):
-    from llada_megatron.llada_moe.model.patterns import CAUSAL
-
     before = full.model.pattern
     try:
         full.model.use_pattern(CAUSAL)
@@ -226,6 +227,39 @@ def test_an_autoregressive_model_has_its_exact_value(full):
         full.model.use_pattern(before)
     assert found.nats == pytest.approx(exact, abs=1e-5)
     assert (found.queries, found.standard_error) == (1, 0.0)
+
+
+def test_a_joint_model_has_the_figures_of_both_its_losses(world):
+    """By next tokens as it verifies; by masks as it was trained, blocks behind a text that is read causally."""
+    loaded = load(MODELS["dense"], LayoutConfig(), GRID, causal=True)
+    objective = JointConfig(kind="joint", block_size=GRID)
+    loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, objective=objective))
+    kind, scorer = kind_of(loaded), QueryScorer(loaded)
+    assert (kind.block, kind.fills_masks, kind.verifies) == (GRID, True, True)
+    text = torch.tensor([[*LONG.context, *LONG.answer]])
+    rows = torch.zeros(1, 22, dtype=torch.bool)
+    rows[0, 5:10] = True
+    exact = loaded.logits(text, rows[:, :11], whole_sequences(1, 11)).double().log_softmax(-1)
+    (found,) = estimate(scorer, [LONG], LikelihoodProtocol(), kind)
+    assert found.nats == pytest.approx(float(exact[range(5), list(LONG.answer)].sum()), abs=1e-5)
+    assert (found.queries, found.standard_error) == (1, 0.0)
+    left = 0.0
+    for first, stop in ((6, 8), (7, 8), (8, 11), (9, 11), (10, 11)):
+        noisy, rows = text.clone(), torch.zeros(1, 22, dtype=torch.bool)
+        noisy[0, first:stop], rows[0, first] = MASK, True
+        loaded.model.use_pattern(make_objective(objective).pattern(0))
+        logits = loaded.logits(torch.cat([noisy, text], 1), rows, torch.tensor([0, 11, 22], dtype=torch.int32))
+        loaded.model.use_pattern(CAUSAL)
+        left += float(logits.double().log_softmax(-1)[0, text[0, first]])
+    (chain,) = estimate(scorer, [LONG], LikelihoodProtocol("left-to-right"), kind)
+    assert chain.nats == pytest.approx(left, abs=1e-4)
+    single = Pair((*LONG.context, *LONG.answer[:4]), LONG.answer[4:])
+    bound, chain = (estimate(scorer, [single], LikelihoodProtocol(name), kind)[0] for name in ("bound", "confidence"))
+    assert bound.nats == pytest.approx(chain.nats, abs=1e-6)
+    written = Pair(LONG.context, (int(exact[0].argmax()),))
+    assert estimators.greedy(scorer, [written, LONG], kind) == [True, False]
+    with pytest.raises(ConfigError, match="next-token has no mask for the context; use bound"):
+        estimate(scorer, [LONG], LikelihoodProtocol(guidance=1.0), kind)
 
 
 def test_guidance_mixes_the_logits_of_a_masked_context(full):

@@ -140,7 +140,7 @@ class HarnessModel(LM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows that fit the model; each token counts once."""
         found: list[float] = []
-        prefix = None if self.served.kind.fills_masks else self.served.model.eos_token_id
+        prefix = self.served.model.eos_token_id if self.served.kind.predicts_next else None
         for some in _chunks(requests):
             windows = []
             for request in some:
@@ -205,7 +205,7 @@ class HarnessModel(LM):
             before, after = split_pair(context, continuation, self.served.tokenizer)
         else:
             before, after = tuple(known), tuple(encode_behind(self.served.tokenizer.encode, continuation))
-        if not before and not self.served.kind.fills_masks:
+        if not before and self.served.kind.predicts_next:
             before = (self.served.model.eos_token_id,)
         name = (request.task_name, request.doc_id) if request.doc_id is not None else context
         pair = Pair(before, after, _digest(name), request.idx)

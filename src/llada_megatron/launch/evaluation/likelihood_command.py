@@ -71,7 +71,7 @@ class LikelihoodWork:
         from llada_megatron.parallel.sampling.checkpoint_tokenizer import checkpoint_tokenizer
 
         kind = kind_of(loaded)
-        protocol = self.protocol.of_model(kind.fills_masks)
+        protocol = self.protocol.of_model(kind.fills_masks, kind.verifies)
         textual = any(
             isinstance(content, str) and content for line in self.lines for content in (line.context, *line.answers)
         )

@@ -14,7 +14,7 @@ def add_protocol(parser: argparse.ArgumentParser, samples: int = 128, chains: bo
     group = parser.add_argument_group("how likelihood is measured")
     if chains:
         group.add_argument(
-            "--estimator", choices=list(MEANING), help="bound (default), or next-token of an autoregressive model"
+            "--estimator", choices=list(MEANING), help="bound (default), or next-token of a model that learnt it"
         )
     text = f"masks drawn for an answer ({samples})"
     group.add_argument("--samples", type=int, default=samples, metavar="N", help=text)

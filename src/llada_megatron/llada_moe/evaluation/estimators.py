@@ -67,10 +67,10 @@ def estimate(score: Score, pairs: Sequence[Pair], protocol: LikelihoodProtocol, 
         ConfigError: the protocol is not one of this model.
         DataError: an autoregressive model was given an empty context.
     """
-    protocol = protocol.of_model(model.fills_masks)
-    if not model.fills_masks:
+    protocol = protocol.of_model(model.fills_masks, model.verifies)
+    if protocol.estimator == "next-token":
         return _next_token(score, pairs)
-    cut = [parts(pair, model.block) for pair in pairs]
+    cut = [parts(pair, model.block, model.verifies) for pair in pairs]
     if protocol.estimator == "confidence":
         return _in_order_of_confidence(score, pairs, cut, model.mask_id)
     if protocol.estimator == "left-to-right":
@@ -81,13 +81,15 @@ def estimate(score: Score, pairs: Sequence[Pair], protocol: LikelihoodProtocol, 
 def bound_queries(pair: Pair, protocol: LikelihoodProtocol, model: ModelKind) -> list[WeightedQuery]:
     """The queries whose weighted sum is the estimate of the bound, for losses that differentiate it."""
     found = []
-    for number, part in enumerate(parts(pair, model.block)):
+    cut = parts(pair, model.block, model.verifies)
+    for number, part in enumerate(cut):
         strata = draw(part, pair, number, protocol)
         count = sum(map(len, strata))
         drawn = Counter(masked for stratum in strata for masked in stratum)
         for masked, times in drawn.items():
             weight = times * part.length / len(masked) / count
-            found.append(WeightedQuery(part.query(masked, model.mask_id), weight))
+            (asked,) = ask(cut, {number: masked}, model.mask_id)
+            found.append(WeightedQuery(asked.query, weight))
     return found
 
 
@@ -120,9 +122,10 @@ def draw(part: AnswerPart, pair: Pair, number: int, protocol: LikelihoodProtocol
 def greedy(score: Score, pairs: Sequence[Pair], model: ModelKind) -> list[bool]:
     """Whether a decoder that unmasks the most confident position first writes exactly the answer, L queries each.
 
-    An autoregressive model decodes from left to right, in one query. A tie of two tokens counts for the answer.
+    A model that predicts the next token decodes from left to right, in one query. A tie of two tokens counts for the
+    answer.
     """
-    if not model.fills_masks:
+    if model.predicts_next:
         found = score([next_token_query(pair) for pair in pairs])
         return [bool((rows[:, 0] >= rows[:, 1]).all()) for rows in found]
     cut = [parts(pair, model.block) for pair in pairs]

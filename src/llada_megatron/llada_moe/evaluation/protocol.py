@@ -9,13 +9,14 @@ from typing import Any, Literal, get_args
 from llada_megatron.llada_moe.errors import ConfigError
 
 EstimatorName = Literal["bound", "confidence", "left-to-right", "next-token"]
-"""How a log-likelihood is estimated; `next-token` is an autoregressive model's, and the only one that it has."""
+"""How a log-likelihood is estimated; `next-token` is an autoregressive model's, and the only one that it has. A model
+that learnt next tokens and blocks of masks at once has all."""
 
 MEANING = {
     "bound": "any-order bound, mean of (L / l) x sum of log p over l of the L answer tokens masked, l uniform in 1..L",
     "confidence": "chain in order of confidence: the masked token that the model is most sure of is revealed first",
     "left-to-right": "exact log-likelihood of the decoder that unmasks from left to right",
-    "next-token": "exact log-likelihood of an autoregressive model, a text without context behind end-of-text",
+    "next-token": "exact log-likelihood of a decoder of next tokens, a text without context behind end-of-text",
 }
 
 
@@ -24,7 +25,7 @@ class LikelihoodProtocol:
     """The settings of an estimator."""
 
     estimator: EstimatorName | None = None
-    """None = what `of_model` chooses: the bound, or next-token of an autoregressive model."""
+    """None = what `of_model` chooses: the bound, or next-token of a model that learnt it."""
     samples: int = 128
     """Masks drawn for each answer (of each block, for a block-causal model). Read by `bound` only."""
     stratum: int = 8
@@ -49,22 +50,26 @@ class LikelihoodProtocol:
         if not math.isfinite(self.guidance):
             raise ConfigError(f"guidance {self.guidance}: a finite number")
 
-    def of_model(self, fills_masks: bool) -> LikelihoodProtocol:
+    def of_model(self, fills_masks: bool, verifies: bool = False) -> LikelihoodProtocol:
         """This protocol for a model: with the estimator that such a model has where none was chosen.
 
         Args:
             fills_masks: whether the model is a diffusion model; an autoregressive one has one protocol.
+            verifies: whether a diffusion model also predicts the next token (`ModelKind.verifies`).
 
         Raises:
             ConfigError: the model does not have what was chosen.
         """
-        chosen = replace(self, estimator=self.estimator or ("bound" if fills_masks else "next-token"))
-        if fills_masks and chosen.estimator == "next-token":
+        usual: EstimatorName = "bound" if fills_masks and not verifies else "next-token"
+        chosen = replace(self, estimator=self.estimator or usual)
+        if fills_masks and not verifies and chosen.estimator == "next-token":
             raise ConfigError("estimator next-token: a diffusion model has bound, confidence, left-to-right")
         if not fills_masks and chosen.estimator != "next-token":
             raise ConfigError(f"estimator {chosen.estimator}: an autoregressive model has its exact one, next-token")
-        if not fills_masks and chosen.guidance:
-            raise ConfigError(f"guidance {chosen.guidance:g}: an autoregressive model cannot mask the context")
+        if chosen.estimator == "next-token" and chosen.guidance:
+            what = "next-token has no mask for the context; use bound" if verifies else ""
+            what = what or "an autoregressive model cannot mask the context"
+            raise ConfigError(f"guidance {chosen.guidance:g}: {what}")
         return chosen
 
     @property

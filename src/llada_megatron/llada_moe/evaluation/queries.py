@@ -78,6 +78,13 @@ class ModelKind:
     """False: an autoregressive model, which predicts the next token."""
     block: int | None = None
     """Positions of a block that sees itself and all before, counted from the start of the text; None: all see all."""
+    verifies: bool = False
+    """A model that fills masks also predicts the next token, and reads causally what stands before a block of masks."""
+
+    @property
+    def predicts_next(self) -> bool:
+        """Whether it learnt to predict each next token, for which the first needs a context."""
+        return self.verifies or not self.fills_masks
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,8 @@ class AnswerPart:
     first: int
     stop: int
     given: int
+    behind_causal: bool = False
+    """What stands before the part's block is read causally, as the clean half of `[x_t ; x_0]` alone is."""
 
     @property
     def length(self) -> int:
@@ -103,8 +112,10 @@ class AnswerPart:
         return Query(tuple(tokens), asked, tuple(self.tokens[row] for row in asked), self.given)
 
 
-def parts(pair: Pair, block: int | None) -> list[AnswerPart]:
+def parts(pair: Pair, block: int | None, behind_causal: bool = False) -> list[AnswerPart]:
     """The answer cut at the blocks of a block-causal model; of another model the whole answer is one part.
+
+    `behind_causal`: of a model that reads causally what stands before a block (`ModelKind.verifies`).
 
     A part sees nothing behind its block. The last block is not filled up: the text ends where the pair ends.
     """
@@ -117,7 +128,7 @@ def parts(pair: Pair, block: int | None) -> list[AnswerPart]:
     cut = []
     for number in range(given // block, (stop - 1) // block + 1):
         end = (number + 1) * block
-        cut.append(AnswerPart(text[:end], max(given, number * block), min(end, stop), given))
+        cut.append(AnswerPart(text[:end], max(given, number * block), min(end, stop), given, behind_causal))
     return cut
 
 
@@ -137,7 +148,8 @@ def ask(
     mask_id: int,
     rows: Mapping[int, Sequence[int]] | None = None,
 ) -> list[PartQuery]:
-    """Ask some parts of one answer: each by a query of its own, or all by one where that runs fewer positions.
+    """Ask some parts of one answer: each by a query of its own, or all by one where that runs fewer positions or where
+    only `[x_t ; x_0]` has what stands before a block as the model reads it.
 
     Args:
         own: all parts of the answer.
@@ -147,7 +159,8 @@ def ask(
     """
     asked = masked if rows is None else rows
     whole = own[max(masked)].tokens if masked else ()
-    if sum(len(own[b].tokens) for b in masked) <= 2 * len(whole):
+    together = any(own[b].behind_causal for b in masked)
+    if not together and sum(len(own[b].tokens) for b in masked) <= 2 * len(whole):
         return [PartQuery(own[b].query(m, mask_id, asked[b]), (b,), (len(asked[b]),)) for b, m in masked.items()]
     tokens = list(whole)
     for position in (position for each in masked.values() for position in each):

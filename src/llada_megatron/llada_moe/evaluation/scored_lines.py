@@ -33,13 +33,13 @@ class ScoredLine:
     """The user's name for it."""
 
     def pairs(self, tokenizer: Tokenizer | None, kind: ModelKind, longest: int, eos_id: int) -> list[list[Pair]]:
-        """Pairs of each answer: one, or as many as a whole text has windows. An empty context of an autoregressive
-        model becomes the end-of-text token.
+        """Pairs of each answer: one, or as many as a whole text has windows. An empty context of a model that
+        predicts next tokens becomes the end-of-text token.
 
         Raises:
             DataError: a text without a tokenizer, an answer without tokens, or one too long for the model.
         """
-        prefix = None if kind.fills_masks else eos_id
+        prefix = eos_id if kind.predicts_next else None
         try:
             if self.whole:
                 ids = _ids(self.answers[0], tokenizer)

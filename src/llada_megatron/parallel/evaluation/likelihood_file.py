@@ -37,7 +37,7 @@ def score_lines(
         DataError: a line that cannot be scored, with its number.
     """
     kind, model = kind_of(loaded), loaded.run.model
-    protocol = protocol.of_model(kind.fills_masks)
+    protocol = protocol.of_model(kind.fills_masks, kind.verifies)
     every = [line.pairs(tokenizer, kind, model.max_sequence_length, model.eos_token_id) for line in lines]
     known_ids([pair for line in every for answer in line for pair in answer], model.vocab_size)
     scorer = QueryScorer(loaded, protocol.guidance, positions)

@@ -168,7 +168,8 @@ class QueryScorer:
         lengths = torch.tensor([0, *(window.width for window in work.windows)])
         if hidden is not None:
             model.set_input_tensor(hidden)
-        model.use_pattern(AttentionPattern(own.block, doubled=True))
+        kind = kind_of(self._loaded)
+        model.use_pattern(AttentionPattern(kind.block, doubled=True, causal_clean=kind.verifies))
         try:
             tokens = to_device(work.tokens[None], device.current())
             return model(tokens, lengths.cumsum(0).to(torch.int32), rows=work.output_mask[None])
@@ -196,8 +197,10 @@ class QueryScorer:
 
 def kind_of(loaded: LoadedModel) -> ModelKind:
     """What estimators must know of a loaded model."""
+    objective = checkpoint_objective(loaded.run, loaded.metadata)
     return ModelKind(
         mask_id=loaded.run.model.mask_token_id,
-        fills_masks=checkpoint_objective(loaded.run, loaded.metadata).fills_masks,
-        block=loaded.model.pattern.block,
+        fills_masks=objective.fills_masks,
+        block=objective.config.block_size if objective.verifies else loaded.model.pattern.block,
+        verifies=objective.verifies,
     )

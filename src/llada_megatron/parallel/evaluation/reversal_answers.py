@@ -115,8 +115,8 @@ class ReversalAnswers:
         return continue_left_to_right(self._loaded, spans, temperature=0.0, seed=0)
 
     def _pair(self, span: InfillSpan, answer: tuple[int, ...], option: int) -> Pair:
-        """An answer whose likelihood is asked for; to an autoregressive model it goes on to the end of the sentence."""
-        if self._served.kind.fills_masks:
+        """An answer whose likelihood is asked for; one by next tokens goes on to the end of the sentence."""
+        if not self._served.kind.predicts_next:
             return Pair(span.before, answer, span.number, option, span.after)
         context = span.before or (self._loaded.run.model.eos_token_id,)
         return Pair(context, (*answer, *self._sentence_end(span)), span.number, option)

@@ -71,7 +71,8 @@ class ServedModel:
         self._set(protocol, settings)
 
     def _set(self, protocol: LikelihoodProtocol, settings: Settings) -> None:
-        self.protocol, self.settings = protocol.of_model(self.kind.fills_masks), settings
+        self.protocol = protocol.of_model(self.kind.fills_masks, self.kind.verifies)
+        self.settings = settings
         self._scorer = QueryScorer(self.loaded, protocol.guidance, self._positions)
         self._session: Session | None = None
 
