@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,13 +10,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from llada_megatron.llada_moe.config import load_run
 from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
 from llada_megatron.llada_moe.config.intervals import CheckpointConfig, LoggingConfig, ValidationConfig
 from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.model.patterns import CAUSAL, FULL, AttentionPattern
+from llada_megatron.llada_moe.objectives import make_objective
+from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusionConfig
+from llada_megatron.llada_moe.objectives.joint import JointConfig
+from llada_megatron.llada_moe.planning.estimate import Assumptions, Estimate
+from llada_megatron.llada_moe.planning.gpu_sheet import load_gpu
 from llada_megatron.parallel.checkpoint import manifest as manifests
 from llada_megatron.parallel.training.metrics_file import EXPERTS_FILE_NAME, read_metrics
 from llada_megatron.parallel.training.reporter import Reporter
@@ -131,3 +139,22 @@ def test_the_first_step_of_context_ranks_says_how_even_attention_is(pattern, cop
         reporter.run = SimpleNamespace(layout=LayoutConfig())
         reporter.start([batch])
         assert len(messages) == 1
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ObjectiveConfig(),
+        BlockDiffusionConfig(kind="block_diffusion", block_size=32),
+        JointConfig(kind="joint", block_size=32),
+    ],
+    ids=lambda objective: objective.kind,
+)
+def test_a_plan_counts_the_operations_that_the_run_will_report(objective):
+    run = dataclasses.replace(load_run("llada-8b-pretrain"), objective=objective)
+    made, length = make_objective(objective, run.training), run.training.sequence_length
+    reporter = SimpleNamespace(
+        run=run, objective=made, _works={}, _keys_per_query=lambda pattern: pattern.keys_per_query(length)
+    )
+    planned = Estimate(run, load_gpu("h100"), Assumptions())
+    assert planned.flops_per_step / planned.tokens_per_step == pytest.approx(Reporter._work(reporter, made.pattern(0)))

@@ -98,12 +98,13 @@ class Estimate:
     def flops_per_step(self) -> float:
         """Model FLOPs over all ranks, by the formula of `model.flops`."""
         workload = self.workload
+        copies = workload.sequence // self.run.training.sequence_length
         each = flops_per_token(
             self.run.model,
             workload.sequence,
             keys_per_query=workload.keys,
-            supervised_share=workload.supervised_mean / workload.supervised,
-            copies=round(1 / workload.supervised),
+            supervised_share=workload.supervised_mean * copies,
+            copies=copies,
             frozen=self.run.training.lora is not None,
         )
         return each.total * self.tokens_per_step
