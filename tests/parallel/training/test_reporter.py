@@ -18,6 +18,7 @@ from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
+from llada_megatron.llada_moe.model.flops import causal_keys, flops_per_token
 from llada_megatron.llada_moe.model.patterns import CAUSAL, FULL, AttentionPattern
 from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusionConfig
@@ -152,9 +153,21 @@ def test_the_first_step_of_context_ranks_says_how_even_attention_is(pattern, cop
 )
 def test_a_plan_counts_the_operations_that_the_run_will_report(objective):
     run = dataclasses.replace(load_run("llada-8b-pretrain"), objective=objective)
-    made, length = make_objective(objective, run.training), run.training.sequence_length
-    reporter = SimpleNamespace(
-        run=run, objective=made, _works={}, _keys_per_query=lambda pattern: pattern.keys_per_query(length)
-    )
     planned = Estimate(run, load_gpu("h100"), Assumptions())
-    assert planned.flops_per_step / planned.tokens_per_step == pytest.approx(Reporter._work(reporter, made.pattern(0)))
+    assert planned.flops_per_step / planned.tokens_per_step == pytest.approx(reported_work(run, 0))
+
+
+def reported_work(run, step):
+    """Operations of a token in a step whose sequences are one document each."""
+    objective, length = make_objective(run.objective, run.training), run.training.sequence_length
+    reporter = object.__new__(Reporter)  # without ranks
+    reporter.run, reporter.objective, reporter._works = run, objective, {}
+    reporter._keys_per_query = lambda pattern: pattern.keys_per_query(length)
+    return reporter._work(objective.pattern(step))
+
+
+def test_every_row_of_a_step_that_learns_next_tokens_counts():
+    run = load_run("ar-to-diffusion")
+    length = run.training.sequence_length
+    causal = flops_per_token(run.model, length, keys_per_query=causal_keys(length), supervised_share=1.0)
+    assert reported_work(run, 0) == pytest.approx(causal.total)

@@ -17,7 +17,7 @@ from llada_megatron.llada_moe.data.batch import Batch, Samples
 from llada_megatron.llada_moe.evaluation.likelihood import Likelihood
 from llada_megatron.llada_moe.model.context_slices import busiest_over_mean
 from llada_megatron.llada_moe.model.flops import FORMULA, flops_per_token
-from llada_megatron.llada_moe.model.patterns import AttentionPattern
+from llada_megatron.llada_moe.model.patterns import CAUSAL, AttentionPattern
 from llada_megatron.llada_moe.objectives import Objective
 from llada_megatron.parallel import device, host_group
 from llada_megatron.parallel.collectives import on_rank_0
@@ -106,11 +106,13 @@ class Reporter:
     def _work(self, pattern: AttentionPattern) -> float:
         """FLOPs of a token in a step of this pattern, with documents as in the first step (collective when new)."""
         if pattern not in self._works:
+            # of a run that goes on to masks, a causal step learns each next token
+            next_tokens = pattern == CAUSAL != self.objective.pattern(self.run.training.steps - 1)
             self._works[pattern] = flops_per_token(
                 self.run.model,
                 self.run.training.sequence_length,
                 keys_per_query=self._keys_per_query(pattern),
-                supervised_share=self.objective.supervised_share,
+                supervised_share=1.0 if next_tokens else self.objective.supervised_share,
                 copies=pattern.copies,
                 frozen=self.run.training.lora is not None,
             ).total
