@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from llada_megatron.llada_moe.config import from_dict, load_run, to_dict
 from llada_megatron.llada_moe.config.block_schedule import BlockSchedule, BlockStage
+from llada_megatron.llada_moe.config.editing import EditingConfig
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.errors import ConfigError
@@ -78,6 +81,8 @@ def test_next_tokens_before_the_first_stage(run_file):
     assert learnt.pattern(1) == learnt.sampling_pattern(2) == CAUSAL
     assert learnt.pattern(2) == AttentionPattern(1, doubled=True)
     assert [learnt.embedding_noise(step) for step in range(5)] == [0.0, 0.0, 0.5, 0.25, 0.0]
+    drafting = replace(run.objective, editing=EditingConfig(share=1.0, draft_share=1.0))
+    assert [make_objective(drafting, run.training).writes_drafts(step) for step in (0, 1, 2)] == [False, False, True]
     learnt.step = 1
     assert not learnt.only_masks_supervised and learnt.state() == {"autoregressive": True, "block_size": 1}
     again = make_objective(run.objective, run.training)

@@ -138,7 +138,7 @@ def test_what_the_model_predicts_itself_is_a_mask_until_then(seed, window, keys,
     assert (row.inputs[drafted] == MASK).all() and (row.weights[drafted] == 1).all()
     assert np.array_equal(row.inputs[~drafted], plain.inputs[~drafted]) and np.array_equal(row.labels[:LENGTH], text)
     assert plain.drafted is None and row_of(objective({"share": 1.0}, **keys), window, seed)[0].drafted is None
-    assert objective(editing).writes_drafts and not objective({"share": 1.0}).writes_drafts
+    assert objective(editing).writes_drafts(0) and not objective({"share": 1.0}).writes_drafts(0)
 
 
 def test_moved_text_teaches_both_operations():

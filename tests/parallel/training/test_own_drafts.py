@@ -55,9 +55,19 @@ def test_a_step_reads_what_the_model_says_at_these_positions(step, monkeypatch):
         batch.inputs = batch.inputs.masked_scatter(drafted, logits.argmax(-1))
         assert (batch.inputs != batch.labels)[drafted].float().mean() > 0.9  # of weights that have learnt nothing
     found = gradients(step)
-    monkeypatch.setattr(type(step.objective), "writes_drafts", False)
+    monkeypatch.setattr(type(step.objective), "writes_drafts", lambda self, step: False)
     monkeypatch.setattr(step, "data", Given(batches))
     assert all(torch.equal(a, b) for a, b in zip(found, gradients(step), strict=True))
+
+
+def test_a_step_that_learns_next_tokens_runs_no_pass_for_drafts(step, monkeypatch):
+    written = []
+    monkeypatch.setattr("llada_megatron.parallel.training.step.write_drafts", lambda *_: written.append(1))
+    monkeypatch.setattr(type(step.objective), "autoregressive_steps", 1)
+    step.gradients(0)
+    assert not written
+    step.gradients(1)
+    assert written == [1]
 
 
 class Given:

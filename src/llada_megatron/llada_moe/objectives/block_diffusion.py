@@ -157,10 +157,9 @@ class BlockDiffusion(MaskedDiffusion):
         first = self.autoregressive_steps
         return super().embedding_noise(step - first) if step >= first else 0.0
 
-    @property
-    def writes_drafts(self) -> bool:
-        """With `editing.draft_share`."""
-        return self.config.editing is not None and self.config.editing.drafts
+    def writes_drafts(self, step: int) -> bool:
+        """With `editing.draft_share`, once masks are learnt."""
+        return self.config.editing is not None and self.config.editing.drafts and step >= self.autoregressive_steps
 
     @property
     def copies(self) -> int:

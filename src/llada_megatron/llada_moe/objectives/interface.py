@@ -77,9 +77,9 @@ class Objective(ABC):
         """Standard deviation of the noise on the embeddings of masked tokens at `step` (from 0); 0 = none."""
         return 0.0
 
-    @property
-    def writes_drafts(self) -> bool:
-        """Whether training samples may have positions where the model sees its own prediction (`Batch.drafted`)."""
+    def writes_drafts(self, step: int) -> bool:
+        """Whether samples of `step` (from 0) may have positions where the model sees its own prediction
+        (`Batch.drafted`)."""
         return False
 
     @abstractmethod

@@ -157,7 +157,7 @@ class TrainingStep:
     def _stage(self, step: int) -> list[StagedBatch]:
         device.use(self._device)  # in a thread, where batches are made ahead
         pattern = self.objective.pattern(step)
-        never = self.run.model.never_drafted if self.objective.writes_drafts else None
+        never = self.run.model.never_drafted if self.objective.writes_drafts(step) else None
         return [stage(self.run.layout, batch, pattern, never) for batch in self.batches(step)]
 
     def close(self) -> None:
@@ -174,7 +174,7 @@ class TrainingStep:
         answers = {name: ask_frozen(self.run, models, microbatches) for name, models in self.frozen.items()}
         for number, batch in enumerate(microbatches):
             batch.frozen = {name: found[number] for name, found in answers.items() if found}
-        if self.objective.writes_drafts:
+        if self.objective.writes_drafts(step):
             write_drafts(self.run, self.models, microbatches)
         add_embedding_noise(self.run, microbatches, step)  # frozen models see the tokens as they are
         return run_pipeline(self.run, self.models, microbatches)
