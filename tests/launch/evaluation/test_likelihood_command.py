@@ -95,7 +95,7 @@ def test_a_model_for_conversations_is_told_apart(tmp_path, capsys):
         ('{"context": "a", "continuation": ""}', "line 2: the answer '' adds no token"),
         ('{"context": [1], "continuation": [999]}', "line 2: the model has no token 999"),
         ('{"context": "a", "continuation": 3}', "is a text or a list of token ids"),
-        pytest.param('{"text": ' + "[" * 9999 + "]" * 9999 + "}", "line 2: not JSON", id="deeply nested"),
+        pytest.param('{"text": ' + "[" * 99999 + "]" * 99999 + "}", "line 2: not JSON", id="deeply nested"),
     ],
 )
 def test_broken_lines_are_named(dense, tmp_path, capsys, line, told):
@@ -136,7 +136,7 @@ def test_a_file_that_is_no_file_of_results_is_refused(tmp_path):
     from llada_megatron.llada_moe.errors import DataError
 
     kept = '{"protocol": {}}\n'
-    deep, unnumbered = '{"a":' * 9999 + "1" + "}" * 9999, '{"nats": [-1], "tokens": [1], "bytes": [1]}'
+    deep, unnumbered = '{"a":' * 99999 + "1" + "}" * 99999, '{"nats": [-1], "tokens": [1], "bytes": [1]}'
     question = '{"number": 1, "right": 0, "acc": true, "acc_norm": true, "margin_error": 1}'
     for content in (
         "hello\n",

@@ -213,10 +213,10 @@ def test_drawn_broken_files_give_a_page_or_one_line(sources, tmp_path):
 
 def test_deeply_nested_json_is_named(sources, tmp_path):
     for name in ("deep.json", "deep.jsonl"):
-        (tmp_path / name).write_text('{"a":' * 9999 + "1" + "}" * 9999 + "\n")
+        (tmp_path / name).write_text('{"a":' * 99999 + "1" + "}" * 99999 + "\n")
         with pytest.raises(DataError, match=f"{name}: not of the form .*RecursionError"):
             read_inputs([str(tmp_path / name)])
-    (tmp_path / "protocol.json").write_text("[" * 9999 + "]" * 9999)
+    (tmp_path / "protocol.json").write_text("[" * 99999 + "]" * 99999)
     with pytest.raises(DataError, match="not a run's folder"):
         read_inputs([str(tmp_path)])
 
