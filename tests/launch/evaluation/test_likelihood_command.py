@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
 import pytest
 
+from llada_megatron.llada_moe.config import load_model
 from llada_megatron.llada_moe.evaluation.scored_lines import split_pair
 from llada_megatron.parallel.evaluation.likelihood_file import LikelihoodFile
-from tests.launch.sampling.checkpoints import checkpoint, run_cli
+from tests.launch.sampling.checkpoints import VOCABULARY, checkpoint, run_cli, tokenizer_in
+from tests.tools.convert.checkpoints import config_of, tensors_of, to_sharded, write
 
 LINES = [
     {"context": "two and two is ", "options": ["four", "five", "a fish"], "answer": 0, "id": "sum"},
@@ -46,6 +49,21 @@ def test_figures_come_with_errors_and_their_protocol(dense, tmp_path, capsys):
     assert found["nats_per_token"]["value"] == pytest.approx(nats / 12)
     assert found["bits_per_byte"]["value"] == pytest.approx(nats / math.log(2) / 12)
     assert found["nats_per_token"]["error"] > 0
+
+
+def test_a_joint_model_is_scored_by_next_tokens_unless_asked_otherwise(tmp_path, capsys):
+    config = dataclasses.replace(load_model("tiny-dense"), vocab_size=VOCABULARY)
+    source = write(tmp_path / "source", tensors_of(config, "fp32"), config_of(config))
+    (source / "generation_config.json").write_text('{"attention_pattern": "joint", "block_length": 8}')
+    tokenizer_in(source)
+    to_sharded(source, tmp_path / "joint")
+    words = ("eval", "likelihood", tmp_path / "joint", written(tmp_path / "in.jsonl"), "--samples", 8)
+    code, out, err = run_cli(capsys, *words)
+    assert code == 0 and "protocol: next-token: exact log-likelihood" in out, err
+    code, out, err = run_cli(capsys, *words, "--estimator", "bound", "--json")
+    assert code == 0 and "protocol: bound: any-order bound" in out, err
+    found = json.loads(out.splitlines()[-1])
+    assert found["protocol"]["block"] == 8 and found["nats_per_token"]["value"] > 0
 
 
 def test_an_interrupted_file_is_continued(dense, tmp_path, capsys):
