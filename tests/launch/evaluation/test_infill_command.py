@@ -10,12 +10,18 @@ import torch
 
 from llada_megatron.launch.evaluation.infill_command import InfillWork
 from llada_megatron.llada_moe import objectives
+from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
+from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, OptimizerConfig
+from llada_megatron.llada_moe.config.run import RunConfig
+from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.data import training_data
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.evaluation.protocol import LikelihoodProtocol
+from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusionConfig
 from llada_megatron.parallel.checkpoint import loaded_model
 from llada_megatron.parallel.evaluation import query_scorer
 from llada_megatron.parallel.sampling.settings import Settings
+from tests.corpora import model_for, prepared_set
 from tests.launch.sampling.checkpoints import run_cli
 
 TEXTS = ["def f(x):\n    return x + 1\n", "for i in range(3):\n    print(i)\n", "a = [1, 2, 3, 4, 5, 6, 7]\n"]
@@ -88,7 +94,10 @@ def test_every_held_out_window_is_read_once(monkeypatch):
     monkeypatch.setattr(training_data, "TrainingData", ThreeWindows)
     monkeypatch.setattr(objectives, "make_objective", lambda *_: SimpleNamespace(samples=lambda run, split: own[0]))
     run = SimpleNamespace(
-        model=SimpleNamespace(max_sequence_length=8), data=SimpleNamespace(sets=[1]), objective=None, training=None
+        model=SimpleNamespace(max_sequence_length=8),
+        data=SimpleNamespace(sets=[1]),
+        objective=None,
+        training=SimpleNamespace(sequence_length=1),
     )
     loaded = SimpleNamespace(run=run, path="a checkpoint")
     assert work()._windows(loaded, None) == [(10,), (11,), (12,)]
@@ -106,3 +115,19 @@ def test_a_baseline_with_another_tokenizer_is_refused(monkeypatch):
     served = SimpleNamespace(model=model, loaded=SimpleNamespace(metadata={"tokenizer": {"sha256": "a"}}))
     with pytest.raises(ConfigError, match="--autoregressive x: another tokenizer than the model's"):
         work(autoregressive="x")._baseline(served, [])
+
+
+def test_held_out_windows_hold_their_text_once(tmp_path):
+    """Not as block diffusion reads it, where the second copy tells what stood in a span of the first."""
+    _, tokenizer = prepared_set(tmp_path)
+    run = RunConfig(
+        model=model_for(tokenizer, "tiny-dense"),
+        training=TrainingConfig(steps=1, sequence_length=32, global_batch_size=4),
+        data=DataConfig(sets=[DataSetConfig(path=str(tmp_path / "set"))], validation_fraction=0.2),
+        optimizer=OptimizerConfig(learning_rate=LearningRateConfig(peak=1e-3)),
+        objective=BlockDiffusionConfig(kind="block_diffusion", block_size=8),
+        output_dir=str(tmp_path),
+    )
+    asked = SimpleNamespace(texts=None, python=False, windows=2)
+    windows = InfillWork._windows(asked, SimpleNamespace(run=run), None)
+    assert [len(window) for window in windows] == [32, 32] and run.model.mask_token_id not in windows[0]

@@ -129,7 +129,8 @@ class InfillWork:
         held_out = TrainingData(loaded.run, "validation", objective)
         if not self.python:  # each window once: a split may have fewer than are asked for
             numbers = [n for n in range(self.windows) if held_out.locate(n).epoch == 0]
-            return [tuple(held_out.batch([n]).labels[0].tolist()) for n in numbers]
+            length = loaded.run.training.sequence_length  # of `[x_t ; x_0]` the text, once
+            return [tuple(held_out.batch([n]).labels[0, :length].tolist()) for n in numbers]
         from llada_megatron.llada_moe.evaluation.python_functions import functions_of
 
         documents = (document for each in held_out.sets for document, _ in each.each_document())
