@@ -66,7 +66,7 @@ class HarnessModel(LM):
             checkpoint: a run's output directory or a step directory.
             tokenizer: where the checkpoint's tokenizer is now, if it was moved.
             preset: a published sampling method.
-            estimator: see `LikelihoodProtocol`; None = the bound, or next-token of an autoregressive model.
+            estimator: see `LikelihoodProtocol`; None = the bound, or next-token of a model that learnt it.
             samples: see `LikelihoodProtocol`, as `stratum`, `guidance` and `seed`.
             stratum: see there.
             guidance: of likelihood and of sampling.
