@@ -43,7 +43,7 @@ GROUPS: list[Group] = [
         [
             ("unconditional + (1.0 + self._guidance) *", "unconditional + self._guidance *"),
             ("min(query.given, len(text)) if masked else 0", "0"),
-            ("AttentionPattern(own.block, doubled=True)", "AttentionPattern(own.block)"),
+            ("AttentionPattern(kind.block, doubled=True,", "AttentionPattern(kind.block, doubled=False,"),
             ('for half in ("tokens", "clean"):', 'for half in ("tokens", "tokens"):'),
         ],
     ),
