@@ -6,7 +6,9 @@ import datetime
 import gc
 import os
 import platform
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from weakref import WeakSet
 
 import torch
@@ -128,6 +130,18 @@ def release_at_leave(models: Sequence[torch.nn.Module]) -> None:
     Python's collector does not see these, so that models, optimizers and groups, with three threads each, would stay.
     """
     _WRAPPED.update(models)
+
+
+@contextmanager
+def world_of_one(seed: int = 0) -> Iterator[str]:
+    """Groups of this process alone, for as long as the block lasts; yields a temporary directory, removed with them."""
+    with tempfile.TemporaryDirectory(prefix="llada-") as scratch:
+        join(0, 1, f"file://{scratch}/rendezvous")
+        try:
+            initialize(LayoutConfig(), seed)
+            yield scratch
+        finally:
+            leave()
 
 
 def leave() -> None:

@@ -18,7 +18,7 @@ from llada_megatron.llada_moe.evaluation.infill_spans import (
 )
 from llada_megatron.llada_moe.evaluation.protocol import LikelihoodProtocol
 from llada_megatron.llada_moe.evaluation.python_functions import functions_of
-from llada_megatron.parallel import build, topology
+from llada_megatron.parallel import build
 from llada_megatron.parallel.checkpoint.loaded_model import LoadedModel
 from llada_megatron.parallel.evaluation import infill_run
 from llada_megatron.parallel.evaluation.infill_run import continue_left_to_right, reranked, span_costs
@@ -28,14 +28,6 @@ from tests.parallel.evaluation.test_query_scorer import enumerated_span, exact_b
 from tests.parallel.sampling.spread import MODELS, load
 
 TEXT = (5, 9, 17, 33, 34, 77, 12, 60, 61)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    topology.join(0, 1, f"file://{tmp_path_factory.mktemp('world')}/rendezvous")
-    topology.initialize(LayoutConfig(), seed=0)
-    yield
-    topology.leave()
 
 
 @pytest.fixture(scope="module")

@@ -30,14 +30,6 @@ LONG = Pair((5, 9, 17, 44, 45, 46), (33, 34, 77, 12, 60))
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    topology.join(0, 1, f"file://{tmp_path_factory.mktemp('world')}/rendezvous")
-    topology.initialize(LayoutConfig(), seed=0)
-    yield
-    topology.leave()
-
-
-@pytest.fixture(scope="module")
 def full(world):
     return load(MODELS["dense"], LayoutConfig(), None)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,6 +150,7 @@ def arm_of_seed(recipe: ReversalRecipe, arm: str, seed: int, folder: Path) -> li
 
     device.install()
     from llada_megatron.llada_moe.data.tokenizer_files import load_directly
+    from llada_megatron.parallel import topology
     from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
     from llada_megatron.parallel.evaluation.reversal_answers import ReversalAnswers
     from llada_megatron.parallel.training.trainer import Trainer
@@ -160,7 +159,8 @@ def arm_of_seed(recipe: ReversalRecipe, arm: str, seed: int, folder: Path) -> li
     prefix = _prepared(facts, folder, recipe.length)
     vocabulary = load_directly(prefix.with_name(f"{prefix.name}.tokenizer.json"))
     run = recipe.run(arm, seed, prefix, folder / arm.replace(" ", "-"), vocabulary)
-    with _world_of_one(seed):
+    with warnings.catch_warnings(), topology.world_of_one(seed):
+        warnings.simplefilter("ignore")  # torch and Megatron announce coming changes of their own insides
         Trainer(run).train(lambda: False)
     with open_checkpoint(run.output_dir) as loaded:
         return ReversalAnswers(loaded, facts, recipe.length, seed).all()
@@ -177,19 +177,3 @@ def _prepared(facts: ReversalFacts, folder: Path, length: int) -> Path:
             prepare_facts(facts, part / "facts", length)
             part.rename(whole)
     return whole / "facts"
-
-
-@contextmanager
-def _world_of_one(seed: int) -> Iterator[None]:
-    """Megatron's groups, of this process alone."""
-    from llada_megatron.llada_moe.config.layout import LayoutConfig
-    from llada_megatron.parallel import topology
-
-    with tempfile.TemporaryDirectory(prefix="llada-") as scratch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch and Megatron announce coming changes of their own insides
-        topology.join(0, 1, init_method=f"file://{scratch}/rendezvous")
-        try:
-            topology.initialize(LayoutConfig(), seed)
-            yield
-        finally:
-            topology.leave()

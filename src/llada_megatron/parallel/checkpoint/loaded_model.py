@@ -116,7 +116,7 @@ def open_checkpoint(
         ConfigError, ResourceError: FP8 cannot be, for the reason that is given.
     """
     candidates = find_checkpoints(path)
-    with _world_of_one() as scratch:
+    with topology.world_of_one() as scratch:
         yield _in_precision(_load_first(candidates, LayoutConfig(), CheckpointStore(scratch), fp8), precision)
 
 
@@ -139,18 +139,6 @@ def _in_precision(loaded: LoadedModel, precision: Precision | None) -> LoadedMod
 
 
 @contextmanager
-def _world_of_one() -> Iterator[str]:
-    """Process groups of this process alone; yields a temporary directory that is removed with them."""
-    with tempfile.TemporaryDirectory(prefix="llada-") as scratch:
-        topology.join(0, 1, f"file://{scratch}/rendezvous")
-        try:
-            topology.initialize(LayoutConfig(), seed=0)
-            yield scratch
-        finally:
-            topology.leave()
-
-
-@contextmanager
 def open_weights(
     model: ModelConfig, objective: ObjectiveConfig, read: Callable[[str, tuple[int, ...]], torch.Tensor]
 ) -> Iterator[DiffusionTransformer]:
@@ -159,7 +147,7 @@ def open_weights(
     Args:
         read: as for `sharded_state.fill_weights`.
     """
-    with _world_of_one():
+    with topology.world_of_one():
         with warnings.catch_warnings():  # torch and Megatron warn of coming changes in their own internals
             warnings.simplefilter("ignore")
             config = build.transformer_config(model, LayoutConfig())

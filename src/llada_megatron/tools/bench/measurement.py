@@ -10,15 +10,12 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from llada_megatron.llada_moe.config.layout import LayoutConfig
 
 # On Linux the peak of a process begins with that of the process that started it: this one is small.
 _STARTER = """
@@ -64,14 +61,10 @@ def single_process(seed: int = 0) -> Iterator[None]:
     device.install()
     from llada_megatron.parallel import topology
 
-    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch and Megatron announce coming changes of their own insides
-        topology.join(0, 1, init_method=f"file://{directory}/store")
-        try:
-            topology.initialize(LayoutConfig(), seed)
+        with topology.world_of_one(seed):
             yield
-        finally:
-            topology.leave()
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
