@@ -28,7 +28,7 @@ from llada_megatron.llada_moe.model.spec import block_spec
 from llada_megatron.llada_moe.model.windows import Windows
 
 
-class ContiguousRotary(RotaryEmbedding):
+class SlicedRotary(RotaryEmbedding):
     """Rotary angles of what this context rank holds of the sequence (see `context_slices`; Megatron slices in another
     order), or of the positions of a pass over windows."""
 
@@ -77,7 +77,7 @@ class DiffusionTransformer(GPTModel):
             layer.self_attention.core_attention.packed_batches = packed_batches
         self.logits_chunk_elements = logits_chunk_mb * 2**20 // 4
         rotary = self.rotary_pos_emb
-        self.rotary_pos_emb = ContiguousRotary(
+        self.rotary_pos_emb = SlicedRotary(
             kv_channels=config.kv_channels,
             rotary_percent=self.rotary_percent,
             rotary_base=self.rotary_base,
