@@ -96,3 +96,50 @@ def shape_of_nothing(model: ModelConfig) -> tuple[int, ...]:
     chunk, inputs, boundaries, rows = built(model, LayoutConfig())
     with torch.inference_mode():
         return tuple(chunk.eval()(inputs, boundaries, rows=torch.zeros_like(rows)).shape)
+
+
+def test_padding_for_fp8_adds_nothing_and_leaves_alone_what_the_fused_router_kept():
+    [apart] = run_ranks(difference_by_padding, 1, MODELS["sigmoid"])
+    assert apart <= 1e-6
+
+
+class FusedRouter(torch.autograd.Function):
+    """Keeps the choice for its backward pass, as Transformer Engine's kernel does."""
+
+    @staticmethod
+    def forward(ctx, weights, chosen):
+        ctx.save_for_backward(chosen)
+        ctx.mark_non_differentiable(kept := chosen.view_as(chosen))
+        return weights.clone(), kept
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        return gradient * ctx.saved_tensors[0], None
+
+
+def difference_by_padding(model: ModelConfig) -> float:
+    """Of all gradients, relative to the largest of each parameter."""
+    from megatron.core.transformer.moe import token_dispatcher
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    chunk, inputs, boundaries, rows = built(model, LayoutConfig())
+    mixtures = [module for module in chunk.modules() if isinstance(module, MoELayer)]
+    counted = []
+
+    def gradients() -> list[torch.Tensor]:
+        parameters = [parameter for parameter in chunk.parameters() if parameter.requires_grad]
+        loss = chunk(inputs, boundaries, rows=rows).square().mean()
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    plain = gradients()
+    for mixture in mixtures:
+        mixture.router.register_forward_hook(lambda _module, _inputs, output: FusedRouter.apply(*output))
+        mixture.experts.register_forward_pre_hook(lambda _module, inputs: counted.append(inputs[1]))
+        mixture.config.moe_router_padding_for_quantization = True
+        assert mixture.token_dispatcher.config is mixture.config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_dispatcher, "get_align_size_for_quantization", lambda _config: 8)
+        padded = gradients()
+    assert counted and all(int(count) % 8 == 0 for counts in counted for count in counts)
+    pairs = [(a, b) for a, b in zip(plain, padded, strict=True) if a is not None]
+    return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-9)) for a, b in pairs)

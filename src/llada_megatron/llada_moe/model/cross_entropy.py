@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +9,8 @@ from megatron.core.extensions import transformer_engine as engine
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+from llada_megatron.llada_moe.model.compiled import for_any_rows
 
 
 def cross_entropy(
@@ -57,7 +57,7 @@ class StreamedCrossEntropy(torch.autograd.Function):
         place = labels - group.rank() * logits.size(1)
         inside = (place >= 0) & (place < logits.size(1))
         place = place.clamp(0, logits.size(1) - 1)
-        statistics, _ = _passes(logits.device.type)
+        statistics = for_any_rows(_statistics, logits.device.type)
         largest, total, chosen = statistics(logits, place, inside)
         if group.size() > 1:
             everywhere = largest.clone()
@@ -73,28 +73,8 @@ class StreamedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """exp(x_j - normaliser) - [j is the label], times the row's gradient."""
         logits, place, inside, normaliser = ctx.saved_tensors
-        _, derivative = _passes(logits.device.type)
+        derivative = for_any_rows(_derivative, logits.device.type)
         return derivative(logits, place, inside, normaliser, gradient), None, None
-
-
-@functools.cache
-def _passes(device: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`_statistics` and `_derivative`: compiled for any number of rows, each vocabulary on its own. Not for tensors
-    without data on a machine without a GPU."""
-    if device != "cuda" or not torch.cuda.device_count():
-        return _statistics, _derivative
-    return _for_any_rows(_statistics), _for_any_rows(_derivative)
-
-
-def _for_any_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    compiled = torch.compile(function)
-
-    def run(*tensors: torch.Tensor) -> Any:
-        for tensor in tensors:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return compiled(*tensors)
-
-    return run
 
 
 def _statistics(

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
+from llada_megatron.llada_moe.model.compiled import for_any_rows, for_these_sizes
+
 _silu_backward = torch.ops.aten.silu_backward
 GROUPED_MM: Callable[..., torch.Tensor] | None = getattr(
     torch.nn.functional, "grouped_mm", getattr(torch, "_grouped_mm", None)
@@ -87,8 +89,12 @@ def grouped_product(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> tor
 def _zero_without_rows(product: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """A group without rows leaves its place as it was allocated on Blackwell (pytorch issue 172439); torch's own tests
     leave that case out."""
-    empty = ends.diff(prepend=ends.new_zeros(1)) == 0
-    return product.masked_fill_(empty[:, None, None], 0)
+    return product.masked_fill_(_without_rows(ends)[:, None, None], 0)
+
+
+def _without_rows(ends: torch.Tensor) -> torch.Tensor:
+    """Which groups have no rows, bool `[groups]`."""
+    return ends.diff(prepend=ends.new_zeros(1)) == 0
 
 
 def _in_one_call(dtype: torch.dtype, *widths: int) -> bool:
@@ -116,9 +122,32 @@ def forward(
         `[tokens, hidden]`, and the products before the activation `[tokens, 2 * ffn]`.
     """
     both = grouped_product(x, first.transpose(1, 2), ends)
+    return grouped_product(_activated(both, probs), second.transpose(1, 2), ends), both
+
+
+def _activated(both: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up * p `[tokens, ffn]`, both = [gate, up]."""
     gate, up = both.chunk(2, dim=-1)
-    product = silu(gate).mul_(up).mul_(probs.unsqueeze(-1).to(x.dtype))
-    return grouped_product(product, second.transpose(1, 2), ends), both
+    return silu(gate) * up * probs.unsqueeze(-1).to(both.dtype)
+
+
+def _activation_gradients(
+    both: torch.Tensor, probs: torch.Tensor, d_scaled: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`_activated` once more, and from its gradient `d_scaled` `[tokens, ffn]` those of `both` and `probs`."""
+    gate, up = both.chunk(2, dim=-1)
+    scale = probs.unsqueeze(-1).to(both.dtype)
+    active = silu(gate)
+    product = active * up
+    d_probs = torch.sum(d_scaled * product, dim=-1, dtype=probs.dtype)
+    d_product = d_scaled * scale
+    d_both = torch.cat([_silu_backward(d_product * up, gate), d_product * active], dim=-1)
+    return product * scale, d_both, d_probs
+
+
+def _add_to(main: torch.Tensor, product: torch.Tensor, empty: torch.Tensor) -> None:
+    """Add the products `[experts, out, in]` of the experts that are not `empty` `[experts]`."""
+    main.add_(product.masked_fill(empty[:, None, None], 0))
 
 
 class GroupedExperts(torch.autograd.Function):
@@ -136,30 +165,37 @@ class GroupedExperts(torch.autograd.Function):
         """`main_gradients`: what the gradients of `first` and `second` are added to, `[experts, out, in]` each, instead
         of being given to autograd; None = they are given to it."""
         ctx.main_gradients = main_gradients
-        y, both = forward(x, probs, ends, *_halves(weights))
+        first, second = _halves(weights)
+        both = grouped_product(x, first.transpose(1, 2), ends)
+        scaled = for_any_rows(_activated, x.device.type)(both, probs)
         ctx.save_for_backward(x, probs, ends, both, *weights)
-        return y
+        return grouped_product(scaled, second.transpose(1, 2), ends)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, probs, ends, both, *weights = ctx.saved_tensors
         first, second = _halves(weights)
-        gate, up = both.chunk(2, dim=-1)
-        scale, dy = probs.unsqueeze(-1).to(x.dtype), dy.contiguous()
+        dy = dy.contiguous()
         d_scaled = grouped_product(dy, second, ends)
-        active = silu(gate)
-        product = active * up
-        dprobs = torch.sum(d_scaled * product, dim=-1, dtype=probs.dtype)
-        d_second = grouped_product(dy.t(), product.mul_(scale), ends)
-        d_product = d_scaled.mul_(scale)
-        d_both = torch.cat([_silu_backward(d_product * up, gate), d_product.mul_(active)], dim=-1)
+        gradients = for_any_rows(_activation_gradients, x.device.type)
+        scaled, d_both, d_probs = gradients(both, probs, d_scaled)
         dx = grouped_product(d_both, first, ends)
-        d_first = grouped_product(d_both.t(), x, ends)
         if ctx.main_gradients is not None:
-            for main, gradient in zip(ctx.main_gradients, (d_first, d_second), strict=True):
-                main.add_(gradient)
-            return dx, dprobs, None, None, *[None] * len(weights)
-        return dx, dprobs, None, None, *d_first.unbind(), *d_second.unbind()
+            main_first, main_second = ctx.main_gradients
+            _accumulate(main_first, d_both, x, ends)
+            _accumulate(main_second, dy, scaled, ends)
+            return dx, d_probs, None, None, *[None] * len(weights)
+        d_first, d_second = grouped_product(d_both.t(), x, ends), grouped_product(dy.t(), scaled, ends)
+        return dx, d_probs, None, None, *d_first.unbind(), *d_second.unbind()
+
+
+def _accumulate(main: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> None:
+    """Add the gradient of every expert's matrix, dy[e]^T x[e], to its place in `main` `[experts, out, in]`."""
+    if x.numel() == 0 or not _in_one_call(x.dtype, dy.size(1), x.size(1)):
+        main.add_(grouped_product(dy.t(), x, ends))
+        return
+    product = GROUPED_MM(dy.t(), x, offs=ends)  # type: ignore[misc]
+    for_these_sizes(_add_to, x.device.type)(main, product, _without_rows(ends))
 
 
 def _halves(weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -97,6 +97,18 @@ class DirectExperts(MoELayer):
         out = compute(hidden_states.flatten(0, 1), *self.router(hidden_states)).view_as(hidden_states)
         return out if self.shared_experts is None else out.add_(self.shared_experts(hidden_states)), None
 
+    def preprocess(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """What Megatron's module does; `probs` and `routing_map` are `[tokens, experts]`.
+
+        The dispatcher pads each expert's tokens for FP8 in the routing map itself, which the fused router keeps for its
+        backward pass (on an H200 autograd refused it): it gets a copy.
+        """
+        if self.config.moe_router_padding_for_quantization:
+            routing_map = routing_map.clone()
+        return super().preprocess(hidden_states, probs, routing_map)
+
     def _trained_at_once(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Megatron's permutations around the experts, without its dispatcher: that moves tokens that are in their place
         once more, and lets the host wait for the number of each expert's tokens, which it does not need here."""

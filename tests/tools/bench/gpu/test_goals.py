@@ -36,23 +36,19 @@ def step(ceiling, speed=100.0):
 def test_utilisation_with_one_and_forty_documents_and_the_fastest_recipe(judged):
     one, forty = "1 document a window", "40 documents a window"
     found = judged(
-        "moe",
-        **{
-            f"bf16, {one}": step(0.41),
-            f"bf16, {forty}": step(0.35),
-            f"FP8 delayed, {one}": step(0.2, 110.0),
-            f"FP8 blockwise, {one}": step(0.25, 120.0),
-        },
+        "moe", **{f"bf16, {one}": step(0.41), f"bf16, {forty}": step(0.35), f"bf16, 8{forty[2:]}": step(0.1)}
     )
-    assert list(found.values()) == [(0.41, True), (0.35, False), (1.2, True)]
+    assert list(found.values()) == [(0.41, True), (0.35, False)]
     assert next(iter(found)) == f"moe: bf16, {one}: model FLOPs of the measured ceiling (5 layers)"
-    assert "FP8 blockwise, the fastest" in list(found)[2]
+    recipes = {f"FP8 delayed, {one}": step(0.2, 110.0), f"FP8 blockwise, {one}": step(0.25, 120.0)}
+    found = judged("moe-rank", **{f"bf16, {one}": step(0.41)}, **recipes)
+    assert list(found.values()) == [(1.2, True)] and "FP8 blockwise, the fastest" in next(iter(found))
 
 
 def test_what_failed_or_was_not_run_misses_its_goal_with_the_reason(judged):
-    found = judged("dense", **{"bf16, 1 document a window": "out of memory: lower it"})
+    found = judged("llada-8b", **{"bf16, 1 document a window": "out of memory: lower it"})
     (first, missed), (second, unmeasured) = found.items()
-    assert first == "dense: bf16, 1 document a window: out of memory: lower it"
+    assert first == "llada-8b: bf16, 1 document a window: out of memory: lower it"
     assert math.isnan(missed[0]) and missed[1] is False
     assert "no recipe was measured" in second and unmeasured[1] is False
     assert [holds for _, holds in judged("exact-local").values()] == [False] * 3

@@ -130,10 +130,10 @@ def test_the_model_of_a_precision_is_gone_before_the_next_is_built(run, monkeypa
     monkeypatch.setattr(step_speed, "explained", lambda *_: nullcontext())
     monkeypatch.setattr(step_speed, "_size", lambda _: "a model")
     monkeypatch.setattr(step_speed, "_figures", lambda *_: {"x": 1.0})
-    two = [SimpleNamespace(name=name, training={}) for name in ("bf16", "FP8")]
+    two = [SimpleNamespace(name=name, training={}, fp8=name == "FP8") for name in ("bf16", "FP8")]
     monkeypatch.setattr(step_speed, "precisions", lambda _: two)
-    found, _ = run(lambda context: step_speed._measure(context, lambda **_: work))
-    assert before == [0, 0] and len(found) == 2 * len(step_speed.DOCUMENTS)
+    found, _ = run(lambda context: step_speed._measure(context, lambda **_: work, recipes=True))
+    assert before == [0, 0] and len(found) == len(step_speed.DOCUMENTS) + len(step_speed.FP8_DOCUMENTS)
 
 
 def test_a_model_with_experts_is_freed_when_it_is_done_with():

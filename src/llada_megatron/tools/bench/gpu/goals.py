@@ -22,8 +22,8 @@ expert)."""
 DEMO_FIRST_GOAL, DEMO_GOAL = 1e-5, 2e-2
 """Of the demo's first ten steps, and of fifty. Its learning rate lets differences grow: on a CPU, weights changed by
 1e-7 and 1e-6 of themselves moved the first ten losses by 1.5e-7 at most, and one of fifty by 1e-3 and 1e-2."""
-UTILIZATION_GOALS = {("dense", 1): 0.60, ("moe", 1): 0.40, ("moe", 40): 0.36}
-FP8_GOALS = {"dense": 1.35, "moe": 1.15}
+UTILIZATION_GOALS = {("dense", 1): 0.60, ("llada-8b", 1): 0.60, ("moe", 1): 0.40, ("moe", 40): 0.36}
+FP8_GOALS = {"llada-8b": 1.35, "moe-rank": 1.15}
 FP8_LOSS_GOAL = 0.005
 ATTENTION_GOAL, LINEAR_GOAL = 5.0, 4.4
 """Four times the positions may take four times the memory, and a tenth more."""
@@ -192,7 +192,9 @@ _CLAIMS: dict[str, Callable[[Known, str], Iterator[Claim]]] = {
     "exact-local": _agreement,
     "exact": _agreement,
     "dense": _steps,
+    "llada-8b": _steps,
     "moe": _steps,
+    "moe-rank": _steps,
     "mini": _steps,
     "fp8-loss": _fp8_loss,
     "attention": _attention,

@@ -45,8 +45,8 @@ class Part:
 
 
 PARTS = (
-    Part("environment", AS_TRAINED, 5, "machine_figures:environment", "what `llada env` prints, and the GPU's facts"),
-    Part("ceilings", AS_TRAINED, 5, "machine_figures:ceilings", "matrix products in bf16 and FP8, and a copy"),
+    Part("environment", AS_TRAINED, 4, "machine_figures:environment", "what `llada env` prints, and the GPU's facts"),
+    Part("ceilings", AS_TRAINED, 4, "machine_figures:ceilings", "matrix products in bf16 and FP8, and a copy"),
     Part(
         "reference",
         ON_CPU,
@@ -58,7 +58,7 @@ PARTS = (
     Part(
         "exact-local",
         EXACT_LOCAL,
-        20,
+        18,
         "agreement:compare_local",
         "the same on the GPU without Transformer Engine",
         needs="reference",
@@ -66,32 +66,40 @@ PARTS = (
     Part(
         "exact",
         EXACT,
-        60,
+        45,
         "agreement:compare",
         "the same on the GPU with all there is; bf16; 50 steps of the demo's model",
         needs="reference",
     ),
-    Part("dense", AS_TRAINED, 42, "step_speed:dense", "training steps of a dense model of 1.5 B parameters"),
-    Part("moe", AS_TRAINED, 50, "step_speed:moe", "the same of as many layers of LLaDA-MoE-7B-A1B as fit"),
-    Part("mini", AS_TRAINED, 45, "step_speed:mini", "the same of as many layers of LLaDA2-mini as fit, block-causal"),
-    Part("fp8-loss", AS_TRAINED, 60, "fp8_loss:compare", "the loss of 200 steps in each FP8 recipe against bf16"),
+    Part("dense", AS_TRAINED, 22, "step_speed:dense", "training steps of a dense model of 1.5 B parameters, bf16"),
+    Part("llada-8b", AS_TRAINED, 35, "step_speed:llada_8b", "the same of eight layers of LLaDA-8B, bf16 and every FP8 recipe"),
+    Part("moe", AS_TRAINED, 32, "step_speed:moe", "the same of as many layers of LLaDA-MoE-7B-A1B as fit, bf16"),
+    Part(
+        "moe-rank",
+        AS_TRAINED,
+        42,
+        "step_speed:moe_rank",
+        "what a rank of expert parallel 8 computes of it: 8 experts with all their tokens, nothing exchanged; bf16, FP8",
+    ),
+    Part("mini", AS_TRAINED, 28, "step_speed:mini", "the same of as many layers of LLaDA2-mini as fit, block-causal, bf16"),
+    Part("fp8-loss", AS_TRAINED, 76, "fp8_loss:compare", "the loss of 200 steps in each FP8 recipe against bf16"),
     Part(
         "attention",
         AS_TRAINED,
-        36,
+        25,
         "attention_speed:compare",
         "packed attention against a dense mask, 4,096 and 16,384",
     ),
-    Part("loss", AS_TRAINED, 20, "loss_memory:compare", "memory of the loss at a vocabulary of 157,184"),
+    Part("loss", AS_TRAINED, 10, "loss_memory:compare", "memory of the loss at a vocabulary of 157,184"),
     Part(
         "sampler",
         AS_TRAINED,
-        40,
+        41,
         "sampling_speed:compare",
         "LLaDA-MoE-7B-A1B's shape, blocks of 32, batches of 1 and 32, in bf16 and FP8",
     ),
-    Part("checkpoint", AS_TRAINED, 15, "checkpoint_speed:compare", "a checkpoint saved and loaded"),
-    Part("profile", AS_TRAINED, 12, "kernel_profile:profile", "the kernels of one training step, by kind"),
+    Part("checkpoint", AS_TRAINED, 12, "checkpoint_speed:compare", "a checkpoint saved and loaded"),
+    Part("profile", AS_TRAINED, 14, "kernel_profile:profile", "the kernels of one training step, by kind"),
 )
 """In the order in which they run."""
 

@@ -135,6 +135,13 @@ def dense(toy: bool, **training: Any) -> Workload:
     return workload(DENSE, 4096, 4, 2, **training)
 
 
+def llada_8b(toy: bool, **training: Any) -> Workload:
+    """LLaDA-8B with eight of its layers (2.8 billion parameters with both embeddings)."""
+    if toy:
+        return workload(load_model("tiny-dense"), *_TOY, **training)
+    return workload(dataclasses.replace(load_model("llada-8b"), num_layers=8), 4096, 2, 4, **training)
+
+
 PASSES = 4
 """Forward passes of a step of a MoE model: its update, one for dozens of passes in a real run, must weigh little."""
 WINDOWS = 4
@@ -146,6 +153,27 @@ def moe(memory: int, **training: Any) -> Workload:
     if not memory:
         return workload(_two_layers("tiny-moe-softmax"), *_TOY, **training)
     return as_many_layers_as_fit(workload(load_model("llada-moe-7b-a1b"), 4096, WINDOWS, PASSES, **training), memory)
+
+
+RANKS = 8
+"""Of expert parallelism, as the run file of LLaDA-MoE-7B-A1B has it."""
+
+
+def moe_rank(toy: bool, **training: Any) -> Workload:
+    """What one of `RANKS` ranks of expert parallelism computes of LLaDA-MoE-7B-A1B: its share of the experts, each with
+    the tokens that all ranks send it when they are in balance. Here every token goes to all of them, so nothing is
+    exchanged. Eight of its sixteen layers."""
+    if toy:
+        return workload(_all_to_all(_two_layers("tiny-moe-softmax"), 2), *_TOY, **training)
+    model = dataclasses.replace(load_model("llada-moe-7b-a1b"), num_layers=8)
+    assert model.moe is not None
+    return workload(_all_to_all(model, model.moe.num_experts // RANKS), 4096, WINDOWS, PASSES, **training)
+
+
+def _all_to_all(model: ModelConfig, experts: int) -> ModelConfig:
+    """`experts` experts, all of which every token goes to."""
+    assert model.moe is not None
+    return dataclasses.replace(model, moe=dataclasses.replace(model.moe, num_experts=experts, top_k=experts))
 
 
 def mini(memory: int, **training: Any) -> Workload:
