@@ -114,8 +114,11 @@ def install() -> None:
         if cuda_available():
             # cuDNN builds a plan for each length of a document: a second on the host (modelscope/FunASR issue 3704)
             torch.backends.cuda.enable_cudnn_sdp(False)
-            importlib.import_module("megatron.core")
+            for name in MEGATRON_MODULES:  # some warn as they are imported, that Apex is not installed
+                importlib.import_module(name)
         else:
+            # a login node with a CUDA toolkit would read that no CUDA runtime is found, of which `llada env` tells
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
             _import_without_compiling()
             _place_stand_in(_torch_stand_in())
             _patch_functions()
