@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import sqlite3
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from llada_megatron.llada_moe.errors import ConfigError
-from tests.launch.sampling.checkpoints import checkpoint, run_cli
+from tests.launch.sampling.checkpoints import checkpoint, run_cli, start_cli
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed (the extra eval)")
 
@@ -118,6 +123,70 @@ def test_an_interrupted_run_goes_on(dense, tasks, tmp_path, capsys, monkeypatch)
     again, _ = evaluated(capsys, *words, "--resume", tmp_path / "kept")
     assert again["results"] == undisturbed["results"]
     assert sum(asked) == 18 - 4, "the first four answers were kept"
+
+
+@pytest.fixture(scope="module")
+def by_one_process(dense, tasks):
+    """The results of all three tasks."""
+    return json.loads(in_a_process(dense, tasks)[-1])["results"]
+
+
+def in_a_process(dense, tasks, *words):
+    """The lines of the standard output of `llada eval harness` on all three tasks."""
+    process = start_cli(*command(dense, tasks), *words)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out.splitlines()
+
+
+def command(dense, tasks):
+    names = "own_choice,own_written,own_rolling"
+    return ("eval", "harness", dense, "--tasks", names, "--task-folder", tasks, "--samples", 8, "--limit", 10, "--json")
+
+
+@pytest.mark.parametrize("axis", ["tensor_parallel", "data_parallel", "pipeline_parallel"])
+def test_two_ranks_find_what_one_process_does(dense, tasks, by_one_process, axis):
+    assert close(json.loads(in_a_process(dense, tasks, f"layout.{axis}=2")[-1])["results"], by_one_process)
+
+
+def test_replicas_that_were_killed_go_on(dense, tasks, by_one_process, tmp_path):
+    """Killed with the first answers kept; the second run asks for fewer, and finds the same."""
+    words = (*command(dense, tasks), "layout.data_parallel=2", "--resume", tmp_path / "kept")
+    process = start_cli(*words, start_new_session=True)
+    wait_until(lambda: any(answers(tmp_path)) or process.poll() is not None, 120)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it was done before it could be killed"
+    kept = sum(answers(tmp_path))
+    again = in_a_process(dense, tasks, "layout.data_parallel=2", "--resume", tmp_path / "kept")
+    assert close(json.loads(again[-1])["results"], by_one_process)
+    assert 0 < kept < sum(answers(tmp_path))
+
+
+def answers(folder):
+    """How many answers each file keeps; it may be half made."""
+    for path in folder.glob("kept-*"):
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as database:
+            yield database.execute("select count(*) from unnamed").fetchone()[0]
+
+
+def wait_until(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def close(found, expected):
+    """The same names and texts, and numbers within 1e-4: sums are taken in another order."""
+    return found.keys() == expected.keys() and all(
+        found[task].keys() == figures.keys()
+        and all(
+            found[task][name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value)
+            for name, value in figures.items()
+        )
+        for task, figures in expected.items()
+    )
 
 
 def test_lm_eval_opens_a_checkpoint_by_the_name_of_the_model(dense):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 
 import pytest
 
@@ -70,6 +71,23 @@ def test_models_are_trained_asked_and_found_again(tmp_path, capsys, monkeypatch)
     assert code == 1 and "diffusion.json: not the answers of a model" in err and "remove it" in err
 
 
+def test_two_processes_find_what_one_does(tmp_path, monkeypatch):
+    for folder, processes in (("one", 1), ("two", 2)):
+        assert reversal_command.measure(TOY, 1, tmp_path / folder, processes) == 0
+    one, two = (sorted((tmp_path / folder).glob("seed-0/*.json")) for folder in ("one", "two"))
+    assert len(one) == 3 and [path.read_text() for path in one] == [path.read_text() for path in two]
+
+    (tmp_path / "two" / "seed-0" / "diffusion.json").unlink()
+    (tmp_path / "two" / "seed-0" / "autoregressive.json").unlink()
+    monkeypatch.setattr(reversal_command, "_start_worker", _dies)
+    with pytest.raises(ResourceError, match=r"died .* with fewer --processes"):
+        reversal_command.measure(TOY, 1, tmp_path / "two", 2)
+
+
+def _dies(*_):
+    os._exit(1)
+
+
 def test_the_set_holds_a_fact_a_window(tmp_path):
     facts = make_facts(0, 12)
     prepare_facts(facts, tmp_path / "facts", 11)
@@ -81,6 +99,8 @@ def test_the_set_holds_a_fact_a_window(tmp_path):
 def test_wrong_input(tmp_path, capsys, monkeypatch):
     code, _, err = run_cli(capsys, "eval", "reversal", "--seeds", 0)
     assert (code, "--seeds 0: at least 1" in err) == (2, True)
+    code, _, err = run_cli(capsys, "eval", "reversal", "--processes", 0)
+    assert (code, "--processes 0: at least 1" in err) == (2, True)
     (tmp_path / "mine.txt").write_text("mine")
     code, _, err = run_cli(capsys, "eval", "reversal", "--output", tmp_path)
     assert (code, "not empty, and without the protocol.json of this benchmark" in err) == (2, True)

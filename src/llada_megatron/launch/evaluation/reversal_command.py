@@ -9,9 +9,14 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-from collections.abc import Iterator, Mapping
+import os
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +24,7 @@ from llada_megatron.console import emit_json, message
 from llada_megatron.launch.evaluation.reversal_picture import draw_reversal
 from llada_megatron.launch.evaluation.reversal_training import ReversalRecipe, arm_of_seed
 from llada_megatron.launch.files import replace
+from llada_megatron.launch.ranks.rank import available_cores
 from llada_megatron.launch.run_lock import RunLock
 from llada_megatron.llada_moe.errors import ConfigError, DataError, ResourceError
 from llada_megatron.llada_moe.evaluation.reversal_figures import (
@@ -30,11 +36,13 @@ from llada_megatron.llada_moe.evaluation.reversal_figures import (
     reversal_claims,
     seed_figures,
 )
+from llada_megatron.parallel.parent_death import die_with_parent
 
 if TYPE_CHECKING:
     from llada_megatron.llada_moe.evaluation.reversal_figures import Found, ReversalClaim
 
 SEEDS = 5
+_Job = tuple[ReversalRecipe, str, int, Path]
 PROTOCOL, PICTURE = "protocol.json", "reversal.svg"
 _VERSION = 1
 """Of what is asked and how: figures of two versions cannot be compared."""
@@ -46,17 +54,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", default="runs/reversal", metavar="FOLDER", help="models and results (runs/reversal); goes on there"
     )
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="models that are trained at the same time (one a core, at most 4)"
+    )
     parser.add_argument("--require", action="store_true", help="exit with 1 if a figure misses its goal")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train what is not trained, ask, and report; raises ConfigError, DataError or ResourceError."""
-    if args.seeds < 1:
-        raise ConfigError(f"--seeds {args.seeds}: at least 1")
-    return measure(ReversalRecipe(), args.seeds, Path(args.output), args.json, args.require)
+    processes = min(4, available_cores()) if args.processes is None else args.processes
+    for name, value in (("seeds", args.seeds), ("processes", processes)):
+        if value < 1:
+            raise ConfigError(f"--{name} {value}: at least 1")
+    return measure(ReversalRecipe(), args.seeds, Path(args.output), processes, args.json, args.require)
 
 
-def measure(recipe: ReversalRecipe, seeds: int, output: Path, as_json: bool = False, require: bool = False) -> int:
+def measure(
+    recipe: ReversalRecipe,
+    seeds: int,
+    output: Path,
+    processes: int = 1,
+    as_json: bool = False,
+    require: bool = False,
+) -> int:
     """All models of so many seeds; returns the exit code.
 
     Raises:
@@ -66,10 +86,8 @@ def measure(recipe: ReversalRecipe, seeds: int, output: Path, as_json: bool = Fa
     _check_folder(output, recipe)
     with _no_space(output), RunLock.take(output):
         replace(output / PROTOCOL, json.dumps(_protocol(recipe), indent=1) + "\n")
-        for seed in range(seeds):
-            for arm in ARMS:
-                if not _file(output, arm, seed).is_file():
-                    _answer(recipe, arm, seed, output)
+        models = [(recipe, arm, seed, output) for seed in range(seeds) for arm in ARMS]
+        _answer([each for each in models if not _file(output, *each[1:3]).is_file()], processes)
         found = {arm: {seed: _figures(_file(output, arm, seed)) for seed in range(seeds)} for arm in ARMS}
         claims = reversal_claims(found, recipe.pairs)
         print(_table(found), end="\n\n")
@@ -86,8 +104,41 @@ def _file(output: Path, arm: str, seed: int) -> Path:
     return output / f"seed-{seed}" / f"{arm.replace(' ', '-')}.json"
 
 
-def _answer(recipe: ReversalRecipe, arm: str, seed: int, output: Path) -> None:
+def _answer(missing: Sequence[_Job], processes: int) -> None:
+    """Train and ask models, several at a time, each in a process of its own."""
+    if processes == 1 or len(missing) < 2:
+        for job in missing:
+            _answer_one(job)
+        return
+    executor = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (os.getpid(),))
+    try:
+        for done in as_completed([executor.submit(_answer_one, job) for job in missing]):
+            done.result()
+    except BrokenProcessPool as error:
+        raise ResourceError(
+            "a process that trained a model died (out of memory?); give the same command, which goes on, with fewer "
+            "--processes"
+        ) from error
+    except BaseException:  # what others have not finished is begun anew by the next command
+        for worker in active_children():
+            worker.terminate()
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _start_worker(parent: int) -> None:
+    """A process that ends with its parent, which Ctrl-C is for, and leaves the other cores to the others."""
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _answer_one(job: _Job) -> None:
     """Train and ask a model, and write its answers."""
+    recipe, arm, seed, output = job
     message(f"seed {seed}, {arm}")
     file = _file(output, arm, seed)
     answers = arm_of_seed(recipe, arm, seed, file.parent)

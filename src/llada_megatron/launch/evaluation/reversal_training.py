@@ -167,7 +167,7 @@ def arm_of_seed(recipe: ReversalRecipe, arm: str, seed: int, folder: Path) -> li
 
 
 def _prepared(facts: ReversalFacts, folder: Path, length: int) -> Path:
-    """The prefix of the seed's prepared set, which is made unless it is there: as a whole, or not at all."""
+    """The prefix of the seed's prepared set, which is made unless it is there, or another process makes it now."""
     whole = folder / "facts"
     folder.mkdir(parents=True, exist_ok=True)
     if not whole.is_dir():
@@ -175,5 +175,9 @@ def _prepared(facts: ReversalFacts, folder: Path, length: int) -> Path:
             part = Path(scratch) / "set"
             part.mkdir()
             prepare_facts(facts, part / "facts", length)
-            part.rename(whole)
+            try:
+                part.rename(whole)
+            except OSError:
+                if not whole.is_dir():  # otherwise another process was faster
+                    raise
     return whole / "facts"
