@@ -179,11 +179,24 @@ GROUPS: list[Group] = [
         "tests/llada_moe/objectives/test_block_diffusion.py tests/llada_moe/config/test_block_schedule.py",
         [
             ("if self.block_size(step) < len(tokens) else row", "if True else row"),
-            ("noisy.boundaries[1:] + np.int32(length)", "noisy.boundaries[1:]"),
             ('and split == "train"\n', "\n"),
-            ("counts = -(-lengths // size)", "counts = lengths // size"),
             ("size >= self.training.sequence_length:", "size > self.training.sequence_length:"),
             ("max(step - 1, 0)", "step"),
+        ],
+    ),
+    (
+        "experts",
+        "llada_moe/model/layer.py",
+        "tests/llada_moe/model/test_layer.py",
+        [("routing_map = routing_map.clone()", "pass")],
+    ),
+    (
+        "objective",
+        "llada_moe/objectives/block_rows.py",
+        "tests/llada_moe/objectives/test_block_diffusion.py",
+        [
+            ("noisy.boundaries[1:] + np.int32(length)", "noisy.boundaries[1:]"),
+            ("counts = -(-lengths // size)", "counts = lengths // size"),
         ],
     ),
     (
@@ -341,7 +354,7 @@ GROUPS: list[Group] = [
         "tests/llada_moe/model/test_grouped.py",
         [
             ("torch.sum(d_scaled * product,", "torch.sum(d_scaled * active,"),
-            ("dy.t(), product.mul_(scale), ends", "dy.t(), product, ends"),
+            ("return product * scale, d_both", "return product, d_both"),
             ("or distance < first.numel()", "or False"),
             ("product if b.dim() == 3 else _zero_without_rows(product, ends)", "product"),
             ("in reversed(list(enumerate(modules)))", "in list(enumerate(modules))"),

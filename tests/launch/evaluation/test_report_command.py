@@ -236,6 +236,10 @@ def test_published_figures_beside_those_that_were_measured(tmp_path, capsys):
     assert rows_of(text, "published") == [["piqa", "73.6 or 74", "acc 70.0000 ± 1.0000", "rejected"]]
     assert [row[3] for row in rows_of(text, "tasks")] == ["0.7000 (no standard error)"] * 2
     assert "LLaDA-8B: published and measured, in percent" in text and "its paper" in text
+    (tmp_path / "interrupted.json").write_text(json.dumps({"parts": [part]}))
+    _, text = report(capsys, tmp_path / "page.html", tmp_path / "interrupted.json")
+    assert [row[3] for row in rows_of(text, "tasks")] == ["0.7000 (no standard error)"]
+    assert "published and measured" not in text
 
 
 def test_the_reversal_curse_over_seeds(tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from llada_megatron.llada_moe.config import RunConfig, load_model, to_dict
+from llada_megatron.llada_moe.config import RunConfig, from_dict, load_model, to_dict
 from llada_megatron.llada_moe.config.block_schedule import BlockSchedule, BlockStage
 from llada_megatron.llada_moe.config.data import DataConfig, DataSetConfig
 from llada_megatron.llada_moe.config.intervals import CheckpointConfig
@@ -20,6 +20,7 @@ from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, Learni
 from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.huggingface.card import generation_config, model_card
 from llada_megatron.llada_moe.huggingface.formats import export_format
+from llada_megatron.llada_moe.objectives import trained_objective
 from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusionConfig
 from llada_megatron.llada_moe.objectives.joint import JointConfig
 
@@ -104,6 +105,25 @@ def test_a_run_that_has_only_learnt_next_tokens_so_far():
     assert "| objective | next tokens, then block diffusion in " in text and "; so far only next tokens |" in text
     text = card(objective=staged, objective_state={"stage": 0, "block_size": 32})
     assert "# A masked diffusion language model" in text and "so far" not in text
+
+
+@pytest.mark.parametrize(
+    ("size", "attention"), [(4, "block of 4 positions"), (4096, "Every token sees every other one")]
+)
+def test_a_stage_of_a_schedule_is_told_with_its_own_blocks(size, attention):
+    staged = BlockDiffusionConfig(
+        kind="block_diffusion",
+        block_size=32,
+        block_schedule=BlockSchedule(
+            warmup=[BlockStage(block_size=4, tokens=9)],
+            stable=BlockStage(block_size=4096, tokens=9),
+            decay=[BlockStage(block_size=32, tokens=9)],
+        ),
+    )
+    facts = metadata(load_model("llada2-mini"), objective=staged) | {"objective": {"stage": 0, "block_size": size}}
+    trained = trained_objective(from_dict(RunConfig, facts["run"]), facts)
+    assert generation_config(load_model("llada2-mini"), trained).get("block_length") == (None if size == 4096 else size)
+    assert attention in card(objective=staged, objective_state=facts["objective"])
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from llada_megatron.llada_moe.model.head import Targets
 from llada_megatron.llada_moe.model.patterns import CAUSAL, FULL, AttentionPattern
 from llada_megatron.llada_moe.objectives import make_objective
 from llada_megatron.llada_moe.objectives.autoregressive import autoregressive_row
-from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusionConfig, blocks_of, doubled_row
+from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusionConfig
+from llada_megatron.llada_moe.objectives.block_rows import blocks_of, doubled_row
 from llada_megatron.llada_moe.objectives.masked_diffusion import diffusion_row
 from llada_megatron.parallel.build import build_run_chunks
 from llada_megatron.tools.bench.layouts import MODELS, parity_run

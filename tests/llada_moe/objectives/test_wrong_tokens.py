@@ -16,7 +16,8 @@ from llada_megatron.llada_moe.data.batch import Row
 from llada_megatron.llada_moe.diffusion.edit_script import Operations, edit_labels
 from llada_megatron.llada_moe.diffusion.noise import SampleCoordinates
 from llada_megatron.llada_moe.objectives import make_objective
-from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusionConfig, blocks_of
+from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusionConfig
+from llada_megatron.llada_moe.objectives.block_rows import blocks_of
 from llada_megatron.tools.bench.layouts import MODELS, parity_run
 
 LENGTH, SIZE, WORDS = 64, 8, 100

@@ -18,7 +18,7 @@ from llada_megatron.llada_moe.config.objective import ObjectiveConfig
 from llada_megatron.llada_moe.config.optimizer import LearningRateConfig
 from llada_megatron.llada_moe.huggingface.formats.table import Format
 from llada_megatron.llada_moe.model.parameters import count_parameters
-from llada_megatron.llada_moe.objectives import Objective, checkpoint_objective, make_objective
+from llada_megatron.llada_moe.objectives import Objective, checkpoint_objective, make_objective, trained_objective
 
 Row = tuple[str, str]
 """Name and value."""
@@ -61,7 +61,8 @@ def model_card(model: ModelConfig, table: Format, metadata: dict[str, Any], toke
         tokenizer: whether the export has a tokenizer that AutoTokenizer reads.
     """
     run = from_dict(RunConfig, metadata["run"])
-    kind = _kind(checkpoint_objective(run, metadata))
+    trained = trained_objective(run, metadata)
+    kind = _kind(make_objective(trained))
     head = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -81,10 +82,10 @@ def model_card(model: ModelConfig, table: Format, metadata: dict[str, Any], toke
         _USE.format(
             classes="AutoModelForCausalLM, AutoTokenizer" if tokenizer else "AutoModelForCausalLM",
             text=_TEXT if tokenizer else _IDS,
-            call=_call(kind, table, run.objective.block_size or 32),
+            call=_call(kind, table, trained.block_size or 32),
         ),
         "## Attention",
-        _ATTENTION[kind].format(block=run.objective.block_size),
+        _ATTENTION[kind].format(block=trained.block_size),
     )
     return "\n\n".join(sections) + "\n"
 

@@ -16,7 +16,14 @@ from llada_megatron.llada_moe.objectives.interface import REGISTERED, Objective
 if TYPE_CHECKING:
     from llada_megatron.llada_moe.config.run import RunConfig
 
-__all__ = ["Objective", "checkpoint_objective", "config_class", "make_objective", "objective_kinds"]
+__all__ = [
+    "Objective",
+    "checkpoint_objective",
+    "config_class",
+    "make_objective",
+    "objective_kinds",
+    "trained_objective",
+]
 
 
 def objective_kinds() -> list[str]:
@@ -55,6 +62,14 @@ def checkpoint_objective(run: RunConfig, metadata: dict[str, Any]) -> Objective:
     objective = make_objective(run.objective, run.training)
     objective.load_state(metadata.get("objective", {}))
     return objective
+
+
+def trained_objective(run: RunConfig, metadata: dict[str, Any]) -> ObjectiveConfig:
+    """What one of a run's checkpoints has been trained for last (`Objective.trained_config`).
+
+    `metadata`: what the checkpoint's manifest says.
+    """
+    return checkpoint_objective(run, metadata).trained_config(int(metadata["step"]))
 
 
 def config_class(kind: str) -> type[ObjectiveConfig]:

@@ -24,6 +24,7 @@ from llada_megatron.llada_moe.config.editing import EditingConfig, check_editing
 from llada_megatron.llada_moe.config.objective import ObjectiveConfig, check_plain_text
 from llada_megatron.llada_moe.config.parsing import Refuse
 from llada_megatron.llada_moe.objectives.autoregressive import autoregressive_row
+from llada_megatron.llada_moe.objectives.block_rows import blocks_of, doubled_row
 from llada_megatron.llada_moe.objectives.interface import register
 from llada_megatron.llada_moe.objectives.masked_diffusion import MaskedDiffusion, diffusion_row
 
@@ -176,6 +177,15 @@ class BlockDiffusion(MaskedDiffusion):
         whole = self.training is not None and size >= self.training.sequence_length
         return FULL if whole else AttentionPattern(size)
 
+    def trained_config(self, step: int) -> ObjectiveConfig:
+        """Next tokens, one size of blocks, or masked diffusion, as the stage of `step` is."""
+        if not self.fills_masks:
+            return ObjectiveConfig(kind="autoregressive")
+        if self.config.block_schedule is None:
+            return self.config
+        size = self.sampling_pattern(step).block
+        return ObjectiveConfig() if size is None else replace(self.config, block_size=size, block_schedule=None)
+
     @property
     def supervised_share(self) -> float:
         """The mean mask ratio, and all positions of the sequences that have wrong tokens."""
@@ -283,29 +293,3 @@ def check_block_size(config: ObjectiveConfig, refuse: Refuse) -> None:
     if config.block_size is None or config.block_size < 1:
         found = "null" if config.block_size is None else config.block_size
         refuse("objective.block_size", f"{found}, but kind {config.kind} needs the size of a block (LLaDA2: 32)")
-
-
-def blocks_of(boundaries: NDArray[np.int32], size: int) -> NDArray[np.int64]:
-    """The number of the block of each position, `[seq]`; blocks are counted from the start of each segment."""
-    import numpy as np
-
-    lengths = np.diff(boundaries).astype(np.int64)
-    counts = -(-lengths // size)
-    first = np.repeat(np.cumsum(counts) - counts, lengths)
-    return first + (np.arange(boundaries[-1]) - np.repeat(boundaries[:-1].astype(np.int64), lengths)) // size
-
-
-def doubled_row(noisy: Row, tokens: NDArray[np.int64]) -> Row:
-    """`[x_t ; x_0]`, of twice the length of a masked sequence: its text follows it, with the same segments, and nothing
-    there is supervised."""
-    import numpy as np
-
-    length = len(tokens)
-    return replace(
-        noisy,
-        inputs=np.concatenate([noisy.inputs, tokens]),
-        labels=np.concatenate([noisy.labels, tokens]),
-        weights=np.concatenate([noisy.weights, np.zeros(length, noisy.weights.dtype)]),
-        boundaries=np.concatenate([noisy.boundaries, noisy.boundaries[1:] + np.int32(length)]),
-        drafted=None if noisy.drafted is None else np.concatenate([noisy.drafted, np.zeros(length, bool)]),
-    )

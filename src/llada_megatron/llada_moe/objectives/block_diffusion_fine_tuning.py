@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llada_megatron.llada_moe.config.parsing import Refuse
-from llada_megatron.llada_moe.objectives.block_diffusion import check_block_size, doubled_row
+from llada_megatron.llada_moe.objectives.block_diffusion import check_block_size
+from llada_megatron.llada_moe.objectives.block_rows import doubled_row
 from llada_megatron.llada_moe.objectives.fine_tuning import FineTuning
 from llada_megatron.llada_moe.objectives.interface import register
 

@@ -90,6 +90,10 @@ class Objective(ABC):
         """Who attends to whom when a model of `step` is read outside training, where a sequence holds its text once."""
         return self.pattern(step)
 
+    def trained_config(self, step: int) -> ObjectiveConfig:
+        """What a model after `step` steps has been trained for last, without what came before and comes later."""
+        return self.config
+
     @property
     def copies(self) -> int:
         """How often a sequence holds its text at most, at any step: what the layers compute and remember."""

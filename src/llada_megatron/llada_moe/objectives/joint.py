@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from llada_megatron.llada_moe.config.parsing import Refuse
 from llada_megatron.llada_moe.objectives.autoregressive import autoregressive_row
-from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusion, BlockDiffusionConfig, doubled_row
+from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusion, BlockDiffusionConfig
+from llada_megatron.llada_moe.objectives.block_rows import doubled_row
 from llada_megatron.llada_moe.objectives.interface import register
 
 if TYPE_CHECKING:

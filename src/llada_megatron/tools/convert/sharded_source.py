@@ -17,7 +17,7 @@ from llada_megatron.llada_moe.config.trained_parts import FACTORS, place_of
 from llada_megatron.llada_moe.huggingface import weights
 from llada_megatron.llada_moe.huggingface.weights import Unit, Weight, canonical_weights
 from llada_megatron.llada_moe.model.factor_product import product_of_factors
-from llada_megatron.llada_moe.objectives import checkpoint_objective, make_objective
+from llada_megatron.llada_moe.objectives import trained_objective
 from llada_megatron.parallel.checkpoint.conversion.shard_reader import ShardedReader
 from llada_megatron.parallel.checkpoint.search import (
     described,
@@ -54,11 +54,8 @@ class ShardedSource:
 
     @property
     def objective(self) -> ObjectiveConfig:
-        """The objective of the run that made it; that of an autoregressive model where the run begins with next tokens
-        and had learnt nothing else yet."""
-        own = self.run.objective
-        learnt = checkpoint_objective(self.run, self.metadata).fills_masks
-        return own if learnt or not make_objective(own).fills_masks else ObjectiveConfig(kind="autoregressive")
+        """What it has been trained for last."""
+        return trained_objective(self.run, self.metadata)
 
     @property
     def kind(self) -> str:

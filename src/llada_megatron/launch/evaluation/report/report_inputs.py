@@ -163,8 +163,8 @@ def _kind(content: Any) -> str | None:
     if isinstance(content.get("kind"), str) and content["kind"] in KINDS:
         return content["kind"]
     rows = content.get("rows")
-    if isinstance(content.get("parts"), list) and isinstance(rows, list):
-        return "harness"
+    if isinstance(content.get("parts"), list):
+        return "harness"  # without rows, the parts of --published that were done when it was interrupted
     first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
     if isinstance(content.get("results"), dict) and isinstance(content.get("protocol"), dict):
         return "harness"
@@ -212,7 +212,7 @@ def _harness_parts(content: dict[str, Any]) -> dict[str, Any]:
     for part in parts:
         if isinstance(part, dict):
             part.pop("samples", None)
-    published = {key: content.get(key) for key in ("model", "source", "rows")} if "parts" in content else None
+    published = {key: content.get(key) for key in ("model", "source", "rows")} if "rows" in content else None
     return {"parts": parts, "published": published}
 
 
