@@ -52,7 +52,11 @@ def work(stop: StopRequest) -> dict:
             break
         time.sleep(0.02)
     torch.distributed.destroy_process_group()
-    return {"sum": total.item(), "steps": steps, "threads": os.environ["OMP_NUM_THREADS"]}
+    return {
+        "sum": total.item(),
+        "steps": steps,
+        "threads": [os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"]],
+    }
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def test_rank_0_reports_and_the_terminal_stays_clean(launch, tmp_path):
     out, err = process.communicate(timeout=90)
     assert process.returncode == 0, err
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert f"result={{'sum': 2.0, 'steps': 0, 'threads': '{threads}'}}, stopped_by=None" in out
+    assert f"result={{'sum': 2.0, 'steps': 0, 'threads': ['{threads}', 'PASSIVE']}}, stopped_by=None" in out
     assert err == ""
     for rank in range(2):
         log = (tmp_path / "logs" / f"rank-{rank}.log").read_text()

@@ -101,7 +101,8 @@ class ServedModel:
         own = {result.number: result for event in events for result in event.results}
         if self._ranks > 1:
             parts: list[dict[int, Result]] = [{} for _ in range(self._ranks)]
-            torch.distributed.all_gather_object(parts, own)
+            group = _patient(torch.distributed.group.WORLD)  # a replica may write for longer than the others
+            torch.distributed.all_gather_object(parts, own, group=group)
             own = {number: result for part in parts for number, result in part.items()}
         return [own[prompt.number] for prompt in prompts]
 
