@@ -8,6 +8,7 @@ import pytest
 
 from llada_megatron.cli import main
 from llada_megatron.llada_moe.config import load_run
+from llada_megatron.llada_moe.config.fp8 import FP8Config
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.planning.estimate import Assumptions, Estimate
 from llada_megatron.llada_moe.planning.gpu_sheet import load_gpu
@@ -51,7 +52,9 @@ def test_what_of_a_layout_is_planned_as_something_else_is_said():
     assert "layout.expert_dispatcher allgather is planned as alltoall" in text
     assert "tensor 8 is more than the 4 key heads" in text
     plain = assumptions(Estimate(replace(run, layout=LayoutConfig()), load_gpu("h100"), Assumptions()))
-    assert "alltoall" not in plain and "key heads" not in plain
+    assert "alltoall" not in plain and "key heads" not in plain and "FP8" not in plain
+    fp8 = replace(run, training=replace(run.training, fp8=FP8Config(recipe="delayed")))
+    assert "experts gain from FP8" in assumptions(Estimate(fp8, load_gpu("h100"), Assumptions()))
 
 
 def test_a_search_says_what_of_the_layout_it_takes_back():
