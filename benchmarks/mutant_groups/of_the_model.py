@@ -180,7 +180,7 @@ GROUPS: list[Group] = [
         [
             ("if self.block_size(step) < len(tokens) else row", "if True else row"),
             ('and split == "train"\n', "\n"),
-            ("size >= self.training.sequence_length:", "size > self.training.sequence_length:"),
+            ("block_size >= self.training.sequence_length", "block_size > self.training.sequence_length"),
             ("max(step - 1, 0)", "step"),
         ],
     ),
@@ -355,6 +355,7 @@ GROUPS: list[Group] = [
         [
             ("torch.sum(d_scaled * product,", "torch.sum(d_scaled * active,"),
             ("return product * scale, d_both", "return product, d_both"),
+            ("product.masked_fill(empty[:, None, None], 0)", "product"),
             ("or distance < first.numel()", "or False"),
             ("product if b.dim() == 3 else _zero_without_rows(product, ends)", "product"),
             ("in reversed(list(enumerate(modules)))", "in list(enumerate(modules))"),

@@ -13,7 +13,7 @@ device.install()
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig  # noqa: E402
-from llada_megatron.llada_moe.model import grouped  # noqa: E402
+from llada_megatron.llada_moe.model import compiled, grouped  # noqa: E402
 from llada_megatron.llada_moe.model.experts import PermutedExperts, expert_weights  # noqa: E402
 from llada_megatron.llada_moe.model.transformer import build_model  # noqa: E402
 from llada_megatron.parallel.build import add_to_main_gradients, transformer_config  # noqa: E402
@@ -145,6 +145,48 @@ def test_weight_gradients_are_added_to_megatrons_buffer_at_once():
     assert max(float(value.abs().max()) for value in expected.values()) > 0
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
+
+
+def test_a_gradient_is_added_without_what_a_kernel_leaves_for_experts_that_had_no_rows(monkeypatch):
+    def kernel(a, b, offs):
+        starts = [0, *offs.tolist()[:-1]]
+        parts = [a[:, start:end] @ b[start:end] for start, end in zip(starts, offs.tolist(), strict=True)]
+        return torch.stack([part if part.any() else torch.full_like(part, float("nan")) for part in parts])
+
+    monkeypatch.setattr(grouped, "GROUPED_MM", kernel)
+    dy, x = torch.randn(5, 8).bfloat16(), torch.randn(5, 16).bfloat16()
+    main = torch.ones(3, 8, 16)
+    grouped._accumulate(main, dy, x, torch.tensor([0, 3, 5], dtype=torch.int32))
+    assert torch.equal(main[0], torch.ones(8, 16)), "the first expert had no rows"
+    products = torch.stack([dy[:3].t() @ x[:3], dy[3:].t() @ x[3:]]).float()
+    torch.testing.assert_close(main[1:], 1 + products)
+
+
+def test_what_a_gpu_compiles_is_what_a_cpu_computes(monkeypatch):
+    """Traced by torch's compiler, and for other numbers of rows not once more; only the kernels are not made."""
+    traced = []
+
+    def backend(module, _inputs):
+        traced.append(module)
+        return module.forward
+
+    real = torch.compile
+    monkeypatch.setattr(compiled, "_compiles", lambda device: True)
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend=backend))
+    compiled.for_any_rows.cache_clear()
+    try:
+        gradients = compiled.for_any_rows(grouped._activation_gradients, "cuda")
+        for rows in (7, 12, 31):
+            both, probs, d_scaled = torch.randn(rows, 16), torch.rand(rows), torch.randn(rows, 8)
+            expected = grouped._activation_gradients(both, probs, d_scaled)
+            for found, value in zip(gradients(both, probs, d_scaled), expected, strict=True):
+                torch.testing.assert_close(found, value)
+        assert len(traced) == 1
+        main, product = torch.zeros(2, 4, 4), torch.ones(2, 4, 4)
+        compiled.for_any_rows(grouped._add_to, "cuda")(main, product, torch.tensor([True, False]))
+        assert not main[0].any() and torch.equal(main[1], product[1])
+    finally:
+        compiled.for_any_rows.cache_clear()
 
 
 def test_experts_elsewhere_in_memory_are_left_to_autograd():

@@ -17,7 +17,7 @@ from llada_megatron.llada_moe.config.optimizer import LearningRateConfig, Optimi
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.llada_moe.config.training import TrainingConfig
 from llada_megatron.llada_moe.errors import ConfigError
-from llada_megatron.llada_moe.model.patterns import CAUSAL, AttentionPattern
+from llada_megatron.llada_moe.model.patterns import CAUSAL, FULL, AttentionPattern
 from llada_megatron.llada_moe.objectives.block_diffusion import BlockDiffusionConfig
 from llada_megatron.parallel.checkpoint.loaded_model import open_checkpoint
 from llada_megatron.parallel.checkpoint.manifest import steps
@@ -27,6 +27,7 @@ from llada_megatron.parallel.sampling.settings import Settings
 from llada_megatron.parallel.training.metrics_file import read_metrics
 from llada_megatron.tools.convert.exporter import ExportOptions, export_checkpoint
 from llada_megatron.tools.convert.logits import token_ids
+from llada_megatron.tools.convert.merger import _difference
 from llada_megatron.tools.convert.sharded_source import ShardedSource
 from llada_megatron.tools.experts.profiling import _usable
 from tests.corpora import model_for, prepared_set
@@ -106,8 +107,16 @@ def test_a_run_killed_inside_every_stage_goes_on_to_the_bit(make_run, tmp_path):
     with open_checkpoint(whole.output_dir) as loaded:
         assert loaded.model.pattern == AttentionPattern(8)
         assert kind_of(loaded).fills_masks and _usable(loaded, [0.5]) == [0.5]
-        Session(loaded, Settings(checkpoint=whole.output_dir))
-    first = dict(steps(Path(whole.output_dir) / "checkpoints"))[1]
+        assert Session(loaded, Settings(checkpoint=whole.output_dir)).choice.grid == 8
+    checkpoints = dict(steps(Path(whole.output_dir) / "checkpoints"))
+    for step, size, pattern in ((4, 4, AttentionPattern(4)), (6, None, FULL)):
+        with open_checkpoint(checkpoints[step]) as loaded:
+            assert loaded.model.pattern == pattern
+            assert Session(loaded, Settings(checkpoint=str(checkpoints[step]))).choice.grid == size
+        assert ShardedSource(checkpoints[step]).objective.block_size == size
+        assert not _difference(ShardedSource(checkpoints[step]), ShardedSource(checkpoints[8]))[1], "may be merged"
+    first = checkpoints[1]
+    assert _difference(ShardedSource(first), ShardedSource(checkpoints[8]))[0] == "objectives"
     with open_checkpoint(first) as loaded:
         assert loaded.model.pattern == CAUSAL
         with pytest.raises(ConfigError, match="is an autoregressive model; sampling fills masks of a diffusion model"):

@@ -128,20 +128,23 @@ def _answer(missing: Sequence[_Job], processes: int) -> None:
 
 
 def _start_worker(parent: int) -> None:
-    """A process that ends with its parent, which Ctrl-C is for, and leaves the other cores to the others."""
+    """A process that ends with its parent, which Ctrl-C is for."""
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def _answer_one(job: _Job) -> None:
-    """Train and ask a model, and write its answers."""
+    """Train and ask a model, and write its answers; on one thread, so that they do not depend on `--processes`."""
+    import torch
+
     recipe, arm, seed, output = job
     message(f"seed {seed}, {arm}")
-    file = _file(output, arm, seed)
-    answers = arm_of_seed(recipe, arm, seed, file.parent)
+    file, threads = _file(output, arm, seed), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        answers = arm_of_seed(recipe, arm, seed, file.parent)
+    finally:
+        torch.set_num_threads(threads)
     lines = ",\n".join(json.dumps(answer.record(), ensure_ascii=False) for answer in answers)
     replace(file, f"[\n{lines}\n]\n")
 

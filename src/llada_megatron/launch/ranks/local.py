@@ -83,8 +83,9 @@ def run_local(
             FOLDER_VARIABLE: str(heartbeats),
             PARENT_VARIABLE: str(os.getpid()),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads_per_rank(layout.world_size))),
-            # threads that wait by spinning take the core that a neighbour lets the others have: beside one busy process
-            # a small model ran at 600 to 2,000 tokens/s so, and at 11,000 without; alone at 14,000 and 11,000
+            # A thread that waits by spinning holds a core which the thread that it waits for may need: beside one busy
+            # process a small model ran at 600 to 2,000 tokens/s on two cores, and at 11,000 without spinning. Alone it
+            # ran at 14,000, and at 11,000 without. The nodes of a cluster have no such neighbours.
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         }
         log_dir.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,10 @@ import torch
 
 @functools.cache
 def for_any_rows(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """`function`, compiled once for any number of rows of its tensors' first axis; the other sizes are its own.
+    """`function`, compiled for any number of rows of its tensors' first axis from two on.
 
-    Compiled, what the function computes in bfloat16 is rounded once, when it is written.
+    Each further width is compiled once more, up to some eight in a process, and then for all at once. What the compiled
+    function computes in bfloat16 is rounded once, when it is written.
 
     Args:
         device: the type of the tensors' device. The function itself is returned for a CPU, where compiling costs more
@@ -29,12 +30,6 @@ def for_any_rows(function: Callable[..., Any], device: str) -> Callable[..., Any
         return compiled(*tensors)
 
     return run
-
-
-@functools.cache
-def for_these_sizes(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """`function`, compiled for every set of sizes that it meets; `device` as in `for_any_rows`."""
-    return torch.compile(function, dynamic=False) if _compiles(device) else function
 
 
 def _compiles(device: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
-from llada_megatron.llada_moe.model.compiled import for_any_rows, for_these_sizes
+from llada_megatron.llada_moe.model.compiled import for_any_rows
 
 _silu_backward = torch.ops.aten.silu_backward
 GROUPED_MM: Callable[..., torch.Tensor] | None = getattr(
@@ -195,7 +195,7 @@ def _accumulate(main: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, ends: tor
         main.add_(grouped_product(dy.t(), x, ends))
         return
     product = GROUPED_MM(dy.t(), x, offs=ends)  # type: ignore[misc]
-    for_these_sizes(_add_to, x.device.type)(main, product, _without_rows(ends))
+    for_any_rows(_add_to, x.device.type)(main, product, _without_rows(ends))
 
 
 def _halves(weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -67,9 +67,9 @@ def checkpoint_objective(run: RunConfig, metadata: dict[str, Any]) -> Objective:
 def trained_objective(run: RunConfig, metadata: dict[str, Any]) -> ObjectiveConfig:
     """What one of a run's checkpoints has been trained for last (`Objective.trained_config`).
 
-    `metadata`: what the checkpoint's manifest says.
+    `metadata`: what the checkpoint's manifest says; empty for a new model.
     """
-    return checkpoint_objective(run, metadata).trained_config(int(metadata["step"]))
+    return checkpoint_objective(run, metadata).trained_config(int(metadata.get("step", 0)))
 
 
 def config_class(kind: str) -> type[ObjectiveConfig]:

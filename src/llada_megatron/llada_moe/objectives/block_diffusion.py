@@ -149,9 +149,7 @@ class BlockDiffusion(MaskedDiffusion):
         if step < self.autoregressive_steps:
             return CAUSAL
         size = self.block_size(step)
-        if self.training is not None and size >= self.training.sequence_length:
-            return FULL
-        return AttentionPattern(size, doubled=True)
+        return FULL if self._is_whole(size) else AttentionPattern(size, doubled=True)
 
     def embedding_noise(self, step: int) -> float:
         """It begins with the first masks."""
@@ -173,9 +171,15 @@ class BlockDiffusion(MaskedDiffusion):
         """Blocks of the size that the model was trained with last, which see themselves and all before."""
         from llada_megatron.llada_moe.model.patterns import FULL, AttentionPattern
 
-        size = self._resumed.get("block_size", self.block_size(max(step - 1, 0)))
-        whole = self.training is not None and size >= self.training.sequence_length
-        return FULL if whole else AttentionPattern(size)
+        size = self._last_block_size(step)
+        return FULL if self._is_whole(size) else AttentionPattern(size)
+
+    def _last_block_size(self, step: int) -> int:
+        return self._resumed.get("block_size", self.block_size(max(step - 1, 0)))
+
+    def _is_whole(self, block_size: int) -> bool:
+        """Whether one block holds a whole sequence."""
+        return self.training is not None and block_size >= self.training.sequence_length
 
     def trained_config(self, step: int) -> ObjectiveConfig:
         """Next tokens, one size of blocks, or masked diffusion, as the stage of `step` is."""
@@ -183,8 +187,10 @@ class BlockDiffusion(MaskedDiffusion):
             return ObjectiveConfig(kind="autoregressive")
         if self.config.block_schedule is None:
             return self.config
-        size = self.sampling_pattern(step).block
-        return ObjectiveConfig() if size is None else replace(self.config, block_size=size, block_schedule=None)
+        size = self._last_block_size(step)
+        if self._is_whole(size) and not self.verifies:
+            return ObjectiveConfig()
+        return replace(self.config, block_size=size, block_schedule=None)
 
     @property
     def supervised_share(self) -> float:

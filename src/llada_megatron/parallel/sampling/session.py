@@ -11,8 +11,8 @@ import torch
 
 from llada_megatron.console import message
 from llada_megatron.llada_moe.errors import ConfigError, DataError, LladaError
-from llada_megatron.llada_moe.objectives import checkpoint_objective
-from llada_megatron.llada_moe.sampling.editors import never_written
+from llada_megatron.llada_moe.objectives import checkpoint_objective, trained_objective
+from llada_megatron.llada_moe.sampling.editors import never_written, trained_for_editing
 from llada_megatron.llada_moe.sampling.presets import choose
 from llada_megatron.llada_moe.sampling.schedules import FixedSteps, RandomSteps, SelfSpeculation
 from llada_megatron.llada_moe.sampling.token_buffer import stretches
@@ -88,10 +88,10 @@ class Session:
             settings.cache,
             settings.editor,
             settings.overrides,
-            run.objective,
+            trained_objective(run, loaded.metadata),
             run.model,
             block_length=settings.block_length,
-            trained_for_editing=settings.trained_for_editing,
+            trained_for_editing=settings.trained_for_editing or trained_for_editing(run.objective),
         )
         self.tokenizer, self._missing = _tokenizer(loaded, settings.tokenizer)
         self.request_builder = RequestBuilder(

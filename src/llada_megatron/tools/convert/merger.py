@@ -17,6 +17,7 @@ from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.model import architecture
 from llada_megatron.llada_moe.errors import CheckpointError, ConfigError
 from llada_megatron.llada_moe.huggingface.weights import Unit, units
+from llada_megatron.llada_moe.objectives import checkpoint_objective
 from llada_megatron.tools.convert.best_checkpoints import Candidate, best, candidates
 from llada_megatron.tools.convert.derived import Derived, derive
 from llada_megatron.tools.convert.sharded_source import ShardedSource
@@ -100,13 +101,20 @@ def _difference(first: ShardedSource, other: ShardedSource) -> tuple[str, list[s
     keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
     if keys:
         return "architectures", [f"{key}: {a.get(key)} and {b.get(key)}" for key in keys]
-    kinds = first.objective.kind, other.objective.kind
+    kinds = _kind(first), _kind(other)
     if kinds[0] != kinds[1]:
         return "objectives", [f"{kinds[0]} and {kinds[1]}"]
     digests = [(source.metadata.get("tokenizer") or {}).get("sha256") for source in (first, other)]
     if None in digests or digests[0] == digests[1]:
         return "tokenizers", []
     return "tokenizers", [" and ".join(str(digest)[:12] for digest in digests)]
+
+
+def _kind(source: ShardedSource) -> str:
+    """The kind of the run's objective; "autoregressive" as long as it has learnt next tokens only. Stages of one
+    schedule of block sizes may be merged."""
+    learnt = checkpoint_objective(source.run, source.metadata)
+    return "autoregressive" if not learnt.fills_masks else source.run.objective.kind
 
 
 def _dtypes(sources: list[ShardedSource], wanted: torch.dtype | None) -> dict[Unit, torch.dtype]:
