@@ -25,15 +25,33 @@ if TYPE_CHECKING:
 THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 EQUAL, GOAL = 0.02, 1.05
 """Difference of two accuracies that count as equal, and how much faster confidence must make the sampler."""
+_STEPS, _COEFFICIENT = 300, 2.0
 _WITHOUT, _WITH = "without confidence", "with confidence"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which run is continued, how, and what it is asked."""
     add_model_arguments(parser)
-    parser.add_argument("--steps", type=int, default=300, metavar="N", help="of each continuation (default 300)")
+    parser.add_argument("--steps", type=int, metavar="N", help="of each continuation (default 300; of --language 120)")
     parser.add_argument(
-        "--coefficient", type=float, default=2.0, metavar="C", help="objective.confidence_coefficient (default 2)"
+        "--coefficient",
+        type=float,
+        metavar="C",
+        help="objective.confidence_coefficient (default 2; of --language 15)",
+    )
+    parser.add_argument(
+        "--language",
+        action="store_true",
+        help="continue the block-causal model of `llada bench sample` instead; it is trained first where it is missing",
+    )
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="of --language: continuations (default 1)")
+    parser.add_argument("--prompts", type=int, default=48, metavar="N", help="of --language: texts (default 48)")
+    parser.add_argument(
+        "--models",
+        type=Path,
+        default=Path("~/.cache/llada-megatron/bench"),
+        metavar="DIR",
+        help="of --language: where the small models are, or are put (default %(default)s)",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("runs/cap"), metavar="DIR", help="folder of both runs (default runs/cap)"
@@ -50,8 +68,15 @@ def run(args: argparse.Namespace) -> list[Claim]:
     from llada_megatron.parallel import device
 
     device.install()
+    for name in ("seeds", "prompts"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} {getattr(args, name)}: at least 1")
+    if args.language:
+        return _on_language(args)
     from llada_megatron.tools.bench.sampling.picture import require_drawing
 
+    args.steps = _STEPS if args.steps is None else args.steps
+    args.coefficient = _COEFFICIENT if args.coefficient is None else args.coefficient
     questions = questions_of(args)
     if args.plot:
         require_drawing(args.plot)
@@ -73,15 +98,29 @@ def run(args: argparse.Namespace) -> list[Claim]:
     return claims(found)
 
 
+def _on_language(args: argparse.Namespace) -> list[Claim]:
+    from llada_megatron.tools.bench import cap_language
+
+    steps = cap_language.STEPS if args.steps is None else args.steps
+    coefficient = cap_language.COEFFICIENT if args.coefficient is None else args.coefficient
+    _check(steps, coefficient)
+    models = args.models.expanduser()
+    return cap_language.run(models, args.seeds, steps, coefficient, args.prompts, EQUAL, GOAL)
+
+
+def _check(steps: int, coefficient: float) -> None:
+    if steps < 1:
+        raise ConfigError(f"--steps {steps}: at least 1")
+    if coefficient <= 0:
+        raise ConfigError(f"--coefficient {coefficient:g}: greater than 0")
+
+
 def continuations(args: argparse.Namespace) -> dict[str, RunConfig]:
     """The two runs that go on from the model. Raises ConfigError or CheckpointError."""
     from llada_megatron.llada_moe.objectives.fine_tuning import FineTuningConfig
     from llada_megatron.parallel.checkpoint.search import find_checkpoints, run_of
 
-    if args.steps < 1:
-        raise ConfigError(f"--steps {args.steps}: at least 1")
-    if args.coefficient <= 0:
-        raise ConfigError(f"--coefficient {args.coefficient:g}: greater than 0")
+    _check(args.steps, args.coefficient)
     step = find_checkpoints(args.model)[0]
     base = run_of(step)
     if not isinstance(base.objective, FineTuningConfig) or base.objective.kind == "autoregressive_sft":
