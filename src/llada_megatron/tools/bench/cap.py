@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--coefficient",
         type=float,
         metavar="C",
-        help="objective.confidence_coefficient (default 2; of --language 15)",
+        help="objective.confidence_coefficient (default 2; of --language 60)",
     )
     parser.add_argument(
         "--language",
