@@ -3,7 +3,7 @@
 # make lint   check style and import rules
 # make clean  remove the environments and caches (runs/ and data/ stay)
 # PYTHON=python3.12 chooses another interpreter, with an environment of its own (.venv-3.12); ARGS is passed on, for example
-# make demo ARGS="--corpus my_texts/", make test ARGS="tests/launch -x". Tests run in four processes (tests/workers.py);
+# make demo ARGS="--corpus my_texts/", make test ARGS="tests/launch -x". Tests run in three processes (tests/workers.py);
 # make test ARGS="-n 0" runs them in one.
 
 SHELL := /bin/bash
@@ -13,7 +13,7 @@ NEW_ENOUGH := $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info >= (3
 CONSTRAINTS := constraints/$(if $(filter 3.11,$(VERSION)),py311,py312).txt
 VENV := .venv$(if $(filter file,$(origin PYTHON)),,-$(VERSION))
 BIN := $(VENV)/bin
-WORKERS := $(if $(findstring no:xdist,$(ARGS)),,-n 4 --dist loadgroup --no-loadscope-reorder)
+WORKERS := $(if $(findstring no:xdist,$(ARGS)),,-n 3 --dist loadgroup --no-loadscope-reorder)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .PHONY: demo test lint clean

@@ -1,10 +1,10 @@
 """How the suite is spread over the processes of pytest-xdist: whole files, and some tests alone on the machine.
 
-Under `-n 4 --dist loadgroup` each group of tests runs in one process, in its order. A file is a group, so that the
+Under `-n 3 --dist loadgroup` each group of tests runs in one process, in its order. A file is a group, so that the
 fixtures of a module are built once; so is a folder whose tests share something larger. Tests that are marked `alone`
 bound a time that a busy neighbour could exceed: they come last, and run while no other process runs a test.
 
-Four processes for two cores, because much of the time is waiting, most of it for a real SLURM.
+Three processes for two cores, because much of the time is waiting, most of it for a real SLURM.
 """
 
 from __future__ import annotations

@@ -75,8 +75,6 @@ def run(args: argparse.Namespace) -> list[Claim]:
         return _on_language(args)
     from llada_megatron.tools.bench.sampling.picture import require_drawing
 
-    args.steps = _STEPS if args.steps is None else args.steps
-    args.coefficient = _COEFFICIENT if args.coefficient is None else args.coefficient
     questions = questions_of(args)
     if args.plot:
         require_drawing(args.plot)
@@ -87,8 +85,8 @@ def run(args: argparse.Namespace) -> list[Claim]:
         found[name] = ask(each.output_dir, questions, schedules)
         if not any(answers.right for answers in found[_WITHOUT]):
             raise ConfigError(
-                f"{args.model}: no answer is right after --steps {args.steps} without confidence, so that there is "
-                "nothing to compare; continue a run that has learnt to answer"
+                f"{args.model}: no answer is right after --steps {each.training.steps} without confidence, so that there "
+                "is nothing to compare; continue a run that has learnt to answer"
             )
     message(f"protocol: {protocol(len(questions), 'schedule threshold')}")
     print(table(found), end="\n\n", flush=True)
@@ -101,18 +99,19 @@ def run(args: argparse.Namespace) -> list[Claim]:
 def _on_language(args: argparse.Namespace) -> list[Claim]:
     from llada_megatron.tools.bench import cap_language
 
-    steps = cap_language.STEPS if args.steps is None else args.steps
-    coefficient = cap_language.COEFFICIENT if args.coefficient is None else args.coefficient
-    _check(steps, coefficient)
+    steps, coefficient = _training(args, cap_language.STEPS, cap_language.COEFFICIENT)
     models = args.models.expanduser()
     return cap_language.run(models, args.seeds, steps, coefficient, args.prompts, EQUAL, GOAL)
 
 
-def _check(steps: int, coefficient: float) -> None:
-    if steps < 1:
-        raise ConfigError(f"--steps {steps}: at least 1")
-    if coefficient <= 0:
-        raise ConfigError(f"--coefficient {coefficient:g}: greater than 0")
+def _training(args: argparse.Namespace, steps: int, coefficient: float) -> tuple[int, float]:
+    """`--steps` and `--coefficient`, or these defaults. Raises ConfigError."""
+    chosen = steps if args.steps is None else args.steps, coefficient if args.coefficient is None else args.coefficient
+    if chosen[0] < 1:
+        raise ConfigError(f"--steps {chosen[0]}: at least 1")
+    if chosen[1] <= 0:
+        raise ConfigError(f"--coefficient {chosen[1]:g}: greater than 0")
+    return chosen
 
 
 def continuations(args: argparse.Namespace) -> dict[str, RunConfig]:
@@ -120,7 +119,7 @@ def continuations(args: argparse.Namespace) -> dict[str, RunConfig]:
     from llada_megatron.llada_moe.objectives.fine_tuning import FineTuningConfig
     from llada_megatron.parallel.checkpoint.search import find_checkpoints, run_of
 
-    _check(args.steps, args.coefficient)
+    steps, confidence = _training(args, _STEPS, _COEFFICIENT)
     step = find_checkpoints(args.model)[0]
     base = run_of(step)
     if not isinstance(base.objective, FineTuningConfig) or base.objective.kind == "autoregressive_sft":
@@ -131,15 +130,15 @@ def continuations(args: argparse.Namespace) -> dict[str, RunConfig]:
     return {
         name: dataclasses.replace(
             base,
-            training=dataclasses.replace(base.training, steps=args.steps),
+            training=dataclasses.replace(base.training, steps=steps),
             objective=dataclasses.replace(base.objective, confidence_coefficient=coefficient),
-            optimizer=dataclasses.replace(base.optimizer, learning_rate=_rate(base, args.steps)),
+            optimizer=dataclasses.replace(base.optimizer, learning_rate=_rate(base, steps)),
             layout=type(base.layout)(),
-            checkpoint=dataclasses.replace(base.checkpoint, interval=args.steps, load=str(step), asynchronous=False),
+            checkpoint=dataclasses.replace(base.checkpoint, interval=steps, load=str(step), asynchronous=False),
             validation=dataclasses.replace(base.validation, interval=0),
             output_dir=str(args.output / name.replace(" ", "-")),
         )
-        for name, coefficient in ((_WITHOUT, 0.0), (_WITH, args.coefficient))
+        for name, coefficient in ((_WITHOUT, 0.0), (_WITH, confidence))
     }
 
 
