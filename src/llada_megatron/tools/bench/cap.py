@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> list[Claim]:
         found[name] = ask(each.output_dir, questions, schedules)
         if not any(answers.right for answers in found[_WITHOUT]):
             raise ConfigError(
-                f"{args.model}: no answer is right after --steps {each.training.steps} without confidence, so that there "
-                "is nothing to compare; continue a run that has learnt to answer"
+                f"{args.model}: no answer is right after --steps {each.training.steps} without confidence, so that "
+                "there is nothing to compare; continue a run that has learnt to answer"
             )
     message(f"protocol: {protocol(len(questions), 'schedule threshold')}")
     print(table(found), end="\n\n", flush=True)
