@@ -111,10 +111,10 @@ def _difference(first: ShardedSource, other: ShardedSource) -> tuple[str, list[s
 
 
 def _kind(source: ShardedSource) -> str:
-    """The kind of the run's objective; "autoregressive" as long as it has learnt next tokens only. Stages of one
-    schedule of block sizes may be merged."""
-    learnt = checkpoint_objective(source.run, source.metadata)
-    return "autoregressive" if not learnt.fills_masks else source.run.objective.kind
+    """The kind of the run's objective, so that stages of one schedule of block sizes may be merged; what it was trained
+    for, as long as that was no masks."""
+    masks = checkpoint_objective(source.run, source.metadata).fills_masks
+    return source.run.objective.kind if masks else source.objective.kind
 
 
 def _dtypes(sources: list[ShardedSource], wanted: torch.dtype | None) -> dict[Unit, torch.dtype]:
