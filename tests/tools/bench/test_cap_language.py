@@ -6,6 +6,7 @@ import math
 import pytest
 
 from llada_megatron.tools.bench import cap_language
+from llada_megatron.tools.bench.equal_accuracy import speed_ratio
 from llada_megatron.tools.bench.sampling.models import Recipe
 from llada_megatron.tools.bench.sampling.speed_and_quality import SpeedPoint
 from tests.launch.sampling.checkpoints import run_cli
@@ -25,7 +26,7 @@ def points(*pairs):
 )
 def test_speeds_are_compared_at_equal_accuracy(confident, ratio):
     without = points((1.0, 0.98), (2.0, 0.97), (5.0, 0.6))
-    assert cap_language.ratio(without, confident, 0.02) == pytest.approx(ratio)
+    assert speed_ratio(without, confident, 0.02) == pytest.approx(ratio)
 
 
 def test_the_mean_over_seeds_is_judged_with_its_error():

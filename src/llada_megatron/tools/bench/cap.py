@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from llada_megatron.console import message
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.tools.bench import Claim, at_least, reported
+from llada_megatron.tools.bench.equal_accuracy import speed_ratio
 from llada_megatron.tools.bench.word_questions import Answers, add_model_arguments, ask, protocol, questions_of
 
 if TYPE_CHECKING:
@@ -164,30 +165,18 @@ def _train(run: RunConfig) -> None:
 def claims(found: Mapping[str, Sequence[Answers]]) -> list[Claim]:
     """Of the answers by thresholds, without and with confidence: how much faster, where the accuracy is equal."""
     before, after = found[_WITHOUT], found[_WITH]
-    best = max(accuracy(each) for each in before)
-    speed = [fastest(each, best - EQUAL) for each in (before, after)]
-    top = max(accuracy(each) for each in after)
+    best, top = (max(each.accuracy for each in answers) for answers in (before, after))
     return [
         at_least(
             f"tokens per forward pass with confidence against without, where at most {100 * EQUAL:g} points fewer "
             f"answers are right than at best without",
-            speed[1] / speed[0],
+            speed_ratio(before, after, EQUAL),
             "x",
             GOAL,
         ),
         reported("right answers at best, without confidence", 100 * best, "%"),
         reported("right answers at best, with confidence", 100 * top, "%"),
     ]
-
-
-def accuracy(answers: Answers) -> float:
-    """Share of the answers that are right."""
-    return answers.right / answers.questions
-
-
-def fastest(answers: Sequence[Answers], least: float) -> float:
-    """The most tokens per forward pass at an accuracy of at least `least`; 0 if there is none."""
-    return max((each.tokens_per_forward for each in answers if accuracy(each) >= least), default=0.0)
 
 
 def table(found: Mapping[str, Sequence[Answers]]) -> str:
@@ -214,7 +203,7 @@ def draw(path: Path, found: Mapping[str, Sequence[Answers]]) -> None:
 
     axes = Figure(figsize=(7.0, 5.0), dpi=150, facecolor="white", layout="constrained").add_subplot()
     for (name, answers), marker in zip(found.items(), ("o", "s"), strict=True):
-        xs, ys = [each.tokens_per_forward for each in answers], [100 * accuracy(each) for each in answers]
+        xs, ys = [each.tokens_per_forward for each in answers], [100 * each.accuracy for each in answers]
         axes.plot(xs, ys, marker=marker, label=name)
         for x, y, threshold in zip(xs, ys, THRESHOLDS, strict=True):
             axes.annotate(f"{threshold:g}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)

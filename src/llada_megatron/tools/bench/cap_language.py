@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from llada_megatron.console import message
 from llada_megatron.llada_moe.objectives.fine_tuning import FineTuningConfig
 from llada_megatron.tools.bench import Claim, at_least, reported
+from llada_megatron.tools.bench.equal_accuracy import speed_ratio
 from llada_megatron.tools.bench.sampling.candidates import OurSamplers, PresetOnModel
 from llada_megatron.tools.bench.sampling.figures import measure
 from llada_megatron.tools.bench.sampling.models import BLOCK_CAUSAL, Recipe, train_or_find
@@ -82,7 +83,7 @@ def run(
     for seed in range(seeds):
         arms = [points_of(recipe(each, seed, steps), models, prompts) for each in (0.0, coefficient)]
         print(table(seed, *arms), end="\n\n", flush=True)
-        ratios.append(ratio(*arms, equal))
+        ratios.append(speed_ratio(*arms, equal))
     return claims(ratios, equal, goal)
 
 
@@ -105,17 +106,6 @@ def _point(loaded: LoadedModel, recipe: ConfidentRecipe, prompts: int, threshold
     figures = measure([candidate], asked, recipe.language, 1, _TURN, quiet=True)[candidate.name]
     message(f"{recipe.kind}, threshold {threshold:g}: {figures.right:.3f} right")
     return SpeedPoint.of(figures, f"{threshold:g}")
-
-
-def ratio(without: Sequence[SpeedPoint], confident: Sequence[SpeedPoint], equal: float) -> float:
-    """The most tokens per forward pass with confidence over the most without, where the accuracy is at most `equal`
-    below the best without; 0 where there is no such point with confidence."""
-    least = max(point.accuracy for point in without) - equal
-    fastest = [
-        max((point.tokens_per_forward for point in points if point.accuracy >= least), default=0.0)
-        for points in (without, confident)
-    ]
-    return fastest[1] / fastest[0]
 
 
 def claims(ratios: Sequence[float], equal: float, goal: float) -> list[Claim]:

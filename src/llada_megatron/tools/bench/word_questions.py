@@ -35,6 +35,11 @@ class Answers:
     """Answers that are not in the format."""
 
     @property
+    def accuracy(self) -> float:
+        """Share of the answers that are right."""
+        return self.right / self.questions
+
+    @property
     def tokens_per_forward(self) -> float:
         """Tokens of an answer per forward pass, over all answers."""
         return self.tokens / max(1, self.forwards)
