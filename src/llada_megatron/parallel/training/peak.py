@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -102,6 +103,32 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     run()
     _synchronize(device)
     return time.perf_counter() - start
+
+
+def device_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Seconds that one of `repeats` calls takes the device when the host is ahead of it, as in a training step.
+
+    Large products keep the device busy until the host has given it all calls. Not a number where the host was late
+    all the same. Without CUDA the mean time on the clock.
+    """
+    alone = timed(run, device)
+    if device.type != "cuda":
+        return timed(lambda: [run() for _ in range(repeats)], device) / repeats
+    product = _product(_LARGEST_SIZE["cuda"], device, torch.bfloat16)
+    once = _seconds(product, device)
+    for factor in (2, 4, 8):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(1 + int(factor * repeats * alone / once)):
+            product()
+        begin.record()
+        for _ in range(repeats):
+            run()
+        ahead = not begin.query()
+        end.record()
+        end.synchronize()
+        if ahead:
+            return begin.elapsed_time(end) / 1000 / repeats
+    return math.nan
 
 
 def _synchronize(device: torch.device) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,12 @@ def single_process(seed: int = 0) -> Iterator[None]:
         warnings.simplefilter("ignore")  # torch and Megatron announce coming changes of their own insides
         with topology.world_of_one(seed):
             yield
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest; not a number where one of them is none, which `max` passes over unless it comes first."""
+    kept = list(values)
+    return math.nan if any(math.isnan(value) for value in kept) else max(kept)
 
 
 def peak_bytes(work: Callable[[], object]) -> int:

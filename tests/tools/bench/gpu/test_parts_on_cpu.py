@@ -37,6 +37,7 @@ def test_the_same_machine_agrees_with_itself(results):
     for part in ("exact", "exact-local"):
         exact = [each.figures["worst"] for each in known.of(part) if each.name.endswith("fp32")]
         assert len(exact) == 2 and max(exact) < 1e-6
+        assert len(known.expected[part]) == len(known.of(part)) == 5
         assert known.figure(part, "demo's model", "worst") < 1e-6
     assert known.figure("exact", "llada2, packed, block-causal, bf16", "all_gradients") > 1e-4
 
@@ -52,7 +53,10 @@ def test_figures_are_those_of_what_was_run(results):
     longest = results.beside("kernels.txt").read_text().splitlines()
     assert len(longest) == 15 and all(" % " in line and " ms " in line for line in longest)
     assert 0 < known.figure("checkpoint", "save and load", "gb") < 0.1
-    assert known.figure("attention", "block-causal, 64 positions", "difference") < 1e-5
+    for cell in known.of("attention"):
+        assert cell.figures["difference"] < 1e-5 and cell.figures["gradient_difference"] < 1e-5
+    assert len(known.of("attention")) == 5
+    assert known.figure("sampler", "batch 1, with graphs", "same_tokens") == 1.0
 
 
 def test_nothing_is_judged_without_a_gpu(results):
@@ -63,10 +67,10 @@ def test_nothing_is_judged_without_a_gpu(results):
 def test_a_restart_measures_only_what_is_missing(results):
     before = results.path.read_text()
     known = results.read()
-    results.add(Measurement("loss", "vocabulary 157,184", {}, 0.0, "it failed"))
+    results.add(Measurement("loss", "vocabulary 157,184, chunks of 256 MiB", {}, 0.0, "it failed"))
     done = ("exact", "dense", "fp8-loss", "sampler", "checkpoint", "profile", "ceilings", "loss")
     assert run_group([BY_NAME[name] for name in done], results, HERE, time.monotonic() + 600) == 0
     added = results.path.read_text().removeprefix(before)
     assert added.count('"measurement"') == 2 and "it failed" in added  # the failure, and what mended it
     again = results.read().measurements
-    assert again.keys() == known.measurements.keys() and again["loss", "vocabulary 157,184"].figures
+    assert again.keys() == known.measurements.keys() and again["loss", "vocabulary 157,184, chunks of 256 MiB"].figures

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from llada_megatron.llada_moe.errors import ConfigError
@@ -43,11 +45,20 @@ def test_half_a_line_of_a_killed_process_costs_that_line_only(results, cut):
 
 def test_a_part_is_under_way_from_its_begin_to_its_end_and_can_be_planned_anew(results):
     results.begin("loss")
-    assert results.read().begun == {"loss"}
+    assert results.read().begun.keys() == {"loss"}
     results.end("loss", "cut", "late")
-    assert results.read().begun == set() and results.read().ends == {"loss": ("cut", "late")}
+    assert results.read().begun == {} and results.read().ends == {"loss": ("cut", "late")}
     results.plan("loss")
     assert results.read().ends == {}
+
+
+def test_figures_of_other_code_stay_with_a_word_and_the_file_says_from_where_on_it_is_new(results, capsys):
+    results.add(FIRST)
+    results.open_for(dataclasses.replace(HERE, code="abc"))
+    assert "holds figures of the code None, which stay, and this is abc" in capsys.readouterr().err
+    results.open_for(dataclasses.replace(HERE, code="abc"))
+    assert capsys.readouterr().err == "" and results.read().of("loss") == [FIRST]
+    assert results.path.read_text().count('"kind": "machine"') == 2
 
 
 def test_another_machines_figures_are_refused(results):

@@ -6,6 +6,7 @@ import itertools
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,8 +19,8 @@ from llada_megatron.tools.bench.gpu.worker_process import START_ANEW
 HERE = Machine("a GPU", 80 * 10**9, 90, "2.11.0")
 
 
-def part(name, process=AS_TRAINED, seconds=60, beside=False):
-    return Part(name, process, seconds, "nowhere:nothing", "for a test", beside)
+def part(name, process=AS_TRAINED, seconds=60, beside=False, needs=""):
+    return Part(name, process, seconds, "nowhere:nothing", "for a test", beside, needs)
 
 
 class FakeWorker:
@@ -82,6 +83,30 @@ def test_what_is_done_is_left_out_and_what_was_cut_or_failed_runs_again(supervis
     assert started == [["b", "c", "d"]] and {status for status, _ in ends.values()} == {"done"}
 
 
+@pytest.mark.parametrize(("ago", "status"), [(50.0, "failed"), (200.0, "cut")])
+def test_a_death_is_judged_by_the_age_of_the_part_not_of_its_process(supervised, monkeypatch, ago, status):
+    began = SimpleNamespace(time=lambda: time.time() - ago)
+    monkeypatch.setattr("llada_megatron.tools.bench.gpu.results_file.time", began)
+    _, ends = supervised([part("a")], {"a": -signal.SIGSEGV}, until=5.0)
+    assert ends["a"][0] == status and f"{ago:.0f} s into this part (signal SIGSEGV)" in ends["a"][1]
+
+
+@pytest.mark.parametrize(("until", "runs"), [(60.0, 2), (5.0, 1)])
+def test_what_was_cut_runs_once_more_in_the_time_that_is_left(supervised, monkeypatch, until, runs):
+    started = []
+
+    class CutsB(FakeWorker):
+        def __init__(self, parts, results, dies):
+            super().__init__(parts, results, dies)
+            started.append(self.names)
+            if len(started) == 1:
+                results.end("b", "cut", "its time was over")
+
+    monkeypatch.setitem(globals(), "FakeWorker", CutsB)
+    _, ends = supervised([part("a"), part("b")], until=until)
+    assert started == [["a", "b"], ["b"]][:runs] and ends["b"][0] == ("done" if runs == 2 else "cut")
+
+
 def test_a_process_that_never_begins_fails_its_parts_once(supervised, monkeypatch):
     monkeypatch.setattr(
         FakeWorker, "__init__", lambda self, parts, results, dies: vars(self).update(names=["x"], _code=2)
@@ -101,7 +126,7 @@ def test_an_interrupt_ends_the_processes_and_starts_no_other(supervised):
     threading.Timer(0.2, signal.pthread_kill, (began, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         supervised([part("a"), part("b")], {"a": None})
-    assert supervised.results.read().begun == {"a"} and supervised.results.read().ends == {}
+    assert supervised.results.read().begun.keys() == {"a"} and supervised.results.read().ends == {}
 
 
 def test_parts_of_one_kind_share_a_process_and_one_beside_runs_at_the_same_time():
@@ -109,6 +134,11 @@ def test_parts_of_one_kind_share_a_process_and_one_beside_runs_at_the_same_time(
     names = [[[each.name for each in group] for group in together] for together in stages(made)]
     assert names == [[["a", "b"], ["c"]], [["d"]], [["e"]]]
     assert stages(made[2:3]) == [[[made[2]]]]
+    needing = [part("a"), part("b", ON_CPU, beside=True), part("c", "exact", beside=True, needs="b")]
+    assert [[[each.name for each in group] for group in together] for together in stages(needing)] == [
+        [["a"], ["b"]],
+        [["c"]],
+    ]
     assert planned_seconds(made) == (60 + 60 + 10) + (60 + 10) + (60 + 10)
 
 

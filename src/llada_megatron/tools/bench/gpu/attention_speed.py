@@ -1,10 +1,14 @@
-"""Attention over packed documents, as a model here computes it, against one product with a dense mask."""
+"""Attention over packed documents, as a model here computes it, against one product with a dense mask.
+
+Times are the device's, with the host ahead of it, as it is in a training step; `seconds_alone` is a single call of an
+idle device, whose host time counts whole.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import statistics
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,22 +18,31 @@ from llada_megatron.llada_moe.model.initialization import draw_in_place
 from llada_megatron.llada_moe.model.patterns import AttentionPattern, segments
 from llada_megatron.parallel import device
 from llada_megatron.parallel.build import build_run_chunks
-from llada_megatron.parallel.training.peak import timed
+from llada_megatron.parallel.training.peak import device_seconds, timed
 from llada_megatron.tools.bench.gpu.part_run import PartRun, release_memory
 from llada_megatron.tools.bench.gpu.workloads import BLOCK_SIZE, DENSE, document_boundaries, workload
-from llada_megatron.tools.bench.measurement import peak_bytes
+from llada_megatron.tools.bench.measurement import largest, peak_bytes
 
 LENGTHS, TOY_LENGTHS = (4096, 16384), (64, 128)
 DOCUMENTS = 8
-PATTERNS = {"block-causal": BLOCK_SIZE, "full": None}
-_REPEATS = 5
+PATTERNS = {
+    "block-causal": AttentionPattern(BLOCK_SIZE),
+    "full": AttentionPattern(None),
+    "[x_t ; x_0]": AttentionPattern(BLOCK_SIZE, doubled=True),
+}
+_REPEATS = 10
 
 
 def compare(part: PartRun) -> None:
     """Forward and backward pass of one layer's attention: 16 heads over 4 of keys, 128 features (a toy: 4 of 16)."""
-    for (kind, block), length in ((each, n) for each in PATTERNS.items() for n in lengths(part.toy)):
-        part.measure(cell(kind, length), _figures, part.toy, block, length)
+    for kind, length in cells(part.toy):
+        part.measure(cell(kind, length), _figures, part.toy, PATTERNS[kind], length)
         release_memory()
+
+
+def cells(toy: bool) -> list[tuple[str, int]]:
+    """Each pattern at a length and four times it; the doubled one, a kernel to compile, at the first alone."""
+    return [(kind, n) for kind in PATTERNS for n in lengths(toy)[: 1 if PATTERNS[kind].doubled else None]]
 
 
 def lengths(toy: bool) -> tuple[int, int]:
@@ -42,44 +55,81 @@ def cell(kind: str, length: int) -> str:
     return f"{kind}, {length} positions"
 
 
-def _figures(toy: bool, block: int | None, length: int) -> dict[str, Any]:
+def _figures(toy: bool, pattern: AttentionPattern, length: int) -> dict[str, Any]:
     heads, groups, size = (4, 2, 16) if toy else (16, 4, 128)
-    attend = _of_a_model(heads, groups, size, block, length)
-    boundaries = document_boundaries(1, length, DOCUMENTS, seed=length)
-    generator = torch.Generator(device.current()).manual_seed(0)
-    dtype = torch.float32 if toy else torch.bfloat16
-    leaves = [
-        torch.randn(length, 1, n, size, generator=generator, device=device.current(), dtype=dtype).requires_grad_()
-        for n in (heads, groups, groups)
-    ]
-    mask = dense_mask(boundaries, length, AttentionPattern(block)).to(device.current())
+    here, dtype = device.current(), torch.float32 if toy else torch.bfloat16
+    attend = _of_a_model(heads, groups, size, pattern, length)
+    boundaries = _boundaries(length, pattern)
+    generator = torch.Generator(here).manual_seed(0)
+    query, key, value, upstream = (
+        torch.randn(length, 1, n, size, generator=generator, device=here, dtype=dtype)
+        for n in (heads, groups, groups, heads)
+    )
+    repeated = [part.repeat_interleave(heads // groups, dim=2) for part in (key, value)]  # few kernels take groups
+    seen = dense_mask(boundaries, length, pattern).to(here)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=here).masked_fill_(~seen, -math.inf)
 
-    def ours() -> torch.Tensor:
-        return attend(*leaves, boundaries)
-
-    def dense() -> torch.Tensor:
-        q, k, v = (leaf.permute(1, 2, 0, 3) for leaf in leaves)
-        k, v = (part.repeat_interleave(heads // groups, dim=1) for part in (k, v))  # few kernels take groups and a mask
+    def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return out.permute(2, 0, 1, 3).flatten(2)
 
-    difference = float((ours() - dense()).float().norm() / dense().float().norm())
-    seconds, dense_seconds = (_seconds(way, leaves, 1 if toy else _REPEATS) for way in (ours, dense))
-    chosen = attention_backend(
-        AttentionPattern(block), leaves[0].device.type, dtype, head_dim=size, engine=attend.engine is not None
-    )
+    ours = _Pass(lambda *parts: attend(*parts, boundaries), (query, key, value), upstream)
+    theirs = _Pass(dense, (query, *repeated), upstream)
+    repeats = 1 if toy else _REPEATS
+    apart = _apart(ours.results(), theirs.results(), heads // groups)
+    alone, seconds, dense_seconds = timed(ours, here), *(device_seconds(each, here, repeats) for each in (ours, theirs))
+    chosen = attention_backend(pattern, here.type, dtype, head_dim=size, engine=attend.engine is not None)
     return {
         "backend": f"{chosen.backend.value} ({chosen.reason})",
         "seconds": seconds,
         "dense_seconds": dense_seconds,
+        "seconds_alone": alone,
         "times_as_fast": dense_seconds / seconds,
-        "peak_gb": peak_bytes(lambda: _pass(ours, leaves)) / 1e9,
-        "dense_peak_gb": (peak_bytes(lambda: _pass(dense, leaves)) + mask.nbytes) / 1e9,
-        "difference": difference,
+        "peak_gb": peak_bytes(ours) / 1e9,
+        "dense_peak_gb": (peak_bytes(theirs) + mask.nbytes) / 1e9,
+        **apart,
     }
 
 
-def _of_a_model(heads: int, groups: int, size: int, block: int | None, length: int) -> torch.nn.Module:
+class _Pass:
+    """A forward and a backward pass of one way to attend, over fixed tensors `[seq, batch, heads, features]`."""
+
+    def __init__(
+        self, attend: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor], upstream: torch.Tensor
+    ) -> None:
+        self._attend, self._upstream = attend, upstream.flatten(2)
+        self._leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+
+    def __call__(self) -> torch.Tensor:
+        for leaf in self._leaves:
+            leaf.grad = None
+        out = self._attend(*self._leaves)
+        out.backward(self._upstream)
+        return out.detach()
+
+    def results(self) -> list[torch.Tensor]:
+        """The result, and the gradients of queries, keys and values."""
+        return [self(), *(leaf.grad for leaf in self._leaves if leaf.grad is not None)]
+
+
+def _apart(ours: list[torch.Tensor], theirs: list[torch.Tensor], group: int) -> dict[str, float]:
+    """|a - b| / |b| of the result, and the largest of those of the gradients; `theirs` has a key for every query
+    head, whose gradients belong to the key of `group` of them."""
+    out, *gradients = (
+        float((a.float() - _grouped(b, a)).norm() / b.float().norm()) for a, b in zip(ours, theirs, strict=True)
+    )
+    return {"difference": out, "gradient_difference": largest(gradients)}
+
+
+def _grouped(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+    """The sum over the heads that share one of ours."""
+    if theirs.shape == ours.shape:
+        return theirs.float()
+    return theirs.float().unflatten(2, (ours.size(2), -1)).sum(dim=3)
+
+
+def _of_a_model(heads: int, groups: int, size: int, pattern: AttentionPattern, length: int) -> torch.nn.Module:
     """The core attention of the only layer of a model that is built as for training."""
     model = dataclasses.replace(
         DENSE,
@@ -94,29 +144,30 @@ def _of_a_model(heads: int, groups: int, size: int, block: int | None, length: i
         mask_token_id=3,
         eos_token_id=2,
     )
-    chunk = build_run_chunks(workload(model, length, 1, 1, block).run, draw_in_place)[0]
+    chunk = build_run_chunks(workload(model, length, 1, 1, pattern.block).run, draw_in_place)[0]
+    chunk.use_pattern(pattern)
     return chunk.decoder.layers[0].self_attention.core_attention
+
+
+def _boundaries(length: int, pattern: AttentionPattern) -> torch.Tensor:
+    """Of one window; those of a doubled one name the documents of both halves."""
+    half = length // pattern.copies
+    made = document_boundaries(1, half, DOCUMENTS, seed=length)
+    return torch.cat([made, made[1:] + half]) if pattern.doubled else made
 
 
 def dense_mask(boundaries: torch.Tensor, length: int, pattern: AttentionPattern) -> torch.Tensor:
     """Who sees whom in one window, bool `[length, length]`."""
-    document, place = torch.empty(length, dtype=torch.long), torch.empty(length, dtype=torch.long)
+    document, block = torch.empty(length, dtype=torch.long), torch.zeros(length, dtype=torch.long)
     for number, segment in enumerate(segments(boundaries, length)):
         document[segment.start : segment.stop] = number
-        place[segment.start : segment.stop] = torch.arange(segment.stop - segment.start)
-    seen = document[:, None] == document[None, :]
-    block = pattern.block
-    return seen if block is None else seen & (place[None, :] // block <= place[:, None] // block)
-
-
-def _pass(way: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> None:
-    out = way()
-    out.backward(torch.ones_like(out))
-    for leaf in leaves:
-        leaf.grad = None
-
-
-def _seconds(way: Callable[[], torch.Tensor], leaves: list[torch.Tensor], repeats: int) -> float:
-    """Of a forward and a backward pass, the median."""
-    _pass(way, leaves)
-    return statistics.median(timed(lambda: _pass(way, leaves), device.current()) for _ in range(repeats))
+        if pattern.block is not None:
+            block[segment.start : segment.stop] = torch.arange(segment.stop - segment.start) // pattern.block
+    if not pattern.doubled:
+        return (document[:, None] == document[None]) & (block[None] <= block[:, None])
+    half, count = length // 2, (len(boundaries) - 1) // 2
+    clean = torch.arange(length) >= half
+    same = document[:, None] % count == document[None] % count
+    from_noisy = torch.where(clean[None], block[None] < block[:, None], block[None] == block[:, None])
+    from_clean = clean[None] & (block[None] <= block[:, None])
+    return same & torch.where(clean[:, None], from_clean, from_noisy)

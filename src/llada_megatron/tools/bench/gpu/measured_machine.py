@@ -7,8 +7,11 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from llada_megatron.llada_moe.errors import ResourceError
+from llada_megatron.tools.environment import source_state
 
 _PROBE = """
 import json, torch
@@ -32,6 +35,10 @@ class Machine:
     capability: int
     """Compute capability times ten; 0 without a GPU."""
     torch: str
+    transformer_engine: str | None = None
+    """Version; None = not installed."""
+    code: str | None = field(default=None, compare=False)
+    """The commit of this project, with a + where files differ from it; None = not known."""
 
     @property
     def toy(self) -> bool:
@@ -40,7 +47,8 @@ class Machine:
 
     def describe(self) -> str:
         """In a message."""
-        return f"{self.device} with torch {self.torch}"
+        engine = f", Transformer Engine {self.transformer_engine}" if self.transformer_engine else ""
+        return f"{self.device} with torch {self.torch}{engine}"
 
 
 def find_machine() -> Machine:
@@ -49,8 +57,6 @@ def find_machine() -> Machine:
     Raises:
         ResourceError: torch cannot say what there is.
     """
-    from importlib.metadata import version
-
     done = subprocess.run([sys.executable, "-P", "-c", _PROBE], capture_output=True, text=True, timeout=_SECONDS)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
@@ -58,4 +64,16 @@ def find_machine() -> Machine:
     found = json.loads(done.stdout.strip().splitlines()[-1])
     if found is None:
         found = {"device": f"a CPU ({platform.machine()})", "memory": 0, "capability": 0}
-    return Machine(**found, torch=version("torch"))
+    return Machine(**found, torch=version("torch"), transformer_engine=_engine(), code=_code())
+
+
+def _engine() -> str | None:
+    try:
+        return version("transformer-engine")
+    except PackageNotFoundError:
+        return None
+
+
+def _code() -> str | None:
+    source = source_state(Path(__file__).parent)
+    return f"{source['commit'][:12]}{'+' * source['local changes']}" if source["commit"] else None

@@ -6,7 +6,7 @@ import gc
 import itertools
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -46,6 +46,10 @@ class PartRun:
     def toy(self) -> bool:
         """Whether the sizes are to be those of a test."""
         return self.machine.toy
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Write down what makes the part whole, so that a claim about all of it cannot hold for less."""
+        self.results.expect(self.part.name, names)
 
     def known(self, name: str) -> dict[str, Any] | None:
         """Figures of an earlier start; None = to be measured."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,9 +33,9 @@ class Part:
     """Module of this package and function, called with a `PartRun`."""
     text: str
     beside: bool = False
-    """Runs at the same time as the parts before it: it leaves the GPU alone."""
+    """Runs at the same time as the parts before it: neither's figures are times, or it leaves the GPU alone."""
     needs: str = ""
-    """A part whose results it reads."""
+    """A part whose results it reads; that one comes before."""
 
     def load(self) -> Callable[[PartRun], None]:
         """The function; its module imports torch and Megatron."""
@@ -50,47 +49,48 @@ PARTS = (
     Part(
         "reference",
         ON_CPU,
-        20,
+        16,
         "agreement:reference",
         "fp32 losses and gradients of every family on the CPU",
         beside=True,
     ),
     Part(
-        "exact-local",
-        EXACT_LOCAL,
-        18,
-        "agreement:compare_local",
-        "the same on the GPU without Transformer Engine",
-        needs="reference",
-    ),
-    Part(
         "exact",
         EXACT,
-        45,
+        80,
         "agreement:compare",
         "the same on the GPU with all there is; bf16; 50 steps of the demo's model",
         needs="reference",
     ),
-    Part("dense", AS_TRAINED, 22, "step_speed:dense", "training steps of a dense model of 1.5 B parameters, bf16"),
+    Part(
+        "exact-local",
+        EXACT_LOCAL,
+        40,
+        "agreement:compare_local",
+        "the same on the GPU without Transformer Engine; bf16 over packed windows",
+        beside=True,
+        needs="reference",
+    ),
+    Part("dense", AS_TRAINED, 18, "step_speed:dense", "training steps of a dense model of 1.5 B parameters, bf16"),
     Part(
         "llada-8b",
         AS_TRAINED,
-        35,
+        34,
         "step_speed:llada_8b",
         "the same of eight layers of LLaDA-8B, bf16 and every FP8 recipe",
     ),
-    Part("moe", AS_TRAINED, 32, "step_speed:moe", "the same of as many layers of LLaDA-MoE-7B-A1B as fit, bf16"),
+    Part("moe", AS_TRAINED, 28, "step_speed:moe", "the same of as many layers of LLaDA-MoE-7B-A1B as fit, bf16"),
     Part(
         "moe-rank",
         AS_TRAINED,
-        42,
+        38,
         "step_speed:moe_rank",
         "what a rank of expert parallel 8 computes of it: 8 experts with all their tokens, not exchanged; bf16, FP8",
     ),
     Part(
         "mini",
         AS_TRAINED,
-        28,
+        24,
         "step_speed:mini",
         "the same of as many layers of LLaDA2-mini as fit, block-causal, bf16",
     ),
@@ -98,20 +98,20 @@ PARTS = (
     Part(
         "attention",
         AS_TRAINED,
-        25,
+        30,
         "attention_speed:compare",
         "packed attention against a dense mask, 4,096 and 16,384",
     ),
-    Part("loss", AS_TRAINED, 10, "loss_memory:compare", "memory of the loss at a vocabulary of 157,184"),
+    Part("loss", AS_TRAINED, 20, "loss_memory:compare", "memory of the loss at a vocabulary of 157,184"),
     Part(
         "sampler",
         AS_TRAINED,
-        41,
+        36,
         "sampling_speed:compare",
         "LLaDA-MoE-7B-A1B's shape, blocks of 32, batches of 1 and 32, in bf16 and FP8",
     ),
     Part("checkpoint", AS_TRAINED, 12, "checkpoint_speed:compare", "a checkpoint saved and loaded"),
-    Part("profile", AS_TRAINED, 14, "kernel_profile:profile", "the kernels of one training step, by kind"),
+    Part("profile", AS_TRAINED, 18, "kernel_profile:profile", "the kernels of one training step, by kind"),
 )
 """In the order in which they run."""
 
@@ -129,15 +129,23 @@ def chosen(names: Sequence[str] | None) -> list[Part]:
 def stages(parts: Sequence[Part]) -> list[list[list[Part]]]:
     """What runs one after another: each a list of groups of parts that run at the same time, a process for each group.
 
-    Neighbours of one kind of process share it; one that runs `beside` is a group of its own beside the parts before it.
+    Neighbours of one kind of process share it; one that runs `beside` is a group of its own beside the parts before it,
+    unless it needs one of those.
     """
     found: list[list[list[Part]]] = []
-    for beside, together in itertools.groupby(parts, lambda part: part.beside):
-        if beside and found:
-            found[-1] += [[part] for part in together]
+    for part in parts:
+        last = found[-1] if found else []
+        if part.beside and found and part.needs not in {each.name for group in last for each in group}:
+            last.append([part])
+        elif len(last) == 1 and not part.beside and _shared(last[0][-1], part):
+            last[0].append(part)
         else:
-            found += [[list(group)] for _, group in itertools.groupby(together, lambda part: part.process)]
+            found.append([[part]])
     return found
+
+
+def _shared(before: Part, part: Part) -> bool:
+    return before.process == part.process and not before.beside
 
 
 def planned_seconds(parts: Sequence[Part]) -> int:

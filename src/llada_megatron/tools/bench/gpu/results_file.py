@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llada_megatron.console import message
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.tools.bench.gpu.measured_machine import Machine
 
@@ -36,8 +39,10 @@ class Known:
     machine: Machine | None = None
     measurements: dict[tuple[str, str], Measurement] = field(default_factory=dict)
     """By part and name; of several the last."""
-    begun: set[str] = field(default_factory=set)
-    """Parts that began and have not ended."""
+    begun: dict[str, float] = field(default_factory=dict)
+    """Parts that began and have not ended, and when, of time.time()."""
+    expected: dict[str, list[str]] = field(default_factory=dict)
+    """Names of the measurements that make a part whole, where it has said so."""
     ends: dict[str, tuple[str, str]] = field(default_factory=dict)
     """How each part ended last: "done", or another word; and the details."""
 
@@ -75,7 +80,12 @@ class ResultsFile:
                 "give another file with --output"
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if found is None:
+        if found is not None and found.code != machine.code:
+            message(
+                f"{self.path} holds figures of the code {found.code}, which stay, and this is {machine.code}: "
+                "for figures of one code give another file with --output"
+            )
+        if found is None or found.code != machine.code:
             self._append({"kind": "machine", **asdict(machine)})
 
     def read(self) -> Known:
@@ -103,7 +113,11 @@ class ResultsFile:
 
     def begin(self, part: str) -> None:
         """A part begins."""
-        self._append({"kind": "begin", "part": part})
+        self._append({"kind": "begin", "part": part, "time": time.time()})
+
+    def expect(self, part: str, names: Sequence[str]) -> None:
+        """What a part is going to measure: without one of these it is not whole."""
+        self._append({"kind": "expected", "part": part, "names": list(names)})
 
     def add(self, measurement: Measurement) -> None:
         """A measurement was made."""
@@ -129,13 +143,15 @@ def _take(known: Known, line: dict[str, Any]) -> None:
     if kind == "machine":
         known.machine = Machine(**line)
     elif kind == "planned":
-        known.begun.discard(line["part"])
+        known.begun.pop(line["part"], None)
         known.ends.pop(line["part"], None)
     elif kind == "begin":
-        known.begun.add(line["part"])
+        known.begun[line["part"]] = line["time"]
+    elif kind == "expected":
+        known.expected[line["part"]] = line["names"]
     elif kind == "measurement":
         found = Measurement(**line)
         known.measurements[found.part, found.name] = found
     elif kind == "end":
-        known.begun.discard(line["part"])
+        known.begun.pop(line["part"], None)
         known.ends[line["part"]] = (line["status"], line["detail"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,8 +23,8 @@ from llada_megatron.tools.bench.gpu.precisions import Precision, forget_scales, 
 from llada_megatron.tools.bench.gpu.workloads import Workload
 from llada_megatron.tools.bench.our_step import OurStep
 
-DOCUMENTS = (1, 40, 8)
-"""Per window; those that a goal is about come first."""
+DOCUMENTS, GOAL_DOCUMENTS = (1, 40, 8), (1, 40)
+"""Per window; those that a goal is about come first, and parts whose goal another part has stop there."""
 FP8_DOCUMENTS = (1,)
 """The goals of FP8 are about whole windows, and the whole command has eight minutes."""
 _UNTIMED_STEPS, _TIMED_STEPS = 2, 3
@@ -33,7 +33,7 @@ _UNTIMED_STEPS, _TIMED_STEPS = 2, 3
 
 def dense(part: PartRun) -> None:
     """A dense model of 1.5 billion parameters."""
-    _measure(part, lambda **training: workloads.dense(part.toy, **training))
+    _measure(part, lambda **training: workloads.dense(part.toy, **training), documents=GOAL_DOCUMENTS)
 
 
 def llada_8b(part: PartRun) -> None:
@@ -43,7 +43,7 @@ def llada_8b(part: PartRun) -> None:
 
 def moe_rank(part: PartRun) -> None:
     """What a rank of expert parallelism computes of LLaDA-MoE-7B-A1B."""
-    _measure(part, lambda **training: workloads.moe_rank(part.toy, **training), recipes=True)
+    _measure(part, lambda **training: workloads.moe_rank(part.toy, **training), recipes=True, documents=GOAL_DOCUMENTS)
 
 
 def moe(part: PartRun) -> None:
@@ -53,7 +53,7 @@ def moe(part: PartRun) -> None:
 
 def mini(part: PartRun) -> None:
     """LLaDA2-mini, as many layers as fit."""
-    _measure(part, lambda **training: workloads.mini(part.machine.memory, **training))
+    _measure(part, lambda **training: workloads.mini(part.machine.memory, **training), documents=GOAL_DOCUMENTS)
 
 
 def cell(precision: str, documents: int) -> str:
@@ -61,11 +61,13 @@ def cell(precision: str, documents: int) -> str:
     return f"{precision}, {documents} document{'s' * (documents > 1)} a window"
 
 
-def _measure(part: PartRun, make: Callable[..., Workload], recipes: bool = False) -> None:
+def _measure(
+    part: PartRun, make: Callable[..., Workload], recipes: bool = False, documents: Sequence[int] = DOCUMENTS
+) -> None:
     """bf16, and the FP8 `recipes` if wanted; a model is built for a precision that has figures missing."""
     for precision in precisions(part.machine)[: None if recipes else 1]:
-        counts = FP8_DOCUMENTS if precision.fp8 else DOCUMENTS
-        names = {documents: cell(precision.name, documents) for documents in counts}
+        counts = FP8_DOCUMENTS if precision.fp8 else documents
+        names = {count: cell(precision.name, count) for count in counts}
         if not part.missing(names.values()):
             continue
         _measure_in(part, make, precision, names)

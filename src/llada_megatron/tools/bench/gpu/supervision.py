@@ -16,7 +16,7 @@ from typing import Any
 from llada_megatron.console import message
 from llada_megatron.tools.bench.gpu.measured_machine import Machine
 from llada_megatron.tools.bench.gpu.part_run import CUT, FAILED, parts_left
-from llada_megatron.tools.bench.gpu.parts import EXACT, EXACT_LOCAL, ON_CPU, Part, stages
+from llada_megatron.tools.bench.gpu.parts import EXACT, EXACT_LOCAL, ON_CPU, START_SECONDS, Part, stages
 from llada_megatron.tools.bench.gpu.results_file import ResultsFile
 from llada_megatron.tools.bench.gpu.worker_process import GRACE_SECONDS
 
@@ -58,32 +58,41 @@ class Supervisor:
     _stopped: bool = False
 
     def run(self, parts: Sequence[Part]) -> None:
-        """Run what of `parts` is left to do. However it ends, also by Ctrl-C, no process is left behind."""
-        left = parts_left(self.results.read(), parts)
-        for part in left:
-            self.results.plan(part.name)
+        """Run what of `parts` is left to do, and then what was cut once more in the time that the others left over.
+
+        However it ends, also by Ctrl-C, no process is left behind.
+        """
         threads = ThreadPoolExecutor()
         try:
-            for together in stages(left):
-                for group in [threads.submit(self._run_group, parts) for parts in together]:
-                    group.result()
+            self._run_stages(parts_left(self.results.read(), parts), threads)
+            ends = self.results.read().ends
+            cut = [part for part in parts if ends.get(part.name, ("", ""))[0] == CUT]
+            if cut and self.until - time.monotonic() > START_SECONDS:
+                message(f"time is left for what was cut: {', '.join(part.name for part in cut)}")
+                self._run_stages(cut, threads)
         finally:
             self._stopped = True
             for process in self._processes:
                 process.kill()
             threads.shutdown()
 
+    def _run_stages(self, parts: Sequence[Part], threads: ThreadPoolExecutor) -> None:
+        for part in parts:
+            self.results.plan(part.name)
+        for together in stages(parts):
+            for group in [threads.submit(self._run_group, parts) for parts in together]:
+                group.result()
+
     def _run_group(self, parts: Sequence[Part]) -> None:
         """Parts of one kind of process: one process, and another one for what is left after each that dies."""
         left = list(parts)
         while left and time.monotonic() < self.until and not self._stopped:
-            began = time.monotonic()
             process = self.start(left, self.results, self.machine, self.until)
             self._processes.append(process)
             code = self._wait(process, left)
             if code == 0 or self._stopped:
                 return
-            self._note_death(left, code, time.monotonic() - began)
+            self._note_death(left, code)
             ended = self.results.read().ends
             left = [part for part in left if part.name not in ended]
 
@@ -96,15 +105,14 @@ class Supervisor:
             process.kill()
             return int(process.wait())
 
-    def _note_death(self, parts: Sequence[Part], code: int, seconds: float) -> None:
+    def _note_death(self, parts: Sequence[Part], code: int) -> None:
         """Write down the end of the part that was under way when the process died; of all, where it began none."""
         known = self.results.read()
-        if not any(part.name in known.begun or part.name in known.ends for part in parts):
-            lost, said = list(parts), "before it began a part"
-        else:
-            lost, said = [part for part in parts if part.name in known.begun], f"after {seconds:.0f} s"
-        for part in lost:
+        none_began = not any(part.name in known.begun or part.name in known.ends for part in parts)
+        for part in parts if none_began else [part for part in parts if part.name in known.begun]:
+            seconds = 0.0 if none_began else time.time() - known.begun[part.name]
             status = CUT if seconds > part.seconds * 1.5 else FAILED
+            said = "before it began a part" if none_began else f"{seconds:.0f} s into this part"
             detail = f"its process ended {said} ({_reason(code)}); see {self.results.beside('log')}"
             self.results.end(part.name, status, detail)
             message(f"{part.name}: {detail}")
