@@ -304,15 +304,19 @@ def wrap(run: RunConfig, chunks: list[DiffusionTransformer]) -> list[Distributed
     ]
     release_at_leave(wrapped)
     connect(wrapped)
-    if not run.layout.overlap_grad_reduce:
-        add_to_main_gradients(chunks)
+    add_to_main_gradients(chunks, awaited=run.layout.overlap_grad_reduce)
     return wrapped
 
 
-def add_to_main_gradients(chunks: list[DiffusionTransformer]) -> None:
-    """Let experts whose gradients lie side by side in the buffer add to it themselves (see `PermutedExperts`)."""
+def add_to_main_gradients(chunks: list[DiffusionTransformer], awaited: bool) -> None:
+    """Let experts whose gradients lie side by side in the buffer add to it themselves (see `PermutedExperts`).
+
+    `awaited`: hooks begin the reduction of a bucket when each of its parameters has got a gradient.
+    """
     for experts in (module for chunk in chunks for module in chunk.modules() if isinstance(module, PermutedExperts)):
-        if not all(weight.requires_grad for weights in expert_weights(experts) for weight in weights):
+        first, second = expert_weights(experts)
+        if not all(weight.requires_grad for weight in (*first, *second)):
             continue
-        places = [grouped.view_of([weight.main_grad for weight in weights]) for weights in expert_weights(experts)]
-        experts.main_gradients = None if any(place is None for place in places) else places
+        places = [grouped.view_of([weight.main_grad for weight in weights]) for weights in (first, second)]
+        if places[0] is not None and places[1] is not None:
+            experts.main_gradients = grouped.MainGradients(*places, (*first, *second) if awaited else ())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -11,6 +13,7 @@ from llada_megatron.parallel import device
 device.install()
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup  # noqa: E402
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig  # noqa: E402
 from llada_megatron.llada_moe.model import compiled, grouped  # noqa: E402
@@ -119,23 +122,32 @@ def test_parameters_are_one_tensor_in_memory_and_again_in_megatrons_buffer():
     assert all(torch.equal(a, b) for a, b in zip(stacks, before, strict=True))
 
 
-def test_weight_gradients_are_added_to_megatrons_buffer_at_once():
-    """As autograd and Megatron's hooks add them, parameter by parameter; a second pass adds to the first."""
+@pytest.mark.parametrize("overlap", [False, True])
+def test_weight_gradients_are_added_to_megatrons_buffer_at_once(monkeypatch, overlap):
+    """As autograd and Megatron's hooks add them, parameter by parameter; a second pass adds to the first. Where hooks
+    begin the reduction of what is ready, each parameter is reported once a pass."""
+    ready = []
+    register = BucketGroup.register_grad_ready
+    monkeypatch.setattr(
+        BucketGroup, "register_grad_ready", lambda self, p, *rest: ready.append(p) or register(self, p, *rest)
+    )
 
     def gradients(at_once):
         experts = make(PermutedExperts)
         experts.local_experts = grouped.RegisteredBackwards(list(experts.local_experts))
-        wrapped = DistributedDataParallel(
-            experts.config, DistributedDataParallelConfig(use_distributed_optimizer=True), experts
-        )
+        reduction = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=overlap)
+        wrapped = DistributedDataParallel(experts.config, reduction, experts)
         if at_once:
-            add_to_main_gradients([experts])
+            add_to_main_gradients([experts], awaited=overlap)
             assert experts.main_gradients is not None
+            monkeypatch.setattr(torch, "empty_like", lambda like, **keys: torch.full(like.shape, torch.nan, **keys))
+        ready.clear()
         for seed in (1, 2):
             x = torch.randn(16, MODEL.hidden_size, generator=torch.Generator().manual_seed(seed))
-            with grouped.everywhere():
+            with contextlib.nullcontext() if seed == 2 else wrapped.no_sync(), grouped.everywhere():
                 wrapped(x, torch.tensor([3, 5, 0, 8]), torch.rand(16))[0].square().sum().backward()
         assert all(parameter.grad is None for parameter in experts.parameters())
+        assert len(ready) == overlap * 2 * len(list(experts.parameters()))
         return {name: parameter.main_grad.clone() for name, parameter in experts.named_parameters()}
 
     torch.manual_seed(0)
@@ -193,7 +205,7 @@ def test_experts_elsewhere_in_memory_are_left_to_autograd():
     experts = make(PermutedExperts)
     for weight in (weight for part in expert_weights(experts) for weight in part):
         weight.main_grad = torch.zeros_like(weight)
-    add_to_main_gradients([experts])
+    add_to_main_gradients([experts], awaited=False)
     assert experts.main_gradients is None
 
 

@@ -28,9 +28,8 @@ _silu_backward = torch.ops.aten.silu_backward
 class PermutedExperts(SequentialMLP):
     """SwiGLU experts over tokens that the dispatcher has sorted by expert."""
 
-    main_gradients: list[torch.Tensor] | None = None
-    """Places in Megatron's gradient buffer of the first matrices and of the second ones, `[experts, out, in]` each, to
-    which the backward pass adds, once for all experts; set where no hook waits for each parameter's gradient."""
+    main_gradients: grouped.MainGradients | None = None
+    """Set where the gradients of the experts lie side by side in Megatron's buffer."""
 
     def __init__(self, num_local_experts: int, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         own = copy.copy(config)

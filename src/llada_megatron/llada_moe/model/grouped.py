@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -150,6 +151,31 @@ def _add_to(main: torch.Tensor, product: torch.Tensor, empty: torch.Tensor) -> N
     main.add_(product.masked_fill(empty[:, None, None], 0))
 
 
+@dataclass(frozen=True)
+class MainGradients:
+    """Places in Megatron's gradient buffer that the gradients of all experts are added to, in one operation each.
+
+    Attributes:
+        first: of the first matrices, `[experts, 2 * ffn, hidden]`.
+        second: of the second ones, `[experts, hidden, ffn]`.
+        awaited: the parameters, where hooks wait for the gradient of each to begin its reduction.
+    """
+
+    first: torch.Tensor
+    second: torch.Tensor
+    awaited: tuple[torch.nn.Parameter, ...] = ()
+
+    def for_autograd(self, weights: int) -> Sequence[torch.Tensor | None]:
+        """What autograd gets instead: nothing, or for the hooks tensors that hold nothing, which Megatron does not add
+        where `grad_added_to_main_grad` says that there is no more to be added."""
+        if not self.awaited:
+            return [None] * weights
+        for parameter in self.awaited:
+            parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        dtype = self.awaited[0].dtype
+        return [part for main in (self.first, self.second) for part in torch.empty_like(main, dtype=dtype).unbind()]
+
+
 class GroupedExperts(torch.autograd.Function):
     """`forward`, and its gradients as grouped products too; the weights come one by one, first those of `first`."""
 
@@ -159,11 +185,10 @@ class GroupedExperts(torch.autograd.Function):
         x: torch.Tensor,
         probs: torch.Tensor,
         ends: torch.Tensor,
-        main_gradients: list[torch.Tensor] | None,
+        main_gradients: MainGradients | None,
         *weights: torch.Tensor,
     ) -> torch.Tensor:
-        """`main_gradients`: what the gradients of `first` and `second` are added to, `[experts, out, in]` each, instead
-        of being given to autograd; None = they are given to it."""
+        """`main_gradients`: None = the gradients of the weights are given to autograd."""
         ctx.main_gradients = main_gradients
         first, second = _halves(weights)
         both = grouped_product(x, first.transpose(1, 2), ends)
@@ -181,10 +206,9 @@ class GroupedExperts(torch.autograd.Function):
         scaled, d_both, d_probs = gradients(both, probs, d_scaled)
         dx = grouped_product(d_both, first, ends)
         if ctx.main_gradients is not None:
-            main_first, main_second = ctx.main_gradients
-            _accumulate(main_first, d_both, x, ends)
-            _accumulate(main_second, dy, scaled, ends)
-            return dx, d_probs, None, None, *[None] * len(weights)
+            _accumulate(ctx.main_gradients.first, d_both, x, ends)
+            _accumulate(ctx.main_gradients.second, dy, scaled, ends)
+            return dx, d_probs, None, None, *ctx.main_gradients.for_autograd(len(weights))
         d_first, d_second = grouped_product(d_both.t(), x, ends), grouped_product(dy.t(), scaled, ends)
         return dx, d_probs, None, None, *d_first.unbind(), *d_second.unbind()
 
