@@ -110,4 +110,4 @@ def gloo_peers(monkeypatch: pytest.MonkeyPatch, layout: LayoutConfig, rank: int)
 def test_no_rank_has_many_gloo_peers(monkeypatch, name, rank):
     layout = load_run(name).layout
     peers, groups = gloo_peers(monkeypatch, layout, min(rank, layout.world_size - 1))
-    assert 0 < peers <= MOST_PEERS and groups <= 24
+    assert 0 < peers <= MOST_PEERS and groups <= 25  # 24 of megatron-core 0.16, 25 of 0.19

@@ -143,6 +143,7 @@ def test_the_large_runs_are_ready_to_submit(place, capsys, cluster, name, nodes)
     assert f"#SBATCH --nodes={nodes}\n" in out and "#SBATCH --gpus-per-node=8\n" in out
     assert json.loads(out.splitlines()[-1]) == {"nodes": nodes, "ranks": 8 * nodes, "submitted": False}
     assert layout_warnings(load_run(RUNS / f"{name}.yaml"), load_cluster(cluster)) == []
+    assert load_cluster(cluster).gpu in cluster  # what memory is checked against
 
 
 def test_a_container_must_see_the_data_where_the_host_has_it(tmp_path):

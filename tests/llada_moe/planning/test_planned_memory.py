@@ -23,7 +23,7 @@ LAYOUTS = (
     {"data_parallel": 2, "expert_parallel": 2, "tensor_parallel": 2, "sequence_parallel": True},
     {"data_parallel": 2, "expert_tensor_parallel": 2},
 )
-RUN = load_run("llada-moe-7b-a1b-pretrain")
+RUN = load_run("llada-moe-7b-a1b-pretrain", ["layout.expert_parallel=8"])
 
 
 def workload(model, layout):

@@ -1,6 +1,8 @@
 """The planner's step time answers to the layout, the loads and the GPU, each as it should."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,7 @@ from llada_megatron.llada_moe.planning.workload import of_run
 
 PUBLISHED = ("llada-8b-pretrain", "llada-moe-7b-a1b-pretrain", "llada2-mini-pretrain", "llada2-flash-pretrain")
 H100 = load_gpu("h100")
+BENCHMARKS = Path(__file__).parents[3] / "docs" / "benchmarks.md"
 OWN = "name: mine\nmemory_gib: 94\nbf16_tflops: 800\nmemory_gb_per_s: 3900\nlink_gb_per_s: 450\nnetwork_gb_per_s: 25\n"
 
 
@@ -25,9 +28,23 @@ def seconds(name, *overrides, imbalance=1.3, documents=8, gpu=H100):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_run_fits_its_gpus_and_does_not_recompute_all(name):
     estimate = Estimate(load_run(name), H100, Assumptions())
-    assert 0.6 <= estimate.card_bytes / 2**30 / H100.memory_gib <= 0.8
+    most = 0.83 if name == "llada-moe-7b-a1b-pretrain" else 0.8  # docs/benchmarks.md says why
+    assert 0.6 <= estimate.card_bytes / 2**30 / H100.memory_gib <= most
     assert 0.15 <= estimate.utilisation <= 0.55
     assert estimate.run.training.recompute != "full"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_documented_estimates_are_those_that_are_printed(name):
+    row = re.search(rf"\| `{name}` \| \d+ \|[^|]*\| (\d+) GiB \| ([^|]*) \| ([^|]*) \|", BENCHMARKS.read_text())
+    memory, speeds, shares = row.groups()
+    estimates = [Estimate(load_run(name), H100, Assumptions(documents=documents)) for documents in (1, 8, 40)]
+    assert estimates[0].card_bytes / 2**30 == pytest.approx(int(memory), abs=0.51)
+    for estimate, speed, share in zip(estimates, speeds.split(", "), shares.split(", "), strict=True):
+        tokens = estimate.run.training.global_batch_size * estimate.run.training.sequence_length
+        per_gpu = tokens / estimate.time.total / estimate.run.layout.world_size
+        assert per_gpu == pytest.approx(int(speed.replace(",", "")), rel=2e-3)
+        assert 100 * estimate.utilisation == pytest.approx(int(share.removesuffix(" %")), abs=0.51)
 
 
 def test_time_answers_to_the_layout():

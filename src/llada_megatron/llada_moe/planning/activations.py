@@ -27,7 +27,7 @@ def kept_of_layer(workload: Workload, layer: int) -> float:
 
 def working_set(workload: Workload, layer: int) -> float:
     """Bytes that a layer which is run again keeps while its backward pass goes on."""
-    return kept_of_layer(replace(workload, recompute="none", modules=frozenset()), layer)
+    return kept_of_layer(replace(workload, recompute="selective", modules=workload.modules & {"moe_act"}), layer)
 
 
 def _norm(workload: Workload) -> float:

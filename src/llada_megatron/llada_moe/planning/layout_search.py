@@ -64,7 +64,8 @@ def candidates(run: RunConfig, gpus: int, near: int, refused: Counter[str] | Non
 
 def recomputations(run: RunConfig) -> list[tuple[str, tuple[str, ...]]]:
     """From the fastest to the smallest."""
-    modules = ("moe_act",) if run.model.moe else ("mlp",)
+    of_experts = "moe" if run.training.fp8 is None else "moe_act"  # in bf16 their activation is never kept
+    modules = (of_experts,) if run.model.moe else ("mlp",)
     return [("none", ()), ("selective", modules), ("full", ())]
 
 

@@ -223,6 +223,9 @@ def of_run(
     pattern = pattern_with(objective, training.steps, copies)
     keys = length if pattern.block is None else pattern.keys_per_query(max(1, round(length)))
     chunk = (training.logits_chunk_mb or 2048) * 2**20
+    # in bf16 the experts are this project's, which compute their activation again whatever is asked for
+    own = moe is not None and training.precision == "bf16" and training.fp8 is None
+    again = ["moe_act"] if own else []
     supervised = 1.0 if objective.verifies else 1 / copies
     positions = copies * training.sequence_length * training.micro_batch_size
     rows = supervised * positions / run.layout.context_parallel
@@ -233,8 +236,8 @@ def of_run(
         micro_batch=training.micro_batch_size,
         micro_batches=training.global_batch_size // (training.micro_batch_size * run.layout.data_parallel),
         widths=widths_of(run),
-        recompute=training.recompute,
-        modules=frozenset(training.recompute_modules),
+        recompute="selective" if again and training.recompute == "none" else training.recompute,
+        modules=frozenset({*training.recompute_modules, *again}),
         keys_per_query=keys,
         supervised=supervised,
         supervised_mean=objective.supervised_share / copies,
