@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from megatron.core.extensions import transformer_engine as megatron_engine
 from megatron.core.transformer.enums import AttnMaskType
 
-from llada_megatron.llada_moe.model.attention import engine_attention, flex, per_document, varlen
+from llada_megatron.llada_moe.model.attention import engine_attention, per_document, varlen
 from tests.llada_moe.model.attention.naive import (
     Case,
     attention_over_lengths,
@@ -145,34 +145,3 @@ def test_what_transformer_engine_is_given_means_the_pattern(case):
         return out.view(q.size(1), q.size(0), -1).transpose(0, 1)
 
     assert largest_error(evaluated(attend, case, torch.float64), expected(case)) < EXACT
-
-
-@settings(derandomize=True, deadline=None, max_examples=20)
-@given(cases())
-def test_flex_attention(case):
-    packed = case.packed()
-    query, key, value, _ = case.inputs()
-    found = flex.attend(query, key, value, packed, None)
-    assert largest_error([found], expected(case)[:1]) < EXACT
-
-
-@pytest.mark.parametrize(
-    ("positions", "lengths", "ranks"),
-    [(1024, ((1024,),), 1), (700, ((130, 250, 320), (699, 1)), 1), (1200, ((500, 120, 580),), 3)],
-)
-@pytest.mark.parametrize("block", [None, 1, 32, 150])
-def test_the_tiles_that_flex_attention_skips_or_takes_whole(positions, lengths, ranks, block):
-    case = Case(positions, lengths, block, ranks - 1, ranks, 1, 1)
-    packed, tile = case.packed(), flex.TILE
-    some, whole = flex.tiles(*packed.key_ranges()[0], positions)
-    seen = case.seen()[:, case.queries]
-    seen = torch.nn.functional.pad(seen, (0, -seen.size(2) % tile, 0, -seen.size(1) % tile))
-    pairs = seen.unflatten(2, (-1, tile)).unflatten(1, (-1, tile))  # [batch, rows, tile, columns, tile]
-    assert torch.equal(torch.from_numpy(some), pairs.any(4).any(2))
-    assert torch.equal(torch.from_numpy(whole), pairs.all(4).all(2))
-    mask = flex.block_mask(packed, torch.device("cpu"))
-    assert torch.equal(mask.to_dense().bool()[:, 0], pairs.any(4).any(2))
-    in_part, in_whole = mask.kv_num_blocks[:, 0].sum(1), mask.full_kv_num_blocks[:, 0].sum(1)  # no tile is in both
-    assert in_whole.tolist() == whole.sum(axis=(1, 2)).tolist()
-    assert (in_part + in_whole).tolist() == some.sum(axis=(1, 2)).tolist()
-    assert mask.seq_lengths == (positions // ranks, positions)
