@@ -11,7 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.model import ModelConfig
-from llada_megatron.llada_moe.model.attention import backends, packed_documents, per_document, varlen
+from llada_megatron.llada_moe.model.attention import (
+    backends,
+    engine_attention,
+    packed_documents,
+    packed_keys,
+    per_document,
+    varlen,
+)
 from llada_megatron.llada_moe.model.attention.backends import Backend, attention_backend
 from llada_megatron.llada_moe.model.attention.packed_documents import PackedBatches, pack
 from llada_megatron.llada_moe.model.context_slices import Run
@@ -206,6 +213,24 @@ def test_documents_are_packed_once_for_all_layers_and_again_for_another_batch(mo
             built(torch.arange(16)[None], document_boundaries(16, documents), rows=torch.ones(1, 16, dtype=torch.bool))
             counts.append(len(made))
     assert counts == [1, 1, 2]
+
+
+@pytest.mark.parametrize("way", [varlen, engine_attention])
+def test_what_a_call_over_all_documents_takes_is_found_once_for_all_layers(monkeypatch, way):
+    """The signature of torch's function, the longest document, and which keys are taken."""
+    packed, asked = Case(32, ((5, 20, 7), (32,)), 1, 1, 2, 4, 2).packed(), []
+
+    def counted(function):
+        return lambda *given: asked.append(function.__name__) or function(*given)
+
+    tensors = [torch.randn(seq, 2, heads, 8) for seq, heads in ((16, 4), (32, 2), (32, 2))]
+    called = (None, lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False: None)
+    monkeypatch.setattr(way, "longest", counted(packed_keys.longest))
+    monkeypatch.setattr(packed_keys, "key_parts", counted(packed_keys.key_parts))
+    monkeypatch.setattr(varlen.inspect, "signature", counted(varlen.inspect.signature))
+    for _ in range(3):
+        way.arguments(*tensors, packed, *(called if way is varlen else ()))
+    assert sorted(asked) == ["key_parts", "longest", *(["signature"] if way is varlen else [])]
 
 
 @pytest.mark.parametrize("attend", [per_document.attend, varlen.attend])

@@ -84,9 +84,9 @@ def attention_backend(
 
 
 def _against_engine(pattern: AttentionPattern, head_dim: int, engine: bool, split: bool) -> str | None:
-    """Where cuDNN's kernel does not serve, Transformer Engine computes all scores, or calls the flash-attn package, whose
-    kernel `varlen` has as well. What is refused here some versions do serve: before compute capability 9.0 those of 2.20
-    with cuDNN 9.18.1 or later, and wider heads on Blackwell (nvte_get_fused_attn_backend; cudnn-frontend's sdpa)."""
+    """Where cuDNN's kernel does not serve, Transformer Engine computes all scores, or calls flash-attn, whose kernel
+    `varlen` has as well. Some versions serve more than is taken here: before compute capability 9.0 those of 2.20 with
+    cuDNN 9.18.1, and wider heads on Blackwell (nvte_get_fused_attn_backend; sdpa of cudnn-frontend)."""
     if not engine:
         return "the model is not built from Transformer Engine"
     if pattern.doubled:
