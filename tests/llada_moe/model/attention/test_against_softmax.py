@@ -14,6 +14,7 @@ from megatron.core.extensions import transformer_engine as megatron_engine
 from megatron.core.transformer.enums import AttnMaskType
 
 from llada_megatron.llada_moe.model.attention import engine_attention, per_document, varlen
+from tests import te_stub
 from tests.llada_moe.model.attention.naive import (
     Case,
     attention_over_lengths,
@@ -24,29 +25,8 @@ from tests.llada_moe.model.attention.naive import (
 )
 
 EXACT = 1e-6
-DOT_PRODUCT_ATTENTION = {
-    "query_layer",
-    "key_layer",
-    "value_layer",
-    "attention_mask",
-    "qkv_format",
-    "cu_seqlens_q",
-    "cu_seqlens_kv",
-    "cu_seqlens_q_padded",
-    "cu_seqlens_kv_padded",
-    "max_seqlen_q",
-    "max_seqlen_kv",
-    "attn_mask_type",
-    "window_size",
-    "bottom_right_diagonal",
-    "softcap",
-    "core_attention_bias_type",
-    "core_attention_bias",
-    "alibi_slopes",
-    "pad_between_seqs",
-    "num_splits",
-}
-"""Arguments of `transformer_engine.pytorch.DotProductAttention.forward` in 2.20.2 that Megatron may name."""
+DOT_PRODUCT_ATTENTION = set(te_stub.forward("transformer_engine.pytorch", "DotProductAttention").parameters)
+"""Arguments of Transformer Engine's attention, which Megatron calls with what it is given by name."""
 
 
 @settings(derandomize=True, deadline=None, max_examples=150)
