@@ -5,7 +5,8 @@
 TRANSFORMER_ENGINE is the folder `transformer_engine` of an unpacked wheel, MEGATRON_CORE a folder `megatron/core`.
 Files are read, nothing is imported, so neither CUDA nor the compiled parts are needed. The table holds, per module,
 each name that Megatron imports or reaches through `te.pytorch`: a class with the parameters of its constructor, a
-function with its own (null where they could not be read), or null for any other value.
+function with its own (null where they could not be read), or null for any other value. Of `CALLED` it holds the
+parameters of `forward` as well.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = "transformer_engine"
+CALLED = {"DotProductAttention"}
+"""Modules whose calls the tests check."""
 _REACHED = re.compile(r"\bte\.((?:pytorch|common)(?:\.[a-z_0-9]+)*)\.([A-Z]\w*|[a-z_0-9]+(?=\())")
 
 
@@ -74,14 +77,15 @@ class Sources:
         parts = parts[: len(parts) - node.level + self.is_package(module)]
         return ".".join([*parts, *([node.module] if node.module else [])])
 
-    def parameters(self, module: str, node: ast.AST) -> str | None:
-        """Of a function or constructor, as they stand in a `def`, every default shown as None; None = neither."""
+    def parameters(self, module: str, node: ast.AST, method: str = "__init__") -> str | None:
+        """Of a function, or of a class's constructor or other method, as they stand in a `def`, every default shown as
+        None; None = neither."""
         if isinstance(node, ast.FunctionDef):
             return _shown(node.args)
         if not isinstance(node, ast.ClassDef):
             return None
         for part in node.body:
-            if isinstance(part, ast.FunctionDef) and part.name == "__init__":
+            if isinstance(part, ast.FunctionDef) and part.name == method:
                 return _shown(part.args)
         if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
             fields = [
@@ -91,7 +95,7 @@ class Sources:
         for base in node.bases:
             found = self.find(module, base.id) if isinstance(base, ast.Name) else None
             if found:
-                return self.parameters(*found)
+                return self.parameters(*found, method)
         return None
 
 
@@ -116,7 +120,7 @@ def names_used(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def table(folder: Path, megatron: list[Path]) -> dict[str, dict[str, object]]:
-    """Module → name → {"class" or "function": parameters}, or null for another value."""
+    """Module → name → {"class" or "function": parameters, "forward": those of a call}, or null for another value."""
     sources = Sources(folder)
     found: dict[str, dict[str, object]] = {}
     for module, name in sorted({pair for root in megatron for file in root.rglob("*.py") for pair in names_used(file)}):
@@ -126,7 +130,10 @@ def table(folder: Path, megatron: list[Path]) -> dict[str, dict[str, object]]:
                 found.setdefault(module, {})[name] = None
             continue
         kind = {ast.ClassDef: "class", ast.FunctionDef: "function"}.get(type(place[1]))
-        found.setdefault(module, {})[name] = {kind: sources.parameters(*place)} if kind else None
+        entry = {kind: sources.parameters(*place)} if kind else None
+        if entry and name in CALLED:
+            entry["forward"] = sources.parameters(*place, "forward")
+        found.setdefault(module, {})[name] = entry
     return found
 
 

@@ -66,7 +66,16 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def signature(module: str, name: str) -> inspect.Signature | None:
     """Of a function or constructor of the real package; None = not known."""
     parameters = next(iter(TABLE["modules"][module][name].values()))
-    return inspect.signature(eval(f"lambda {parameters}: None")) if parameters is not None else None
+    return _parsed(parameters) if parameters is not None else None
+
+
+def forward(module: str, name: str) -> inspect.Signature:
+    """Of a call of a module of the real package."""
+    return _parsed(TABLE["modules"][module][name]["forward"])
+
+
+def _parsed(parameters: str) -> inspect.Signature:
+    return inspect.signature(eval(f"lambda {parameters}: None"))
 
 
 def _value(module: str, name: str) -> Any:

@@ -155,7 +155,7 @@ GROUPS: list[Group] = [
     (
         "attention",
         "llada_moe/model/attention/doubled_documents.py",
-        "tests/llada_moe/model/attention/test_doubled.py",
+        "tests/llada_moe/model/attention/test_doubled.py tests/llada_moe/model/attention/test_flex.py",
         [
             ("np.minimum(first + block, stop)", "first + block"),
             ("span = size * max(1, CHUNK_QUERIES // size)", "span = size"),
@@ -241,27 +241,43 @@ GROUPS: list[Group] = [
     (
         "attention",
         "llada_moe/model/attention/packed_documents.py",
-        "tests/llada_moe/model/attention/test_against_softmax.py tests/llada_moe/model/attention/test_backends.py",
+        " ".join(f"tests/llada_moe/model/attention/test_{name}.py" for name in ("against_softmax", "backends", "flex")),
         [
             ("np.arange(part.before, part.before + part.queries) // block", "np.arange(part.queries) // block"),
             ("keys = pattern.keys_seen(stop - segment.start,", "keys = pattern.keys_seen(stop - start,"),
             ("first_key = segment.start", "first_key = 0"),
-            (
-                "key = (content, pattern, batch, positions, runs)",
-                "key = (content, batch, positions, runs)",
-            ),
-            ("if len(self._packed) == self._kept:", "if False:"),
+            ("self.once(boundaries, (pattern, batch,", "self.once(boundaries, (batch,"),
         ],
     ),
     (
         "attention",
+        "llada_moe/model/last_batches.py",
+        "tests/llada_moe/model/attention/test_backends.py -k batch",
+        [("if len(self._made) == self._kept:", "if False:"), ("self._made.move_to_end(key)", "pass")],
+    ),
+    (
+        "attention",
         "llada_moe/model/attention/flex.py",
-        "tests/llada_moe/model/attention/test_against_softmax.py",
+        "tests/llada_moe/model/attention/test_flex.py",
         [
+            ("(ends > edges) & (begins < ends)", "(ends > edges)"),
+            ("packed.once(block_mask, query.device)", "block_mask(packed, query.device)"),
             ("(ends >= edges + TILE)", "(ends >= edges)"),
             ("(begins[b, q] <= k) & (k < ends[b, q])", "k < ends[b, q]"),
             ("_ordered(some & ~whole, device)", "_ordered(some, device)"),
         ],
+    ),
+    (
+        "attention",
+        "llada_moe/model/compiled.py",
+        "tests/llada_moe/model/attention/test_flex.py -k compiled",
+        [(", fullgraph=True", ""), ("types.FunctionType(own,", "types.FunctionType(call.__code__,")],
+    ),
+    (
+        "attention",
+        "llada_moe/model/attention/backends.py",
+        "tests/llada_moe/model/attention/test_backends.py -k gpu",
+        [("return _too_old(name, (9, 0)) or", "return"), ("(_capability() or (9, 0))[0] == 9", "True")],
     ),
     (
         "attention",
@@ -309,6 +325,7 @@ GROUPS: list[Group] = [
             (".scatter_(1, chosen, False)", ".scatter_(1, chosen[:, 1:], False)"),
             ("torch.distributed.ReduceOp.MAX", "torch.distributed.ReduceOp.MIN"),
             ("[place * seq : (place + 1) * seq]", "[:seq]"),
+            ("facts = self.pattern, self.block_size", "facts = self.block_size,"),
             (".sigmoid().flatten(0, 1) + self.expert_bias", ".sigmoid().flatten(0, 1)"),
         ],
     ),

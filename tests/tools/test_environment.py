@@ -104,9 +104,15 @@ def test_the_attention_of_a_run_is_told_with_its_reason(monkeypatch):
     real = importlib.util.find_spec
     spec = ModuleSpec("triton", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: spec if name == "triton" else real(name, *rest))
+    monkeypatch.setattr(backends, "_against_building", lambda: None)
     packed, blocks = (environment.attention_state(block, cuda=True, engine=True) for block in (None, 32))
     assert packed == {"active": True, "detail": "Transformer Engine, all documents in one call (serves this pattern)"}
     assert blocks["active"] and blocks["detail"].startswith("FlexAttention, all documents in one call (Transformer")
+    backends.attention_backend.cache_clear()
+    monkeypatch.setattr(backends, "_capability", lambda: (8, 0))
+    older = environment.attention_state(None, cuda=True, engine=True)
+    assert older["active"] and "documents needs compute capability 9.0; this GPU has 8.0" in older["detail"]
+    assert not older["detail"].startswith("Transformer Engine")
     backends.attention_backend.cache_clear()
     without = environment.attention_state(None, cuda=False, engine=False)
     assert not without["active"] and "kernels for packed documents need CUDA" in without["detail"]

@@ -111,6 +111,24 @@ def test_gradients_are_those_of_the_weights(one_rank):
     torch.testing.assert_close(found, wanted)
 
 
+def test_the_blocks_of_a_batch_are_numbered_once_for_all_layers(one_rank, monkeypatch):
+    from llada_megatron.llada_moe.model import routing
+    from llada_megatron.llada_moe.model.patterns import AttentionPattern
+    from llada_megatron.llada_moe.model.transformer import build_model
+    from llada_megatron.parallel.build import transformer_config
+
+    model, numbered, counts = dataclasses.replace(MODEL, moe=MOE, num_layers=3), [], []
+    built, count = build_model(model, transformer_config(model, LayoutConfig())), routing.block_numbers
+    assert sum(isinstance(module, routing.BlockRouter) for module in built.modules()) == 2
+    monkeypatch.setattr(routing, "block_numbers", lambda *given: numbered.append(given) or count(*given))
+    tokens, rows = torch.zeros(BATCH, SEQ, dtype=torch.int64), torch.ones(BATCH, SEQ, dtype=torch.bool)
+    for boundaries, pattern in ((SEGMENTS, None), (SEGMENTS, None), (None, None), (SEGMENTS, 1), (SEGMENTS, None)):
+        built.use_pattern(AttentionPattern(pattern))
+        built(tokens, boundaries, rows=rows)
+        counts.append(len(numbered))
+    assert counts == [1, 1, 2, 3, 3]
+
+
 CUT, WHOLE = (MOE, SEGMENTS), (dataclasses.replace(MOE, routing_block_size=3), torch.arange(0, 73, 12).int())
 """Blocks that ranks cut, and blocks that each lie on one rank."""
 

@@ -14,6 +14,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llada_megatron.llada_moe.model.context_slices import held_runs, slice_starts
+from llada_megatron.llada_moe.model.last_batches import LastBatches
 from llada_megatron.llada_moe.model.layer import DirectLayer
 from llada_megatron.llada_moe.model.patterns import FULL, begin_blocks, block_numbers, whole_sequences
 from llada_megatron.llada_moe.model.windows import Windows
@@ -39,6 +40,8 @@ class BlockRouter(TopKRouter):
         have blocks of their own."""
         self.boundaries: torch.Tensor | Windows | None = None
         """Boundaries of the segments, which `patterns` explains, or the windows of a pass; None = whole sequences."""
+        self.numbered = LastBatches()
+        """The blocks of the last batches, which the routers of a model share."""
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -70,6 +73,13 @@ class BlockRouter(TopKRouter):
         if isinstance(self.boundaries, Windows):
             return *self.boundaries.block_numbers(self.block_size), False
         slices, place = (self.tp_group.size(), self.tp_group.rank()) if self.config.sequence_parallel else (1, 0)
+        facts = self.pattern, self.block_size, seq, batch, device, slices, place
+        return self.numbered.once(self.boundaries, facts, lambda: self._number(seq, batch, device, slices, place))
+
+    def _number(
+        self, seq: int, batch: int, device: torch.device, slices: int, place: int
+    ) -> tuple[torch.Tensor, int, bool]:
+        """The same, numbered: this rank holds slice `place` of `slices` of what its context rank holds."""
         ranks = self.cp_group.size()
         whole = seq * slices * ranks
         length = whole // self.pattern.copies

@@ -21,6 +21,7 @@ from llada_megatron.llada_moe.model.head import (
     selected_logits,
     supervised_loss,
 )
+from llada_megatron.llada_moe.model.last_batches import LastBatches
 from llada_megatron.llada_moe.model.mask_noise import MaskNoise, noisy_embedding
 from llada_megatron.llada_moe.model.patterns import FULL, AttentionPattern
 from llada_megatron.llada_moe.model.routing import BlockRouter
@@ -72,9 +73,12 @@ class DiffusionTransformer(GPTModel):
         self._noise: MaskNoise | None = None
         if self.pre_process:
             self.embedding.register_forward_hook(self._with_noise, with_kwargs=True)
-        packed_batches = PackedBatches()
+        packed_batches, numbered = PackedBatches(), LastBatches()
         for layer in self.decoder.layers:
             layer.self_attention.core_attention.packed_batches = packed_batches
+            router = getattr(layer.mlp, "router", None)
+            if isinstance(router, BlockRouter):
+                router.numbered = numbered
         self.logits_chunk_elements = logits_chunk_mb * 2**20 // 4
         rotary = self.rotary_pos_emb
         self.rotary_pos_emb = SlicedRotary(

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from hypothesis import strategies as st
 
+from llada_megatron.llada_moe.model.attention.doubled_documents import DoubledDocuments, pack_doubled
 from llada_megatron.llada_moe.model.attention.packed_documents import PackedDocuments, pack
 from llada_megatron.llada_moe.model.context_slices import Run, held_runs
 from llada_megatron.llada_moe.model.patterns import AttentionPattern, segments
@@ -92,6 +93,52 @@ def cases(draw, blocks=(None, 1, 3, 8, 64), ranks=(1, 2, 3)):
     heads, kv_heads = draw(st.sampled_from([(1, 1), (4, 2), (4, 4), (6, 1)]))
     block = draw(st.sampled_from(blocks))
     return Case(positions, tuple(lengths), block, draw(st.integers(0, count - 1)), count, heads, kv_heads)
+
+
+@dataclass(frozen=True)
+class DoubledCase(Case):
+    """`lengths` are those of the documents in each half of the `positions`."""
+
+    causal_clean: bool = False
+
+    @property
+    def boundaries(self) -> torch.Tensor:
+        lengths = [0, *(length for row in self.lengths for length in (*row, *row))]
+        return torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+    @property
+    def pattern(self) -> AttentionPattern:
+        return AttentionPattern(self.block, doubled=True, causal_clean=self.causal_clean)
+
+    def packed(self) -> DoubledDocuments:
+        return pack_doubled(segments(self.boundaries, self.positions), self.pattern, self.positions, self.runs)
+
+    def seen(self) -> torch.Tensor:
+        """Equation 3 of LLaDA2.0's report, pair by pair, inside documents: bool `[batch, positions, positions]`; or
+        the same with each clean position as a block of its own, as clean ones see it."""
+        half = self.positions // 2
+        clean = torch.arange(self.positions) >= half
+        seen = []
+        for lengths in self.lengths:
+            document = torch.cat([torch.full((length,), number) for number, length in enumerate(lengths)]).repeat(2)
+            block = torch.cat([torch.arange(length) // self.block for length in lengths]).repeat(2)
+            query, key = block[:, None], block[None]
+            of_noisy = torch.where(clean[None], query > key, query == key)
+            if self.causal_clean:
+                query, key = (torch.arange(self.positions).view(shape) for shape in ((-1, 1), (1, -1)))
+            of_clean = clean[None] & (query >= key)
+            seen.append((document[:, None] == document[None]) & torch.where(clean[:, None], of_clean, of_noisy))
+        return torch.stack(seen)
+
+
+@st.composite
+def doubled_cases(draw, blocks=(1, 2, 3, 8, 64), ranks=(1, 2, 3, 4)):
+    """The documents of a case, in both halves."""
+    one = draw(cases(blocks=blocks, ranks=(1,)))
+    count = draw(st.sampled_from([ranks for ranks in ranks if one.positions * 2 % ranks == 0]))
+    rank = draw(st.integers(0, count - 1))
+    causal = draw(st.booleans())
+    return DoubledCase(one.positions * 2, one.lengths, one.block, rank, count, one.heads, one.kv_heads, causal)
 
 
 def softmax_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:

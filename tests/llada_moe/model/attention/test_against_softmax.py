@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from megatron.core.extensions import transformer_engine as megatron_engine
 from megatron.core.transformer.enums import AttnMaskType
 
-from llada_megatron.llada_moe.model.attention import engine_attention, flex, per_document, varlen
+from llada_megatron.llada_moe.model.attention import engine_attention, per_document, varlen
+from tests import te_stub
 from tests.llada_moe.model.attention.naive import (
     Case,
     attention_over_lengths,
@@ -24,29 +25,8 @@ from tests.llada_moe.model.attention.naive import (
 )
 
 EXACT = 1e-6
-DOT_PRODUCT_ATTENTION = {
-    "query_layer",
-    "key_layer",
-    "value_layer",
-    "attention_mask",
-    "qkv_format",
-    "cu_seqlens_q",
-    "cu_seqlens_kv",
-    "cu_seqlens_q_padded",
-    "cu_seqlens_kv_padded",
-    "max_seqlen_q",
-    "max_seqlen_kv",
-    "attn_mask_type",
-    "window_size",
-    "bottom_right_diagonal",
-    "softcap",
-    "core_attention_bias_type",
-    "core_attention_bias",
-    "alibi_slopes",
-    "pad_between_seqs",
-    "num_splits",
-}
-"""Arguments of `transformer_engine.pytorch.DotProductAttention.forward` in 2.20.2 that Megatron may name."""
+DOT_PRODUCT_ATTENTION = set(te_stub.forward("transformer_engine.pytorch", "DotProductAttention").parameters)
+"""Arguments of Transformer Engine's attention, which Megatron calls with what it is given by name."""
 
 
 @settings(derandomize=True, deadline=None, max_examples=150)
@@ -145,34 +125,3 @@ def test_what_transformer_engine_is_given_means_the_pattern(case):
         return out.view(q.size(1), q.size(0), -1).transpose(0, 1)
 
     assert largest_error(evaluated(attend, case, torch.float64), expected(case)) < EXACT
-
-
-@settings(derandomize=True, deadline=None, max_examples=20)
-@given(cases())
-def test_flex_attention(case):
-    packed = case.packed()
-    query, key, value, _ = case.inputs()
-    found = flex.attend(query, key, value, packed, None)
-    assert largest_error([found], expected(case)[:1]) < EXACT
-
-
-@pytest.mark.parametrize(
-    ("positions", "lengths", "ranks"),
-    [(1024, ((1024,),), 1), (700, ((130, 250, 320), (699, 1)), 1), (1200, ((500, 120, 580),), 3)],
-)
-@pytest.mark.parametrize("block", [None, 1, 32, 150])
-def test_the_tiles_that_flex_attention_skips_or_takes_whole(positions, lengths, ranks, block):
-    case = Case(positions, lengths, block, ranks - 1, ranks, 1, 1)
-    packed, tile = case.packed(), flex.TILE
-    some, whole = flex.tiles(*packed.key_ranges()[0], positions)
-    seen = case.seen()[:, case.queries]
-    seen = torch.nn.functional.pad(seen, (0, -seen.size(2) % tile, 0, -seen.size(1) % tile))
-    pairs = seen.unflatten(2, (-1, tile)).unflatten(1, (-1, tile))  # [batch, rows, tile, columns, tile]
-    assert torch.equal(torch.from_numpy(some), pairs.any(4).any(2))
-    assert torch.equal(torch.from_numpy(whole), pairs.all(4).all(2))
-    mask = flex.block_mask(packed, torch.device("cpu"))
-    assert torch.equal(mask.to_dense().bool()[:, 0], pairs.any(4).any(2))
-    in_part, in_whole = mask.kv_num_blocks[:, 0].sum(1), mask.full_kv_num_blocks[:, 0].sum(1)  # no tile is in both
-    assert in_whole.tolist() == whole.sum(axis=(1, 2)).tolist()
-    assert (in_part + in_whole).tolist() == some.sum(axis=(1, 2)).tolist()
-    assert mask.seq_lengths == (positions // ranks, positions)

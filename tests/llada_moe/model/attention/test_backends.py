@@ -11,7 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.config.model import ModelConfig
-from llada_megatron.llada_moe.model.attention import backends, packed_documents, per_document, varlen
+from llada_megatron.llada_moe.model.attention import (
+    backends,
+    engine_attention,
+    packed_documents,
+    packed_keys,
+    per_document,
+    varlen,
+)
 from llada_megatron.llada_moe.model.attention.backends import Backend, attention_backend
 from llada_megatron.llada_moe.model.attention.packed_documents import PackedBatches, pack
 from llada_megatron.llada_moe.model.context_slices import Run
@@ -23,8 +30,8 @@ from llada_megatron.tools.bench.attention import attention_module, document_boun
 from llada_megatron.tools.bench.measurement import single_process, written_bytes
 from tests.llada_moe.model.attention.naive import Case
 
-BLOCKS = AttentionPattern(32)
-BF16, FP32 = torch.bfloat16, torch.float32
+BLOCKS, DOUBLED = AttentionPattern(32), AttentionPattern(32, doubled=True)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +47,8 @@ def everything(monkeypatch):
     """A machine with all that some backend asks for."""
     monkeypatch.setattr(varlen, "operation", lambda: print)
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(backends, "_against_building", lambda: None)
+    monkeypatch.setattr(backends, "_capability", lambda: (9, 0))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +58,10 @@ def everything(monkeypatch):
         (CAUSAL, BF16, {"engine": True}, Backend.ENGINE, "serves this pattern"),
         (CAUSAL, BF16, {"engine": True, "split": True}, Backend.VARLEN, "split over context ranks"),
         (FULL, BF16, {}, Backend.VARLEN, "not built from Transformer Engine"),
-        (FULL, BF16, {"head_dim": 512}, Backend.FLEX, "heads of up to 256 features, not 512"),
+        (FULL, BF16, {"head_dim": 512}, Backend.FLEX, "varlen takes heads of up to 256 features here, not 512"),
+        (FULL, BF16, {"engine": True, "head_dim": 256}, Backend.ENGINE, "serves this pattern"),
+        (FULL, BF16, {"engine": True, "head_dim": 264}, Backend.FLEX, "documents takes heads of up to 256 features"),
+        (FULL, BF16, {"engine": True, "head_dim": 20}, Backend.FLEX, "documents takes heads of a multiple of 8"),
         (BLOCKS, BF16, {"engine": True}, Backend.FLEX, "no mask of causal blocks"),
         (FULL, BF16, {"head_dim": 20}, Backend.FLEX, "a multiple of 8 features, not 20"),
         (BLOCKS, BF16, {"head_dim": 8}, Backend.PER_DOCUMENT, "heads of 16 features or more, not 8"),
@@ -70,10 +82,49 @@ def test_what_is_missing_is_named_and_the_next_one_serves(everything, monkeypatc
     assert ("2.10 and later have" if pattern is FULL else "varlen has no mask of causal blocks") in chosen.reason
 
 
-def test_an_old_gpu_has_no_varlen(everything, monkeypatch):
-    monkeypatch.setattr(backends, "_capability", lambda: (7, 5))
-    chosen = attention_backend(FULL, "cuda", BF16)
-    assert chosen.backend is Backend.FLEX and "needs compute capability 8.0; this GPU has 7.5" in chosen.reason
+@pytest.mark.parametrize(
+    ("capability", "pattern", "dtype", "head_dim", "backend", "reason"),
+    [
+        ((8, 0), FULL, BF16, 128, Backend.VARLEN, "documents needs compute capability 9.0; this GPU has 8.0"),
+        ((8, 0), BLOCKS, BF16, 128, Backend.FLEX, "no mask of causal blocks"),
+        ((7, 5), FULL, BF16, 128, Backend.PER_DOCUMENT, "FlexAttention in bfloat16 needs compute capability 8.0"),
+        ((7, 5), DOUBLED, BF16, 128, Backend.DECOMPOSED, "FlexAttention in bfloat16 needs compute capability 8.0"),
+        ((7, 5), FULL, FP16, 128, Backend.FLEX, "varlen needs compute capability 8.0; this GPU has 7.5"),
+        ((6, 1), FULL, FP16, 128, Backend.PER_DOCUMENT, "FlexAttention needs compute capability 7.0"),
+        ((10, 0), FULL, BF16, 128, Backend.ENGINE, "serves this pattern"),
+        ((10, 0), FULL, BF16, 256, Backend.VARLEN, "documents takes heads of up to 128 features here, not 256"),
+    ],
+)
+def test_what_an_older_or_newer_gpu_has(everything, monkeypatch, capability, pattern, dtype, head_dim, backend, reason):
+    """With Transformer Engine."""
+    monkeypatch.setattr(backends, "_capability", lambda: capability)
+    chosen = attention_backend(pattern, "cuda", dtype, head_dim=head_dim, engine=True)
+    assert chosen.backend is backend and reason in chosen.reason
+
+
+@pytest.mark.parametrize(
+    ("named", "programs", "headers", "reason"),
+    [
+        (None, {"gcc"}, True, None),
+        (None, {"clang"}, True, None),
+        ("mycc", {"mycc"}, True, None),
+        (None, {"cc", "mycc"}, True, "needs a C compiler: neither gcc nor clang is on PATH"),
+        ("mycc", {"gcc"}, True, "needs a C compiler: CC names 'mycc', which is no program"),
+        (None, {"gcc"}, False, "needs the headers of Python: there is no "),
+    ],
+)
+def test_triton_needs_a_compiler_and_headers(monkeypatch, tmp_path, named, programs, headers, reason):
+    monkeypatch.setattr(varlen, "operation", lambda: None)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(backends.shutil, "which", lambda name: name if name in programs else None)
+    monkeypatch.setattr(backends.sysconfig, "get_path", lambda *_: str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CC", named)
+    if headers:
+        (tmp_path / "Python.h").touch()
+    chosen = attention_backend(BLOCKS, "cuda", BF16)
+    assert chosen.backend is (Backend.PER_DOCUMENT if reason else Backend.FLEX) and (reason or "") in chosen.reason
 
 
 def test_a_cpu_computes_document_by_document():
@@ -162,6 +213,24 @@ def test_documents_are_packed_once_for_all_layers_and_again_for_another_batch(mo
             built(torch.arange(16)[None], document_boundaries(16, documents), rows=torch.ones(1, 16, dtype=torch.bool))
             counts.append(len(made))
     assert counts == [1, 1, 2]
+
+
+@pytest.mark.parametrize("way", [varlen, engine_attention])
+def test_what_a_call_over_all_documents_takes_is_found_once_for_all_layers(monkeypatch, way):
+    """The signature of torch's function, the longest document, and which keys are taken."""
+    packed, asked = Case(32, ((5, 20, 7), (32,)), 1, 1, 2, 4, 2).packed(), []
+
+    def counted(function):
+        return lambda *given: asked.append(function.__name__) or function(*given)
+
+    tensors = [torch.randn(seq, 2, heads, 8) for seq, heads in ((16, 4), (32, 2), (32, 2))]
+    called = (None, lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False: None)
+    monkeypatch.setattr(way, "longest", counted(packed_keys.longest))
+    monkeypatch.setattr(packed_keys, "key_parts", counted(packed_keys.key_parts))
+    monkeypatch.setattr(varlen.inspect, "signature", counted(varlen.inspect.signature))
+    for _ in range(3):
+        way.arguments(*tensors, packed, *(called if way is varlen else ()))
+    assert sorted(asked) == ["key_parts", "longest", *(["signature"] if way is varlen else [])]
 
 
 @pytest.mark.parametrize("attend", [per_document.attend, varlen.attend])

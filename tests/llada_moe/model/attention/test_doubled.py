@@ -2,70 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llada_megatron.llada_moe.model.attention import decomposed, flex
+from llada_megatron.llada_moe.model.attention import decomposed
 from llada_megatron.llada_moe.model.attention.backends import Backend, attention_backend
 from llada_megatron.llada_moe.model.attention.doubled_documents import CHUNK_QUERIES, pack_doubled
 from llada_megatron.llada_moe.model.context_slices import Run
 from llada_megatron.llada_moe.model.patterns import AttentionPattern, segments
 from llada_megatron.tools.bench.attention import attention_module
-from tests.llada_moe.model.attention.naive import Case, cases, evaluated, expected, largest_error
+from tests.llada_moe.model.attention.naive import DoubledCase, doubled_cases, evaluated, expected, largest_error
 
 EXACT = 1e-6
-
-
-@dataclass(frozen=True)
-class DoubledCase(Case):
-    """`lengths` are those of the documents in each half of the `positions`."""
-
-    causal_clean: bool = False
-
-    @property
-    def boundaries(self) -> torch.Tensor:
-        lengths = [0, *(length for row in self.lengths for length in (*row, *row))]
-        return torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-
-    @property
-    def pattern(self) -> AttentionPattern:
-        return AttentionPattern(self.block, doubled=True, causal_clean=self.causal_clean)
-
-    def packed(self):
-        return pack_doubled(segments(self.boundaries, self.positions), self.pattern, self.positions, self.runs)
-
-    def seen(self) -> torch.Tensor:
-        """Equation 3 of LLaDA2.0's report, pair by pair, inside documents: bool `[batch, positions, positions]`; or
-        the same with each clean position as a block of its own, as clean ones see it."""
-        half = self.positions // 2
-        clean = torch.arange(self.positions) >= half
-        seen = []
-        for lengths in self.lengths:
-            document = torch.cat([torch.full((length,), number) for number, length in enumerate(lengths)]).repeat(2)
-            block = torch.cat([torch.arange(length) // self.block for length in lengths]).repeat(2)
-            query, key = block[:, None], block[None]
-            of_noisy = torch.where(clean[None], query > key, query == key)
-            if self.causal_clean:
-                query, key = (torch.arange(self.positions).view(shape) for shape in ((-1, 1), (1, -1)))
-            of_clean = clean[None] & (query >= key)
-            seen.append((document[:, None] == document[None]) & torch.where(clean[:, None], of_clean, of_noisy))
-        return torch.stack(seen)
-
-
-@st.composite
-def doubled_cases(draw, blocks=(1, 2, 3, 8, 64), ranks=(1, 2, 3, 4)):
-    """The documents of a case, in both halves."""
-    one = draw(cases(blocks=blocks, ranks=(1,)))
-    count = draw(st.sampled_from([ranks for ranks in ranks if one.positions * 2 % ranks == 0]))
-    rank = draw(st.integers(0, count - 1))
-    causal = draw(st.booleans())
-    return DoubledCase(one.positions * 2, one.lengths, one.block, rank, count, one.heads, one.kv_heads, causal)
 
 
 def by_merging(packed, q, k, v):
@@ -95,31 +47,6 @@ def test_a_rank_of_several_holds_some_noisy_or_clean_queries(block):
     for rank in range(4):
         case = DoubledCase(1200, ((600,),), block, rank, 4, 2, 1)
         assert largest_error(evaluated(partial(by_merging, case.packed()), case), expected(case)) < EXACT
-
-
-@settings(derandomize=True, deadline=None, max_examples=40)
-@given(doubled_cases())
-def test_what_flex_attention_is_told(case):
-    """The keys of each query, as its kernels are given them."""
-    (a, b), (c, d) = case.packed().key_ranges()
-    keys = torch.arange(case.positions).numpy()
-    seen = ((a[..., None] <= keys) & (keys < b[..., None])) | ((c[..., None] <= keys) & (keys < d[..., None]))
-    assert (torch.from_numpy(seen) == case.seen()[:, case.queries]).all()
-
-
-@pytest.mark.parametrize(
-    ("lengths", "block", "causal"),
-    [((300, 84), 32, False), ((384,), 160, False), ((384,), 384, False), ((300, 84), 160, True)],
-)
-def test_flex_attention(lengths, block, causal):
-    case = DoubledCase(768, (lengths,), block, 0, 1, 2, 1, causal)
-    packed, (query, key, value, _) = case.packed(), case.inputs()
-    with torch.no_grad():
-        found = flex.attend(query, key, value, packed, None)
-    assert largest_error([found], expected(case)[:1]) < EXACT
-    whole = packed.once(flex.block_mask, torch.device("cpu"))
-    assert whole.full_kv_num_blocks.sum() > 0 or block == 32 or causal  # some tiles are computed without a mask
-    assert (whole.kv_num_blocks + whole.full_kv_num_blocks).sum() < 36  # and some not at all
 
 
 def test_a_causal_clean_half_needs_no_mask_larger_than_a_chunk_behind_blocks_of_any_length():
@@ -182,7 +109,7 @@ def test_who_computes_it(monkeypatch):
     from llada_megatron.llada_moe.model.attention import backends
 
     pattern = AttentionPattern(32, doubled=True)
-    monkeypatch.setattr(backends, "_against_flex", lambda head_dim: None)
+    monkeypatch.setattr(backends, "_against_flex", lambda *_: None)
     attention_backend.cache_clear()
     assert attention_backend(pattern, "cpu", torch.float32).backend is Backend.DECOMPOSED
     assert attention_backend(pattern, "cuda", torch.float32).backend is Backend.DECOMPOSED

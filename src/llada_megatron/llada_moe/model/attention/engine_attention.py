@@ -54,7 +54,7 @@ def arguments(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packe
     """What Megatron's TEDotProductAttention takes for these documents."""
     query, key, value = packed_keys(query, key, value, packed)
     queries, keys = packed.once(cumulative_lengths, query.device)
-    most_queries, most_keys = longest(packed)
+    most_queries, most_keys = packed.once(longest, query.device)
     return {
         "query": query,
         "key": key,

@@ -7,7 +7,7 @@ The tiles are found on the host, from the first and last key that each query see
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from llada_megatron.llada_moe.model.attention.doubled_documents import DoubledDocuments
 from llada_megatron.llada_moe.model.attention.packed_documents import PackedDocuments, on_device
+from llada_megatron.llada_moe.model.compiled import of_a_kind
 
 Packed = PackedDocuments | DoubledDocuments
 
@@ -28,18 +29,27 @@ def attend(
 ) -> torch.Tensor:
     """Attend to all documents in one call; arguments and result as in `per_document.attend`."""
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-    out = _operation(query.device.type)(
-        q, k, v, block_mask=packed.once(block_mask, query.device), scale=scale, enable_gqa=q.size(1) != k.size(1)
-    )
+    mask, grouped = packed.once(block_mask, query.device), q.size(1) != k.size(1)
+    operation = _operation(query.device.type, _kind(q, k, v, packed, scale))
+    out = operation(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
+def _kind(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, scale: float | None
+) -> tuple[Hashable, ...]:
+    """All that a call is compiled for but its lengths."""
+    mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *(t.requires_grad for t in (q, k, v))
+    heads = q.size(1), k.size(1), q.size(3), v.size(3)
+    return q.dtype, heads, scale, q.size(0) == 1, isinstance(packed, DoubledDocuments), mode
+
+
 @functools.cache
-def _operation(device: str) -> Callable[..., Any]:
+def _operation(device: str, kind: tuple[Hashable, ...]) -> Callable[..., Any]:
     """Compiled on a GPU: without, it computes all scores. On a CPU it has no backward pass, and is for tests."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+    return of_a_kind(flex_attention, kind) if device == "cuda" else flex_attention
 
 
 def block_mask(packed: Packed, device: torch.device) -> Any:
@@ -92,7 +102,7 @@ def tiles(begins: NDArray[np.int32], ends: NDArray[np.int32], keys: int) -> tupl
     """
     edges = np.arange(0, keys, TILE)
     begins, ends = begins[..., None], ends[..., None]
-    some = (begins < edges + TILE) & (ends > edges)
+    some = (begins < edges + TILE) & (ends > edges) & (begins < ends)  # an empty range lies inside a tile as well
     whole = (begins <= edges) & (ends >= edges + TILE)
     return _of_query_tiles(some).any(axis=2), _of_query_tiles(whole).all(axis=2)
 

@@ -6,7 +6,6 @@ them there, and copied without waiting.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from llada_megatron.llada_moe.model.attention.doubled_documents import DoubledDocuments, pack_doubled
 from llada_megatron.llada_moe.model.context_slices import Run
+from llada_megatron.llada_moe.model.last_batches import LastBatches
 from llada_megatron.llada_moe.model.patterns import AttentionPattern, Segment, segments
 from llada_megatron.llada_moe.model.transfer import to_device
 
@@ -144,16 +144,8 @@ def _packed_row(documents: Sequence[Segment], pattern: AttentionPattern, run: Ru
     return PackedRow(first_key, tuple(parts))
 
 
-class PackedBatches:
-    """The packed documents of the last batches, by their boundaries, so that all layers share what one has made.
-
-    A pipeline stage has several batches under way, and runs layers of an earlier one again where activations are
-    recomputed; megatron gives a layer nothing but tensors then, which is why boundaries are what identifies a batch.
-    """
-
-    def __init__(self, kept: int = 32) -> None:
-        self._kept = kept
-        self._packed: OrderedDict[tuple[Any, ...], PackedDocuments | DoubledDocuments] = OrderedDict()
+class PackedBatches(LastBatches):
+    """The packed documents of the last batches, so that all layers share what one has made."""
 
     def of(
         self,
@@ -168,22 +160,16 @@ class PackedBatches:
 
         `boundaries` None = every sequence, or every half of one, is one segment.
         """
-        content = None if boundaries is None else boundaries.numpy().tobytes()
-        key = (content, pattern, batch, positions, runs)
-        if key not in self._packed:
-            if len(self._packed) == self._kept:
-                self._packed.popitem(last=False)
+
+        def make() -> PackedDocuments | DoubledDocuments:
             length = positions // pattern.copies
             whole = [
                 Segment(row, start, start + length) for row in range(batch) for start in range(0, positions, length)
             ]
             documents = whole if boundaries is None else segments(boundaries, positions)
-            if pattern.doubled:
-                self._packed[key] = pack_doubled(documents, pattern, positions, runs)
-            else:
-                self._packed[key] = pack(documents, pattern, positions, runs)
-        self._packed.move_to_end(key)
-        return self._packed[key]
+            return (pack_doubled if pattern.doubled else pack)(documents, pattern, positions, runs)
+
+        return self.once(boundaries, (pattern, batch, positions, runs), make)
 
 
 def on_device(values: list[int] | NDArray[np.int32], device: torch.device) -> torch.Tensor:

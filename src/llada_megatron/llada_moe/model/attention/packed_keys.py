@@ -20,15 +20,22 @@ def packed_keys(
     Returns:
         `[batch * seq, heads, head_dim]` and twice `[keys, kv_heads, head_dim]`; views where one sequence is whole.
     """
-    return query.transpose(0, 1).flatten(0, 1), _seen(key, packed), _seen(value, packed)
+    parts = packed.once(key_parts, query.device)
+    return query.transpose(0, 1).flatten(0, 1), _seen(key, parts), _seen(value, parts)
 
 
-def _seen(tensor: torch.Tensor, packed: PackedDocuments) -> torch.Tensor:
+def key_parts(packed: PackedDocuments, device: torch.device) -> list[tuple[int, slice]] | None:
+    """Sequences and positions whose keys are taken one after another; None where that is every key once."""
+    parts = [(number, row.keys) for number, runs in enumerate(packed.rows) for row in runs]
     whole = slice(0, packed.positions)
-    if all(len(runs) == 1 and runs[0].keys == whole for runs in packed.rows):
+    return None if parts == [(number, whole) for number in range(len(packed.rows))] else parts
+
+
+def _seen(tensor: torch.Tensor, parts: list[tuple[int, slice]] | None) -> torch.Tensor:
+    if parts is None:
         return tensor.transpose(0, 1).flatten(0, 1)
-    sequences = zip(tensor.unbind(1), packed.rows, strict=True)
-    return torch.cat([keys[row.keys] for keys, runs in sequences for row in runs])
+    sequences = tensor.unbind(1)
+    return torch.cat([sequences[number][keys] for number, keys in parts])
 
 
 def cumulative_lengths(packed: PackedDocuments, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +43,7 @@ def cumulative_lengths(packed: PackedDocuments, device: torch.device) -> tuple[t
     return on_device(packed.cumulative_queries, device), on_device(packed.cumulative_keys, device)
 
 
-def longest(packed: PackedDocuments) -> tuple[int, int]:
+def longest(packed: PackedDocuments, device: torch.device) -> tuple[int, int]:
     """Most queries and most keys of a document, rounded up to a power of two, but to no more than a sequence has.
 
     Kernels are chosen, and some are built, for each pair of these, so that there should be few of them.

@@ -23,6 +23,12 @@ def operation() -> Callable[..., Any] | None:
         return None
 
 
+@cache
+def _parameters(called: Callable[..., Any]) -> frozenset[str]:
+    """Names, read once: every layer asks."""
+    return frozenset(inspect.signature(called).parameters)
+
+
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedDocuments, scale: float | None
 ) -> torch.Tensor:
@@ -48,11 +54,11 @@ def arguments(
     Raises:
         ValueError: this release takes no scale, and one is given.
     """
-    taken = inspect.signature(called).parameters
+    taken = _parameters(called)
     query, key, value = packed_keys(query, key, value, packed)
     queries, keys = packed.once(cumulative_lengths, query.device)
     given: dict[str, Any] = {"query": query, "key": key, "value": value, "cu_seq_q": queries, "cu_seq_k": keys}
-    given["max_q"], given["max_k"] = longest(packed)
+    given["max_q"], given["max_k"] = packed.once(longest, query.device)
     if packed.pattern.block == 1:
         given |= {"window_size": (-1, 0)} if "window_size" in taken else {"is_causal": True}
     if "enable_gqa" in taken:
