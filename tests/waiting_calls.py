@@ -48,7 +48,9 @@ class Operators(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func is torch.ops.aten.copy_.default:  # whose it is stays as it was
             return out
-        if on_device or kwargs.get("device") == DEVICE:
+        # inside of an assignment torch.vmap numbers what it writes to, on the device of that
+        numbers = func is torch.ops.aten.arange.default and self._waits.called == "__setitem__"
+        if on_device or numbers or kwargs.get("device") == DEVICE:
             self._waits.mark(*(leaf for leaf in tree_leaves(out) if torch.is_tensor(leaf)))
             if on_device and func.namespace == "c10d":  # fills the tensors it is given
                 self._waits.mark(*given)

@@ -78,7 +78,7 @@ def trainer_of(run):
 
 
 def waits_of_a_step(run):
-    """What a rank waits for in a step between two reports, and the norm of its gradients, as we and Megatron find it."""
+    """What a rank waits for in a step between two reports, and the norm of its gradients as we and Megatron find it."""
     from llada_megatron.parallel.training.distributed_optimizer import gradient_norm
 
     with HostWaits() as waits:
