@@ -1,10 +1,21 @@
 """Where the host would wait for a GPU, found on a CPU: a run whose tensors are told apart into host and device.
 
-All values are computed as usual. A tensor is the device's if it was created with a device or copied to one by name, or
-computed from such a tensor; parameters, buffers and gradient buffers are given. Whatever brings a value of such a
-tensor to the host (`item`, `tolist`, `bool`, `numpy`, `nonzero`, indexing by a mask, …), or copies a tensor of the host
-to the device and waits for it, is recorded with the place that did it. So are Megatron's own calls of `synchronize`.
-Experts are computed as on a GPU without Transformer Engine: in grouped products.
+All values are computed as usual. Inside the `with` block `device.current()` is "cpu:0", which torch takes for the CPU
+and tells from it. A tensor is the device's if it was made on "cpu:0", copied there, or computed from such a tensor, and
+its `device` and `is_cuda` say so. Of what was made before, the parameters, buffers and gradient buffers of given models
+are, and what `mark` is told. Recorded, with the place that did it, is
+
+- what brings a value of such a tensor to the host: `item`, `tolist`, `bool`, `nonzero`, indexing by a mask, …;
+- a copy to the host, unless it does not block (then somebody waits for an event, which is recorded);
+- a copy to the device, also of an index, unless it does not block and begins in pinned memory;
+- a call of `synchronize`.
+
+Experts are computed as on a GPU without Transformer Engine, in grouped products; `transfer.pinned` pins by name.
+
+What it cannot see: what runs only where the type of a device is "cuda" (kernels of attention, compiled functions); what
+a library does inside (torch's allocator, a kernel that waits by itself, NCCL, Transformer Engine); memory that is read
+past torch's operators (`data_ptr`, storages); threads beside the one that entered; waits for other ranks. Tensors of
+host and device in one product, which a GPU refuses, pass.
 
 `FakeTensorMode` finds less (no copy), and stops at the first one.
 """
@@ -13,7 +24,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +33,6 @@ from typing import Any, Self
 from unittest import mock
 
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from llada_megatron.parallel import device
 
@@ -32,16 +40,20 @@ device.install()
 
 from megatron.core.transformer.moe import token_dispatcher  # noqa: E402
 
-from llada_megatron.llada_moe.model import grouped  # noqa: E402
+from llada_megatron.llada_moe.model import grouped, transfer  # noqa: E402
+from tests import waiting_calls  # noqa: E402
+from tests.waiting_calls import DEVICE, Calls, Operators  # noqa: E402
 
 _grouped_product = grouped.grouped_product
+_run_backward = torch.autograd._engine_run_backward
 
-READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__"}
-VALUES = {"nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "equal", "_local_scalar_dense",
-          "is_nonzero", "bincount"}  # fmt: skip
-"""Operators whose result's shape, or whose Python value, depends on the values of a tensor."""
-COPIES = {"tensor", "as_tensor", "new_tensor", "to", "cuda"}
-_OWN = (str(Path(torch.__file__).parent), __file__, str(Path(mock.__file__)), str(Path(device.__file__)))
+_OWN = (
+    str(Path(torch.__file__).parent),
+    __file__,
+    waiting_calls.__file__,
+    str(Path(mock.__file__)),
+    str(Path(device.__file__)),
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -61,7 +73,10 @@ class HostWaits:
         self.waits: Counter[Wait] = Counter()
         self.lines: dict[Wait, set[int]] = {}
         self._device: dict[int, torch.UntypedStorage] = {}  # kept, so that no other storage takes its address
+        self._pinned: dict[int, torch.UntypedStorage] = {}
         self._paused = False
+        self.called = ""
+        """The call of torch that an operator is part of."""
         for model in models:
             kept = [value for module in model.modules() for value in (vars(module) | module._buffers).values()]
             self.mark(*model.parameters(), *filter(torch.is_tensor, kept))
@@ -75,9 +90,32 @@ class HostWaits:
             storage = tensor.untyped_storage()
             self._device[storage._cdata] = storage
 
+    def unmark(self, tensor: torch.Tensor) -> None:
+        """This tensor is the host's."""
+        self._device.pop(tensor.untyped_storage()._cdata, None)
+
     def marked(self, value: Any) -> bool:
         """Whether it is a tensor of the device."""
         return torch.is_tensor(value) and value.untyped_storage()._cdata in self._device
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A host tensor in memory that counts as pinned."""
+        if self.marked(tensor):
+            return tensor
+        copied = tensor.clone()
+        self._pinned[copied.untyped_storage()._cdata] = copied.untyped_storage()
+        return copied
+
+    def record_copy(self, what: str, host: torch.Tensor, down: bool, non_blocking: bool) -> None:
+        """A copy between the device and `host`, `down` to it or up from it, if it is waited for."""
+        pinned = host.untyped_storage()._cdata in self._pinned
+        if host.numel() and not (non_blocking and pinned):
+            self.record(f"{what}({'host' if down else 'device'}{', not pinned' if non_blocking else ''})")
+
+    def forget(self) -> None:
+        """Begin to count anew."""
+        self.waits.clear()
+        self.lines.clear()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -88,7 +126,7 @@ class HostWaits:
         finally:
             self._paused = before
 
-    def record(self, what: str) -> None:
+    def record(self, what: str, times: int = 1) -> None:
         """A wait, at the innermost frame that is neither torch's nor ours."""
         if self._paused:
             return
@@ -100,28 +138,42 @@ class HostWaits:
         parts = file.parts
         roots = [i for i, part in enumerate(parts) if part in ("megatron", "llada_megatron")]
         wait = Wait("/".join(parts[roots[-1] if roots else -1 :]), frame.f_code.co_qualname, what)
-        self.waits[wait] += 1
+        self.waits[wait] += times
         self.lines.setdefault(wait, set()).add(frame.f_lineno)
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
         stand_in = sys.modules["megatron.core.pipeline_parallel.p2p_communication"].torch.cuda
         synchronize = mock.Mock(side_effect=lambda *_: self.record("torch.cuda.synchronize"))
-        self._stack.enter_context(mock.patch.object(stand_in, "synchronize", synchronize))
         event = mock.Mock(side_effect=lambda: self.record("Event.synchronize"))
+        with_cuda = device._Overlay(torch, cuda=device._Overlay(torch.cuda, is_available=lambda: True))
+        for owner, name, replaced in (
+            (device, "_device", str(DEVICE)),
+            (stand_in, "synchronize", synchronize),
+            (torch.cuda, "synchronize", synchronize),
+            (token_dispatcher, "maybe_move_tensor_to_cpu", self._moved),
+            (grouped, "grouped_product", self._one_call),
+            (transfer, "torch", with_cuda),
+            (torch.autograd, "_engine_run_backward", self._backwards),
+            (torch.Tensor, "pin_memory", lambda tensor, *_: self.pin(tensor)),
+        ):
+            self._stack.enter_context(mock.patch.object(owner, name, replaced))
         self._stack.enter_context(mock.patch.object(device._Nothing, "synchronize", event, create=True))
-        self._stack.enter_context(mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", self._moved))
         self._stack.enter_context(grouped.everywhere())
-        self._stack.enter_context(mock.patch.object(grouped, "grouped_product", self._one_call))
-        self._stack.enter_context(_Operators(self))
-        self._stack.enter_context(_Calls(self))
+        self._stack.enter_context(Operators(self))
+        self._stack.enter_context(Calls(self))
         return self
 
     def _moved(self, tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         """What the dispatcher copies to the host on a stream of its own; it waits for the stream's event."""
         with self.paused():
-            moved = tensor.cpu() if torch.is_tensor(tensor) else tensor
+            moved = self.pin(tensor.cpu()) if torch.is_tensor(tensor) else tensor
             return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
+
+    def _backwards(self, *arguments: Any, **named: Any) -> Any:
+        """torch leaves out modes of calls from inside of `backward`, which is such a call."""
+        with Calls(self):
+            return _run_backward(*arguments, **named)
 
     def _one_call(self, *arguments: torch.Tensor) -> torch.Tensor:
         """On a GPU a grouped product is one call of torch; here it is made of products whose sizes are read."""
@@ -138,79 +190,3 @@ class HostWaits:
             f"{count:4} x {wait.what} at {wait.file}:{','.join(map(str, sorted(self.lines[wait])))} in {wait.function}"
             for wait, count in sorted(self.waits.items())
         )
-
-
-class _Operators(TorchDispatchMode):
-    """What operators compute from tensors of the device is the device's."""
-
-    def __init__(self, waits: HostWaits) -> None:
-        super().__init__()
-        self._waits = waits
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
-        on_device = any(map(self._waits.marked, given))
-        name = func.overloadpacket.__name__
-        if on_device and (name in VALUES or _by_mask(name, args) or _repeats(name, args, kwargs)):
-            self._waits.record(name)
-        out = func(*args, **kwargs)
-        if on_device:
-            self._waits.mark(*(leaf for leaf in tree_leaves(out) if torch.is_tensor(leaf)))
-            if func.namespace == "c10d":  # fills the tensors it is given
-                self._waits.mark(*given)
-        return out
-
-
-def _by_mask(name: str, args: Any) -> bool:
-    """Whether an index is a mask: its places are counted first (a mask that one number is written to is a fill)."""
-    if name not in ("index", "index_put_", "index_put", "_index_put_impl_"):
-        return False
-    masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
-    return bool(masks) and not (name != "index" and len(args[1]) == 1 and args[2].numel() == 1)
-
-
-def _repeats(name: str, args: Any, kwargs: Any) -> bool:
-    return name == "repeat_interleave" and torch.is_tensor(args[-1]) and kwargs.get("output_size") is None
-
-
-class _Calls(TorchFunctionMode):
-    """Calls that name a device, and those that read a tensor."""
-
-    def __init__(self, waits: HostWaits) -> None:
-        super().__init__()
-        self._waits = waits
-
-    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name == "type_name":  # `device` answers for Tensor.type, and is asked a second time by this call
-            return func(*args, **kwargs).replace("torch.cuda.", "torch.")
-        subject = args[0] if args else None
-        if name in READS and self._waits.marked(subject):
-            self._waits.record(name)
-            with self._waits.paused():
-                out = func(*args, **kwargs)
-                return out.clone() if torch.is_tensor(out) else out  # on the host from here
-        listed = () if torch.is_tensor(subject) else tree_leaves(subject)
-        if name in ("tensor", "as_tensor") and any(map(self._waits.marked, listed)):
-            self._waits.record(f"{name}(of tensors)")
-        named = kwargs.get("device") is not None or (name == "to" and _names_device(args[1:]))
-        if not named and name != "cuda":
-            return func(*args, **kwargs)
-        if name in COPIES and not self._waits.marked(subject) and not kwargs.get("non_blocking"):
-            self._waits.record(f"{name}(device)")
-        out = func(*args, **kwargs)
-        if torch.is_tensor(subject) and not self._waits.marked(subject) and _same_memory(out, subject):
-            out = out.clone()
-        if torch.is_tensor(out):
-            self._waits.mark(out)
-        return out
-
-
-def _names_device(arguments: Any) -> bool:
-    return any(isinstance(argument, torch.device) for argument in arguments)
-
-
-def _same_memory(one: Any, other: torch.Tensor) -> bool:
-    return torch.is_tensor(one) and one.untyped_storage()._cdata == other.untyped_storage()._cdata

@@ -14,10 +14,12 @@ device.install()
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup  # noqa: E402
+from megatron.core.transformer.moe.moe_utils import permute  # noqa: E402
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig  # noqa: E402
 from llada_megatron.llada_moe.model import compiled, grouped  # noqa: E402
 from llada_megatron.llada_moe.model.experts import PermutedExperts, expert_weights  # noqa: E402
+from llada_megatron.llada_moe.model.layer import by_expert  # noqa: E402
 from llada_megatron.llada_moe.model.transformer import build_model  # noqa: E402
 from llada_megatron.parallel.build import add_to_main_gradients, transformer_config  # noqa: E402
 from tests.llada_moe.model.test_experts import MODEL, make, one_rank, outcome  # noqa: E402, F401
@@ -226,6 +228,25 @@ def test_a_rank_that_holds_all_experts_trains_as_with_the_dispatcher():
     assert found.keys() == expected.keys() and expected["router.weight"].abs().max() > 0
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=lambda said, name=name: f"{name}: {said}")
+
+
+def test_rows_are_ordered_by_expert_as_megatron_orders_them():
+    """Bit by bit, and so are the gradients."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(9, 5, generator=generator)
+    chosen = scores.argsort(dim=1) < 2
+    found = []
+    for ours in (False, True):
+        weights, tokens = (scores * chosen).requires_grad_(), scores.exp().requires_grad_()
+        if ours:
+            order, probs = by_expert(weights, chosen, 2)
+            places = order // 2
+            rows = tokens.index_select(0, places)
+        else:
+            rows, probs, places = permute(tokens, chosen, probs=weights, num_out_tokens=18)[:3]
+        (rows.square() * probs[:, None]).sum().backward()
+        found.append((places, rows, probs, tokens.grad, weights.grad))
+    assert all(map(torch.equal, *found))
 
 
 def test_matrices_in_another_order_are_copied():

@@ -85,3 +85,43 @@ def test_norms_on_the_device_are_added_up_there():
     assert torch.is_tensor(both) and both.shape == () and both == 5.0
     assert gradient_norm(optimizer(3.0, 4.0)) == 5.0
     assert gradient_norm(optimizer(3.0, 4.0, shared=True)) == gradient_norm(optimizer(3.0)) == "Megatron's own"
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_each_tensor_of_a_batch_is_copied_from_pinned_memory_where_there_is_a_gpu(monkeypatch, cuda):
+    from llada_megatron.llada_moe.model import transfer
+    from llada_megatron.llada_moe.objectives import make_objective
+    from llada_megatron.parallel.training import microbatches
+    from llada_megatron.tools.bench.parity import SyntheticData
+
+    pinned, copies, copy = [], [], torch.Tensor.to
+
+    def is_pinned(tensor):
+        return any(tensor is one for one in pinned)
+
+    def pin(tensor):
+        if not is_pinned(tensor):
+            pinned.append(tensor.clone())
+        return tensor if is_pinned(tensor) else pinned[-1]
+
+    def to(tensor, *arguments, **named):
+        if any(isinstance(argument, torch.device) for argument in arguments):
+            copies.append((is_pinned(tensor), named))
+        return copy(tensor, *arguments, **named)
+
+    alone = {"get_context_parallel_rank": 0, "get_context_parallel_world_size": 1, "is_pipeline_last_stage": True}
+    groups = {name: lambda value=value, **_: value for name, value in alone.items()}
+    monkeypatch.setattr(microbatches, "parallel_state", SimpleNamespace(**groups))
+    monkeypatch.setattr(microbatches, "_global_counts", lambda staged: staged[0].counts)
+    monkeypatch.setattr(transfer, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: cuda)))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    run = parity_run(DENSE, LayoutConfig())
+    objective, batch = make_objective(run.objective, run.training), SyntheticData(run).batch([0, 1])
+    staged = microbatches.stage(run.layout, batch, objective.pattern(0), never=(1,))
+    rows = [*vars(staged.targets).values(), *vars(staged.drafts).values()]
+    given = [staged.inputs, *filter(torch.is_tensor, rows)]
+    assert len(given) == 9 and {is_pinned(tensor) for tensor in given} == {cuda}
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    microbatches.prepare(objective, [staged], 0)
+    assert len(copies) == 9 + 3  # factors, mask ratios and counts of the step
+    assert all(copied == (cuda, {"non_blocking": True}) for copied in copies)

@@ -113,10 +113,15 @@ class DirectExperts(MoELayer):
         """Megatron's permutations around the experts, without its dispatcher: that moves tokens that are in their place
         once more, and lets the host wait for the number of each expert's tokens, which it does not need here."""
         weights, chosen = self.router(hidden_states)
-        tokens = hidden_states.flatten(0, 1)
-        rows = tokens.size(0) * self.config.moe_router_topk
-        fused = self.config.moe_permute_fusion
-        permuted, probs, places = permute(tokens, chosen, probs=weights, num_out_tokens=rows, fused=fused)[:3]
+        tokens, fused = hidden_states.flatten(0, 1), self.config.moe_permute_fusion
+        top_k = self.config.moe_router_topk
+        if fused:
+            rows = tokens.size(0) * top_k
+            permuted, probs, places = permute(tokens, chosen, probs=weights, num_out_tokens=rows, fused=True)[:3]
+        else:  # Megatron 0.16 would wait for the number of rows, which is known
+            order, probs = by_expert(weights, chosen, top_k)
+            places = order // top_k
+            permuted = tokens.index_select(0, places)
         computed, _ = self.experts(permuted, chosen.sum(dim=0), probs)
         out = unpermute(computed, places, restore_shape=tokens.shape, routing_map=chosen, fused=fused)
         out = out.view_as(hidden_states)
@@ -130,17 +135,31 @@ class DirectExperts(MoELayer):
         return torch.zeros_like(tokens).index_add_(0, token, computed)
 
     def _computed_at_once(self, tokens: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """All experts at once, in shapes that do not depend on the choice and without waiting for it: every token has
-        as many experts."""
+        """All experts at once, in shapes that do not depend on the choice and without waiting for it."""
         top_k = self.config.moe_router_topk
-        experts = chosen.to(torch.uint8).topk(top_k, dim=1).indices
-        order = experts.flatten().argsort(stable=True)  # by expert, as the experts take them
-        probs = weights.gather(1, experts).flatten()[order]
+        order, probs = by_expert(weights, chosen, top_k)
         ends = grouped.ends_of(chosen.sum(dim=0), tokens.device)
         first, second = (grouped.stacked(part) for part in expert_weights(self.experts))
         computed, _ = grouped.forward(tokens.index_select(0, order // top_k), probs, ends, first, second)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         return computed.index_select(0, place).view(-1, top_k, tokens.size(-1)).sum(dim=1)
+
+
+def by_expert(weights: torch.Tensor, chosen: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of all experts, as these take them: by expert, and of each in the order of the tokens.
+
+    The host does not wait: of every token as many experts are chosen.
+
+    Args:
+        weights: `[tokens, experts]`.
+        chosen: bool `[tokens, experts]`, `top_k` of each token.
+
+    Returns:
+        Places `[tokens * top_k]` in `[tokens, top_k]` flattened, and the weights `[tokens * top_k]` of these rows.
+    """
+    experts = chosen.to(torch.uint8).topk(top_k, dim=1).indices
+    order = experts.flatten().argsort(stable=True)
+    return order, weights.gather(1, experts).flatten().index_select(0, order)
 
 
 def rotary_table(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

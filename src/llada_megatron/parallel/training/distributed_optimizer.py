@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import optimizer as megatron
+from megatron.core.utils import local_multi_tensor_l2_norm
 
 from llada_megatron.llada_moe.config.optimizer import OptimizerConfig, learning_rate
 from llada_megatron.llada_moe.config.run import RunConfig
@@ -109,11 +110,38 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float | torch.Tensor:
     """
     parts = _parts(optimizer)
     if len(parts) == 1 or optimizer.grads_states_parallel_group_is_shared():
-        return optimizer.get_grad_norm()
-    norms = [part.get_grad_norm() for part in parts]
+        return _norm_of(parts, optimizer)
+    norms = [_norm_of([part], part) for part in parts]
     if not any(map(torch.is_tensor, norms)):
         return math.sqrt(sum(norm**2 for norm in norms))
     return torch.stack([torch.as_tensor(norm).reshape(()) for norm in norms]).square().sum().sqrt()
+
+
+def _norm_of(parts: list[MegatronOptimizer], whole: MegatronOptimizer) -> float | torch.Tensor:
+    """Norm of the gradients of optimizers that share the ranks of `whole`.
+
+    With neither Transformer Engine nor Apex, Megatron reads the norm of every parameter (core/utils.py:1206), a wait
+    for the GPU each; torch's takes that place there.
+    """
+    squares = torch.zeros(1, device=device.current())
+    if clip_grads.l2_norm_impl is not local_multi_tensor_l2_norm or not squares.is_cuda:
+        return whole.get_grad_norm()
+    gradients = [gradient for part in parts for gradient in _gradients(part)]
+    if gradients:
+        squares += torch.nn.utils.get_total_norm(gradients).square()
+    torch.distributed.all_reduce(squares, group=whole.get_grad_stats_parallel_group())
+    return squares.sqrt()
+
+
+def _gradients(part: MegatronOptimizer) -> list[torch.Tensor]:
+    """What counts for the norm, each once among the ranks (another name since megatron-core 0.19)."""
+    name = "get_grads_for_grad_norm" if hasattr(part, "get_grads_for_grad_norm") else "get_main_grads_for_grad_norm"
+    return getattr(part, name)()
+
+
+def clips_by_tensor() -> bool:
+    """Whether Megatron clips by a norm that is on the GPU: 0.19 does, with Transformer Engine."""
+    return getattr(clip_grads, "multi_tensor_scale_tensor_impl", None) is not None
 
 
 def clip_gradients(optimizer: MegatronOptimizer, norm: float | torch.Tensor) -> None:
@@ -121,6 +149,8 @@ def clip_gradients(optimizer: MegatronOptimizer, norm: float | torch.Tensor) -> 
 
     Megatron's `step` clips in the same way (0.16 optimizer.py:1308), but updates whatever the norm turns out to be.
     """
+    if not clips_by_tensor():
+        norm = float(norm)
     for part in _parts(optimizer):
         parameters = part.get_parameters()
         if parameters:

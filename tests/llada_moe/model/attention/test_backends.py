@@ -14,6 +14,7 @@ from llada_megatron.llada_moe.config.model import ModelConfig
 from llada_megatron.llada_moe.model.attention import (
     backends,
     engine_attention,
+    flex,
     packed_documents,
     packed_keys,
     per_document,
@@ -28,10 +29,15 @@ from llada_megatron.parallel import device
 from llada_megatron.parallel.build import transformer_config
 from llada_megatron.tools.bench.attention import attention_module, document_boundaries
 from llada_megatron.tools.bench.measurement import single_process, written_bytes
-from tests.llada_moe.model.attention.naive import Case
+from tests.host_waits import HostWaits
+from tests.llada_moe.model.attention.naive import Case, DoubledCase
 
 BLOCKS, DOUBLED = AttentionPattern(32), AttentionPattern(32, doubled=True)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def newest_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """The arguments of torch's function."""
 
 
 @pytest.fixture(autouse=True)
@@ -243,6 +249,33 @@ def test_no_value_of_a_tensor_is_asked_for(attend, block):
         out = attend(*tensors, packed, None)
         out.backward(torch.ones_like(out))
     assert out.shape == (32, 2, 32) and all(tensor.grad.shape == tensor.shape for tensor in tensors)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda q, k, v, packed: flex.block_mask(packed, q.device),
+        lambda q, k, v, packed: varlen.arguments(q, k, v, packed, 0.5, newest_varlen),
+        lambda q, k, v, packed: engine_attention.arguments(q, k, v, packed),
+        lambda q, k, v, packed: per_document.attend(q, k, v, packed, None),
+    ],
+    ids=["FlexAttention", "varlen", "Transformer Engine", "per document"],
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_host_waits_for_nothing_that_a_call_is_given(made, ranks):
+    packed = Case(32, ((5, 20, 7), (32,)), 1, 0, ranks, 4, 2).packed()
+    with HostWaits() as waits:
+        q, k, v = (
+            torch.randn(n, 2, heads, 8, device=device.current()) for n, heads in ((32 // ranks, 4), (32, 2), (32, 2))
+        )
+        made(q, k, v, packed)
+    assert waits.waits == {}, str(waits)
+
+
+def test_nor_for_the_tiles_of_doubled_sequences():
+    with HostWaits() as waits:
+        flex.block_mask(DoubledCase(64, ((5, 20, 7), (32,)), 6, 0, 1, 4, 2).packed(), device.current())
+    assert waits.waits == {}, str(waits)
 
 
 def test_only_the_last_batches_are_kept():

@@ -70,7 +70,5 @@ def _attend_window(
 
 def shadow_mask(window: Window, device: torch.device) -> torch.Tensor:
     """What the shadows of a window see: bool `[shadows, keys + shadows]`, false at each one's own position."""
-    seen = torch.ones(window.shadows, window.keys + window.shadows, dtype=torch.bool, device=device)
-    own = torch.arange(window.shadows, device=device)
-    seen[own, window.shadow_first + own] = False
-    return seen
+    own = torch.arange(window.shadow_first, window.shadow_first + window.shadows, device=device)
+    return own[:, None] != torch.arange(window.keys + window.shadows, device=device)

@@ -11,6 +11,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from llada_megatron.llada_moe.config.run import RunConfig
 from llada_megatron.parallel import device
+from llada_megatron.parallel.training.distributed_optimizer import clips_by_tensor
 from llada_megatron.parallel.training.recovery.policy import StepFault, find_fault
 from llada_megatron.parallel.training.state import RunState
 from llada_megatron.parallel.training.step import Losses, Norm, TrainingStep
@@ -90,6 +91,8 @@ class StepRunner:
         norm = self._step.norm()
         loss, clean_loss, grad_norm, stopping = self._agreed(losses, norm, stop())
         fault = find_fault(self._run.recovery, self._state.history, step + 1, loss, grad_norm)
+        if not clips_by_tensor():
+            norm = grad_norm  # the update would read it once more
         return StepAttempt(losses, loss, norm, grad_norm, stopping, fault, clean_loss)
 
     def _agreed(self, losses: Losses, norm: Norm, stop: bool) -> tuple[float, float, float, bool]:
