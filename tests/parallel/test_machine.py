@@ -177,11 +177,18 @@ def test_on_a_gpu_the_world_is_nccl_alone_and_connected_at_once(monkeypatch):
     calls = []
     monkeypatch.setattr(device, "cuda_available", lambda: True)
     monkeypatch.setattr(device, "current", lambda: torch.device("cpu"))
-    monkeypatch.setattr(topology, "_take_gpu", lambda rank: calls.append(("gpu", rank)))
+    monkeypatch.setattr(machine, "prepare", lambda: calls.append("prepared"))
+    monkeypatch.setattr(machine, "driver_fault", lambda: None)
+    monkeypatch.setattr(machine, "bind_to_gpu", lambda uuid: calls.append(f"near {uuid}"))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: calls.append(("gpu", number)))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid=f"GPU-{number}"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("waited"))
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda backend, **given: calls.append((backend, sorted(given)))
     )
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: calls.append("all_reduce"))
     topology.join(2, 8, "file:///store", 5.0)
-    assert calls == [("gpu", 2), ("nccl", ["init_method", "rank", "timeout", "world_size"]), "all_reduce", "waited"]
+    world = ("nccl", ["init_method", "rank", "timeout", "world_size"])
+    assert calls == ["prepared", ("gpu", 2), "near GPU-2", world, "all_reduce", "waited"]

@@ -33,8 +33,9 @@ def spread(name: str, overlap: bool, **training: object) -> RunConfig:
     return parity_run(MODELS[model], layout, **training)
 
 
-def course(run: RunConfig) -> tuple[list[float], list[torch.Tensor], int]:
-    """Losses, gradient norms and a validation; the weights that a checkpoint would hold; the number of buckets."""
+def course(run: RunConfig) -> tuple[list[float], list[torch.Tensor], int, int]:
+    """Losses, gradient norms and a validation; the weights that a checkpoint would hold; the number of buckets, and of
+    the modules that wait for their weights before they run."""
     from llada_megatron.llada_moe.objectives import make_objective
     from llada_megatron.parallel import build, topology
     from llada_megatron.parallel.training.distributed_optimizer import build_optimizer, set_learning_rate
@@ -60,7 +61,7 @@ def course(run: RunConfig) -> tuple[list[float], list[torch.Tensor], int]:
     RunState(run, step.objective, chunks, step.optimizer, []).save(SimpleNamespace(save=lambda *_: None))
     buckets = sum(len(group.buckets) for model in models for group in model.bucket_groups)
     weights = [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]
-    return figures, weights, buckets
+    return figures, weights, buckets, sum(len(model.remove_forward_pre_hook_handles) for model in models)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -68,7 +69,8 @@ def test_overlap_changes_no_number(name):
     plain = run_ranks(course, CASES[name][1].world_size, spread(name, overlap=False))
     overlapped = run_ranks(course, CASES[name][1].world_size, spread(name, overlap=True))
     assert overlapped[0][2] > 1  # the first stage has several buckets
-    for (figures, weights, _), (expected_figures, expected_weights, _) in zip(overlapped, plain, strict=True):
+    assert all(waiting > 0 for *_, waiting in overlapped) and not any(waiting for *_, waiting in plain)
+    for (figures, weights, *_), (expected_figures, expected_weights, *_) in zip(overlapped, plain, strict=True):
         assert figures == pytest.approx(expected_figures, rel=1e-6)
         for mine, expected in zip(weights, expected_weights, strict=True):
             torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-4)  # an update is 1e-2

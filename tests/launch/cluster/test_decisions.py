@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from llada_megatron.launch.cluster.agent import job_attempt
 from llada_megatron.launch.cluster.agent.decisions import (
     RankFault,
     RestartContext,
@@ -14,6 +16,7 @@ from llada_megatron.launch.cluster.agent.decisions import (
     cause,
     faults_of_exits,
 )
+from llada_megatron.launch.cluster.config import ClusterConfig
 from llada_megatron.launch.cluster.fit import node_counts, resized
 from llada_megatron.launch.cluster.node import expand_nodes
 from llada_megatron.launch.ranks.rank_reports import Failure
@@ -88,3 +91,15 @@ def test_a_run_goes_on_with_the_node_counts_that_its_batch_allows(tmp_path):
 def test_slurms_list_of_nodes():
     assert expand_nodes("n[01-03,7]x,m") == ["n01x", "n02x", "n03x", "n7x", "m"]
     assert expand_nodes("a[1-2]b[3-4]") == ["a1b3", "a1b4", "a2b3", "a2b4"]
+
+
+def test_each_rank_has_its_share_of_the_cores_unless_the_environment_says_otherwise(monkeypatch, tmp_path):
+    attempt, files = (
+        SimpleNamespace(cluster=ClusterConfig(ranks_per_node=2)),
+        SimpleNamespace(reports="r", heartbeats="h"),
+    )
+    monkeypatch.setattr(job_attempt, "threads_per_rank", lambda ranks: 16 // ranks)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert job_attempt.JobAttempt._environment(attempt, files)["OMP_NUM_THREADS"] == "8"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert job_attempt.JobAttempt._environment(attempt, files)["OMP_NUM_THREADS"] == "3"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from llada_megatron.llada_moe.errors import ResourceError
 from llada_megatron.llada_moe.model.patterns import AttentionPattern
 from llada_megatron.tools.bench.gpu import fp8_loss, precisions, workloads
 from llada_megatron.tools.bench.gpu.attention_speed import dense_mask
-from llada_megatron.tools.bench.gpu.kernel_profile import kind_of
+from llada_megatron.tools.bench.gpu.kernel_profile import host_waits, kind_of
 from llada_megatron.tools.bench.gpu.machine_figures import named_peak
 from llada_megatron.tools.bench.gpu.measured_machine import Machine
 from llada_megatron.tools.bench.gpu.workloads import document_boundaries, needed_bytes, workload
@@ -103,3 +104,18 @@ def test_the_peak_of_a_data_sheet_is_that_of_the_card():
         named_peak("NVIDIA GeForce RTX 4090", fp8=False) is None
         and named_peak("NVIDIA A100-SXM4-80GB", fp8=True) is None
     )
+
+
+def test_the_places_where_the_host_waits_are_counted_as_cuda_tells_them(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def step():
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    found = host_waits(step)
+    assert found["host_waits"] == 4 and found["places"].endswith(" 1") and "test_workloads.py" in found["places"]
+    assert modes == ["warn", "default"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from llada_megatron.tools.bench.gpu import workloads
 from llada_megatron.tools.bench.gpu.part_run import PartRun
 from llada_megatron.tools.bench.gpu.step_speed import built
 
-DOCUMENTS, CELL = 8, "step"
+DOCUMENTS, CELL, WAITS = 8, "step", "host waits of a step"
 LONGEST = 15
 
 KINDS = (
@@ -43,14 +45,16 @@ KINDS = (
 
 
 def profile(part: PartRun) -> None:
-    """One step of the MoE model, after one that is not counted."""
-    if not part.missing([CELL]):
+    """One step of the MoE model, after one that is not counted; on a GPU another one for where the host waits."""
+    if not part.missing([CELL, *([WAITS] if device.cuda_available() else [])]):
         return
     work = workloads.moe(part.machine.memory)
     batch = work.batch(DOCUMENTS)
     with built(work) as step, explained(work.run, step.models, step.optimizer):
         step.step_on(batch)
         part.measure(CELL, _figures, part, partial(step.step_on, batch))
+        if device.cuda_available():
+            part.measure(WAITS, host_waits, partial(step.step_on, batch))
 
 
 def _figures(part: PartRun, run: Callable[[], object]) -> dict[str, Any]:
@@ -62,6 +66,21 @@ def _figures(part: PartRun, run: Callable[[], object]) -> dict[str, Any]:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     message(f"{part.part.name}: the {len(lines)} longest kernels are in {path}")
     return {"device_seconds": total, **{f"share of {kind}": share for kind, share in by_kind(times).items()}}
+
+
+def host_waits(run: Callable[[], object]) -> dict[str, Any]:
+    """How often the host waits for the GPU, as CUDA counts it, and where; the reading of the loss is one."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    places = Counter(
+        f"{Path(each.filename).name}:{each.lineno}" for each in found if "synchronizing" in str(each.message)
+    )
+    return {"host_waits": places.total(), "places": ", ".join(f"{place} {n}" for place, n in places.most_common(20))}
 
 
 def kernel_times(run: Callable[[], object]) -> Counter[str]:
