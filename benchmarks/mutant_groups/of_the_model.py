@@ -325,7 +325,7 @@ GROUPS: list[Group] = [
             (".scatter_(1, chosen, False)", ".scatter_(1, chosen[:, 1:], False)"),
             ("torch.distributed.ReduceOp.MAX", "torch.distributed.ReduceOp.MIN"),
             ("[place * seq : (place + 1) * seq]", "[:seq]"),
-            ("facts = self.pattern, self.block_size", "facts = self.block_size,"),
+            ("facts = self.pattern, self.block_size,", "facts = self.block_size,"),
             (".sigmoid().flatten(0, 1) + self.expert_bias", ".sigmoid().flatten(0, 1)"),
         ],
     ),
