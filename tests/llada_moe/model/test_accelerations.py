@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import sys
 
 import pytest
@@ -17,6 +18,8 @@ from tests import te_stub
 def unsettled(monkeypatch):
     """As in a new process: nothing is settled, and no part of the libraries is loaded or hidden."""
     monkeypatch.setattr(accelerations, "_settled", {})
+    for name in accelerations.CUDNN_VARIABLES:  # which deciding may set
+        monkeypatch.setenv(name, os.environ.get(name, ""))
     roots = {root for names in accelerations._ROOTS.values() for root in names}
 
     def loaded():
@@ -46,9 +49,9 @@ CASES = {
         False,
         "undefined symbol: _ZN3c10; most likely it",
     ),
-    "no GPU": ({}, False, False, "hidden from Megatron: no usable GPU"),
+    "no GPU": ({}, False, False, "no usable GPU; it was not imported, so whether a machine with one could use it is not"),
     "too old": ({"version": "2.12.0"}, True, True, "2.12.0 is older than 2.15"),
-    "used": ({}, True, True, "grouped experts"),
+    "used": ({}, True, True, "fused kernels, experts in FP8 and float32"),
 }
 
 
@@ -151,6 +154,7 @@ def test_the_cudnn_of_torch_is_loaded_before_transformer_engine_looks_for_one(mo
 
     monkeypatch.setattr(accelerations.ctypes, "CDLL", load)
     monkeypatch.setattr(accelerations.torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.delenv("CUDNN_HOME", raising=False)
     monkeypatch.setenv("CUDNN_PATH", "/opt/cudnn")
     accelerations._load_cudnn_of_torch()
     assert loaded == [] and "CUDNN_HOME" not in accelerations.os.environ

@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from packaging.version import InvalidVersion, Version
 
+from llada_megatron.llada_moe.model.grouped import GROUPED_MM
+
 OLDEST_WHOLE_TRANSFORMER_ENGINE = Version("2.15")
 """Before it Megatron finds no `multi_tensor_scale_tensor` and clips gradients one parameter after the other."""
 CUDNN_VARIABLES = ("CUDNN_HOME", "CUDNN_PATH")
@@ -90,7 +92,8 @@ def decide_transformer_engine(cuda: bool) -> Acceleration:
         return Acceleration(False, "not installed (docs/cluster.md has the two commands)")
     version = _version("transformer-engine")
     if not cuda:
-        return Acceleration(False, "installed, hidden from Megatron: no usable GPU", version)
+        unknown = "it was not imported, so whether a machine with one could use it is not known"
+        return Acceleration(False, f"installed, hidden from Megatron: no usable GPU; {unknown}", version)
     _load_cudnn_of_torch()
     try:
         importlib.import_module("transformer_engine.pytorch")
@@ -183,6 +186,11 @@ def hide(library: str) -> None:
         sys.modules[root] = None  # type: ignore[assignment]
 
 
+def in_words(found: Acceleration) -> str:
+    """Version, and what it is used for or why it is not, in one clause."""
+    return f"{found.version}: {found.detail}" if found.version else found.detail
+
+
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
@@ -191,7 +199,8 @@ def _version(distribution: str) -> str | None:
 
 
 def _age(version: str | None) -> str:
-    used = "linear layers, norms, grouped experts, optimizer, fused kernels"
+    where = "FP8 and float32" if GROUPED_MM is not None else "every precision"  # else torch's grouped_mm, in bfloat16
+    used = f"linear layers, norms, optimizer, fused kernels, experts in {where}"
     try:
         old = version is not None and Version(version) < OLDEST_WHOLE_TRANSFORMER_ENGINE
     except InvalidVersion:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llada_megatron.llada_moe.config.fp8 import FP8Config
 from llada_megatron.llada_moe.errors import ConfigError, ResourceError
+from llada_megatron.parallel.machine import driver_fault
 
 if TYPE_CHECKING:
     from llada_megatron.llada_moe.planning.gpu_sheet import GpuSheet
@@ -94,7 +95,7 @@ def require_device(fp8: FP8Config | None, key: str = "training.fp8", instead: st
         instead: how to do without.
 
     Raises:
-        ResourceError: there is no GPU, it has no such FP8, or Transformer Engine cannot be used here.
+        ResourceError: there is no GPU, or one that its driver keeps torch from, it has no such FP8, or Transformer Engine cannot be used here.
     """
     if fp8 is None:
         return
@@ -103,6 +104,9 @@ def require_device(fp8: FP8Config | None, key: str = "training.fp8", instead: st
     from llada_megatron.llada_moe.model.accelerations import transformer_engine
 
     if not torch.cuda.is_available():
+        fault = driver_fault()
+        if fault:
+            raise ResourceError(fault)
         raise ResourceError(f"{key} (recipe {fp8.recipe}) needs a GPU with FP8, and none can be seen here; {instead}")
     for index in range(torch.cuda.device_count()):
         reason = obstacle(fp8.recipe, torch.cuda.get_device_capability(index), torch.version.cuda or "0", instead)
