@@ -131,21 +131,46 @@ def _load_cudnn_of_torch() -> None:
 
 
 def decide_flash_attention(cuda: bool, transformer_engine: bool) -> Acceleration:
-    """Whether the flash-attn package can be chosen: nothing but Transformer Engine's attention calls it."""
-    if not present("flash_attn"):
+    """Which flash-attn package can be chosen: nothing but Transformer Engine's attention calls one, and it says which of
+    those that are installed it takes."""
+    versions = {number: _version(name) for number, name in _FLASH_ATTENTION.items()}
+    installed = ", ".join(version for version in versions.values() if version)
+    if not installed:
         return Acceleration(False, "not installed, not needed")
-    version = _version("flash-attn")
     if not cuda:
-        return Acceleration(False, "installed, but there is no usable GPU", version)
+        return Acceleration(False, "installed, but there is no usable GPU", installed)
     if not transformer_engine:
-        return Acceleration(False, "installed, but only Transformer Engine's attention calls it", version)
+        return Acceleration(False, "installed, but only Transformer Engine's attention calls it", installed)
+    if os.environ.get("NVTE_FLASH_ATTN") == "0":
+        return Acceleration(False, "installed, but NVTE_FLASH_ATTN=0 forbids it", installed)
     try:
-        importlib.import_module("flash_attn")
-    except Exception as error:
-        return Acceleration(
-            False, f"installed, but its import fails: {type(error).__name__}: {_first_line(error)}", version
-        )
-    return Acceleration(True, "one of the kernels that Transformer Engine's attention chooses from", version)
+        taken = importlib.import_module(f"{_DOT_PRODUCT_ATTENTION}.utils").FlashAttentionUtils
+    except (ImportError, AttributeError):
+        return Acceleration(False, "installed; whether this Transformer Engine takes it is not known", installed)
+    capability = torch.cuda.get_device_capability()
+    usable = [number for number in _by_preference(capability) if getattr(taken, _TAKEN[number], False)]
+    if not usable:
+        least = taken.version_required_blackwell if capability >= (10, 0) else taken.version_required
+        accepted = f">= {least}, < {taken.max_version}"
+        return Acceleration(False, f"installed, but Transformer Engine takes flash-attn {accepted} here", installed)
+    if capability < (9, 0):
+        return Acceleration(True, "Transformer Engine prefers it to cuDNN's attention on this GPU", versions[usable[0]])
+    detail = "used where cuDNN's attention, which Transformer Engine prefers on this GPU, cannot serve"
+    return Acceleration(True, detail, versions[usable[0]])
+
+
+_FLASH_ATTENTION = {4: "flash-attn-4", 3: "flash-attn-3", 2: "flash-attn"}
+"""Distributions of flash-attn by the number of its algorithm."""
+_DOT_PRODUCT_ATTENTION = "transformer_engine.pytorch.attention.dot_product_attention"
+_TAKEN = {4: "v4_is_installed", 3: "v3_is_installed", 2: "is_installed"}
+"""What Transformer Engine remembers of those that it found and takes."""
+
+
+def _by_preference(capability: tuple[int, int]) -> tuple[int, ...]:
+    """Those that a GPU can run, first what Transformer Engine 2.20 prefers (`get_attention_backend`)."""
+    if capability == (9, 0):
+        return (3, 4, 2)
+    return (4, 2) if capability > (9, 0) else (2,)
 
 
 def decide_apex(cuda: bool, transformer_engine: bool) -> Acceleration:
