@@ -144,6 +144,7 @@ AFTER_CUDNN = "used where cuDNN's attention, which Transformer Engine prefers on
         ({"flash-attn": "2.7.1"}, (), True, True, (10, 0), None, "takes flash-attn >= 2.7.3, < 2.8.4"),
         (ALL, (2, 3, 4), True, True, (9, 0), "3.0.0", AFTER_CUDNN),
         (ALL, (2, 3, 4), True, True, (10, 0), "4.0.0b11", AFTER_CUDNN),
+        (ALL, (2, 3), True, True, (10, 0), "2.8.3", AFTER_CUDNN),
         (ALL, (2, 3, 4), True, True, (8, 0), "2.8.3", PREFERRED),
         (ALL, (2, 4), True, True, (9, 0), "4.0.0b11", AFTER_CUDNN),
     ],

@@ -131,8 +131,8 @@ def _load_cudnn_of_torch() -> None:
 
 
 def decide_flash_attention(cuda: bool, transformer_engine: bool) -> Acceleration:
-    """Which flash-attn package can be chosen: nothing but Transformer Engine's attention calls one, and it says which of
-    those that are installed it takes."""
+    """Which flash-attn package can be chosen: only Transformer Engine's attention calls one, and it says which of those
+    that are installed it takes."""
     versions = {number: _version(name) for number, name in _FLASH_ATTENTION.items()}
     installed = ", ".join(version for version in versions.values() if version)
     if not installed:

@@ -95,7 +95,8 @@ def require_device(fp8: FP8Config | None, key: str = "training.fp8", instead: st
         instead: how to do without.
 
     Raises:
-        ResourceError: there is no GPU, or one that its driver keeps torch from, it has no such FP8, or Transformer Engine cannot be used here.
+        ResourceError: there is no GPU, or one that its driver keeps torch from, it has no such FP8, or Transformer
+            Engine cannot be used here.
     """
     if fp8 is None:
         return
