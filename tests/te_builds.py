@@ -10,7 +10,7 @@ and a result has, for the chunks of that rank, `config` (the layers' Transformer
 `modules` (class of each Transformer Engine module → its numbers by `fuse_wgrad_accumulation`, "fused" or "plain"),
 `output_layer` (whether its gradient is fused; None = not on this stage), `recipe` (class of the FP8 recipe that the
 layers are run with), `parameters`, `padded` (classes of the modules whose input gets rows until FP8 can tile it) and
-`devices`; or `error`, what building raised.
+`devices`; `experts`, the class of each MoE layer's experts; or `error`, what building raised.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def summary(chunks: list[Any]) -> dict[str, Any]:
         "recipe": recipe(config),
         "parameters": sum(parameter.numel() for parameter in parameters),
         "padded": sorted({type(m).__name__ for chunk in chunks for m in chunk.modules() if "forward" in vars(m)}),
+        "experts": [type(m.experts).__name__ for chunk in chunks for m in chunk.modules() if hasattr(m, "experts")],
         "devices": sorted({str(parameter.device) for parameter in parameters}),
     }
 

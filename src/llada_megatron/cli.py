@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, ModuleType
 
-from llada_megatron import __version__, completion
+from llada_megatron import __version__, completion, memory_ran_out
 from llada_megatron.console import emit_json, error, message
 from llada_megatron.llada_moe.errors import LladaError
 from llada_megatron.report_address import how_to_report
@@ -164,9 +164,12 @@ def guarded(command: Callable[[], int], args: argparse.Namespace) -> int:
         return INTERRUPTED
     except BrokenPipeError as failure:
         return BROKEN_PIPE if _reader_left() else _report(failure, args, 1)
-    except (LladaError, OSError) as failure:
-        return _report(failure, args, getattr(failure, "exit_code", 1))
     except Exception as failure:
+        short = memory_ran_out.recognised(failure)
+        if short is not None:
+            return _report(failure, args, short.exit_code, text=f"{short}; {memory_ran_out.what_to_lower(args)}")
+        if isinstance(failure, LladaError | OSError):
+            return _report(failure, args, getattr(failure, "exit_code", 1))
         args.traceback = True
         return _report(failure, args, 1, f"this is a defect in llada; {how_to_report()}: ")
 
@@ -218,10 +221,10 @@ def _reader_left() -> bool:
     return True
 
 
-def _report(failure: Exception, args: argparse.Namespace, code: int, prefix: str = "") -> int:
+def _report(failure: Exception, args: argparse.Namespace, code: int, prefix: str = "", text: str = "") -> int:
     if args.traceback:
         traceback.print_exception(failure)
-    text = str(failure) or type(failure).__name__
+    text = text or str(failure) or type(failure).__name__
     error(prefix + text)
     if args.json:
         emit_json({"error": text, "exit_code": code})

@@ -49,6 +49,22 @@ def announcement(run: RunConfig, here: bool = True) -> str:
     return "; ".join(parts)
 
 
+def kernels() -> str | None:
+    """Whose kernels this process computes with, in one line, and why not with Transformer Engine's where these are
+    installed; None without a GPU."""
+    import torch
+
+    from llada_megatron.llada_moe.model.accelerations import apex, in_words, transformer_engine
+
+    if not torch.cuda.is_available():
+        return None
+    engine, other = transformer_engine(), apex()
+    if engine.active:
+        return f"kernels: Transformer Engine {in_words(engine)}"
+    taken = f"torch, and Apex {in_words(other)}" if other.active else "torch"
+    return f"kernels: {taken}; Transformer Engine is not used: {in_words(engine)}"
+
+
 def _steps_done(run: RunConfig) -> int:
     found = steps(Path(run.output_dir) / "checkpoints")
     return min(found[0][0], run.training.steps) if found else 0

@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     run, cluster = load_run(args.config, args.overrides, message), load_cluster(args.cluster)
     check_inputs(args.config, run)
     nodes = fit.nodes_needed(run, cluster, args.cluster)
+    fit.check_fp8(run, cluster, args.cluster)
     for warning in fit.layout_warnings(run, cluster):
         message(f"warning: {warning}")
     output_dir = Path(os.path.abspath(run.output_dir))  # so that `.` and `..` get the name of their folder

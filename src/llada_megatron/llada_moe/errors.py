@@ -25,3 +25,7 @@ class CheckpointError(LladaError):
 
 class ResourceError(LladaError):
     """The machine cannot give what was asked for: devices, memory or disk."""
+
+
+class MemoryRanOutError(ResourceError):
+    """Memory of a GPU or of the machine ran out; says where, and the command line adds what to lower."""

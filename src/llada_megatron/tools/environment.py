@@ -211,7 +211,9 @@ def environment_variables(values: dict[str, str]) -> dict[str, str]:
 
 
 def _library(found: Acceleration) -> dict[str, Any]:
-    return _state(found.active, f"{found.version}: {found.detail}" if found.version else found.detail)
+    from llada_megatron.llada_moe.model.accelerations import in_words
+
+    return _state(found.active, in_words(found))
 
 
 def _state(active: bool, detail: str) -> dict[str, Any]:

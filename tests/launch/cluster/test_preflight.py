@@ -14,6 +14,7 @@ import torch
 from llada_megatron.launch.cluster.config import ClusterConfig, PreflightConfig
 from llada_megatron.launch.cluster.job import JobDirectory, Verdict
 from llada_megatron.launch.cluster.node import Node
+from llada_megatron.launch.cluster.preflight import device_checks
 from llada_megatron.launch.cluster.preflight.node_report import Disk, NodeReport
 from llada_megatron.launch.cluster.preflight.verdict import (
     differences,
@@ -23,6 +24,7 @@ from llada_megatron.launch.cluster.preflight.verdict import (
     skews_from_median,
     unreachable,
 )
+from llada_megatron.llada_moe.model.accelerations import Acceleration
 from tests.launch.cluster.agents import Job
 
 GPU = {"name": "H", "free_gb": 79.0, "total_gb": 80.0, "exact": True, "tflops": 600.0}
@@ -61,6 +63,21 @@ def test_one_bad_node_is_left_out_but_not_all_of_them():
     differ = differences([WELL, replace(WELL, node="n1", versions={"torch": "2.12.0"})])
     assert differ == ["torch: 2.13.0 on n0; 2.12.0 on n1"]
     assert judge(bad, differ, ["n0", "n1"]).status == "failed"
+
+
+def test_a_node_whose_transformer_engine_is_broken_is_named(monkeypatch):
+    reports = []
+    for node, state in (
+        ("n0", Acceleration(True, "linear layers", "2.20.2")),
+        ("n1", Acceleration(False, "installed, but its import fails: ImportError: undefined symbol", "2.20.2")),
+    ):
+        monkeypatch.setattr(device_checks, "transformer_engine", lambda state=state: state)
+        reports.append(replace(WELL, node=node, versions=device_checks.versions()))
+    assert reports[0].versions["apex"]
+    assert differences(reports) == [
+        "Transformer Engine: 2.20.2: linear layers on n0; 2.20.2: installed, but its import fails: ImportError: "
+        "undefined symbol on n1"
+    ]
 
 
 def test_what_most_nodes_have_is_not_their_fault_and_a_broken_device_is():

@@ -184,3 +184,22 @@ def test_an_unbalanced_quote_is_found_in_the_dry_run(place, capsys):
     arguments = ["submit", str(RUNS / "demo.yaml"), "--cluster", "c.yaml", *SMALL, "--dry-run"]
     assert cli.main(arguments) == 2
     assert "c.yaml:4: setup.1: bash cannot read this: unexpected EOF" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cluster", "recipe", "why"),
+    [
+        ("dgx-h100", "mxfp8", "mxfp8 cannot run on H100 SXM 80 GB (gpu of dgx-h100): recipe mxfp8 needs compute"),
+        ("cpu", "tensorwise", "tensorwise needs GPUs with FP8, and nodes of cpu have none"),
+        ("dgx-h100", "tensorwise", None),
+    ],
+)
+def test_fp8_that_the_cluster_cannot_run_is_refused_also_in_a_dry_run(place, capsys, cluster, recipe, why):
+    run = str(RUNS / "llada-8b-pretrain.yaml")
+    found = cli.main(["submit", run, "--cluster", cluster, "--dry-run", f"training.fp8.recipe={recipe}"])
+    said = capsys.readouterr()
+    if why is None:
+        assert found == 0 and "fp8" not in said.err
+        return
+    assert found == 2 and not said.out
+    assert "training.fp8.recipe: " + why in said.err and "remove training.fp8" in said.err

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +19,8 @@ from tests import te_stub
 def unsettled(monkeypatch):
     """As in a new process: nothing is settled, and no part of the libraries is loaded or hidden."""
     monkeypatch.setattr(accelerations, "_settled", {})
+    for name in accelerations.CUDNN_VARIABLES:  # which deciding may set
+        monkeypatch.setenv(name, os.environ.get(name, ""))
     roots = {root for names in accelerations._ROOTS.values() for root in names}
 
     def loaded():
@@ -46,9 +50,14 @@ CASES = {
         False,
         "undefined symbol: _ZN3c10; most likely it",
     ),
-    "no GPU": ({}, False, False, "hidden from Megatron: no usable GPU"),
+    "no GPU": (
+        {},
+        False,
+        False,
+        "no usable GPU; it was not imported, so whether a machine with one could use it is not",
+    ),
     "too old": ({"version": "2.12.0"}, True, True, "2.12.0 is older than 2.15"),
-    "used": ({}, True, True, "grouped experts"),
+    "used": ({}, True, True, "fused kernels, experts in FP8 and float32"),
 }
 
 
@@ -117,22 +126,43 @@ def test_which_apex_it_is(tmp_path, unsettled, folders, extension, cuda, engine,
     assert not accelerations.present("apex")
 
 
+ALL = {"flash-attn": "2.8.3", "flash-attn-3": "3.0.0", "flash-attn-4": "4.0.0b11"}
+V2 = {"flash-attn": "2.8.3"}
+PREFERRED = "Transformer Engine prefers it to cuDNN's attention"
+AFTER_CUDNN = "used where cuDNN's attention, which Transformer Engine prefers on this GPU, cannot serve"
+
+
 @pytest.mark.parametrize(
-    ("text", "cuda", "engine", "active", "detail"),
+    ("installed", "taken", "cuda", "engine", "capability", "version", "detail"),
     [
-        ("", True, True, True, "chooses from"),
-        ("", True, False, False, "only Transformer Engine's attention"),
-        ("", False, False, False, "no usable GPU"),
-        ("raise ImportError('undefined symbol: x')", True, True, False, "ImportError: undefined symbol: x"),
+        ({}, (), True, True, (9, 0), None, "not installed"),
+        (V2, (2,), False, False, (9, 0), None, "no usable GPU"),
+        (V2, (2,), True, False, (9, 0), None, "only Transformer Engine's attention"),
+        (V2, (2,), True, True, (9, 0), "2.8.3", AFTER_CUDNN),
+        (V2, (2,), True, True, (8, 0), "2.8.3", PREFERRED),
+        ({"flash-attn": "2.8.4"}, (), True, True, (8, 0), None, "takes flash-attn >= 2.1.1, < 2.8.4"),
+        ({"flash-attn": "2.7.1"}, (), True, True, (10, 0), None, "takes flash-attn >= 2.7.3, < 2.8.4"),
+        (ALL, (2, 3, 4), True, True, (9, 0), "3.0.0", AFTER_CUDNN),
+        (ALL, (2, 3, 4), True, True, (10, 0), "4.0.0b11", AFTER_CUDNN),
+        (ALL, (2, 3), True, True, (10, 0), "2.8.3", AFTER_CUDNN),
+        (ALL, (2, 3, 4), True, True, (8, 0), "2.8.3", PREFERRED),
+        (ALL, (2, 4), True, True, (9, 0), "4.0.0b11", AFTER_CUDNN),
     ],
 )
-def test_flash_attention(tmp_path, unsettled, text, cuda, engine, active, detail):
-    (tmp_path / "flash_attn.py").write_text(text)
-    unsettled.syspath_prepend(tmp_path)
-    unsettled.delitem(sys.modules, "flash_attn", raising=False)
+def test_which_flash_attention(unsettled, installed, taken, cuda, engine, capability, version, detail):
+    """`taken` stands for what Transformer Engine found usable when it was imported."""
+    utils = SimpleNamespace(version_required="2.1.1", version_required_blackwell="2.7.3", max_version="2.8.4")
+    utils.is_installed, utils.v3_is_installed, utils.v4_is_installed = (number in taken for number in (2, 3, 4))
+    module = SimpleNamespace(FlashAttentionUtils=utils)
+    unsettled.setitem(sys.modules, f"{accelerations._DOT_PRODUCT_ATTENTION}.utils", module)
+    unsettled.setattr(accelerations, "_version", installed.get)
+    unsettled.setattr(accelerations.torch.cuda, "get_device_capability", lambda: capability)
     state = accelerations.decide_flash_attention(cuda, engine)
-    sys.modules.pop("flash_attn", None)
-    assert state.active is active and detail in state.detail
+    assert state.active is (version is not None) and detail in state.detail
+    if version is not None:
+        assert state.version == version
+        unsettled.setenv("NVTE_FLASH_ATTN", "0")
+        assert not accelerations.decide_flash_attention(cuda, engine).active
 
 
 def test_the_cudnn_of_torch_is_loaded_before_transformer_engine_looks_for_one(monkeypatch, tmp_path):
@@ -151,6 +181,7 @@ def test_the_cudnn_of_torch_is_loaded_before_transformer_engine_looks_for_one(mo
 
     monkeypatch.setattr(accelerations.ctypes, "CDLL", load)
     monkeypatch.setattr(accelerations.torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.delenv("CUDNN_HOME", raising=False)
     monkeypatch.setenv("CUDNN_PATH", "/opt/cudnn")
     accelerations._load_cudnn_of_torch()
     assert loaded == [] and "CUDNN_HOME" not in accelerations.os.environ

@@ -101,6 +101,32 @@ def test_builds_with_the_recipe_that_is_meant(results, family, recipe, layout):
     assert {name: got["config"][name] for name in meant} == meant
 
 
+@pytest.mark.parametrize(("family", "recipe", "layout"), CASES)
+def test_every_fusion_is_as_meant_and_experts_are_transformer_engines(results, family, recipe, layout):
+    """Experts above all: torch's grouped products, which a run in bf16 takes, know no FP8."""
+    got = results[family, recipe, layout]
+    moe = family not in ("llada", "qwen3")
+    meant = {
+        "gradient_accumulation_fusion": True,
+        "bias_activation_fusion": True,
+        "apply_rope_fusion": True,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "bias_dropout_fusion": False,
+        "moe_grouped_gemm": moe,
+        "moe_permute_fusion": moe,
+        "moe_router_fusion": moe,
+    }
+    assert {name: got["config"][name] for name in meant} == meant and got["output_layer"] is False
+    layers = 1 if layout == "PP2" else 2
+    with_experts = (1 if family == "llada2" else layers) if moe else 0  # llada2's first layer is dense
+    assert got["experts"] == ["TEGroupedMLP"] * with_experts
+    for name in ("TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"):
+        assert got["modules"].get(name, {}) == ({"fused": with_experts} if moe else {})
+    attention = got["modules"]["TERowParallelLinear"]["fused"], got["modules"]["TEColumnParallelLinear"]["fused"]
+    assert attention[0] == attention[1] >= layers and "plain" not in got["modules"]["TERowParallelLinear"]
+
+
 @pytest.mark.parametrize("run", ["llada-8b-pretrain", "llada-moe-7b-a1b-pretrain", "llada2-mini-pretrain"])
 @pytest.mark.parametrize("recipe", CLASSES)
 def test_the_shipped_runs_can_be_in_fp8(run, recipe):

@@ -25,9 +25,11 @@ from tests.corpora import model_for, prepared_set
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[3]
-HISTORY, EXPERTS = 4, 4
+HISTORY, EXPERTS, LAYERS = 4, 4, 2
 EP2 = LayoutConfig(data_parallel=2, expert_parallel=2)
 TP2 = LayoutConfig(tensor_parallel=2, sequence_parallel=True)
+PP2 = LayoutConfig(pipeline_parallel=2)
+CP2 = LayoutConfig(context_parallel=2)
 DELAYED = FP8Config(recipe="delayed", amax_history_length=HISTORY)
 
 
@@ -38,60 +40,77 @@ def use_fake_engine(recipe=None):
     fp8_utils.get_fp8_context = lambda *_, **__: contextlib.nullcontext()
 
 
-def facts(chunk):
-    """Scales and histories by layer, the experts' by operand and global expert; equal layouts hold equal ones."""
+def facts(chunks):
+    """Scales and histories by layer of the model, the experts' by operand and global expert; equal layouts hold equal
+    ones."""
     from megatron.core import parallel_state
 
-    layer, first = chunk.decoder.layers[0], 0
-    experts = layer.linear_fc1.num_gemms
-    first = parallel_state.get_expert_model_parallel_rank() * experts
     found = {}
-    for key, operands in (("scaling_fwd", 3), ("scaling_bwd", 2)):
-        dense, grouped = layer.linear_qkv.fp8_meta[key], layer.linear_fc1.fp8_meta[key]
-        found[key] = (dense.scale.tolist(), dense.amax_history.tolist())
-        for expert in range(experts):
-            own = slice(expert * operands, (expert + 1) * operands)  # as GroupedLinear counts its quantizers
-            found[key, first + expert] = (grouped.scale[own].tolist(), grouped.amax_history[:, own].tolist())
+    for number, layer in layers_of(chunks):
+        experts = layer.linear_fc1.num_gemms
+        first = parallel_state.get_expert_model_parallel_rank() * experts
+        for key, operands in (("scaling_fwd", 3), ("scaling_bwd", 2)):
+            dense, grouped = layer.linear_qkv.fp8_meta[key], layer.linear_fc1.fp8_meta[key]
+            found[number, key] = (dense.scale.tolist(), dense.amax_history.tolist())
+            for expert in range(experts):
+                own = slice(expert * operands, (expert + 1) * operands)  # as GroupedLinear counts its quantizers
+                maxima = grouped.amax_history[:, own].tolist()
+                found[number, key, first + expert] = (grouped.scale[own].tolist(), maxima)
     return found
 
 
-def fill(chunk):
-    """Values that tell the operand, the row and the global expert."""
+def layers_of(chunks):
+    return [(layer.layer_number - 1, layer) for chunk in chunks for layer in chunk.decoder.layers]
+
+
+def fill(chunks):
+    """Values that tell the layer, the operand, the row and the global expert."""
     import torch
     from megatron.core import parallel_state
 
-    layer = chunk.decoder.layers[0]
-    first = parallel_state.get_expert_model_parallel_rank() * layer.linear_fc1.num_gemms
-    for number, (key, operands) in enumerate((("scaling_fwd", 3), ("scaling_bwd", 2))):
-        for module, offset in ((layer.linear_qkv, 0), (layer.linear_fc1, 1000 * (1 + first))):
-            state = module.fp8_meta[key]
-            columns = torch.arange(state.scale.numel())
-            values = 100.0 * number + columns % operands + 1000 * (columns // operands) + offset
-            state.scale.copy_(values)
-            state.amax_history.copy_(values + 10 * (1 + torch.arange(state.amax_history.size(0)))[:, None])
+    for layer_number, layer in layers_of(chunks):
+        first = parallel_state.get_expert_model_parallel_rank() * layer.linear_fc1.num_gemms
+        for number, (key, operands) in enumerate((("scaling_fwd", 3), ("scaling_bwd", 2))):
+            for module, offset in ((layer.linear_qkv, 0), (layer.linear_fc1, 1000 * (1 + first))):
+                state = module.fp8_meta[key]
+                columns = torch.arange(state.scale.numel())
+                values = 100.0 * number + columns % operands + 1000 * (columns // operands) + offset
+                values += 10_000 * layer_number
+                state.scale.copy_(values)
+                state.amax_history.copy_(values + 10 * (1 + torch.arange(state.amax_history.size(0)))[:, None])
+
+
+def chunks_of_stage(layout, history):
+    """A chunk for each layer of this pipeline stage."""
+    from megatron.core import parallel_state
+
+    from tests.parallel.fp8.fp8_modules import chunk_of
+
+    each = LAYERS // layout.pipeline_parallel
+    first = each * parallel_state.get_pipeline_model_parallel_rank()
+    return [chunk_of(history, EXPERTS // layout.expert_parallel, layer) for layer in range(first, first + each)]
 
 
 def save_or_load(layout, folder, saving, history=HISTORY):
     from llada_megatron.parallel import topology
     from llada_megatron.parallel.checkpoint.store import CheckpointStore
     from llada_megatron.parallel.fp8 import fp8_state
-    from tests.parallel.fp8.fp8_modules import chunk_of
 
     topology.initialize(layout, 0)
     use_fake_engine()
-    chunk = chunk_of(history, EXPERTS // layout.expert_parallel)
-    fp8_state.prepare([chunk])
+    chunks = chunks_of_stage(layout, history)
+    fp8_state.prepare(chunks)
     store = CheckpointStore(Path(folder), 2, False)
     if saving:
-        fill(chunk)
-        store.save(1, {"fp8": fp8_state.scaling_state([chunk])}, {"step": 1})
+        fill(chunks)
+        store.save(1, {"fp8": fp8_state.scaling_state(chunks)}, {"step": 1})
     else:
-        before = [id(tensor) for tensor in fp8_state.scaling_tensors([chunk])]
-        template = fp8_state.scaling_state([chunk], HISTORY)
+        before = [id(tensor) for tensor in fp8_state.scaling_tensors(chunks)]
+        template = fp8_state.scaling_state(chunks, HISTORY)
         state, _ = store.load(store.directory_of(1), {"fp8": template})
-        fp8_state.load_scaling_state([chunk], state["fp8"])
-        assert [id(tensor) for tensor in fp8_state.scaling_tensors([chunk])] == before  # the engine holds on to them
-    return facts(chunk)
+        fp8_state.load_scaling_state(chunks, state["fp8"])
+        assert [id(tensor) for tensor in fp8_state.scaling_tensors(chunks)] == before  # the engine holds on to them
+    return facts(chunks)
 
 
 @pytest.fixture(scope="module")
@@ -100,23 +119,36 @@ def saved(tmp_path_factory):
     return folder, run_ranks(save_or_load, 2, EP2, str(folder), True)
 
 
+def stage_of(whole, stage):
+    return {key: value for key, value in whole.items() if key[0] == stage}
+
+
 def test_every_layout_reads_what_another_saved(saved):
     folder, (first, second) = saved
     whole = first | second
-    assert len(whole) == 2 + 2 * EXPERTS and first["scaling_fwd"] == second["scaling_fwd"]
-    assert whole["scaling_bwd", 3][0] == [4100.0, 4101.0]
+    assert len(whole) == LAYERS * (2 + 2 * EXPERTS) and first[0, "scaling_fwd"] == second[0, "scaling_fwd"]
+    assert whole[0, "scaling_bwd", 3][0] == [4100.0, 4101.0] and whole[1, "scaling_bwd", 3][0] == [14100.0, 14101.0]
     assert run_ranks(save_or_load, 1, LayoutConfig(), str(folder), False) == [whole]
-    assert run_ranks(save_or_load, 2, TP2, str(folder), False) == [whole, whole]
+    for layout in (TP2, CP2):
+        assert run_ranks(save_or_load, 2, layout, str(folder), False) == [whole, whole]
+    assert run_ranks(save_or_load, 2, PP2, str(folder), False) == [stage_of(whole, 0), stage_of(whole, 1)]
     assert run_ranks(save_or_load, 2, EP2, str(folder), False) == [first, second]
+
+
+@pytest.mark.parametrize("layout", [PP2, CP2], ids=["PP2", "CP2"])
+def test_what_stages_and_context_ranks_saved_is_read_by_one_process(saved, tmp_path, layout):
+    whole = saved[1][0] | saved[1][1]
+    run_ranks(save_or_load, 2, layout, str(tmp_path), True)
+    assert run_ranks(save_or_load, 1, LayoutConfig(), str(tmp_path), False) == [whole]
 
 
 @pytest.mark.parametrize(("length", "rows"), [(1, [0]), (2, [0, 3]), (6, [0, None, None, 1, 2, 3])])
 def test_another_history_keeps_the_newest_maxima(saved, length, rows):
     folder, (first, _) = saved
     (loaded,) = run_ranks(save_or_load, 1, LayoutConfig(), str(folder), False, length)
-    maxima = first["scaling_fwd"][1]
-    assert loaded["scaling_fwd"][1] == [[0.0] * 3 if row is None else maxima[row] for row in rows]
-    assert loaded["scaling_fwd"][0] == first["scaling_fwd"][0]
+    maxima = first[0, "scaling_fwd"][1]
+    assert loaded[0, "scaling_fwd"][1] == [[0.0] * 3 if row is None else maxima[row] for row in rows]
+    assert loaded[0, "scaling_fwd"][0] == first[0, "scaling_fwd"][0]
 
 
 def stateless():

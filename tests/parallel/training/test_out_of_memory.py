@@ -98,6 +98,35 @@ def test_each_tensor_is_counted_once_where_it_belongs():
     assert parts["optimizer"] == pytest.approx(12 * count, rel=0.02)  # main weights and two moments
 
 
+class FP8Weight(torch.Tensor):
+    """As Transformer Engine 2.20's Float8Tensor: no storage of its own, but FP8 data, and a transposed copy or none."""
+
+    def __new__(cls, data, transposed):
+        kind = {"dtype": torch.bfloat16, "device": data.device}
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, storage_size=0, **kind)
+
+    def __init__(self, data, transposed):
+        self.kept = data, transposed
+
+    def get_data_tensors(self):
+        """The data by rows, and by columns."""
+        return self.kept
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), named=None):
+        return arguments[0]  # detach, by which a parameter is made of a tensor
+
+
+def test_weights_in_fp8_count_what_is_kept_of_them():
+    module = torch.nn.Module()
+    data, transposed = torch.zeros(64, 32, dtype=torch.uint8), torch.zeros(32, 64, dtype=torch.uint8)
+    module.both, module.one = (torch.nn.Parameter(FP8Weight(data + 0, kept)) for kept in (transposed, None))
+    module.norm = torch.nn.Parameter(torch.ones(32, dtype=torch.bfloat16))
+    assert module.both.untyped_storage().nbytes() == 0
+    parts = memory_parts(run_of(DENSE, precision="bf16"), [module], None)
+    assert parts["parameters"] == 3 * 64 * 32 + 2 * 32
+
+
 def test_a_model_that_does_not_fit_is_told_before_it_is_there():
     text = describe(FAILURE, run_of(load_model("llada-8b"), 1, 1024, precision="bf16", logits_chunk_mb=64))
     assert text.startswith("out of memory when 2.50 GiB more were asked for. Computed: gradients 32.1 GB, ")

@@ -8,11 +8,12 @@ import pytest
 
 from llada_megatron.cli import main
 from llada_megatron.llada_moe.config import load_run
-from llada_megatron.llada_moe.config.fp8 import FP8Config
+from llada_megatron.llada_moe.config.fp8 import WIDTH_MULTIPLE, FP8Config
 from llada_megatron.llada_moe.config.layout import LayoutConfig
 from llada_megatron.llada_moe.planning.estimate import Assumptions, Estimate
-from llada_megatron.llada_moe.planning.gpu_sheet import load_gpu
+from llada_megatron.llada_moe.planning.gpu_sheet import GPUS, load_gpu
 from llada_megatron.llada_moe.planning.layout_search import Found
+from llada_megatron.parallel.fp8.recipes import obstacle
 from llada_megatron.tools.plan.report import assumptions, search_table
 
 MOE = "llada-moe-7b-a1b-pretrain"
@@ -112,3 +113,32 @@ def test_wrong_input_is_one_line(capsys):
     assert "--imbalance nan" in refused(capsys, MOE, "--imbalance", "nan")
     assert "use 48 or 52" in refused(capsys, "llada2-flash-pretrain", "--gpus", "50")
     assert "no layout divides them" in refused(capsys, "llada-8b-pretrain", "--gpus", "7919", "--search")
+
+
+def test_fp8_that_the_gpu_cannot_run_is_refused(capsys, tmp_path):
+    fp8 = "llada-8b-pretrain", "training.recompute=none"
+    wrong = refused(capsys, *fp8, "training.fp8.recipe=mxfp8", "--gpu", "h100")
+    assert "training.fp8.recipe: mxfp8 cannot run on H100 SXM 80 GB (--gpu h100): " in wrong
+    assert "use recipe delayed or tensorwise or blockwise, or remove training.fp8" in wrong
+    assert "needs compute capability 8.9" in refused(capsys, *fp8, "training.fp8.recipe=tensorwise", "--gpu", "a100")
+    card = tmp_path / "card.yaml"
+    card.write_text(
+        "name: card\nmemory_gib: 80\nbf16_tflops: 300\nmemory_gb_per_s: 2000\n"
+        "link_gb_per_s: 300\nnetwork_gb_per_s: 25\n"
+    )
+    wrong = refused(capsys, *fp8, "training.fp8.recipe=tensorwise", "--gpu", str(card))
+    assert "it has no FP8 (fp8_tflops of its file is null)" in wrong
+
+
+def test_every_shipped_gpu_says_which_fp8_it_has():
+    able = {
+        name: [recipe for recipe in WIDTH_MULTIPLE if obstacle(recipe, load_gpu(name).capability, None) is None]
+        for name in GPUS.names()
+    }
+    hopper, blackwell = ["delayed", "tensorwise", "blockwise"], list(WIDTH_MULTIPLE)
+    assert able == {
+        "a100": [],
+        **dict.fromkeys(("h100", "h200"), hopper),
+        **dict.fromkeys(("b200", "b300", "gb200", "gb300"), blackwell),
+    }
+    assert all((load_gpu(name).fp8_tflops is not None) == bool(recipes) for name, recipes in able.items())

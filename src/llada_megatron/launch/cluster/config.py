@@ -58,8 +58,8 @@ class ClusterConfig:
     gpus_per_node: int | str = 0
     """`4`, or with a type `a100:4`; `gpu:4` and `gpu:a100:4` ask with --gres, which some sites want."""
     gpu: str | None = None
-    """Kind of these GPUs, a name in configs/gpus or a YAML file: `llada submit` refuses what cannot fit on them; null =
-    it does not estimate."""
+    """Kind of these GPUs, a name in configs/gpus or a YAML file: `llada submit` refuses what cannot fit on them,
+    and FP8 that they cannot run; null = it does not know."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None

@@ -11,6 +11,8 @@ from llada_megatron.launch.cluster import slurm
 from llada_megatron.launch.cluster.notation import seconds
 from llada_megatron.llada_moe.config import validate_run
 from llada_megatron.llada_moe.errors import ConfigError
+from llada_megatron.llada_moe.planning.gpu_sheet import load_gpu
+from llada_megatron.parallel.fp8.recipes import require_sheet
 
 if TYPE_CHECKING:
     from llada_megatron.launch.cluster.config import ClusterConfig
@@ -118,6 +120,24 @@ def layout_warnings(run: RunConfig, cluster: ClusterConfig) -> list[str]:
             "activations in every layer, and some of them over the network between nodes; a divisor is faster"
         ]
     return []
+
+
+def check_fp8(run: RunConfig, cluster: ClusterConfig, cluster_file: str) -> None:
+    """Refuse FP8 that the GPUs of the cluster cannot run. Of GPUs whose kind the file does not name nothing is known.
+
+    Raises:
+        ConfigError: there are no GPUs, or they have no FP8, or not that recipe.
+    """
+    fp8 = run.training.fp8
+    if fp8 is None:
+        return
+    if not cluster.gpus:
+        raise ConfigError(
+            f"training.fp8.recipe: {fp8.recipe} needs GPUs with FP8, and nodes of {cluster_file} have none "
+            "(gpus_per_node); remove training.fp8, or name another cluster"
+        )
+    if cluster.gpu:
+        require_sheet(fp8, load_gpu(cluster.gpu), f"gpu of {cluster_file}")
 
 
 def check_mounts(run: RunConfig, cluster: ClusterConfig, directory: Path) -> None:

@@ -16,6 +16,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from llada_megatron.launch.ranks.rank_reports import REPORTS_VARIABLE, Failure, write_failure, write_result
+from llada_megatron.llada_moe.errors import MemoryRanOutError
+from llada_megatron.memory_ran_out import GENERAL
 from llada_megatron.parallel.coordinates import locate
 
 if TYPE_CHECKING:
@@ -156,7 +158,8 @@ def run_joined_rank(work: Work, layout: LayoutConfig, log_dir: Path, rank: int) 
         failure = Failure.of(rank, error)
         print(f"{locate(rank, layout)} failed\n{failure.stack}", flush=True)
         restore()
-        print(f"error: {describe(failure, layout, log_dir)}", file=sys.stderr, flush=True)
+        general = f"; {GENERAL}" if failure.user_error is MemoryRanOutError else ""
+        print(f"error: {describe(failure, layout, log_dir)}{general}", file=sys.stderr, flush=True)
         _leave_at_once(failure.user_error.exit_code if failure.user_error else 1)
 
 

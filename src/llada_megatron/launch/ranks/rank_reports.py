@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llada_megatron import memory_ran_out
 from llada_megatron.launch import files
 from llada_megatron.llada_moe import errors
 
@@ -34,6 +35,7 @@ class Failure:
     def of(cls, rank: int, error: BaseException) -> Failure:
         """The failure of `rank` because of `error`, at this moment."""
         stack = "".join(traceback.format_exception(error))
+        error = memory_ran_out.recognised(error) or error
         return cls(rank, type(error).__name__, str(error).strip(), stack, time.time())
 
     @property

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llada_megatron.console import message
 from llada_megatron.launch.ranks.rank import PARENT_VARIABLE, StopRequest, Work, run_local_rank
 from llada_megatron.launch.run_lock import RunLock
 from llada_megatron.llada_moe.errors import ResourceError
@@ -33,6 +34,7 @@ def training_work(run: RunConfig) -> Work:
         from llada_megatron.parallel import device
 
         device.install()
+        from llada_megatron.launch.announcement import kernels
         from llada_megatron.parallel import topology
         from llada_megatron.parallel.fp8.recipes import require_device
         from llada_megatron.parallel.training.out_of_memory import explained
@@ -41,6 +43,9 @@ def training_work(run: RunConfig) -> Work:
         rank = int(os.environ["RANK"])
         require_device(run.training.fp8)
         topology.join(rank, int(os.environ["WORLD_SIZE"]))
+        used = kernels()
+        if rank == 0 and used is not None:
+            message(used)
         with _hold_directories(run) as locks:
             topology.initialize(run.layout, run.training.seed)
             with explained(run):

@@ -52,8 +52,9 @@ class FP8Config:
     amax_history_length: int = AMAX_HISTORY_LENGTH
     """Steps (micro-batches) over which recipe delayed takes the maximum."""
     param_gather: bool = False
-    """Keep the weights of the layers in FP8, and gather them so over data-parallel ranks: half the memory and traffic
-    of bf16. Main weights stay in fp32. With recipe blockwise or tensorwise."""
+    """Keep the weights of the layers in FP8, and gather them so over data-parallel ranks: one byte a weight, of two in
+    bf16, but for a transposed copy that Transformer Engine may keep. Main weights stay in fp32. With recipe
+    blockwise or tensorwise."""
 
 
 def check_fp8(training: TrainingConfig, model: ModelConfig, layout: LayoutConfig, refuse: Refuse) -> None:

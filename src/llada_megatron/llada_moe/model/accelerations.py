@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from packaging.version import InvalidVersion, Version
 
+from llada_megatron.llada_moe.model.grouped import GROUPED_MM
+
 OLDEST_WHOLE_TRANSFORMER_ENGINE = Version("2.15")
 """Before it Megatron finds no `multi_tensor_scale_tensor` and clips gradients one parameter after the other."""
 CUDNN_VARIABLES = ("CUDNN_HOME", "CUDNN_PATH")
@@ -90,7 +92,8 @@ def decide_transformer_engine(cuda: bool) -> Acceleration:
         return Acceleration(False, "not installed (docs/cluster.md has the two commands)")
     version = _version("transformer-engine")
     if not cuda:
-        return Acceleration(False, "installed, hidden from Megatron: no usable GPU", version)
+        unknown = "it was not imported, so whether a machine with one could use it is not known"
+        return Acceleration(False, f"installed, hidden from Megatron: no usable GPU; {unknown}", version)
     _load_cudnn_of_torch()
     try:
         importlib.import_module("transformer_engine.pytorch")
@@ -128,21 +131,46 @@ def _load_cudnn_of_torch() -> None:
 
 
 def decide_flash_attention(cuda: bool, transformer_engine: bool) -> Acceleration:
-    """Whether the flash-attn package can be chosen: nothing but Transformer Engine's attention calls it."""
-    if not present("flash_attn"):
+    """Which flash-attn package can be chosen: only Transformer Engine's attention calls one, and it says which of those
+    that are installed it takes."""
+    versions = {number: _version(name) for number, name in _FLASH_ATTENTION.items()}
+    installed = ", ".join(version for version in versions.values() if version)
+    if not installed:
         return Acceleration(False, "not installed, not needed")
-    version = _version("flash-attn")
     if not cuda:
-        return Acceleration(False, "installed, but there is no usable GPU", version)
+        return Acceleration(False, "installed, but there is no usable GPU", installed)
     if not transformer_engine:
-        return Acceleration(False, "installed, but only Transformer Engine's attention calls it", version)
+        return Acceleration(False, "installed, but only Transformer Engine's attention calls it", installed)
+    if os.environ.get("NVTE_FLASH_ATTN") == "0":
+        return Acceleration(False, "installed, but NVTE_FLASH_ATTN=0 forbids it", installed)
     try:
-        importlib.import_module("flash_attn")
-    except Exception as error:
-        return Acceleration(
-            False, f"installed, but its import fails: {type(error).__name__}: {_first_line(error)}", version
-        )
-    return Acceleration(True, "one of the kernels that Transformer Engine's attention chooses from", version)
+        taken = importlib.import_module(f"{_DOT_PRODUCT_ATTENTION}.utils").FlashAttentionUtils
+    except (ImportError, AttributeError):
+        return Acceleration(False, "installed; whether this Transformer Engine takes it is not known", installed)
+    capability = torch.cuda.get_device_capability()
+    usable = [number for number in _by_preference(capability) if getattr(taken, _TAKEN[number], False)]
+    if not usable:
+        least = taken.version_required_blackwell if capability >= (10, 0) else taken.version_required
+        accepted = f">= {least}, < {taken.max_version}"
+        return Acceleration(False, f"installed, but Transformer Engine takes flash-attn {accepted} here", installed)
+    if capability < (9, 0):
+        return Acceleration(True, "Transformer Engine prefers it to cuDNN's attention on this GPU", versions[usable[0]])
+    detail = "used where cuDNN's attention, which Transformer Engine prefers on this GPU, cannot serve"
+    return Acceleration(True, detail, versions[usable[0]])
+
+
+_FLASH_ATTENTION = {4: "flash-attn-4", 3: "flash-attn-3", 2: "flash-attn"}
+"""Distributions of flash-attn by the number of its algorithm."""
+_DOT_PRODUCT_ATTENTION = "transformer_engine.pytorch.attention.dot_product_attention"
+_TAKEN = {4: "v4_is_installed", 3: "v3_is_installed", 2: "is_installed"}
+"""What Transformer Engine remembers of those that it found and takes."""
+
+
+def _by_preference(capability: tuple[int, int]) -> tuple[int, ...]:
+    """Those that a GPU can run, first what Transformer Engine 2.20 prefers (`get_attention_backend`)."""
+    if capability == (9, 0):
+        return (3, 4, 2)
+    return (4, 2) if capability > (9, 0) else (2,)
 
 
 def decide_apex(cuda: bool, transformer_engine: bool) -> Acceleration:
@@ -183,6 +211,11 @@ def hide(library: str) -> None:
         sys.modules[root] = None  # type: ignore[assignment]
 
 
+def in_words(found: Acceleration) -> str:
+    """Version, and what it is used for or why it is not, in one clause."""
+    return f"{found.version}: {found.detail}" if found.version else found.detail
+
+
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
@@ -191,7 +224,8 @@ def _version(distribution: str) -> str | None:
 
 
 def _age(version: str | None) -> str:
-    used = "linear layers, norms, grouped experts, optimizer, fused kernels"
+    where = "FP8 and float32" if GROUPED_MM is not None else "every precision"  # else torch's grouped_mm, in bfloat16
+    used = f"linear layers, norms, optimizer, fused kernels, experts in {where}"
     try:
         old = version is not None and Version(version) < OLDEST_WHOLE_TRANSFORMER_ENGINE
     except InvalidVersion:

@@ -27,6 +27,8 @@ class GpuSheet:
     fp8_tflops: float | None = None
     """Dense peak; null = it has no FP8."""
     fp4_tflops: float | None = None
+    compute_capability: float | None = None
+    """NVIDIA's number of what its processor can do, by which FP8 recipes are refused; null = not known."""
     memory_gb_per_s: float
     link_gb_per_s: float
     """To another GPU of the same node, one direction."""
@@ -57,6 +59,14 @@ class GpuSheet:
     """NCCL's buffers outside the allocator; an assumption (tools reserve 2 to 6)."""
     reserved_over_allocated: float = 1.05
     """Of the caching allocator; published runs on B200: 1.03 to 1.08."""
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """The compute capability as torch gives it, (9, 0); None = not known."""
+        if self.compute_capability is None:
+            return None
+        major, minor = divmod(round(10 * self.compute_capability), 10)
+        return major, minor
 
     def peak(self, compute: str) -> float:
         """Operations a second that products reach in `compute` (bf16, fp8, mxfp8, nvfp4 or fp32)."""

@@ -8,10 +8,14 @@ weights stay as in bf16.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llada_megatron.llada_moe.config.fp8 import FP8Config
-from llada_megatron.llada_moe.errors import ResourceError
+from llada_megatron.llada_moe.errors import ConfigError, ResourceError
+from llada_megatron.parallel.machine import driver_fault
+
+if TYPE_CHECKING:
+    from llada_megatron.llada_moe.planning.gpu_sheet import GpuSheet
 
 FORMATS = {"delayed": "hybrid", "tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
 """hybrid: E4M3 for activations and weights, E5M2 for gradients. A scale for every block leaves gradients no range that
@@ -91,7 +95,8 @@ def require_device(fp8: FP8Config | None, key: str = "training.fp8", instead: st
         instead: how to do without.
 
     Raises:
-        ResourceError: there is no GPU, it has no such FP8, or Transformer Engine cannot be used here.
+        ResourceError: there is no GPU, or one that its driver keeps torch from, it has no such FP8, or Transformer
+            Engine cannot be used here.
     """
     if fp8 is None:
         return
@@ -100,6 +105,9 @@ def require_device(fp8: FP8Config | None, key: str = "training.fp8", instead: st
     from llada_megatron.llada_moe.model.accelerations import transformer_engine
 
     if not torch.cuda.is_available():
+        fault = driver_fault()
+        if fault:
+            raise ResourceError(fault)
         raise ResourceError(f"{key} (recipe {fp8.recipe}) needs a GPU with FP8, and none can be seen here; {instead}")
     for index in range(torch.cuda.device_count()):
         reason = obstacle(fp8.recipe, torch.cuda.get_device_capability(index), torch.version.cuda or "0", instead)
@@ -110,12 +118,31 @@ def require_device(fp8: FP8Config | None, key: str = "training.fp8", instead: st
         raise ResourceError(f"{key} needs Transformer Engine: {engine.detail}; or {instead}")
 
 
-def obstacle(recipe: str, capability: tuple[int, int], cuda: str, instead: str = _INSTEAD) -> str | None:
+def require_sheet(fp8: FP8Config | None, gpu: GpuSheet, named: str) -> None:
+    """Refuse FP8 on a kind of GPU that cannot run it, before any such GPU is there; nothing without FP8.
+
+    Args:
+        gpu: its data sheet. Of one without a compute capability only is known whether it has any FP8.
+        named: what named this kind of GPU.
+
+    Raises:
+        ConfigError: it has no FP8, or not that recipe.
+    """
+    if fp8 is None:
+        return
+    reason = obstacle(fp8.recipe, gpu.capability, None) if gpu.capability else None
+    if reason is None and gpu.fp8_tflops is None:
+        reason = f"it has no FP8 (fp8_tflops of its file is null); {_INSTEAD}"
+    if reason is not None:
+        raise ConfigError(f"training.fp8.recipe: {fp8.recipe} cannot run on {gpu.name} ({named}): {reason}")
+
+
+def obstacle(recipe: str, capability: tuple[int, int], cuda: str | None, instead: str = _INSTEAD) -> str | None:
     """Why a GPU cannot run `recipe`, and what it can; None when it can.
 
     Args:
         capability: the device's compute capability.
-        cuda: the CUDA version that torch was built for, "12.8".
+        cuda: the CUDA version that torch was built for, "12.8"; None = not known, and taken to be new enough.
         instead: how to do without FP8.
     """
     reason = _obstacle(recipe, capability, cuda)
@@ -125,13 +152,13 @@ def obstacle(recipe: str, capability: tuple[int, int], cuda: str, instead: str =
     return f"{reason}; " + (f"use recipe {' or '.join(usable)}, or " if usable else "") + instead
 
 
-def _obstacle(recipe: str, capability: tuple[int, int], cuda: str) -> str | None:
+def _obstacle(recipe: str, capability: tuple[int, int], cuda: str | None) -> str | None:
     least, present = _CAPABILITY[recipe], ".".join(map(str, capability))
     if capability < least:
         return f"recipe {recipe} needs compute capability {least[0]}.{least[1]} or higher, this one has {present}"
     if recipe == "mxfp8" and capability >= _NO_MXFP8:
         return f"Transformer Engine has no recipe mxfp8 for compute capability {present}"
     version = _CUDA.get(recipe, (0, 0))
-    if tuple(map(int, cuda.split(".")[:2])) < version:
+    if cuda is not None and tuple(map(int, cuda.split(".")[:2])) < version:
         return f"recipe {recipe} needs torch built for CUDA {version[0]}.{version[1]} or newer, not {cuda}"
     return None

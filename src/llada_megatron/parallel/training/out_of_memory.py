@@ -74,7 +74,7 @@ def memory_parts(run: RunConfig, models: Sequence[torch.nn.Module], optimizer: o
     seen: set[int] = set()
     parameters = [parameter for model in models for parameter in model.parameters()]
     sizes = {
-        "parameters": _bytes((parameter.data for parameter in parameters), seen),
+        "parameters": _bytes(parameters, seen),
         "gradients": _bytes((p.main_grad for p in parameters if getattr(p, "main_grad", None) is not None), seen),
         "optimizer": _bytes(_optimizer_tensors(optimizer), seen),
     }
@@ -119,12 +119,20 @@ def _chunk_mb(run: RunConfig) -> int:
 def _bytes(tensors: Iterable[torch.Tensor], seen: set[int]) -> int:
     """Bytes of the storages behind `tensors` that are not in `seen` yet; they are added to it."""
     total = 0
-    for tensor in tensors:
+    for tensor in (held for each in tensors for held in _held(each)):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             total += storage.nbytes()
     return total
+
+
+def _held(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold a tensor's values. Transformer Engine's FP8 weights have no storage of their own, but FP8
+    data and, where the backward pass needs it, a transposed copy; scales are not counted."""
+    if not hasattr(tensor, "get_data_tensors"):
+        return [tensor]
+    return [data for data in tensor.get_data_tensors() if data is not None]
 
 
 def _optimizer_tensors(optimizer: object | None) -> Iterator[torch.Tensor]:

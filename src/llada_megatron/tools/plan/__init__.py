@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; the exit code is 1 where it does not fit.
 
     Raises:
-        ConfigError: an unknown GPU, GPUs that the layout does not divide, a profile of another model, or a figure that
-            cannot be.
+        ConfigError: an unknown GPU, or one that cannot run the run's FP8, GPUs that the layout does not divide, a
+            profile of another model, or a figure that cannot be.
         DataError: --profile is no profile.
         ResourceError: with --search, no layout fits; with the fewest GPUs on which one would.
     """
@@ -57,10 +57,12 @@ def run(args: argparse.Namespace) -> int:
     from llada_megatron.llada_moe.planning.estimate import Assumptions
     from llada_megatron.llada_moe.planning.expert_loads import read_loads
     from llada_megatron.llada_moe.planning.gpu_sheet import load_gpu
+    from llada_megatron.parallel.fp8.recipes import require_sheet
 
     check_figures(args)
     gpu = load_gpu(args.gpu)
     config = load_run(args.config, args.overrides, message)
+    require_sheet(config.training.fp8, gpu, f"--gpu {args.gpu}")
     loads = None if args.profile is None else read_loads(args.profile, config.model)
     assumed = Assumptions(args.imbalance, args.documents, loads)
     if args.search:

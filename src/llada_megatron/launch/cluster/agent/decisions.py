@@ -12,6 +12,7 @@ from typing import Any, Literal
 from llada_megatron.launch.cluster.job import Verdict
 from llada_megatron.launch.ranks.rank import log_path
 from llada_megatron.launch.ranks.rank_reports import Failure
+from llada_megatron.llada_moe.errors import MemoryRanOutError
 
 Kind = Literal["killed", "lost", "stopped", "user", "error", "hang"]
 """killed: by a signal that only the system or a person sends. lost: a node that no longer answers. stopped: a process
@@ -81,7 +82,7 @@ def faults_of_exits(
         failure, log = failures.get(rank), log_path(logs, rank)
         if code == 0:
             continue
-        if failure is not None and failure.user_error:
+        if failure is not None and failure.user_error not in (None, MemoryRanOutError):  # a neighbour may have taken it
             faults.append(RankFault("user", node, rank, f"failed: {failure.message}", failure.time))
         elif failure is not None:
             what = f"failed: {textwrap.shorten(failure.headline, _LONGEST, placeholder=' …')}; full stack: {log}"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from llada_megatron.llada_moe.model.accelerations import apex, in_words, transformer_engine
 from llada_megatron.parallel.machine import driver_fault
 
 _GPU_SIZE, _CPU_SIZE = 8192, 1024
@@ -52,11 +53,13 @@ def gpu(index: int) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the software that must be the same on all nodes."""
+    """Versions of the software that must be the same on all nodes; of libraries that a run would use if it could, also
+    whether it can, and why not."""
     found = {name: _installed(name) for name in ("torch", "megatron-core", "llada-megatron")}
     found |= {"python": platform.python_version(), "torch's CUDA": torch.version.cuda or "none"}
     if torch.cuda.is_available():
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    found |= {"Transformer Engine": in_words(transformer_engine()), "apex": in_words(apex())}
     if _DRIVER.is_file():
         found["NVIDIA driver"] = _DRIVER.read_text().splitlines()[0]
     return found
