@@ -43,7 +43,8 @@ def test_an_estimate_that_may_be_too_high_refuses_nothing():
 
 def test_experts_are_taken_to_be_loaded_evenly():
     """What is refused must not be able to fit."""
-    run = load_run("llada-moe-7b-a1b-pretrain")
+    words = ["layout.expert_parallel=8", "training.micro_batch_size=4", "training.logits_chunk_mb=2048"]
+    run = load_run("llada-moe-7b-a1b-pretrain", words)
     card = sheet_of_memory("a card", round(52.5 * 2**30))
     assert check_gpu_memory(run, card) is None
 
