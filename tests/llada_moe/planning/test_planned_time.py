@@ -28,7 +28,7 @@ def seconds(name, *overrides, imbalance=1.3, documents=8, gpu=H100):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_run_fits_its_gpus_and_does_not_recompute_all(name):
     estimate = Estimate(load_run(name), H100, Assumptions())
-    most = 0.83 if name == "llada-moe-7b-a1b-pretrain" else 0.8  # docs/benchmarks.md says why
+    most = 0.84 if name == "llada-moe-7b-a1b-pretrain" else 0.8  # docs/benchmarks.md says why
     assert 0.6 <= estimate.card_bytes / 2**30 / H100.memory_gib <= most
     assert 0.15 <= estimate.utilisation <= 0.55
     assert estimate.run.training.recompute != "full"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
 
 import psutil
+import pytest
 import torch
 
 from llada_megatron.parallel.training import peak
@@ -28,6 +30,35 @@ def test_a_processor_without_instructions_for_the_type_is_not_waited_for(monkeyp
     monkeypatch.setattr(peak, "_product", slow_product)
     assert 0 < peak.matmul_peak("cpu", torch.bfloat16) <= 2 * 256**3 / 0.1
     assert sizes == [256]
+
+
+@pytest.mark.parametrize(("room", "expected"), [(10, 0.5), (3, 0.5), (0, math.nan)])
+def test_the_devices_time_of_a_call_is_taken_while_the_host_is_ahead(monkeypatch, room, expected):
+    """A queue with `room` for that many calls: with more of them the host waits until the device has begun the first.
+    Each call takes the device half a second."""
+    given = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.calls = None
+
+        def record(self):
+            self.calls = len(given)
+
+        def query(self):
+            return len(given) - self.calls > room
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 500.0 * (end.calls - self.calls)
+
+    monkeypatch.setattr(peak.torch.cuda, "Event", Event)
+    monkeypatch.setattr(peak, "_synchronize", lambda device: None)
+    monkeypatch.setattr(peak, "_product", lambda size, device, dtype: time.time)
+    found = peak.device_seconds(lambda: given.append(1), torch.device("cuda"), 10)
+    assert found == pytest.approx(expected, nan_ok=True)
 
 
 def test_peak_memory_grows_with_use_and_stays_below_the_machine():

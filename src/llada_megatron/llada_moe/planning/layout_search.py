@@ -15,6 +15,7 @@ from llada_megatron.llada_moe.config.training import RecomputedModule, TrainingC
 from llada_megatron.llada_moe.errors import ConfigError
 from llada_megatron.llada_moe.planning.estimate import GIB, Assumptions, Estimate
 from llada_megatron.llada_moe.planning.gpu_sheet import GpuSheet
+from llada_megatron.llada_moe.planning.workload import own_experts
 
 MICRO_BATCHES = (1, 2, 4, 8)
 CHUNKS = (1, 2, 4, 8)
@@ -64,7 +65,7 @@ def candidates(run: RunConfig, gpus: int, near: int, refused: Counter[str] | Non
 
 def recomputations(run: RunConfig) -> list[tuple[str, tuple[str, ...]]]:
     """From the fastest to the smallest."""
-    of_experts = "moe" if run.training.fp8 is None else "moe_act"  # in bf16 their activation is never kept
+    of_experts = "moe" if own_experts(run) else "moe_act"  # ours never keep their activation
     modules = (of_experts,) if run.model.moe else ("mlp",)
     return [("none", ()), ("selective", modules), ("full", ())]
 

@@ -69,10 +69,12 @@ def layer_at_work(workload: Workload, layer: int) -> float:
 
 
 def layer_run_again(workload: Workload, layers: list[int]) -> float:
-    """What the widest layer keeps while it is run again: with full recomputation one layer at a time."""
-    if workload.recompute != "full":
-        return 0.0
-    return max((working_set(workload, layer) for layer in layers), default=0.0)
+    """What the widest layer keeps while it is run again, one layer at a time, beyond what it keeps anyway."""
+    if workload.recompute == "full":
+        return max((working_set(workload, layer) for layer in layers), default=0.0)
+    if "moe" in workload.modules:
+        return max((working_set(workload, n) - kept_of_layer(workload, n) for n in layers), default=0.0)
+    return 0.0
 
 
 def exchange_buffers(workload: Workload, layer: int) -> float:
@@ -96,10 +98,14 @@ def logits_bytes(workload: Workload) -> float:
 
 
 def dummies(workload: Workload, layers: list[int]) -> float:
-    """One weight-shaped bf16 buffer for each distinct shape of a weight whose gradient is added inside the product."""
+    """One weight-shaped bf16 buffer for each distinct shape of a weight whose gradient is added inside the product, and
+    those of a layer's experts where they exist at once."""
     stack, tensor = workload.stack, workload.layout.tensor_parallel
     shapes = {("qkv", stack.hidden * (stack.query_features + 2 * stack.key_features) // tensor)}
     shapes.add(("output", stack.hidden * stack.query_features // tensor))
     if any(not stack.has_experts(layer) for layer in layers):
         shapes.add(("dense", stack.matrices * stack.hidden * stack.ffn // tensor))
+    if workload.expert_gradients and any(map(stack.has_experts, layers)):
+        ranks = workload.layout.expert_parallel * workload.layout.expert_tensor_parallel
+        shapes.add(("experts", stack.experts * stack.matrices * stack.hidden * stack.expert_ffn // ranks))
     return 2.0 * sum(size for _, size in shapes)

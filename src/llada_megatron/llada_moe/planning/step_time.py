@@ -176,7 +176,7 @@ def _recomputed(workload: Workload, parts: Parts, moe: bool) -> float:
         of_module = {"core_attn": {"attention"}, "shared_experts" if moe else "mlp": {"feed-forward"}, "moe": routed}
         again = set().union(*(of_module.get(name, set()) for name in workload.modules))
     seconds = sum(parts.get(name, 0.0) / (2 if name in MOVED_HALF else 3) for name in again)
-    seconds += 0.15 * parts["elementwise"] * bool({"moe_act", "layernorm"} & workload.modules)
+    seconds += 0.15 * parts["elementwise"] * len({"moe_act", "layernorm"} & workload.modules)
     return seconds + parts["projections"] / 6 * ("mla_up_proj" in workload.modules)
 
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from llada_megatron.llada_moe.config.layout import LayoutConfig
+from llada_megatron.llada_moe.config.trained_parts import adapts_experts
 from llada_megatron.llada_moe.model.parameters import count_parameters, trained_parameters
 from llada_megatron.llada_moe.objectives import make_objective
 
@@ -136,6 +137,8 @@ class Workload:
     """The same of each layer, where it was measured; empty = all are taken to have `imbalance`."""
     padded_rows: bool = False
     """Every expert gets exactly its capacity (factor 1)."""
+    expert_gradients: bool = False
+    """The gradients of all experts of a layer exist at once, in bf16, before they are added to the main gradients."""
     fused_accumulation: bool = True
     """Weight gradients are added to the main gradients inside the product, which keeps one dummy for each shape."""
     distributed_optimizer: bool = True
@@ -223,8 +226,7 @@ def of_run(
     pattern = pattern_with(objective, training.steps, copies)
     keys = length if pattern.block is None else pattern.keys_per_query(max(1, round(length)))
     chunk = (training.logits_chunk_mb or 2048) * 2**20
-    # in bf16 the experts are this project's, which compute their activation again whatever is asked for
-    own = moe is not None and training.precision == "bf16" and training.fp8 is None
+    own = own_experts(run)
     again = ["moe_act"] if own else []
     supervised = 1.0 if objective.verifies else 1 / copies
     positions = copies * training.sequence_length * training.micro_batch_size
@@ -247,8 +249,20 @@ def of_run(
         imbalance=imbalance if moe is not None else 1.0,
         layer_imbalance=layer_imbalance,
         gathered_keys=True,
+        expert_gradients=own,
         fused_dispatch=run.layout.expert_dispatcher == "flex",
     )
+
+
+def own_experts(run: RunConfig) -> bool:
+    """Whether the routed experts are this project's grouped products.
+
+    They compute their activation again in the backward pass, whatever is asked for, and have the gradients of a layer's
+    experts at once. Those in FP8 and fp32 are Transformer Engine's, those with low-rank factors plain operations.
+    """
+    training = run.training
+    plain = training.precision == "bf16" and training.fp8 is None and not adapts_experts(training)
+    return run.model.moe is not None and plain
 
 
 def steps_looked_at(steps: int) -> range:

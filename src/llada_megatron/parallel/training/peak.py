@@ -106,19 +106,20 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def device_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Seconds that one of `repeats` calls takes the device when the host is ahead of it, as in a training step.
+    """Seconds that one of several calls takes the device when the host is ahead of it, as in a training step.
 
-    Large products keep the device busy until the host has given it all calls. Not a number where the host was late
-    all the same. Without CUDA the mean time on the clock.
+    Large products keep the device busy until the host has given it all calls: at most `repeats`, fewer where they fill
+    the device's queue, so that the host has to wait. Not a number where the host was late even with one. Without CUDA
+    the mean time on the clock.
     """
     alone = timed(run, device)
     if device.type != "cuda":
         return timed(lambda: [run() for _ in range(repeats)], device) / repeats
     product = _product(_LARGEST_SIZE["cuda"], device, torch.bfloat16)
     once = _seconds(product, device)
-    for factor in (2, 4, 8):
+    while repeats > 0:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(1 + int(factor * repeats * alone / once)):
+        for _ in range(1 + int(3 * repeats * alone / once)):
             product()
         begin.record()
         for _ in range(repeats):
@@ -128,6 +129,7 @@ def device_seconds(run: Callable[[], object], device: torch.device, repeats: int
         end.synchronize()
         if ahead:
             return begin.elapsed_time(end) / 1000 / repeats
+        repeats //= 2
     return math.nan
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from contextlib import nullcontext
@@ -62,6 +63,13 @@ def test_a_known_figure_is_returned_and_not_measured_again_but_a_failed_one_is(r
 
     found, (status, _) = run(part)
     assert calls == [] and found["bad"].figures == {"x": 2.0} and status == "done"
+
+
+def test_a_figure_that_is_no_number_is_measured_again(run):
+    _, (status, detail) = run(lambda context: context.measure("late", lambda: {"seconds": math.nan, "where": "here"}))
+    assert status == "failed" and detail == "no figures: late"
+    found, (status, _) = run(lambda context: context.measure("late", lambda: {"seconds": 1.0}))
+    assert found["late"].figures == {"seconds": 1.0} and status == "done"
 
 
 def test_a_late_part_is_cut_and_keeps_what_it_has(run):

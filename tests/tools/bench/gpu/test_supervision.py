@@ -19,7 +19,7 @@ from llada_megatron.tools.bench.gpu.worker_process import START_ANEW
 HERE = Machine("a GPU", 80 * 10**9, 90, "2.11.0")
 
 
-def part(name, process=AS_TRAINED, seconds=60, beside=False, needs=""):
+def part(name, process=AS_TRAINED, seconds=60, beside=(), needs=""):
     return Part(name, process, seconds, "nowhere:nothing", "for a test", beside, needs)
 
 
@@ -107,6 +107,22 @@ def test_what_was_cut_runs_once_more_in_the_time_that_is_left(supervised, monkey
     assert started == [["a", "b"], ["b"]][:runs] and ends["b"][0] == ("done" if runs == 2 else "cut")
 
 
+def test_what_needs_a_part_that_was_cut_runs_again_after_it(supervised, monkeypatch):
+    started = []
+
+    class CutsA(FakeWorker):
+        def __init__(self, parts, results, dies):
+            super().__init__(parts, results, dies)
+            started.append(self.names)
+            if len(started) == 1:
+                results.end("a", "cut", "its time was over")
+                results.end("b", "failed", "the figures of a are missing")
+
+    monkeypatch.setitem(globals(), "FakeWorker", CutsA)
+    _, ends = supervised([part("a"), part("b", needs="a"), part("c")])
+    assert started == [["a", "b", "c"], ["a", "b"]] and {status for status, _ in ends.values()} == {"done"}
+
+
 def test_a_process_that_never_begins_fails_its_parts_once(supervised, monkeypatch):
     monkeypatch.setattr(
         FakeWorker, "__init__", lambda self, parts, results, dies: vars(self).update(names=["x"], _code=2)
@@ -130,12 +146,12 @@ def test_an_interrupt_ends_the_processes_and_starts_no_other(supervised):
 
 
 def test_parts_of_one_kind_share_a_process_and_one_beside_runs_at_the_same_time():
-    made = [part("a"), part("b"), part("c", ON_CPU, 90, beside=True), part("d", "exact"), part("e")]
+    made = [part("a"), part("b"), part("c", ON_CPU, 90, beside=("a", "b")), part("d", "exact"), part("e")]
     names = [[[each.name for each in group] for group in together] for together in stages(made)]
     assert names == [[["a", "b"], ["c"]], [["d"]], [["e"]]]
     assert stages(made[2:3]) == [[[made[2]]]]
-    needing = [part("a"), part("b", ON_CPU, beside=True), part("c", "exact", beside=True, needs="b")]
-    assert [[[each.name for each in group] for group in together] for together in stages(needing)] == [
+    timed = [part("a"), part("b", ON_CPU, beside=("a",)), part("c", "exact", beside=("d",), needs="b")]
+    assert [[[each.name for each in group] for group in together] for together in stages(timed)] == [
         [["a"], ["b"]],
         [["c"]],
     ]

@@ -116,9 +116,8 @@ class _Pass:
 def _apart(ours: list[torch.Tensor], theirs: list[torch.Tensor], group: int) -> dict[str, float]:
     """|a - b| / |b| of the result, and the largest of those of the gradients; `theirs` has a key for every query
     head, whose gradients belong to the key of `group` of them."""
-    out, *gradients = (
-        float((a.float() - _grouped(b, a)).norm() / b.float().norm()) for a, b in zip(ours, theirs, strict=True)
-    )
+    pairs = [(mine.float(), _grouped(other, mine)) for mine, other in zip(ours, theirs, strict=True)]
+    out, *gradients = (float((mine - other).norm() / other.norm()) for mine, other in pairs)
     return {"difference": out, "gradient_difference": largest(gradients)}
 
 

@@ -52,9 +52,9 @@ class PartRun:
         self.results.expect(self.part.name, names)
 
     def known(self, name: str) -> dict[str, Any] | None:
-        """Figures of an earlier start; None = to be measured."""
+        """Figures of an earlier start; None = to be measured, as what was not a number is."""
         found = self.results.read().measurements.get((self.part.name, name))
-        return None if found is None or found.error else found.figures
+        return None if found is None or _lacking(found) else found.figures
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those that are to be measured."""
@@ -184,8 +184,13 @@ def run_part(part: Part, results: ResultsFile, machine: Machine, until: float) -
     release_memory()  # not above: an error that is being handled holds what its functions held
 
 
+def _lacking(found: Measurement) -> bool:
+    """Whether it failed, or a figure of it is not a number."""
+    return found.error is not None or any(value != value for value in found.figures.values())
+
+
 def _status(results: ResultsFile, part: Part) -> tuple[str, str]:
-    failures = [each.name for each in results.read().of(part.name) if each.error]
+    failures = [each.name for each in results.read().of(part.name) if _lacking(each)]
     return (FAILED, f"no figures: {', '.join(failures)}") if failures else (DONE, "")
 
 

@@ -32,8 +32,9 @@ class Part:
     function: str
     """Module of this package and function, called with a `PartRun`."""
     text: str
-    beside: bool = False
-    """Runs at the same time as the parts before it: neither's figures are times, or it leaves the GPU alone."""
+    beside: tuple[str, ...] = ()
+    """Parts that it can run at the same time as, where they come just before it: neither's figures are times, or it
+    leaves the GPU alone."""
     needs: str = ""
     """A part whose results it reads; that one comes before."""
 
@@ -52,7 +53,7 @@ PARTS = (
         16,
         "agreement:reference",
         "fp32 losses and gradients of every family on the CPU",
-        beside=True,
+        beside=("environment", "ceilings"),
     ),
     Part(
         "exact",
@@ -68,7 +69,7 @@ PARTS = (
         40,
         "agreement:compare_local",
         "the same on the GPU without Transformer Engine; bf16 over packed windows",
-        beside=True,
+        beside=("exact",),
         needs="reference",
     ),
     Part("dense", AS_TRAINED, 18, "step_speed:dense", "training steps of a dense model of 1.5 B parameters, bf16"),
@@ -129,13 +130,12 @@ def chosen(names: Sequence[str] | None) -> list[Part]:
 def stages(parts: Sequence[Part]) -> list[list[list[Part]]]:
     """What runs one after another: each a list of groups of parts that run at the same time, a process for each group.
 
-    Neighbours of one kind of process share it; one that runs `beside` is a group of its own beside the parts before it,
-    unless it needs one of those.
+    Neighbours of one kind of process share it; one that can run `beside` all the parts before it is a group of its own.
     """
     found: list[list[list[Part]]] = []
     for part in parts:
         last = found[-1] if found else []
-        if part.beside and found and part.needs not in {each.name for group in last for each in group}:
+        if last and all(each.name in part.beside for group in last for each in group):
             last.append([part])
         elif len(last) == 1 and not part.beside and _shared(last[0][-1], part):
             last[0].append(part)

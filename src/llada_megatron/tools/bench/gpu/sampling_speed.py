@@ -110,10 +110,10 @@ def _figures(toy: bool, loaded: LoadedModel, batch: int, graphs: bool, blocks: i
 
     sampled(recorder)  # allocations, kernels that are compiled or chosen, passes that are captured
     report, tokens = sampled(recorder)
-    same = {}
+    same: dict[str, float] = {}
     if graphs and batch == 1:  # a pass of fixed shape runs the kernels that the graph of it replays
-        pairs = list(zip(tokens, sampled(Rerunner())[1], strict=True))
-        same["same_tokens"] = sum(one == two for one, two in pairs) / len(pairs)
+        alike = [one == two for one, two in zip(tokens, sampled(Rerunner())[1], strict=True)]
+        same = {"same_tokens": sum(alike) / len(alike), "same_until": [*alike, False].index(False)}
     return {
         **same,
         "tokens_per_second": batch * new_tokens / report.seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -66,7 +67,7 @@ class Supervisor:
         try:
             self._run_stages(parts_left(self.results.read(), parts), threads)
             ends = self.results.read().ends
-            cut = [part for part in parts if ends.get(part.name, ("", ""))[0] == CUT]
+            cut = [part for part in parts if CUT in (ends.get(name, ("", ""))[0] for name in (part.name, part.needs))]
             if cut and self.until - time.monotonic() > START_SECONDS:
                 message(f"time is left for what was cut: {', '.join(part.name for part in cut)}")
                 self._run_stages(cut, threads)
@@ -77,9 +78,9 @@ class Supervisor:
             threads.shutdown()
 
     def _run_stages(self, parts: Sequence[Part], threads: ThreadPoolExecutor) -> None:
-        for part in parts:
-            self.results.plan(part.name)
         for together in stages(parts):
+            for part in itertools.chain.from_iterable(together):
+                self.results.plan(part.name)
             for group in [threads.submit(self._run_group, parts) for parts in together]:
                 group.result()
 
