@@ -27,6 +27,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 
+DENSE_FUSIONS = {
+    "gradient_accumulation_fusion": True,
+    "bias_activation_fusion": True,
+    "apply_rope_fusion": True,
+    "masked_softmax_fusion": False,
+    "persist_layer_norm": False,
+    "bias_dropout_fusion": False,
+}
+"""What a training with Transformer Engine fuses, whatever its precision and experts."""
+
+
 def built(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One result per case."""
     done = subprocess.run(

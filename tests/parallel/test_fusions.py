@@ -6,7 +6,7 @@ import pytest
 
 from llada_megatron.llada_moe.config import load_model
 from llada_megatron.parallel.fusions import fusion_fields
-from tests.te_builds import ROOT, built
+from tests.te_builds import DENSE_FUSIONS, ROOT, built
 
 LAYOUTS = {
     "TP2.SP": {"tensor_parallel": 2, "sequence_parallel": True},
@@ -45,12 +45,7 @@ def test_builds_with_every_fusion_as_meant(results, model, layout):
     assert "error" not in got, got
     moe = load_model(model, []).moe
     meant = {
-        "gradient_accumulation_fusion": True,
-        "bias_activation_fusion": True,
-        "apply_rope_fusion": True,
-        "masked_softmax_fusion": False,
-        "persist_layer_norm": False,
-        "bias_dropout_fusion": False,
+        **DENSE_FUSIONS,
         "moe_grouped_gemm": False,  # in bfloat16 torch's grouped products are taken
         "moe_permute_fusion": moe is not None,
         "moe_router_fusion": moe is not None and moe.expert_capacity == 0,

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from llada_megatron.llada_moe.config import load_run
-from tests.te_builds import built
+from tests.te_builds import DENSE_FUSIONS, built
 
 FAMILIES = {
     "llada": ("llada-8b", []),
@@ -107,12 +107,7 @@ def test_every_fusion_is_as_meant_and_experts_are_transformer_engines(results, f
     got = results[family, recipe, layout]
     moe = family not in ("llada", "qwen3")
     meant = {
-        "gradient_accumulation_fusion": True,
-        "bias_activation_fusion": True,
-        "apply_rope_fusion": True,
-        "masked_softmax_fusion": False,
-        "persist_layer_norm": False,
-        "bias_dropout_fusion": False,
+        **DENSE_FUSIONS,
         "moe_grouped_gemm": moe,
         "moe_permute_fusion": moe,
         "moe_router_fusion": moe,

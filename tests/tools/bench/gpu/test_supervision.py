@@ -52,11 +52,14 @@ def supervised(tmp_path):
     results = ResultsFile(tmp_path / "bench.jsonl")
     results.open_for(HERE)
 
-    def run(parts, dies=(), until=60.0):
+    def run(parts, dies=(), until=60.0, at_first=None):
+        """`at_first`: how parts end, other than done, in the first process."""
         started = []
 
         def start(left, *_):
             started.append(FakeWorker(left, results, dict(dies)))
+            for name, end in (at_first or {}).items() if len(started) == 1 else ():
+                results.end(name, *end)
             return started[-1]
 
         Supervisor(results, HERE, time.monotonic() + until, start).run(parts)
@@ -92,34 +95,15 @@ def test_a_death_is_judged_by_the_age_of_the_part_not_of_its_process(supervised,
 
 
 @pytest.mark.parametrize(("until", "runs"), [(60.0, 2), (5.0, 1)])
-def test_what_was_cut_runs_once_more_in_the_time_that_is_left(supervised, monkeypatch, until, runs):
-    started = []
-
-    class CutsB(FakeWorker):
-        def __init__(self, parts, results, dies):
-            super().__init__(parts, results, dies)
-            started.append(self.names)
-            if len(started) == 1:
-                results.end("b", "cut", "its time was over")
-
-    monkeypatch.setitem(globals(), "FakeWorker", CutsB)
-    _, ends = supervised([part("a"), part("b")], until=until)
+def test_what_was_cut_runs_once_more_in_the_time_that_is_left(supervised, until, runs):
+    cut = {"b": ("cut", "its time was over")}
+    started, ends = supervised([part("a"), part("b")], until=until, at_first=cut)
     assert started == [["a", "b"], ["b"]][:runs] and ends["b"][0] == ("done" if runs == 2 else "cut")
 
 
-def test_what_needs_a_part_that_was_cut_runs_again_after_it(supervised, monkeypatch):
-    started = []
-
-    class CutsA(FakeWorker):
-        def __init__(self, parts, results, dies):
-            super().__init__(parts, results, dies)
-            started.append(self.names)
-            if len(started) == 1:
-                results.end("a", "cut", "its time was over")
-                results.end("b", "failed", "the figures of a are missing")
-
-    monkeypatch.setitem(globals(), "FakeWorker", CutsA)
-    _, ends = supervised([part("a"), part("b", needs="a"), part("c")])
+def test_what_needs_a_part_that_was_cut_runs_again_after_it(supervised):
+    ended = {"a": ("cut", "its time was over"), "b": ("failed", "the figures of a are missing")}
+    started, ends = supervised([part("a"), part("b", needs="a"), part("c")], at_first=ended)
     assert started == [["a", "b", "c"], ["a", "b"]] and {status for status, _ in ends.values()} == {"done"}
 
 
